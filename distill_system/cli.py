@@ -1,0 +1,101 @@
+"""`distill-system`: one command per thing a person does."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from distill_system.errors import DistillError
+
+app = typer.Typer(
+    help="Distil a large language model into a small one by adversarial moment matching.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Settings = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONFIG [CONFIG...] [key.sub=value...]",
+        help="YAML files, later ones win, then single keys.",
+        show_default=False,
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue unfinished stages from their newest checkpoint.")
+]
+
+
+@app.command()
+def train(settings: Settings, resume: Resume = False) -> None:
+    """Fine-tune both models, distil, evaluate, report; finished stages are skipped."""
+    _run(settings, resume=resume, stages=("sft", "distill", "evaluate", "report"))
+
+
+@app.command()
+def sft(settings: Settings, resume: Resume = False) -> None:
+    """Supervised fine-tuning of teacher and student alone."""
+    _run(settings, resume=resume, stages=("sft",))
+
+
+@app.command()
+def distill(settings: Settings, resume: Resume = False) -> None:
+    """Distillation alone; the models that it starts from must exist."""
+    _run(settings, resume=resume, stages=("distill",))
+
+
+@app.command()
+def evaluate(settings: Settings) -> None:
+    """Evaluate the student before and after distillation, where that has not been done."""
+    _run(settings, resume=False, stages=("evaluate", "report"))
+
+
+@app.command()
+def report(settings: Settings) -> None:
+    """Write summary.json and report.html anew from what the run has recorded."""
+    _run(settings, resume=False, stages=("report",))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what fits together, what hardware there is, and what to mend."""
+    from distill_system.doctor import diagnose, has_problem, render
+
+    findings = diagnose()
+    render(findings)
+    if has_problem(findings):
+        raise typer.Exit(1)
+
+
+def _run(settings: list[str], *, resume: bool, stages: tuple[str, ...]) -> None:
+    """Load the configuration and run stages; a DistillError is one message and exit code 1."""
+    files = [setting for setting in settings if not _is_override(setting)]
+    overrides = [setting for setting in settings if _is_override(setting)]
+    try:
+        from distill_system.config import load_config
+
+        config = load_config(files, overrides)
+        from distill_system.stages import train as run_stages
+
+        run = run_stages(config, resume=resume, stages=stages)
+    except DistillError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    if "report" in stages:
+        print(f"report: {run.report_path}\nsummary: {run.summary_path}")
+    else:
+        print(f"run: {run.path}")
+
+
+def _is_override(setting: str) -> bool:
+    return "=" in setting and not setting.endswith((".yaml", ".yml"))
+
+
+def main() -> None:
+    """Entry point of the `distill-system` command."""
+    app()

@@ -1,0 +1,146 @@
+"""A Ray cluster for the length of a `with` block: joined or started, and left as it was found."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from distill_system.cluster.workers import RayWorkers
+from distill_system.config import RunConfig
+from distill_system.config.run import PoolConfig
+from distill_system.errors import ResourceError
+
+POLL_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRequest:
+    """A pool of workers to start: one class, one set of keyword arguments per worker.
+
+    gang: place all workers together or none (a group whose ranks must meet), instead of one by one.
+    """
+
+    name: str
+    worker_class: type
+    arguments: list[dict[str, Any]]
+    pool: PoolConfig
+    environment: Mapping[str, str] = field(default_factory=dict)
+    gang: bool = False
+
+
+class ClusterSession:
+    """Starts workers on the cluster of RAY_ADDRESS, or on a local one that ends with the block."""
+
+    def __init__(self, config: RunConfig, *, say: Callable[[str], None]) -> None:
+        self.config = config
+        self.say = say
+        self.groups: list[RayWorkers] = []
+        self.waiting: list[PlacementGroup] = []
+
+    def __enter__(self) -> Self:
+        joins = "RAY_ADDRESS" in os.environ
+        ray.init(
+            address="auto" if joins else "local",
+            namespace=f"distill-{self.config.name}",
+            log_to_driver=False,
+            logging_level="ERROR",
+            **({} if joins else {"include_dashboard": self.config.cluster.dashboard}),
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop_all()
+        for unplaced in self.waiting:
+            remove_placement_group(unplaced)
+        ray.shutdown()
+
+    def start_workers(self, request: WorkerRequest) -> RayWorkers:
+        """Place and start a pool; returns at once after placement, while the workers load.
+
+        Raises: ResourceError when the cluster cannot place them before the deadline.
+        """
+        bundle = _bundle(request.pool)
+        count = len(request.arguments)
+        if request.gang:
+            groups = [placement_group([bundle] * count, strategy="PACK")]
+        else:
+            groups = [placement_group([bundle]) for _ in range(count)]
+        self.waiting.extend(groups)
+        self._wait_until_placed(request, groups)
+        handles = [
+            self._start(request, index, groups[0 if request.gang else index])
+            for index in range(count)
+        ]
+        workers = RayWorkers(
+            request.name, handles, groups, call_seconds=self.config.deadlines.call_seconds
+        )
+        self.waiting = [group for group in self.waiting if group not in groups]
+        self.groups.append(workers)
+        return workers
+
+    def stop_workers(self, workers: RayWorkers) -> None:
+        """End a pool before the session ends."""
+        self.groups.remove(workers)
+        workers.stop()
+
+    def stop_all(self) -> None:
+        """End every pool."""
+        for workers in list(self.groups):
+            self.stop_workers(workers)
+
+    def _start(self, request: WorkerRequest, index: int, group: PlacementGroup) -> Any:
+        remote_class = ray.remote(request.worker_class)
+        return remote_class.options(
+            name=f"{request.name}-{index}-{group.id.hex()[:6]}",
+            num_cpus=request.pool.cpus,
+            num_gpus=request.pool.gpus,
+            resources=dict(request.pool.custom_resources),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=group,
+                placement_group_bundle_index=index if request.gang else 0,
+            ),
+            runtime_env={"env_vars": dict(request.environment)},
+        ).remote(**request.arguments[index])
+
+    def _wait_until_placed(self, request: WorkerRequest, groups: list[PlacementGroup]) -> None:
+        deadline = time.monotonic() + self.config.deadlines.resources_seconds
+        unplaced = list(groups)
+        while unplaced:
+            unplaced = [g for g in unplaced if not g.wait(timeout_seconds=min(POLL_SECONDS, 1.0))]
+            if not unplaced:
+                return
+            wanted = f"{len(request.arguments)} x {_bundle(request.pool)} for {request.name}"
+            state = f"free {_numbers(ray.available_resources())}"
+            if time.monotonic() > deadline:
+                raise ResourceError(
+                    f"the cluster did not place {wanted} within "
+                    f"{self.config.deadlines.resources_seconds:.0f} s: {state} of "
+                    f"{_numbers(ray.cluster_resources())}. Lower pools.*.count, .cpus or .gpus, "
+                    "or add nodes"
+                )
+            self.say(f"waiting for resources: want {wanted}; {state}")
+            time.sleep(POLL_SECONDS)
+
+
+def _bundle(pool: PoolConfig) -> dict[str, float]:
+    bundle = {"CPU": pool.cpus, "GPU": pool.gpus, **pool.custom_resources}
+    return {name: amount for name, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
+
+
+def _numbers(resources: Mapping[str, float]) -> dict[str, float]:
+    """What a person asks for: CPUs, GPUs and custom resources, without node names and memory."""
+    hidden = ("node:", "memory", "object_store_memory", "CPU_group", "GPU_group", "bundle_group")
+    return {name: amount for name, amount in resources.items() if not name.startswith(hidden)}

@@ -1,0 +1,164 @@
+"""Where prompts and reference answers come from, and how a row becomes text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from distill_system.config.base import ConfigModel
+
+
+class PromptResponseFields(ConfigModel):
+    """Rows with one text field for the prompt and, optionally, one for the answer."""
+
+    format: Literal["prompt_response"] = "prompt_response"
+    prompt: str = "prompt"
+    """Field that holds the prompt text."""
+    response: str | None = "response"
+    """Field that holds the answer (a text, or a list of accepted texts); null for prompts alone."""
+
+
+class InstructionFields(ConfigModel):
+    """Rows with an instruction, an optional input it applies to, and an output."""
+
+    format: Literal["instruction"] = "instruction"
+    instruction: str = "instruction"
+    """Field that holds the instruction."""
+    input: str | None = "input"
+    """Field that holds the input, appended after a blank line where it is not empty."""
+    output: str | None = "output"
+    """Field that holds the answer; null for prompts alone."""
+
+
+class MessagesFields(ConfigModel):
+    """Rows with a chat: a list of {role, content}; rendered by the tokenizer's chat template."""
+
+    format: Literal["messages"] = "messages"
+    messages: str = "messages"
+    """Field that holds the chat. A last message of role assistant is the answer."""
+
+
+FieldMap = Annotated[
+    PromptResponseFields | InstructionFields | MessagesFields, Field(discriminator="format")
+]
+
+EmbeddedSplit = Literal[
+    "train", "in_distribution", "paraphrase", "longer_input", "composition", "distractor"
+]
+
+
+class EmbeddedSource(ConfigModel):
+    """Short instruction-following tasks made by a generator that the package carries."""
+
+    type: Literal["embedded"]
+    split: EmbeddedSplit
+    """train, in_distribution, or one of four out-of-distribution splits."""
+    num_examples: PositiveInt
+    """How many examples to make."""
+    seed: NonNegativeInt = 0
+    """Seed of the generator; the same seed gives the same examples."""
+
+
+class RowSource(ConfigModel):
+    """What the sources that read rows of a file or data set share."""
+
+    fields: FieldMap = PromptResponseFields()
+    """Which fields hold the prompt and the answer."""
+    skip: NonNegativeInt = 0
+    """Rows left out at the start."""
+    num_examples: PositiveInt | None = None
+    """Rows read after those; null reads all."""
+
+
+class JsonlSource(RowSource):
+    """A file of one JSON object a line."""
+
+    type: Literal["jsonl"]
+    path: str
+    """The file; a relative path is taken from data.directory."""
+
+
+class ParquetSource(RowSource):
+    """A parquet file."""
+
+    type: Literal["parquet"]
+    path: str
+    """The file; a relative path is taken from data.directory."""
+
+
+class DatasetsSource(RowSource):
+    """A data set by its name on the Hugging Face hub, or a folder that `datasets` can load."""
+
+    type: Literal["datasets"]
+    name: str
+    """Name or path given to datasets.load_dataset."""
+    subset: str | None = None
+    """Name of the configuration, where the data set has several."""
+    split: str = "train"
+    """Which split to read."""
+
+
+Source = Annotated[
+    EmbeddedSource | JsonlSource | ParquetSource | DatasetsSource, Field(discriminator="type")
+]
+
+
+class EmbeddedTokenizer(ConfigModel):
+    """The closed word-level vocabulary of the embedded tasks."""
+
+    type: Literal["embedded"]
+
+
+class TrainedTokenizer(ConfigModel):
+    """A byte-level BPE tokenizer trained on the teacher's supervised data as the run starts."""
+
+    type: Literal["train_bpe"]
+    vocab_size: Annotated[int, Field(ge=300)]
+    """Number of tokens, special ones included; at least 300."""
+
+
+class PretrainedTokenizer(ConfigModel):
+    """A tokenizer that exists: by default the teacher's own."""
+
+    type: Literal["pretrained"] = "pretrained"
+    path: str | None = None
+    """Folder or hub name; null takes the teacher's."""
+
+
+TokenizerConfig = Annotated[
+    EmbeddedTokenizer | TrainedTokenizer | PretrainedTokenizer, Field(discriminator="type")
+]
+
+
+class DataConfig(ConfigModel):
+    """Every set of rows the run reads."""
+
+    directory: str = "."
+    """Folder that relative paths of the sources start from."""
+    prompt_template: str = "{prompt}"
+    """How a plain prompt becomes the text the models read; must contain {prompt}."""
+    use_chat_template: bool = False
+    """Send plain prompts as one user message through the tokenizer's chat template instead."""
+    max_prompt_tokens: PositiveInt = 512
+    """A longer prompt is refused with its id."""
+    teacher_sft: Source | None = None
+    """Rows that the teacher is fine-tuned on."""
+    student_sft: Source | None = None
+    """Rows that the student is fine-tuned on before distillation."""
+    prompts: Source
+    """Prompts of the distillation; answers in it are not read."""
+    held_out: Source
+    """Prompts on which both moment-matching distances are measured."""
+    evaluation: dict[str, Source]
+    """Named splits with reference answers; their prompts are removed from all training rows."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(
+                f"prompt_template must contain {{prompt}}, got {self.prompt_template!r}"
+            )
+        if not self.evaluation:
+            raise ValueError("evaluation needs at least one named split")
+        return self

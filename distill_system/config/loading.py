@@ -1,0 +1,140 @@
+"""Configuration files and overrides in, one checked RunConfig out.
+
+Files are layered left to right: mappings merge deeply, all else is replaced, and a mapping that
+changes which alternative of a union it follows (its `type` or `format`) replaces the one before.
+The overrides of one command line, dotted key=value, form one more layer on top.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from distill_system.config.problems import describe_problems
+from distill_system.config.run import RunConfig
+from distill_system.config.schema import ANYTHING, Slot, root_slot
+from distill_system.config.yaml_tree import Located, parse_yaml, to_plain
+from distill_system.errors import ConfigError
+
+# Characters that JSON may hold as they are and YAML may not, or reads as the end of a line.
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+
+
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that YAML files and dotted overrides describe.
+
+    Args:
+        paths: YAML (or JSON) files, the later ones on top.
+        overrides: texts such as distill.steps=200 or data.evaluation.mine={type: jsonl, path: x};
+            the value is YAML. They form one layer above the files.
+
+    Raises:
+        ConfigError: a file or override that cannot be read, or a configuration that cannot be
+            used; all problems of the configuration at once, each with its key, where it was set,
+            what was expected and what came.
+    """
+    if not paths:
+        raise ConfigError("expected at least one YAML file, got none; try configs/quickstart.yaml")
+    root = root_slot(RunConfig)
+    files = ", ".join(str(path) for path in paths)
+    tree = Located({}, files)
+    for path in paths:
+        tree = _merge(tree, _read_file(Path(path)), root)
+    on_top = Located({}, files)
+    for override in overrides:
+        on_top = _merge(on_top, _read_override(override), ANYTHING)
+    tree = _with_default_tags(_merge(tree, on_top, root), root)
+    try:
+        # JSON, so that strict models take a list for a tuple and a whole number for a float.
+        return RunConfig.model_validate_json(json.dumps(to_plain(tree)))
+    except ValidationError as error:
+        raise ConfigError(describe_problems(error, tree, root)) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole configuration with all defaults, as JSON that load_config reads back unchanged."""
+    text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    return _NOT_IN_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
+
+
+def _read_file(path: Path) -> Located:
+    if not path.is_file():
+        raise ConfigError(_no_such_file(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text, got other bytes: {error}") from error
+    tree = parse_yaml(text, source=str(path), place=lambda mark: f"{path}:{mark.line + 1}")
+    if tree is None:
+        raise ConfigError(f"{path}: expected a mapping of keys to values, got an empty file")
+    if not isinstance(tree.value, dict):
+        came = json.dumps(to_plain(tree))[:80]
+        raise ConfigError(f"{path}: expected a mapping of keys to values at the top, got {came}")
+    return tree
+
+
+def _no_such_file(path: Path) -> str:
+    if path.is_dir():
+        return f"{path}: expected a YAML file, got a folder"
+    beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, sorted(beside), n=1)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    return f"{path}: no such configuration file (looked from {Path.cwd()}){hint}"
+
+
+def _read_override(text: str) -> Located:
+    """The tree of one override: nested mappings down to its value."""
+    where = f"override '{text}'"
+    key, equals, value = text.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ConfigError(f"{where}: expected key.sub=value, such as distill.steps=200")
+    tree = parse_yaml(value, source=where, place=lambda _mark: where)
+    if tree is None:
+        raise ConfigError(
+            f"{where}: expected a value after '='; write {key}=null for none, {key}='' for no text"
+        )
+    for name in reversed(names):
+        tree = Located({name: tree}, where)
+    return tree
+
+
+def _merge(old: Located, new: Located, slot: Slot) -> Located:
+    """The new layer on top of the old one, at one slot."""
+    if not isinstance(old.value, dict) or not isinstance(new.value, dict):
+        return new
+    old_tag = _tag(old, slot) or slot.default_tag
+    new_tag = _tag(new, slot)
+    if old_tag is not None and new_tag is not None and new_tag != old_tag:
+        return new
+    merged = dict(old.value)
+    for key, child in new.value.items():
+        below = slot.child(key, new_tag or old_tag)
+        merged[key] = _merge(merged[key], child, below) if key in merged else child
+    return Located(merged, old.where)
+
+
+def _with_default_tags(node: Located, slot: Slot) -> Located:
+    """Writes out the `type` that a mapping leaves to its slot's default; pydantic asks for it."""
+    if not isinstance(node.value, dict):
+        return node
+    children = dict(node.value)
+    if slot.discriminator and slot.default_tag and slot.discriminator not in children:
+        children[slot.discriminator] = Located(slot.default_tag, node.where)
+    tag = _tag(Located(children, node.where), slot)
+    return Located(
+        {key: _with_default_tags(child, slot.child(key, tag)) for key, child in children.items()},
+        node.where,
+    )
+
+
+def _tag(node: Located, slot: Slot) -> object:
+    if slot.discriminator is None or not isinstance(node.value, dict):
+        return None
+    given = node.value.get(slot.discriminator)
+    return None if given is None else given.value

@@ -1,0 +1,239 @@
+"""One run: everything `distill-system train` reads, in one frozen model."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from distill_system.config.base import ConfigModel
+from distill_system.config.data import DataConfig, PretrainedTokenizer, TokenizerConfig
+from distill_system.config.model import LearnerConfig, ModelConfig, OptimizerConfig
+from distill_system.config.objective import AmmdConfig, ObjectiveConfig
+
+
+class SamplingConfig(ConfigModel):
+    """How rollouts are sampled."""
+
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of student and teacher rollouts."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus truncation; 1 samples from the full distribution."""
+    max_response_tokens: PositiveInt
+    """A response is cut at this length."""
+
+
+class EngineConfig(ConfigModel):
+    """The vLLM engine of a rollout worker."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of weights and computation."""
+    max_num_sequences: PositiveInt = 256
+    """Sequences decoded at once."""
+    kv_cache_mebibytes: PositiveInt | None = None
+    """Memory of the key-value cache; null lets vLLM take gpu_memory_utilization of the device."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Share of the device that vLLM may take where kv_cache_mebibytes is null."""
+    enforce_eager: bool = False
+    """No CUDA graphs and no compilation: a faster start, slower decoding on a GPU."""
+    enable_prefix_caching: bool = False
+    """Share the cache of common prompt prefixes. Off, so that a run repeats to the bit."""
+
+
+class RolloutConfig(ConfigModel):
+    """Student and teacher rollouts."""
+
+    sampling: SamplingConfig
+    student_engine: EngineConfig = EngineConfig()
+    teacher_engine: EngineConfig = EngineConfig()
+
+
+class ScoringConfig(ConfigModel):
+    """Teacher scoring."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the teacher's forward pass. bfloat16 ships its features as float16."""
+    max_tokens_per_batch: PositiveInt = 8192
+    """Padded tokens of one forward pass."""
+    threads: PositiveInt = 1
+    """CPU threads of each scorer."""
+
+
+class PoolConfig(ConfigModel):
+    """One pool of workers and what each of its workers asks of the cluster."""
+
+    count: PositiveInt = 1
+    """Number of workers."""
+    cpus: NonNegativeFloat = 1.0
+    """CPUs per worker."""
+    gpus: NonNegativeFloat = 0.0
+    """GPUs per worker; more than one in a rollout pool is tensor parallelism."""
+    custom_resources: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Ray custom resources per worker."""
+
+
+class PoolsConfig(ConfigModel):
+    """Each kind of worker is counted and placed by itself."""
+
+    student_rollout: PoolConfig = PoolConfig()
+    teacher_rollout: PoolConfig = PoolConfig()
+    teacher_scoring: PoolConfig = PoolConfig()
+    learner: PoolConfig = PoolConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> PoolsConfig:
+        if (self.learner.gpus > 0) != (self.student_rollout.gpus > 0):
+            raise ValueError(
+                "learner and student_rollout must both have GPUs or both have none: weights travel "
+                f"over NCCL or over gloo, got learner.gpus={self.learner.gpus} and "
+                f"student_rollout.gpus={self.student_rollout.gpus}"
+            )
+        if self.learner.gpus not in (0.0, 1.0):
+            raise ValueError(f"a learner rank has 0 or 1 GPU, got learner.gpus={self.learner.gpus}")
+        return self
+
+
+class DistillConfig(ConfigModel):
+    """The min-max game."""
+
+    steps: PositiveInt
+    """Learner steps."""
+    student_prompts_per_step: NonNegativeInt = 32
+    """Prompts the student answers in each step (the on-policy stream)."""
+    teacher_prompts_per_step: NonNegativeInt = 32
+    """Prompts the teacher answers in each step (the off-policy stream)."""
+    objective: ObjectiveConfig = AmmdConfig()
+    optimizer: OptimizerConfig
+    measure_every: PositiveInt = 25
+    """Steps between measurements of both distances on data.held_out."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between evaluations during training; null evaluates before and after alone."""
+    checkpoint_every: PositiveInt = 100
+    """Steps between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Checkpoints that stay on disk."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillConfig:
+        beta = self.objective.on_policy_weight
+        if beta > 0 and self.student_prompts_per_step == 0:
+            raise ValueError(
+                f"objective.on_policy_weight={beta} needs student_prompts_per_step > 0, got 0"
+            )
+        if beta < 1 and self.teacher_prompts_per_step == 0:
+            raise ValueError(
+                f"objective.on_policy_weight={beta} needs teacher_prompts_per_step > 0, got 0"
+            )
+        return self
+
+
+class EvaluationConfig(ConfigModel):
+    """How generations are scored."""
+
+    metrics: tuple[Literal["exact_match", "rouge_l", "bleu"], ...] = ("exact_match", "rouge_l")
+    """Scores of every split, for greedy and for sampled generations."""
+    num_examples_during: PositiveInt = 100
+    """Examples per split of an evaluation during training; before and after use all."""
+    num_shown: NonNegativeInt = 6
+    """Generations per split that the report shows side by side."""
+
+
+class DeadlinesConfig(ConfigModel):
+    """Longest waits, in seconds; each ends the run with what was waited for."""
+
+    resources_seconds: PositiveFloat = 300.0
+    """For the cluster to place the workers."""
+    start_seconds: PositiveFloat = 600.0
+    """For a worker to load its model."""
+    call_seconds: PositiveFloat = 1800.0
+    """For one call of a worker: a step, a batch of rollouts, a batch of scores."""
+    publish_seconds: PositiveFloat = 300.0
+    """For one weight version to reach every rollout worker."""
+
+
+class ClusterConfig(ConfigModel):
+    """The Ray cluster: the one of RAY_ADDRESS is joined, or a local one is started."""
+
+    dashboard: bool = True
+    """Start the Ray dashboard of a local cluster, on localhost."""
+
+
+class RunConfig(ConfigModel):
+    """A whole run: data, two models, rollouts, scoring, learning, evaluation."""
+
+    name: str
+    """The run lives in runs_directory/name."""
+    runs_directory: str = "runs"
+    """Folder of all runs."""
+    seed: NonNegativeInt = 0
+    """Every random choice of the run derives from it."""
+    tokenizer: TokenizerConfig = PretrainedTokenizer()
+    """The one tokenizer of teacher and student."""
+    data: DataConfig
+    teacher: ModelConfig
+    student: ModelConfig
+    rollout: RolloutConfig
+    scoring: ScoringConfig = ScoringConfig()
+    learner: LearnerConfig = LearnerConfig()
+    distill: DistillConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    pools: PoolsConfig = PoolsConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(f"name must be letters, digits, '.', '_' and '-', got {name!r}")
+        return name
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> RunConfig:
+        ranks, distill = self.pools.learner.count, self.distill
+        for key in ("student_prompts_per_step", "teacher_prompts_per_step"):
+            if 0 < getattr(distill, key) < ranks:
+                raise ValueError(
+                    f"distill.{key} must be 0 or at least pools.learner.count={ranks}, so that "
+                    f"every rank has a share, got {getattr(distill, key)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        for role in ("teacher", "student"):
+            model: ModelConfig = getattr(self, role)
+            if model.sft is not None and getattr(self.data, f"{role}_sft") is None:
+                raise ValueError(f"{role}.sft needs rows: give data.{role}_sft")
+            if model.architecture is not None:
+                longest = self.data.max_prompt_tokens + self.rollout.sampling.max_response_tokens
+                if longest > model.architecture.max_position_embeddings:
+                    raise ValueError(
+                        f"{role}.architecture.max_position_embeddings must be at least "
+                        "data.max_prompt_tokens + rollout.sampling.max_response_tokens = "
+                        f"{longest}, got {model.architecture.max_position_embeddings}"
+                    )
+        pretrained = isinstance(self.tokenizer, PretrainedTokenizer) and self.tokenizer.path is None
+        if pretrained and self.teacher.path is None:
+            raise ValueError(
+                "the teacher starts from random weights and has no tokenizer of its own: "
+                "give tokenizer.type=embedded or train_bpe, or tokenizer.path"
+            )
+        if isinstance(self.tokenizer, PretrainedTokenizer):
+            return self
+        for role in ("teacher", "student"):
+            if getattr(self, role).path is not None:
+                raise ValueError(
+                    f"{role}.path is a pretrained model, whose vocabulary a tokenizer of "
+                    f"type {self.tokenizer.type} cannot match: use tokenizer.type=pretrained"
+                )
+        return self

@@ -1,0 +1,127 @@
+"""Everything a run reads, tokenised: supervised trajectories, prompts, evaluation splits.
+
+In: the configuration and the tokenizer.  Out: one RunData, in which no training row shares its
+prompt with a held-out or evaluation row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from distill_system.config.data import DataConfig, Source, TrainedTokenizer
+from distill_system.config.run import RunConfig
+from distill_system.data.examples import Example
+from distill_system.data.set_reader import Row, SetReader
+from distill_system.data.sources import load_examples
+from distill_system.errors import DataError
+from distill_system.records import Prompt, Trajectory
+
+SetName = Literal["teacher_sft", "student_sft", "prompts", "held_out", "evaluation"]
+ALL_SETS: tuple[SetName, ...] = ("teacher_sft", "student_sft", "prompts", "held_out", "evaluation")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunData:
+    """The run's data; sets that were not asked for, or not configured, are empty.
+
+    evaluation: prompts by split name.  num_removed: rows left out of each training set because
+    their prompts stand in held_out or evaluation too.
+    """
+
+    teacher_sft: tuple[Trajectory, ...] = ()
+    student_sft: tuple[Trajectory, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
+    held_out: tuple[Prompt, ...] = ()
+    evaluation: dict[str, tuple[Prompt, ...]] = field(default_factory=dict)
+    num_removed: dict[str, int] = field(default_factory=dict)
+
+
+def load_run_data(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Collection[SetName] = ALL_SETS,
+) -> RunData:
+    """Load, render and tokenise the sets of a run.
+
+    Ids are "<set>:<index>", e.g. "prompts:17" or "evaluation.paraphrase:3"; the index counts the
+    rows of the source, so that ids do not move when other rows are removed.
+
+    Args:
+        config: the run.
+        tokenizer: as from `build_tokenizer`, or loaded from the teacher's folder.
+        sets: the sets wanted; the others stay empty.
+
+    Raises:
+        DataError: a source or row cannot be used, a prompt is too long, a supervised row has no
+            answer, or a set is empty after the removal.
+    """
+    data = config.data
+    reader = SetReader(config, tokenizer)
+    measured = {f"evaluation.{split}": source for split, source in data.evaluation.items()}
+    measured_rows = {name: reader.rows(name, source, True) for name, source in measured.items()}
+    measured_rows["held_out"] = reader.rows("held_out", data.held_out, False)
+    blocked = {row.text for row in chain.from_iterable(measured_rows.values())}
+    num_removed: dict[str, int] = {}
+
+    def unblocked(name: SetName, source: Source | None, with_answers: bool) -> list[Row]:
+        if source is None or name not in sets:
+            return []
+        rows = reader.rows(name, source, with_answers)
+        kept = [row for row in rows if row.text not in blocked]
+        num_removed[name] = len(rows) - len(kept)
+        if not kept:
+            raise DataError(
+                f"data.{name}: each of its {len(rows)} prompts also stands in data.held_out or "
+                "data.evaluation, where training may not see it; give other rows"
+            )
+        return kept
+
+    return RunData(
+        teacher_sft=reader.trajectories(unblocked("teacher_sft", data.teacher_sft, True)),
+        student_sft=reader.trajectories(unblocked("student_sft", data.student_sft, True)),
+        prompts=reader.prompts("prompts", unblocked("prompts", data.prompts, False)),
+        held_out=reader.prompts(
+            "held_out", measured_rows["held_out"] if "held_out" in sets else []
+        ),
+        evaluation={
+            split: reader.prompts(name, measured_rows[name])
+            for split, name in zip(data.evaluation, measured, strict=True)
+            if "evaluation" in sets
+        },
+        num_removed=num_removed,
+    )
+
+
+def tokenizer_texts(config: RunConfig) -> Iterator[str] | None:
+    """What tokenizer.type=train_bpe is trained on: prompts and answers of data.teacher_sft.
+
+    Returns None for the other types, which are not trained.
+
+    Raises:
+        DataError: there are no such rows, or they are chats, for which it has no template.
+    """
+    if not isinstance(config.tokenizer, TrainedTokenizer):
+        return None
+    data = config.data
+    if data.teacher_sft is None:
+        raise DataError(
+            "tokenizer.type=train_bpe is trained on data.teacher_sft, which is not given"
+        )
+    examples = load_examples(data.teacher_sft, data, key="data.teacher_sft")
+    return chain.from_iterable(_plain_texts(example, data) for example in examples)
+
+
+def _plain_texts(example: Example, data: DataConfig) -> Iterator[str]:
+    if not isinstance(example.prompt, str):
+        raise DataError(
+            f"data.teacher_sft: {example.row} is a chat, but a tokenizer of type train_bpe has no "
+            "chat template; use tokenizer.type=pretrained, or rows of prompt and response"
+        )
+    yield data.prompt_template.replace("{prompt}", example.prompt)
+    if example.answer is not None:
+        yield example.answer

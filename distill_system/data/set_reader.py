@@ -1,0 +1,164 @@
+"""How the rows of one set become prompts and supervised trajectories.
+
+In: a configured source and the run's tokenizer.  Out: rows with the text that the models read, then
+records with token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from distill_system.config.data import EmbeddedTokenizer, Source
+from distill_system.config.run import RunConfig
+from distill_system.data.examples import Example, Message
+from distill_system.data.sources import load_examples
+from distill_system.errors import DataError
+from distill_system.records import Author, Finish, Prompt, Trajectory
+
+
+class Row(NamedTuple):
+    """An example with its id and the text that the models read as its prompt."""
+
+    row_id: str
+    text: str
+    example: Example
+
+
+class SetReader:
+    """Reads one set after another with one tokenizer."""
+
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._data = config.data
+        self._tokenizer = tokenizer
+        self._is_closed_vocabulary = isinstance(config.tokenizer, EmbeddedTokenizer)
+        # Some tokenizers put a beginning-of-sequence token in front of a text, templates often
+        # write it themselves: it is added here, and only where the text does not begin with it.
+        bos = tokenizer.bos_token_id
+        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        self._start_ids: list[int] = [bos] if adds_bos else []
+
+    def rows(self, name: str, source: Source, with_answers: bool) -> list[Row]:
+        """The rows of a set, rendered."""
+        key = f"data.{name}"
+        examples = load_examples(source, self._data, key=key, with_answers=with_answers)
+        return [
+            Row(f"{name}:{index}", self._render(example, key), example)
+            for index, example in enumerate(examples)
+        ]
+
+    def prompts(self, name: str, rows: Sequence[Row]) -> tuple[Prompt, ...]:
+        """Rows as prompts, with the references they have."""
+        return tuple(
+            Prompt(
+                prompt_id=row.row_id,
+                token_ids=np.array(token_ids, dtype=np.int32),
+                text=_readable(row.example.prompt),
+                references=row.example.references,
+                source=name,
+            )
+            for row, token_ids in zip(rows, self._prompt_ids(rows), strict=True)
+        )
+
+    def trajectories(self, rows: Sequence[Row]) -> tuple[Trajectory, ...]:
+        """Rows as supervised trajectories: prompt, answer, end of sequence."""
+        answers = self._encode([_answer(row) for row in rows], rows)
+        no_logprobs = np.empty(0, dtype=np.float32)
+        eos = self._tokenizer.eos_token_id
+        return tuple(
+            Trajectory(
+                trajectory_id=row.row_id,
+                prompt_id=row.row_id,
+                author=Author.DATASET,
+                token_ids=np.array([*prompt_ids, *answer_ids, eos], dtype=np.int32),
+                num_prompt_tokens=len(prompt_ids),
+                behaviour_logprobs=no_logprobs,
+                temperature=1.0,
+                finish=Finish.STOP,
+            )
+            for row, prompt_ids, answer_ids in zip(
+                rows, self._prompt_ids(rows), answers, strict=True
+            )
+        )
+
+    def _render(self, example: Example, key: str) -> str:
+        prompt = example.prompt
+        if isinstance(prompt, str) and not self._is_chat(example):
+            return self._data.prompt_template.replace("{prompt}", prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+        return self._render_chat(messages, f"{key}: {example.row}")
+
+    def _is_chat(self, example: Example) -> bool:
+        return self._data.use_chat_template or not isinstance(example.prompt, str)
+
+    def _render_chat(self, messages: list[Message], where: str) -> str:
+        if self._tokenizer.chat_template is None:
+            raise DataError(
+                f"{where}: a chat needs a chat template and the tokenizer has none; use rows of "
+                "prompt and response with data.use_chat_template=false, or a tokenizer that has one"
+            )
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, return_dict=False
+            )
+        except jinja2.TemplateError as error:
+            raise DataError(f"{where}: the chat template refused the messages: {error}") from error
+        return text
+
+    def _prompt_ids(self, rows: Sequence[Row]) -> list[list[int]]:
+        encoded = self._encode([row.text for row in rows], rows)
+        limit = self._data.max_prompt_tokens
+        for i, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
+            if self._start_ids and ids[:1] != self._start_ids and not self._is_chat(row.example):
+                encoded[i] = ids = self._start_ids + ids
+            if len(ids) > limit:
+                raise DataError(
+                    f"prompt {row.row_id!r} ({row.example.row}) has {len(ids)} tokens, more than "
+                    f"data.max_prompt_tokens={limit}; raise the key or remove the row"
+                )
+        return encoded
+
+    def _encode(self, texts: list[str], rows: Sequence[Row]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded: list[list[int]] = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        if self._is_closed_vocabulary:
+            self._check_known(encoded, texts, rows)
+        return encoded
+
+    def _check_known(
+        self, encoded: Iterable[list[int]], texts: list[str], rows: Sequence[Row]
+    ) -> None:
+        unknown = self._tokenizer.unk_token_id
+        for ids, text, row in zip(encoded, texts, rows, strict=True):
+            if unknown in ids:
+                raise DataError(
+                    f"{row.row_id!r} ({row.example.row}): {text[:80]!r} holds words outside of the "
+                    "embedded tasks' vocabulary; use tokenizer.type=train_bpe or pretrained"
+                )
+
+
+def _answer(row: Row) -> str:
+    if row.example.answer is None:
+        raise DataError(
+            f"{row.row_id!r} ({row.example.row}): a supervised row needs an answer and has none; "
+            "remove the row or name the field that holds it"
+        )
+    return row.example.answer
+
+
+def _readable(prompt: str | tuple[Message, ...]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -1,0 +1,241 @@
+"""Splits in, scores of greedy and of sampled generations out, and what pairs them later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product, zip_longest
+from typing import Literal, TypeAlias
+
+from pydantic import TypeAdapter, ValidationError
+
+from distill_system.errors import DataError, RecordError
+from distill_system.evaluation.scores import bleu_from_sums, bleu_statistics, exact_match, rouge_l
+from distill_system.records import Finish, Prompt, Trajectory
+from distill_system.standard_errors import (
+    bootstrap_replicates,
+    bootstrap_standard_error,
+    standard_error,
+)
+
+Metric = Literal["exact_match", "rouge_l", "bleu"]
+Generate: TypeAlias = Callable[[Sequence[Prompt], float, str], Sequence[Trajectory]]
+Decode: TypeAlias = Callable[[Sequence[int]], str]
+
+DECODINGS: dict[str, float] = {"greedy": 0.0, "sampled": 1.0}
+"""Name of each decoding -> its temperature."""
+
+LENGTH_METRICS = ("mean_length", "ended_share")
+"""Measured on every split, with references or without."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A score and its standard error, in the score's unit; stderr is None for a single example."""
+
+    mean: float
+    stderr: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownGeneration:
+    """One prompt with what was accepted and what was written, for people to read."""
+
+    prompt: str
+    references: tuple[str, ...]
+    greedy: str
+    sampled: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitEvaluation:
+    """Scores of one split; its JSON form goes into the run's evaluations/<label>.json.
+
+    scores: `<metric>_<decoding>` -> estimate; exact_match, rouge_l, bleu, ended_share in percent,
+    mean_length in response tokens (the end-of-sequence token included).
+    prompt_ids: [N], the order of everything per example.
+    per_example: same names -> [N] values; of bleu there are none.
+    bootstrap: `bleu_<decoding>` -> [R] replicates; replicate r of any two evaluations of the same
+    prompt_ids drew the same examples.
+    """
+
+    num_examples: int
+    scores: dict[str, Estimate]
+    prompt_ids: tuple[str, ...]
+    per_example: dict[str, tuple[float, ...]]
+    bootstrap: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    shown: tuple[ShownGeneration, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """A dictionary that json.dumps takes; from_json reads it back."""
+        form: dict[str, object] = _ADAPTER.dump_python(self, mode="json")
+        return form
+
+    @classmethod
+    def from_json(cls, form: object) -> SplitEvaluation:
+        """The evaluation that to_json wrote.
+
+        Raises:
+            DataError: a key is missing or of another type; the message names it.
+        """
+        try:
+            return _ADAPTER.validate_python(form)
+        except ValidationError as error:
+            raise DataError(
+                f"not the JSON form of a SplitEvaluation, evaluate again to write it anew: {error}"
+            ) from error
+
+
+_ADAPTER = TypeAdapter(SplitEvaluation)
+
+
+@dataclass(frozen=True, slots=True)
+class _Generation:
+    text: str
+    num_tokens: int
+    ended: bool
+
+
+_PER_EXAMPLE: dict[str, Callable[[Prompt, _Generation], float]] = {
+    "exact_match": lambda prompt, row: exact_match(row.text, prompt.references),
+    "rouge_l": lambda prompt, row: rouge_l(row.text, prompt.references),
+    "mean_length": lambda _, row: float(row.num_tokens),
+    "ended_share": lambda _, row: 100.0 * row.ended,
+}
+
+
+def evaluate_splits(
+    splits: Mapping[str, Sequence[Prompt]],
+    generate: Generate,
+    decode: Decode,
+    metrics: Sequence[Metric],
+    num_shown: int,
+) -> dict[str, SplitEvaluation]:
+    """Generate for all splits together, greedily and by sampling, and score each split.
+
+    Args:
+        splits: name -> prompts.  A split without references gets lengths and ended share alone.
+        generate: (prompts, temperature, label) -> one trajectory per prompt, in order; called once
+            per decoding with the prompts of all splits, since one large batch is the fastest.
+        decode: token ids [T] -> text without special tokens.
+        metrics: which scores.
+        num_shown: generations kept per split for people to read.
+
+    Raises:
+        DataError: a split is empty, or only some of its prompts have references.
+        RecordError: generate returned other prompts than it was given.
+    """
+    for name, prompts in splits.items():
+        _check_split(name, prompts)
+    everything = [prompt for prompts in splits.values() for prompt in prompts]
+    generations = {
+        label: _generate(everything, generate, decode, label=label, temperature=temperature)
+        for label, temperature in DECODINGS.items()
+    }
+    evaluations, start = {}, 0
+    for name, prompts in splits.items():
+        stop = start + len(prompts)
+        rows = {label: generations[label][start:stop] for label in DECODINGS}
+        evaluations[name] = _evaluate_split(prompts, rows, metrics, num_shown)
+        start = stop
+    return evaluations
+
+
+def _check_split(name: str, prompts: Sequence[Prompt]) -> None:
+    if not prompts:
+        raise DataError(f"evaluation split {name!r}: expected at least one prompt, got none")
+    without = [prompt.prompt_id for prompt in prompts if not prompt.references]
+    if without and len(without) < len(prompts):
+        raise DataError(
+            f"evaluation split {name!r}: expected references for every prompt or for none, but "
+            f"{len(without)} of {len(prompts)} have none, the first {without[0]!r}; "
+            "fill them in or move those rows to a split of their own"
+        )
+
+
+def _generate(
+    prompts: Sequence[Prompt], generate: Generate, decode: Decode, *, label: str, temperature: float
+) -> list[_Generation]:
+    trajectories = generate(prompts, temperature, label)
+    given = [prompt.prompt_id for prompt in prompts]
+    came = [trajectory.prompt_id for trajectory in trajectories]
+    if given != came:
+        pairs = enumerate(zip_longest(given, came))
+        position = next(position for position, (wanted, got) in pairs if wanted != got)
+        raise RecordError(
+            f"{label} evaluation: expected one trajectory per prompt in the order given, "
+            f"{len(given)} in all, got {len(came)}; they part at position {position}"
+        )
+    return [
+        _Generation(
+            text=decode(trajectory.response_ids.tolist()),
+            num_tokens=trajectory.num_response_tokens,
+            ended=trajectory.finish is Finish.STOP,
+        )
+        for trajectory in trajectories
+    ]
+
+
+def _evaluate_split(
+    prompts: Sequence[Prompt],
+    generations: Mapping[str, Sequence[_Generation]],
+    metrics: Sequence[Metric],
+    num_shown: int,
+) -> SplitEvaluation:
+    per_example: dict[str, tuple[float, ...]] = {}
+    bootstrap: dict[str, tuple[float, ...]] = {}
+    scores: dict[str, Estimate] = {}
+    asked = [*metrics, *LENGTH_METRICS] if prompts[0].references else LENGTH_METRICS
+    for metric, label in product(asked, DECODINGS):
+        name, rows = f"{metric}_{label}", generations[label]
+        if metric == "bleu":
+            scores[name], bootstrap[name] = _bleu(prompts, rows)
+        else:
+            per_example[name] = _score_each(metric, prompts, rows)
+            scores[name] = _mean(per_example[name])
+    return SplitEvaluation(
+        num_examples=len(prompts),
+        scores=scores,
+        prompt_ids=tuple(prompt.prompt_id for prompt in prompts),
+        per_example=per_example,
+        bootstrap=bootstrap,
+        shown=_shown(prompts[:num_shown], generations),
+    )
+
+
+def _score_each(
+    metric: str, prompts: Sequence[Prompt], rows: Sequence[_Generation]
+) -> tuple[float, ...]:
+    score = _PER_EXAMPLE[metric]
+    return tuple(score(prompt, row) for prompt, row in zip(prompts, rows, strict=True))
+
+
+def _bleu(
+    prompts: Sequence[Prompt], rows: Sequence[_Generation]
+) -> tuple[Estimate, tuple[float, ...]]:
+    texts = [row.text for row in rows]
+    statistics_NK = bleu_statistics(texts, [prompt.references for prompt in prompts])
+    replicates = bootstrap_replicates(statistics_NK, bleu_from_sums)
+    # Resampling one example gives that example: its spread of 0 would be a claim, not a measure.
+    stderr = bootstrap_standard_error(replicates.tolist()) if len(prompts) > 1 else None
+    estimate = Estimate(mean=bleu_from_sums(statistics_NK.sum(axis=0)), stderr=stderr)
+    # Four decimals of a percentage: the standard error needs no more, the file is a third the size.
+    return estimate, tuple(replicates.round(4).tolist())
+
+
+def _mean(values: Sequence[float]) -> Estimate:
+    return Estimate(mean=sum(values) / len(values), stderr=standard_error(values))
+
+
+def _shown(
+    prompts: Sequence[Prompt], generations: Mapping[str, Sequence[_Generation]]
+) -> tuple[ShownGeneration, ...]:
+    return tuple(
+        ShownGeneration(
+            prompt=prompt.text,
+            references=prompt.references,
+            greedy=generations["greedy"][index].text,
+            sampled=generations["sampled"][index].text,
+        )
+        for index, prompt in enumerate(prompts)
+    )

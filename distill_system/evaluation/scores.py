@@ -1,0 +1,82 @@
+"""Scores of generated text against reference answers: pure functions, texts in, percentages out.
+
+Every score is in percent, 0..100.  N examples; K = 10 sufficient statistics of BLEU: hypothesis
+length, reference length, matched n-grams of order 1..4, n-grams of order 1..4.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics.bleu import BLEU
+
+from distill_system.standard_errors import FloatArray
+
+
+class UnicodeWordTokenizer:
+    """Lower-cased runs of letters, digits and combining marks; the rest separates words.
+
+    rouge_score's own tokenizer keeps [a-z0-9] alone: it cuts "läuft" into "l" and "uft" and drops
+    Greek, Cyrillic or Arabic text altogether, so that such answers score 0.  On ASCII text the two
+    give the same words.  Punctuation is dropped by both, as in the first ROUGE.  Scripts written
+    without spaces (Chinese, Japanese, Thai) come out as one word per run; use BLEU's character
+    tokenizers or exact match there.
+    """
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words of a text, in order."""
+        # NFC after lower(): lower-casing may itself leave a letter and a combining mark apart.
+        composed = unicodedata.normalize("NFC", text.lower())
+        return "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in composed).split()
+
+
+_ROUGE = RougeScorer(["rougeL"], tokenizer=UnicodeWordTokenizer())
+# force only silences a warning about text that looks tokenised; the score is the same.
+_BLEU = BLEU(force=True)
+
+
+def exact_match(text: str, references: Sequence[str]) -> float:
+    """100 if the text equals any reference, white space at both ends aside; else 0."""
+    stripped = text.strip()
+    return 100.0 if any(stripped == reference.strip() for reference in references) else 0.0
+
+
+def rouge_l(text: str, references: Sequence[str]) -> float:
+    """ROUGE-L F1 in percent against the best reference, over unicode words.
+
+    Source: Lin 2004, by rouge_score.  Differs: the tokenizer (see UnicodeWordTokenizer).
+    """
+    return 100.0 * float(_ROUGE.score_multi(list(references), text)["rougeL"].fmeasure)
+
+
+def bleu_statistics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> FloatArray:
+    """What each example adds to the sums that BLEU is computed from.
+
+    Args:
+        texts: N hypotheses.
+        references: for each its accepted answers, one or more; their number may vary.
+
+    Returns:
+        float64 [N, 10] of whole numbers.  Words by sacrebleu's 13a tokenizer, case kept.
+    """
+    rows = []
+    for text, accepted in zip(texts, references, strict=True):
+        # A corpus of one sentence: sacrebleu's reference streams then need no padding with None.
+        score = _BLEU.corpus_score([text], [[reference] for reference in accepted])
+        rows.append([score.sys_len, score.ref_len, *score.counts, *score.totals])
+    return np.array(rows, dtype=np.float64)
+
+
+def bleu_from_sums(sums_K: FloatArray) -> float:
+    """Corpus BLEU in percent from the float64 [10] sums of bleu_statistics over its examples.
+
+    Source: sacrebleu's defaults (orders 1..4, 13a, exponential smoothing of empty orders).
+    """
+    sums = [round(value) for value in sums_K.tolist()]
+    score = BLEU.compute_bleu(
+        correct=sums[2:6], total=sums[6:], sys_len=sums[0], ref_len=sums[1], smooth_method="exp"
+    )
+    return float(score.score)

@@ -1,0 +1,116 @@
+"""Chunks and their targets in -> one batch of both streams, and its rows stream by stream, out.
+
+Axes: N response tokens, H student hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill_system.errors import RecordError
+from distill_system.language_model import SequenceBatch
+from distill_system.objectives import TeacherRows, TokenRows
+from distill_system.records import FloatArray, MomentTargets, Stream, Trajectory, TrajectoryChunk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamTotals:
+    """Counts of one stream over all ranks: the denominators."""
+
+    num_tokens: int
+    num_sequences: int
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory]) -> StreamTotals:
+        """Count response tokens and sequences."""
+        return cls(
+            num_tokens=sum(trajectory.num_response_tokens for trajectory in trajectories),
+            num_sequences=len(trajectories),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerBatch:
+    """What one rank learns from in one step: off-policy sequences first, then on-policy ones."""
+
+    sequences: SequenceBatch
+    trajectories: dict[Stream, tuple[Trajectory, ...]]
+    teacher: dict[Stream, TeacherRows]
+    totals: Mapping[Stream, StreamTotals]
+
+    def stream_rows(self, stream: Stream, hidden_NH: Tensor) -> TokenRows | None:
+        """The stream's part of the hidden states; None if this step has no such stream."""
+        if stream not in self.trajectories:
+            return None
+        off_tokens = _num_tokens(self.trajectories.get(Stream.OFF_POLICY, ()))
+        off_sequences = len(self.trajectories.get(Stream.OFF_POLICY, ()))
+        first = stream is Stream.OFF_POLICY
+        rows = slice(0, off_tokens) if first else slice(off_tokens, None)
+        return TokenRows(
+            hidden_NH=hidden_NH[rows],
+            token_ids_N=self.sequences.token_ids_N[rows],
+            sequence_ids_N=self.sequences.sequence_ids_N[rows] - (0 if first else off_sequences),
+            positions_N=self.sequences.positions_N[rows],
+            num_global_tokens=self.totals[stream].num_tokens,
+            num_global_sequences=self.totals[stream].num_sequences,
+            teacher=self.teacher.get(stream),
+        )
+
+
+def collate(
+    chunks: Sequence[TrajectoryChunk],
+    targets: Sequence[Sequence[MomentTargets]],
+    totals: Mapping[Stream, StreamTotals],
+    device: torch.device,
+) -> LearnerBatch:
+    """Join this rank's chunks; targets[i] belongs to chunks[i], and is absent without a teacher.
+
+    Raises: RecordError if a trajectory and its targets disagree.
+    """
+    trajectories: dict[Stream, tuple[Trajectory, ...]] = {}
+    teacher: dict[Stream, TeacherRows] = {}
+    for stream in (Stream.OFF_POLICY, Stream.ON_POLICY):
+        mine = [i for i, chunk in enumerate(chunks) if chunk.stream is stream]
+        if not mine:
+            continue
+        trajectories[stream] = tuple(t for i in mine for t in chunks[i].trajectories)
+        if targets:
+            said = [target for i in mine for target in targets[i]]
+            teacher[stream] = _teacher_rows(trajectories[stream], said, device)
+    every = [t for stream_trajectories in trajectories.values() for t in stream_trajectories]
+    return LearnerBatch(
+        sequences=SequenceBatch.collate(every, device),
+        trajectories=trajectories,
+        teacher=teacher,
+        totals=totals,
+    )
+
+
+def _teacher_rows(
+    trajectories: Sequence[Trajectory], targets: Sequence[MomentTargets], device: torch.device
+) -> TeacherRows:
+    for trajectory, target in zip(trajectories, targets, strict=True):
+        same = trajectory.trajectory_id == target.trajectory_id
+        if not same or len(target.logprobs) != trajectory.num_response_tokens:
+            raise RecordError(
+                f"trajectory {trajectory.trajectory_id!r} of {trajectory.num_response_tokens} "
+                f"tokens came with targets of {target.trajectory_id!r} for {len(target.logprobs)}"
+            )
+
+    def join(arrays: list[FloatArray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays)).to(device).float()
+
+    return TeacherRows(
+        features_NF=join([target.features for target in targets]),
+        expected_embedding_NE=join([target.expected_embedding for target in targets]),
+        logprobs_N=join([target.logprobs for target in targets]),
+    )
+
+
+def _num_tokens(trajectories: Sequence[Trajectory]) -> int:
+    return sum(trajectory.num_response_tokens for trajectory in trajectories)

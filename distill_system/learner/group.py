@@ -1,0 +1,109 @@
+"""The learner group as the driver sees it: one door for N ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distill_system.learner.collate import StreamTotals
+from distill_system.records import StepResult, Stream, Trajectory, TrajectoryChunk, WeightVersion
+from distill_system.workers import Reference, Workers
+
+TargetReference = tuple[TrajectoryChunk, Reference]
+
+
+class LearnerGroup:
+    """Gives every rank its share of a step and speaks with rank 0's voice."""
+
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
+
+    def connect(self) -> None:
+        """Let the ranks find one another; returns when every model is loaded."""
+        self._all("ready", what="learner ranks to load their model")
+        [(address, port)] = self._finish([self.workers.start(0, "address")], "rank 0's address")
+        self._all("connect", address, port, what="learner ranks to meet")
+
+    def learn(self, step: int, scored: Sequence[TargetReference]) -> StepResult:
+        """One update from scored chunks of both streams; targets go from scorer to rank."""
+        return self._finish(self._start_on_chunks("step", [step], scored), f"step {step}")[0]
+
+    def start_supervised(self, step: int, trajectories: Sequence[Trajectory]) -> list[Reference]:
+        """Begin one supervised update on data-set trajectories; see finish_supervised."""
+        chunks = TrajectoryChunk.deal(trajectories, Stream.OFF_POLICY, self.workers.count)
+        totals = {Stream.OFF_POLICY: StreamTotals.of(trajectories)}
+        return [
+            self.workers.start(rank, "step", step, [chunk], totals)
+            for rank, chunk in enumerate(chunks)
+        ]
+
+    def finish_supervised(self, references: Sequence[Reference]) -> StepResult:
+        """Wait for a supervised update."""
+        return self._finish(references, "a supervised step")[0]
+
+    def measure(self, scored: Sequence[TargetReference]) -> dict[str, float]:
+        """Both moment-matching distances on scored chunks, keyed by stream."""
+        return self._finish(self._start_on_chunks("measure", [], scored), "distances")[0]
+
+    def connect_rollouts(
+        self, backend: str, client: Any, num_receivers: int, timeout_seconds: float
+    ) -> None:
+        """Open the weight-transfer group from rank 0 to every rollout worker."""
+        [(address, port)] = self._finish([self.workers.start(0, "address")], "rank 0's address")
+        arguments = (backend, client, address, port, num_receivers, timeout_seconds)
+        self._all("connect_rollouts", *arguments, what="the weight-transfer group")
+
+    def publish(self, version: int) -> WeightVersion:
+        """Send rank 0's weights to every rollout worker."""
+        return self._all("publish", version, what=f"weight version {version}")[0]
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint's learner part into a folder that all ranks see."""
+        self._all("save", str(folder), what="the learner's checkpoint")
+
+    def load(self, folder: Path) -> None:
+        """Take a checkpoint's learner part back."""
+        self._all("load", str(folder), what="the learner to load its checkpoint")
+
+    def export(self, folder: Path) -> None:
+        """Write the model in Hugging Face form."""
+        self._all("export", str(folder), what="the learner to export its model")
+
+    def close(self) -> None:
+        """Leave all process groups."""
+        self._all("close", what="the learner to close its groups")
+
+    def _start_on_chunks(
+        self, method: str, arguments: list[Any], scored: Sequence[TargetReference]
+    ) -> list[Reference]:
+        """Chunk i goes to rank i mod N within its stream, its targets with it."""
+        shares: list[list[TargetReference]] = [[] for _ in range(self.workers.count)]
+        totals: dict[Stream, StreamTotals] = {}
+        for stream in Stream:
+            of_stream = [pair for pair in scored if pair[0].stream is stream]
+            if of_stream:
+                trajectories = [t for chunk, _ in of_stream for t in chunk.trajectories]
+                totals[stream] = StreamTotals.of(trajectories)
+            for index, pair in enumerate(of_stream):
+                shares[index % self.workers.count].append(pair)
+        return [
+            self.workers.start(
+                rank,
+                method,
+                *arguments,
+                [chunk for chunk, _ in share],
+                totals,
+                *(reference for _, reference in share),
+            )
+            for rank, share in enumerate(shares)
+        ]
+
+    def _all(self, method: str, *arguments: Any, what: str) -> list[Any]:
+        return self._finish(
+            [self.workers.start(rank, method, *arguments) for rank in range(self.workers.count)],
+            what,
+        )
+
+    def _finish(self, references: Sequence[Reference], what: str) -> list[Any]:
+        return self.workers.finish(references, what=what)

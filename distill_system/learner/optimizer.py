@@ -1,0 +1,70 @@
+"""Optimizers and the learning-rate schedule: configuration in -> torch optimizers out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distill_system.config.model import OptimizerConfig
+from distill_system.errors import NonFiniteError
+
+
+def learning_rate_at(step: int, *, config: OptimizerConfig, total_steps: int) -> float:
+    """Linear warm-up over warmup_steps, then a cosine from the peak to its final fraction.
+
+    step counts from 0; the first step already moves.
+    """
+    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    progress = min(1.0, step / max(1, total_steps - 1))
+    floor = config.final_learning_rate_fraction
+    cosine = floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.learning_rate * warm * cosine
+
+
+def build_optimizers(
+    model: nn.Module, embeddings: Sequence[Tensor], config: OptimizerConfig
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
+
+    embeddings: the input embedding and unembedding parameters, which are never Muon's.
+    Weight decay applies to matrices that are not embeddings.
+    """
+    embedding_ids = {id(tensor) for tensor in embeddings}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim == 2 and id(p) not in embedding_ids]
+    matrix_ids = {id(p) for p in matrices}
+    others = [p for p in parameters if id(p) not in matrix_ids]
+    rate, decay, betas = config.learning_rate, config.weight_decay, config.adam_betas
+    undecayed = {"params": others, "weight_decay": 0.0}
+    if config.type == "adamw":
+        groups = [{"params": matrices, "weight_decay": decay}, undecayed]
+        return [torch.optim.AdamW(groups, lr=rate, betas=betas)]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([undecayed], lr=rate, betas=betas),
+    ]
+
+
+def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
+    """Give every parameter group the same learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def clip_gradients(model: nn.Module, max_norm: float, *, step: int) -> float:
+    """Scale the gradient to max_norm if it is longer; returns its norm before.
+
+    Raises: NonFiniteError, before any weight has changed.
+    """
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    if not math.isfinite(norm):
+        raise NonFiniteError(
+            f"the gradient's norm must be finite, got {norm} at step {step}; no weight was "
+            "changed. Lower the learning rate or use learner.compute_dtype=float32; "
+            "--resume continues from the last checkpoint"
+        )
+    return norm

@@ -1,0 +1,139 @@
+"""The adversary: bilinear critics f(s, y) = g(s)^T phi e(y) and their best responses.
+
+The moment matrix M = E sum_t gamma^t g_t (target_t - student_t)^T goes in; a critic matrix phi in a
+norm ball comes out, and the moment-matching distance <phi, M>.
+
+| paper / DESIGN.md | here |
+|---|---|
+| phi_1, phi_2 | critic_FE, one per stream |
+| C | radius |
+| K | steps |
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distill_system.config.objective import ClosedFormCritic, CriticConfig, GradientCritic
+
+POLAR_ITERATIONS = 30
+MOMENT_NOISE = 1e-6
+"""Frobenius norm under which a float32 moment of unit features is rounding noise, answered by 0.
+
+The distance is a norm, with a gradient of constant size however small the moment: without a floor
+a student that equals its teacher would be pushed about by rounding errors.
+"""
+
+
+def polar_factor(matrix: Tensor, *, iterations: int = POLAR_ITERATIONS) -> Tensor:
+    """The orthogonal factor U V^T of matrix = U S V^T, by the cubic Newton-Schulz iteration.
+
+    Shapes: float [F, E]; returns [F, E], zero for a zero matrix. A singular value below
+    1.5**-iterations of the largest is not brought up to 1; it carries no distance.
+    Source: Bjorck and Bowie 1971. Differs: the input is scaled by its Frobenius norm.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    factor = wide / wide.norm().clamp_min(torch.finfo(wide.dtype).tiny)
+    for _ in range(iterations):
+        factor = 1.5 * factor - 0.5 * (factor @ factor.T) @ factor
+    return factor if matrix.shape[0] <= matrix.shape[1] else factor.T
+
+
+def best_response(moment_FE: Tensor, *, ball: str, radius: float) -> Tensor:
+    """The critic of the ball that maximises <phi, M>: C M/|M|_F, or C U V^T for the spectral ball.
+
+    Shapes: [F, E] -> [F, E]; zero where |M|_F is at most MOMENT_NOISE.
+    """
+    norm = moment_FE.norm()
+    heard_FE = torch.where(norm > MOMENT_NOISE, moment_FE, torch.zeros_like(moment_FE))
+    if ball == "spectral":
+        return radius * polar_factor(heard_FE)
+    return radius * heard_FE / norm.clamp_min(MOMENT_NOISE)
+
+
+def moment_distance(moment_FE: Tensor, *, ball: str, radius: float) -> float:
+    """sup over the ball of <phi, M>: radius times the nuclear (spectral ball) or Frobenius norm."""
+    if ball == "spectral":
+        return radius * float(torch.linalg.svdvals(moment_FE).sum())
+    return radius * float(moment_FE.norm())
+
+
+def project(critic_FE: Tensor, *, ball: str, radius: float) -> Tensor:
+    """The nearest matrix of the ball (Frobenius distance)."""
+    if ball == "frobenius":
+        return critic_FE * min(1.0, radius / max(float(critic_FE.norm()), 1e-30))
+    left, singular, right = torch.linalg.svd(critic_FE, full_matrices=False)
+    return (left * singular.clamp_max(radius)) @ right
+
+
+class Critic(Protocol):
+    """One player of the inner maximisation."""
+
+    def respond(self, moment_FE: Tensor) -> Tensor:
+        """The critic matrix for this step's moment, detached [F, E]."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next response depends on."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what state_dict gave."""
+
+
+class BestResponseCritic:
+    """Closed form, made anew each step: never stale, nothing to tune."""
+
+    def __init__(self, config: ClosedFormCritic) -> None:
+        self.config = config
+
+    def respond(self, moment_FE: Tensor) -> Tensor:
+        """C M/|M|_F or C polar(M)."""
+        return best_response(moment_FE, ball=self.config.ball, radius=self.config.radius)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty: the response depends on this step alone."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing to take back."""
+
+
+class AscentCritic:
+    """K projected ascent steps per learner step; <phi, M> is linear: its gradient is M itself."""
+
+    def __init__(self, config: GradientCritic) -> None:
+        self.config = config
+        self.critic_FE: Tensor | None = None
+
+    def respond(self, moment_FE: Tensor) -> Tensor:
+        """Walk K steps of length step_size x radius along M/|M|_F, projected after each."""
+        config = self.config
+        critic_FE = self.critic_FE
+        if critic_FE is None or not config.keep:
+            critic_FE = torch.zeros_like(moment_FE)
+        uphill_FE = best_response(moment_FE, ball="frobenius", radius=1.0)
+        for _ in range(config.steps):
+            critic_FE = project(
+                critic_FE + config.step_size * config.radius * uphill_FE,
+                ball=config.ball,
+                radius=config.radius,
+            )
+        self.critic_FE = critic_FE
+        return critic_FE
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The critic matrix, once a step has been made."""
+        return {} if self.critic_FE is None else {"critic": self.critic_FE}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back the critic matrix."""
+        self.critic_FE = state.get("critic")
+
+
+def build_critic(config: CriticConfig) -> Critic:
+    """The critic that the configuration names."""
+    if isinstance(config, ClosedFormCritic):
+        return BestResponseCritic(config)
+    return AscentCritic(config)

@@ -1,0 +1,62 @@
+"""Costs of later tokens, and what is subtracted from them: reward-to-go and baselines.
+
+Axes: N flat response tokens, S sequences, T longest response.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill_system.objectives.rows import SumOverRanks, TokenRows, pad_rows
+
+
+def cost_to_go(costs_N: Tensor, rows: TokenRows, *, discount: float) -> Tensor:
+    """Discounted sum of each token's cost and all later costs of its response.
+
+    Shapes: costs_N float [N]; returns [N]. Units: the costs' own.
+    Source: AMMD, arXiv 2406.02959, the reward-to-go of its on-policy gradient. Differs: costs are
+        minimised here where the paper maximises rewards; reward-to-go is minus this.
+    """
+    grid_ST = pad_rows(costs_N, rows)
+    running_S = grid_ST.new_zeros(grid_ST.shape[0])
+    for position in reversed(range(grid_ST.shape[1])):
+        running_S = grid_ST[:, position] + discount * running_S
+        grid_ST[:, position] = running_S
+    return grid_ST[rows.sequence_ids_N, rows.positions_N]
+
+
+def future_cost_to_go(
+    costs_N: Tensor, rows: TokenRows, *, discount: float, normalise: bool
+) -> Tensor:
+    """Discounted sum of strictly later costs, optionally over the number of later tokens.
+
+    Shapes: costs_N float [N]; returns [N], 0 at each response's last token.
+    """
+    future_N = cost_to_go(costs_N, rows, discount=discount) - costs_N
+    if not normalise:
+        return future_N
+    later_N = cost_to_go(torch.ones_like(costs_N), rows, discount=1.0) - 1.0
+    return future_N / later_N.clamp_min(1.0)
+
+
+def compute_baseline(
+    kind: str, returns_N: Tensor, rows: TokenRows, sum_over_ranks: SumOverRanks, *, longest: int
+) -> Tensor:
+    """A baseline that does not depend on the action at its own token, but for the batch's means.
+
+    none: zero. batch: mean over all tokens. position: mean over all tokens at the same position.
+    The means include the token itself, a bias of one part in the number averaged.
+
+    Shapes: returns_N [N]; longest: a bound on response length, the same on all ranks; returns [N].
+    """
+    if kind == "none":
+        return torch.zeros_like(returns_N)
+    if kind == "batch":
+        total = sum_over_ranks(returns_N.sum().reshape(1))
+        return (total / rows.num_global_tokens).expand_as(returns_N)
+    sums_2T = returns_N.new_zeros(2, longest)
+    sums_2T[0].index_add_(0, rows.positions_N, returns_N)
+    sums_2T[1].index_add_(0, rows.positions_N, torch.ones_like(returns_N))
+    total_T, count_T = sum_over_ranks(sums_2T)
+    return (total_T / count_T.clamp_min(1.0))[rows.positions_N]

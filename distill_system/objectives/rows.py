@@ -1,0 +1,126 @@
+"""The seam between the learner and an objective: flat token rows in, a loss share out.
+
+Axes: N response tokens of one stream on this rank, H student hidden size, F teacher feature size,
+E action-embedding size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distill_system.objectives.vocabulary import VocabularyRows, read_vocabulary
+
+SumOverRanks = Callable[[Tensor], Tensor]
+"""Sums a tensor over all learner ranks; the identity on one rank. Not differentiated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherRows:
+    """The teacher's reading of the same tokens, float32.
+
+    features_NF: its final hidden states. expected_embedding_NE: sum_y pi*(y | s) e(y).
+    logprobs_N: log pi*(y_t | s_t), nats.
+    """
+
+    features_NF: Tensor
+    expected_embedding_NE: Tensor
+    logprobs_N: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRows:
+    """One stream's response tokens on this rank; the rows of a sequence are contiguous, in order.
+
+    hidden_NH: the student's final hidden state before each token, with its graph.
+    token_ids_N: int64, the tokens written. sequence_ids_N: int64, which sequence of this rank.
+    positions_N: int64, t = 0, 1, ... within the response.
+    num_global_tokens: tokens of this stream over all ranks, the only denominator.
+    num_global_sequences: sequences of this stream over all ranks.
+    teacher: None where the objective asks nothing of the teacher.
+    """
+
+    hidden_NH: Tensor
+    token_ids_N: Tensor
+    sequence_ids_N: Tensor
+    positions_N: Tensor
+    num_global_tokens: int
+    num_global_sequences: int
+    teacher: TeacherRows | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentHead:
+    """The student's unembedding and the frozen action embeddings, read in chunks.
+
+    unembedding_VH: the student's own, with gradient. action_embeddings_VE: float32, unit rows.
+    """
+
+    unembedding_VH: Tensor
+    action_embeddings_VE: Tensor
+    chunk_tokens: int
+
+    def read(self, rows: TokenRows) -> VocabularyRows:
+        """Log-probabilities and expected embeddings of the student at each row."""
+        return read_vocabulary(
+            rows.hidden_NH,
+            rows.token_ids_N,
+            self.unembedding_VH,
+            self.action_embeddings_VE,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveOutput:
+    """What an objective hands back.
+
+    loss_share: scalar with graph; the sum over ranks is the loss.
+    metric_shares: scalars whose sum over ranks is the metric. metrics: the same on every rank.
+    student_logprobs_N: detached log pi(y_t | s_t) of the on-policy rows, None without such rows.
+    """
+
+    loss_share: Tensor
+    metric_shares: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    student_logprobs_N: Tensor | None = None
+
+
+class Objective(Protocol):
+    """One training objective. Its state is what a checkpoint must hold."""
+
+    def compute_loss(
+        self,
+        head: StudentHead,
+        off_policy: TokenRows | None,
+        on_policy: TokenRows | None,
+        sum_over_ranks: SumOverRanks,
+    ) -> ObjectiveOutput:
+        """Play the critic up on these rows, then return the student's loss against it."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that the next step depends on; empty for a stateless objective."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what state_dict gave."""
+
+
+def stream_mean(values_N: Tensor, rows: TokenRows) -> Tensor:
+    """This rank's share of a mean over all response tokens of the stream."""
+    return values_N.sum() / rows.num_global_tokens
+
+
+def pad_rows(values_N: Tensor, rows: TokenRows) -> Tensor:
+    """Flat rows as a grid, one line a sequence, zeros behind each response.
+
+    Shapes: values_N [N]; returns [S, T], S sequences of this rank, T its longest response.
+    """
+    num_sequences = int(rows.sequence_ids_N.max()) + 1 if values_N.numel() else 0
+    longest = int(rows.positions_N.max()) + 1 if values_N.numel() else 0
+    grid_ST = torch.zeros(num_sequences, longest, dtype=values_N.dtype, device=values_N.device)
+    grid_ST[rows.sequence_ids_N, rows.positions_N] = values_N
+    return grid_ST

@@ -1,0 +1,151 @@
+"""Points in, an inline SVG out that follows the page's light or dark colours."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+COLORS = (
+    "ink",
+    "grid",
+    "teacher",
+    "before",
+    "after",
+    "series-1",
+    "series-2",
+    "series-3",
+    "series-4",
+    "series-5",
+    "series-6",
+)
+"""Names of the page's CSS variables that a chart may use, as var(--name)."""
+
+# matplotlib wants a hex colour: each name is drawn in one of its own and replaced in the SVG.
+_STAND_INS = {name: f"#0102{index:02x}" for index, name in enumerate(COLORS)}
+LineStyle = Literal["measured", "noisy", "exact"]
+_SIZE_INCHES = (5.2, 2.45)
+_MAX_POINTS = 400
+_SMOOTHED_POINTS = 20
+_TICK_STEPS = [1, 2, 2.5, 5, 10]
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": _STAND_INS["grid"],
+    "axes.labelcolor": _STAND_INS["ink"],
+    "xtick.color": _STAND_INS["ink"],
+    "ytick.color": _STAND_INS["ink"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": _STAND_INS["grid"],
+    "grid.linewidth": 0.7,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One line of a chart.
+
+    points: (step, value), a value of None leaves a gap.
+    color: one of COLORS.
+    errors: one standard error per point, drawn as bars.
+    style: "measured", few points, with markers; "noisy", one a step, faint behind their local fit;
+    "exact", one a step, as they are.
+    """
+
+    label: str
+    points: Sequence[tuple[int, float | None]]
+    color: str
+    errors: Sequence[float | None] | None = None
+    style: LineStyle = "noisy"
+
+
+def draw_lines(lines: Sequence[Line]) -> str:
+    """An <svg> element of the lines over steps, with no text but numbers and "step"."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=_SIZE_INCHES, layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none")
+        for line in lines:
+            _draw_line(axes, line)
+        axes.set_xlabel("step", loc="right")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=_TICK_STEPS))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=_TICK_STEPS))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(_format_tick))
+        axes.margins(x=0.02, y=0.08)
+        return _to_svg(figure)
+
+
+def _draw_line(axes: Axes, line: Line) -> None:
+    color = _STAND_INS[line.color]
+    steps, values = _to_arrays(line.points)
+    if line.errors is not None:
+        errors = np.array([error or 0.0 for error in line.errors])
+        axes.errorbar(steps, values, yerr=errors, fmt="none", ecolor=color, elinewidth=1, alpha=0.6)
+    marker = "o" if line.style == "measured" or len(values) == 1 else None
+    kept = _thin(len(values))
+    shown = values[kept]
+    if line.style == "noisy" and len(values) >= _SMOOTHED_POINTS:
+        axes.plot(steps[kept], shown, color=color, linewidth=0.8, alpha=0.3)
+        shown = _smooth(steps, values, kept, window=len(values) // _SMOOTHED_POINTS)
+    axes.plot(steps[kept], shown, color=color, linewidth=1.8, marker=marker, markersize=4)
+
+
+def _to_arrays(points: Sequence[tuple[int, float | None]]) -> tuple[Any, Any]:
+    steps = np.array([step for step, _ in points], dtype=np.float64)
+    values = np.array([np.nan if value is None else value for _, value in points], dtype=np.float64)
+    return steps, values
+
+
+def _smooth(steps: Any, values: Any, kept: Any, *, window: int) -> Any:
+    """The line fitted to the points at most `window` to either side, at each kept point.
+
+    A running mean would bend a steep start and follow the noise of the very last points.
+    """
+    smooth = np.full(len(kept), np.nan)
+    for position, index in enumerate(kept):
+        near = slice(max(0, index - window), index + window + 1)
+        finite = np.isfinite(values[near])
+        if finite.sum() > 2:
+            line = np.polynomial.Polynomial.fit(steps[near][finite], values[near][finite], deg=1)
+            smooth[position] = line(steps[index])
+    return smooth
+
+
+def _thin(num_points: int) -> Any:
+    """Indices of at most _MAX_POINTS points, evenly taken, the last one among them."""
+    stride = -(-num_points // _MAX_POINTS)
+    return np.unique(np.append(np.arange(0, num_points, stride), num_points - 1))
+
+
+def _format_tick(value: float, _position: int) -> str:
+    return f"{value:,.6g}"
+
+
+def _to_svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    _opening, _, body = text[text.index("<svg") :].partition(">")
+    # Only the picture: the page sizes and styles it, and an svg inside HTML needs no name spaces,
+    # so that the page holds no address at all.
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(r"font-family: [^;\"]*", "font-family: inherit", body)
+    for name, stand_in in _STAND_INS.items():
+        body = body.replace(stand_in, f"var(--{name})")
+    width, height = (72 * inches for inches in _SIZE_INCHES)
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img">{body}'

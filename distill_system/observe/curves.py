@@ -1,0 +1,178 @@
+"""Which metrics stand in which chart of the report: rows of the metric log in, charts out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+from distill_system.observe.charts import Line, LineStyle, draw_lines
+from distill_system.observe.metrics import MetricRow
+
+SERIES = ("series-1", "series-2", "series-3", "series-4", "series-5", "series-6")
+"""Colours for lines that have no colour of their own, in the order they are taken."""
+
+WHOLE_STEP = "step"
+"""seconds/step is the step from end to end, not a phase of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """One drawn chart.  legend: (label, colour) per line."""
+
+    title: str
+    note: str
+    legend: tuple[tuple[str, str], ...]
+    svg: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One chart to draw: title, what its numbers are, and (label, metric) per line."""
+
+    title: str
+    note: str
+    lines: tuple[tuple[str, str], ...]
+
+
+DISTANCE_CURVES = (
+    Curve(
+        title="On-policy distance",
+        note="critic units; lower is closer to the teacher",
+        lines=(
+            ("per batch", "learner/on_policy_distance"),
+            ("held-out data", "held_out/on_policy_distance"),
+        ),
+    ),
+    Curve(
+        title="Off-policy distance",
+        note="critic units; lower is closer to the teacher",
+        lines=(
+            ("per batch", "learner/off_policy_distance"),
+            ("held-out data", "held_out/off_policy_distance"),
+        ),
+    ),
+)
+LEARNER_CURVES = (
+    Curve(title="Loss", note="what the step descends", lines=(("loss", "learner/loss"),)),
+    Curve(
+        title="Cross-entropy",
+        note="nats per token of the teacher's responses",
+        lines=(("cross-entropy", "learner/cross_entropy"),),
+    ),
+    Curve(
+        title="Reward-to-go",
+        note="mean over response tokens, critic units",
+        lines=(("reward-to-go", "learner/reward_to_go"),),
+    ),
+    Curve(
+        title="Gradient norm", note="before clipping", lines=(("norm", "learner/gradient_norm"),)
+    ),
+    Curve(title="Learning rate", note="", lines=(("learning rate", "learner/learning_rate"),)),
+    Curve(
+        title="Sampler against learner",
+        note="mean |log-probability gap|, nats; a rise means stale or wrong weights",
+        lines=(("gap", "learner/logprob_gap"),),
+    ),
+)
+RESPONSE_CURVES = (
+    Curve(
+        title="Mean length of the student's responses",
+        note="tokens",
+        lines=(("length", "learner/mean_student_response_tokens"),),
+    ),
+    Curve(
+        title="Responses that end by themselves",
+        note="share of the student's",
+        lines=(("ended", "learner/student_ended_share"),),
+    ),
+)
+
+
+def draw_curves(rows: Sequence[MetricRow], stage: str, curves: Sequence[Curve]) -> list[Chart]:
+    """The charts of one stage; one of whose metrics none was logged is left out."""
+    charts = []
+    for curve in curves:
+        lines = [
+            _line(rows, stage, label, metric, SERIES[index])
+            for index, (label, metric) in enumerate(curve.lines)
+        ]
+        charts += _draw(curve.title, curve.note, lines)
+    return charts
+
+
+def draw_supervised_loss(rows: Sequence[MetricRow]) -> list[Chart]:
+    """Loss of the fine-tuning of teacher and student, one chart each: their steps differ."""
+    charts = []
+    for role in ("teacher", "student"):
+        color = "teacher" if role == "teacher" else "before"
+        line = _line(rows, f"sft_{role}", "loss", "learner/loss", color)
+        charts += _draw(f"Supervised loss, {role}", "nats per response token", [line])
+    return charts
+
+
+def draw_throughput(rows: Sequence[MetricRow]) -> list[Chart]:
+    """Tokens per second of the whole step and of every phase that counts tokens."""
+    colors = {**assign_phase_colors(rows), WHOLE_STEP: "ink"}
+    lines = [
+        _line(rows, "distill", phase.replace("_", " "), f"tokens_per_second/{phase}", color)
+        for phase, color in colors.items()
+    ]
+    return _draw("Throughput by phase", "tokens per second while the phase runs", lines)
+
+
+def assign_phase_colors(rows: Sequence[MetricRow]) -> dict[str, str]:
+    """Phase of distillation -> its colour in every chart of the report."""
+    names = {name for row in rows if row.stage == "distill" for name in row.metrics}
+    phases = {name.removeprefix("seconds/") for name in names if name.startswith("seconds/")}
+    return dict(zip(sorted(phases - {WHOLE_STEP}), cycle(SERIES), strict=False))
+
+
+def draw_scores(evaluations: Sequence[Mapping[str, Any]], metric: str, title: str) -> list[Chart]:
+    """One score of every split over the steps at which it was measured.
+
+    Args:
+        evaluations: as summary.read_evaluation gives them, in the order of their steps.
+        metric: e.g. exact_match_greedy.
+        title: the chart's.
+    """
+    if len(evaluations) < 3:
+        return []  # before and after alone are a table, not a curve
+    splits = dict.fromkeys(name for evaluation in evaluations for name in evaluation["splits"])
+    lines = []
+    for index, split in enumerate(splits):
+        measured = [
+            (evaluation["step"], evaluation["splits"][split]["scores"][metric])
+            for evaluation in evaluations
+            if metric in evaluation["splits"].get(split, {}).get("scores", {})
+        ]
+        line = Line(
+            label=split,
+            points=[(step, score["mean"]) for step, score in measured],
+            errors=[score["stderr"] for _, score in measured],
+            color=SERIES[index % len(SERIES)],
+            style="measured",
+        )
+        lines.append(line)
+    return _draw(title, "percent, with one standard error", lines)
+
+
+def _line(rows: Sequence[MetricRow], stage: str, label: str, metric: str, color: str) -> Line:
+    points = [
+        (row.step, row.metrics[metric])
+        for row in rows
+        if row.stage == stage and metric in row.metrics
+    ]
+    style: LineStyle = "measured" if metric.startswith("held_out/") else "noisy"
+    if metric == "learner/learning_rate":
+        style = "exact"
+    return Line(label=label, points=points, color=color, style=style)
+
+
+def _draw(title: str, note: str, lines: Sequence[Line]) -> list[Chart]:
+    drawn = [line for line in lines if any(value is not None for _, value in line.points)]
+    if not drawn:
+        return []
+    legend = tuple((line.label, line.color) for line in drawn) if len(drawn) > 1 else ()
+    return [Chart(title=title, note=note, legend=legend, svg=draw_lines(drawn))]

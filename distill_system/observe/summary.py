@@ -1,0 +1,182 @@
+"""Evaluations, timings and environment of a run in; the figures of summary.json out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from distill_system.observe.run_directory import RunDirectory, read_json, write_json
+from distill_system.standard_errors import paired_bootstrap_standard_error, paired_standard_error
+
+DISTANCES = ("on_policy", "off_policy")
+
+
+class JsonForm(Protocol):
+    """What evaluation's SplitEvaluation offers; rooms do not import each other."""
+
+    def to_json(self) -> dict[str, object]:
+        """A dictionary that json.dumps takes."""
+        ...
+
+
+def write_evaluation(
+    run: RunDirectory,
+    label: str,
+    *,
+    step: int,
+    weight_version: int | None,
+    splits: Mapping[str, JsonForm],
+    distances: Mapping[str, float] | None,
+) -> None:
+    """Write one evaluation to evaluations/<label>.json.
+
+    Args:
+        run: where.
+        label: teacher, before, after or step_000100.
+        step: steps of distillation done.
+        weight_version: of the student that was evaluated; None for the teacher.
+        splits: name -> what evaluate_splits gave.
+        distances: on_policy and off_policy on held-out data; None where not measured.
+    """
+    form = {
+        "label": label,
+        "step": step,
+        "weight_version": weight_version,
+        "time": time.time(),
+        "distances": distances,
+        "splits": {name: evaluation.to_json() for name, evaluation in splits.items()},
+    }
+    write_json(run.evaluation_path(label), form)
+
+
+def read_evaluation(run: RunDirectory, label: str) -> dict[str, Any] | None:
+    """What write_evaluation wrote under this label; None if it has not been made."""
+    path = run.evaluation_path(label)
+    return read_json(path) if path.exists() else None
+
+
+def write_summary(run: RunDirectory) -> dict[str, Any]:
+    """Write build_summary to the run's summary.json; returns it."""
+    summary = build_summary(run)
+    write_json(run.summary_path, summary)
+    return summary
+
+
+def build_summary(run: RunDirectory) -> dict[str, Any]:
+    """The run's figures, from whatever parts of it exist.
+
+    Returns:
+        run: its name.  step: steps of distillation done.
+        scores[split][metric]: before, after, teacher (means), num_examples, stderr (of after),
+        stderr_before, stderr_teacher, gain (after - before), gain_stderr (paired: from differences
+        on the same prompts; None if the two evaluations were of different ones).
+        distances[on_policy | off_policy]: before, after.
+        seconds[stage], tokens_per_second[phase], versions, git, machine, seeds.
+        missing: files of a whole run that this one lacks.
+        A figure whose part is missing is None.
+
+    Raises:
+        RunStateError: a part exists and cannot be read.
+    """
+    config, environment = _read_part(run.config_path), _read_part(run.environment_path)
+    timings = _read_part(run.timings_path)
+    evaluations = {label: read_evaluation(run, label) for label in ("teacher", "before", "after")}
+    after = evaluations["after"]
+    return {
+        "run": config.get("name", run.path.name),
+        "step": after["step"] if after else None,
+        "scores": _compare_splits(evaluations),
+        "distances": _compare_distances(evaluations),
+        "seconds": timings.get("seconds", {}),
+        "tokens_per_second": timings.get("tokens_per_second", {}),
+        "versions": environment.get("versions", {}),
+        "git": environment.get("git"),
+        "machine": environment.get("machine", {}),
+        "seeds": environment.get("seeds", {}),
+        "missing": find_missing(run),
+    }
+
+
+def find_missing(run: RunDirectory) -> list[str]:
+    """Names, relative to the run's folder, of the files that a whole run has and this one lacks."""
+    wanted = [run.config_path, run.environment_path, run.metrics_path, run.timings_path]
+    wanted += [run.evaluation_path(label) for label in ("teacher", "before", "after")]
+    return [str(path.relative_to(run.path)) for path in wanted if not path.exists()]
+
+
+def _read_part(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _compare_splits(evaluations: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
+    splits = {
+        label: evaluation["splits"] if evaluation else {}
+        for label, evaluation in evaluations.items()
+    }
+    names = _union(splits.values())
+    return {
+        name: _compare_scores({label: found.get(name) for label, found in splits.items()})
+        for name in names
+    }
+
+
+def _compare_scores(split: Mapping[str, dict[str, Any] | None]) -> dict[str, dict[str, Any]]:
+    """Metric -> figures, of one split, given its evaluation by label."""
+    found = {label: evaluation for label, evaluation in split.items() if evaluation}
+    metrics = _union(evaluation["scores"] for evaluation in found.values())
+    return {metric: _compare_metric(metric, found) for metric in metrics}
+
+
+def _compare_metric(metric: str, split: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    scores = {label: evaluation["scores"].get(metric, {}) for label, evaluation in split.items()}
+    mean = {label: score.get("mean") for label, score in scores.items()}
+    stderr = {label: score.get("stderr") for label, score in scores.items()}
+    before, after = mean.get("before"), mean.get("after")
+    counted = split.get("after") or split.get("before") or split["teacher"]
+    return {
+        "before": before,
+        "after": after,
+        "teacher": mean.get("teacher"),
+        "num_examples": counted["num_examples"],
+        "stderr": stderr.get("after"),
+        "stderr_before": stderr.get("before"),
+        "stderr_teacher": stderr.get("teacher"),
+        "gain": None if before is None or after is None else after - before,
+        "gain_stderr": _gain_stderr(metric, split.get("before"), split.get("after")),
+    }
+
+
+def _gain_stderr(
+    metric: str, before: dict[str, Any] | None, after: dict[str, Any] | None
+) -> float | None:
+    if before is None or after is None or before["prompt_ids"] != after["prompt_ids"]:
+        return None
+    if len(before["prompt_ids"]) < 2:
+        return None  # one example says nothing about the spread
+    if metric in before["per_example"] and metric in after["per_example"]:
+        return paired_standard_error(before["per_example"][metric], after["per_example"][metric])
+    if metric not in before["bootstrap"] or metric not in after["bootstrap"]:
+        return None
+    return paired_bootstrap_standard_error(before["bootstrap"][metric], after["bootstrap"][metric])
+
+
+def _compare_distances(
+    evaluations: Mapping[str, dict[str, Any] | None],
+) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {label: _find_distance(evaluations[label], name) for label in ("before", "after")}
+        for name in DISTANCES
+    }
+
+
+def _find_distance(evaluation: dict[str, Any] | None, name: str) -> float | None:
+    measured = (evaluation["distances"] if evaluation else None) or {}
+    value = measured.get(name)
+    return None if value is None else float(value)
+
+
+def _union(dictionaries: Iterable[Iterable[str]]) -> list[str]:
+    """Keys of all, each once, in the order first met."""
+    return list(dict.fromkeys(key for dictionary in dictionaries for key in dictionary))

@@ -1,0 +1,206 @@
+"""The frozen types that travel between rooms: numpy, one sequence each, checked on construction.
+
+Axes: P prompt tokens, T response tokens, H teacher hidden size, E action-embedding size.
+A record is never edited; a new one is made. Arrays that come out of Ray's object store are
+read-only and stay so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from distill_system.errors import RecordError
+
+Int32Array = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.floating]
+
+
+class Author(StrEnum):
+    """Who wrote a trajectory's response."""
+
+    STUDENT = "student"
+    TEACHER = "teacher"
+    DATASET = "dataset"
+
+
+class Finish(StrEnum):
+    """Why a response ended: its own end-of-sequence token, the length limit, or an abort."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class Stream(StrEnum):
+    """Which side of the objective a trajectory feeds."""
+
+    ON_POLICY = "on_policy"
+    OFF_POLICY = "off_policy"
+
+
+def _require(holds: bool, record_id: str, expected: str, came: object) -> None:
+    if not holds:
+        raise RecordError(f"record {record_id!r}: expected {expected}, got {came}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt, tokenised.  Made by data, read by rollout and evaluation.
+
+    token_ids: int32 [P], P >= 1.  references: accepted answers as text, empty if there are none.
+    text: the prompt as a person reads it.  source: the data source's name.
+    """
+
+    prompt_id: str
+    token_ids: Int32Array
+    text: str
+    references: tuple[str, ...] = ()
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        ids = self.token_ids
+        _require(ids.ndim == 1 and ids.size > 0, self.prompt_id, "token_ids [P], P >= 1", ids.shape)
+        _require(ids.dtype == np.int32, self.prompt_id, "token_ids of int32", ids.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpan:
+    """Response tokens [start, end) were sampled from the student's weights of this version."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One prompt with one response.  Made by rollout (or data), read by scoring and learner.
+
+    token_ids: int32 [P+T].  num_prompt_tokens: P.
+    behaviour_logprobs: float32 [T], nats, at the sampling temperature and truncation; empty [0] for
+    Author.DATASET, whose behaviour policy is unknown.
+    weight_versions: spans that cover [0, T) in order; empty unless the student wrote it.
+    """
+
+    trajectory_id: str
+    prompt_id: str
+    author: Author
+    token_ids: Int32Array
+    num_prompt_tokens: int
+    behaviour_logprobs: FloatArray
+    temperature: float
+    finish: Finish
+    weight_versions: tuple[VersionSpan, ...] = ()
+
+    def __post_init__(self) -> None:
+        name, num_response = self.trajectory_id, self.num_response_tokens
+        _require(self.token_ids.ndim == 1, name, "token_ids [P+T]", self.token_ids.shape)
+        _require(self.token_ids.dtype == np.int32, name, "token_ids of int32", self.token_ids.dtype)
+        _require(
+            self.num_prompt_tokens >= 1, name, "num_prompt_tokens >= 1", self.num_prompt_tokens
+        )
+        _require(num_response >= 1, name, "at least one response token", num_response)
+        expected = 0 if self.author is Author.DATASET else num_response
+        came = self.behaviour_logprobs.shape
+        _require(came == (expected,), name, f"behaviour_logprobs [{expected}]", came)
+        if self.weight_versions:
+            edges = [0, *(span.end for span in self.weight_versions)]
+            starts = [span.start for span in self.weight_versions]
+            covers = edges[:-1] == starts and edges[-1] == num_response
+            _require(
+                covers, name, f"version spans covering [0, {num_response})", self.weight_versions
+            )
+
+    @property
+    def num_response_tokens(self) -> int:
+        """T."""
+        return int(self.token_ids.size) - self.num_prompt_tokens
+
+    @property
+    def response_ids(self) -> Int32Array:
+        """int32 [T]."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def oldest_version(self) -> int | None:
+        """The oldest weight version that wrote a token; None if not the student's."""
+        return min((span.version for span in self.weight_versions), default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MomentTargets:
+    """What the teacher says of one trajectory.  Made by scoring, read by learner.
+
+    features: float16 or float32 [T, H], the teacher's final hidden state before each token.
+    expected_embedding: same dtype [T, E], sum over y of pi*(y | s_t) e(y).
+    logprobs: float32 [T], log pi*(y_t | s_t) in nats at temperature 1.
+    """
+
+    trajectory_id: str
+    features: FloatArray
+    expected_embedding: FloatArray
+    logprobs: FloatArray
+
+    def __post_init__(self) -> None:
+        num_tokens = self.logprobs.shape[0]
+        for field in ("features", "expected_embedding"):
+            shape = getattr(self, field).shape
+            good = len(shape) == 2 and shape[0] == num_tokens
+            _require(good, self.trajectory_id, f"{field} [{num_tokens}, :]", shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryChunk:
+    """Trajectories of one stream that are scored together and learned from by one learner rank."""
+
+    stream: Stream
+    trajectories: tuple[Trajectory, ...]
+
+    @classmethod
+    def deal(
+        cls, trajectories: Sequence[Trajectory], stream: Stream, count: int
+    ) -> list[TrajectoryChunk]:
+        """At most `count` chunks of near-equal cost: longest first, back and forth over the chunks.
+
+        Deterministic; empty chunks are left out.
+        """
+        order = sorted(range(len(trajectories)), key=lambda i: (-trajectories[i].token_ids.size, i))
+        hands: list[list[Trajectory]] = [[] for _ in range(count)]
+        for turn, index in enumerate(order):
+            lap, seat = divmod(turn, count)
+            hands[seat if lap % 2 == 0 else count - 1 - seat].append(trajectories[index])
+        return [cls(stream=stream, trajectories=tuple(hand)) for hand in hands if hand]
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Response tokens in the chunk."""
+        return sum(trajectory.num_response_tokens for trajectory in self.trajectories)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens in the chunk."""
+        return sum(int(trajectory.token_ids.size) for trajectory in self.trajectories)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one learner step did.  metrics are means over the global batch, keyed `learner/...`."""
+
+    step: int
+    metrics: dict[str, float]
+    num_response_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightVersion:
+    """A set of student weights that every student rollout worker now holds."""
+
+    version: int
+    num_bytes: int
+    seconds: float

@@ -1,0 +1,250 @@
+"""The vLLM engine behind a narrow interface: token ids in, sampled token ids out, weights swapped.
+
+`vllm.v1.engine.llm_engine.LLMEngine` runs in this process and moves only when it is stepped, so
+that the schedule of a batch is the same each time. vLLM is imported when an engine is built, not
+when this module is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import ValidationError
+
+from distill_system.config.run import EngineConfig
+from distill_system.errors import DistillError, ModelError, ResourceError
+from distill_system.records import FloatArray, Int32Array
+from distill_system.rollout.sampling import Sampling
+
+TransferBackend = Literal["gloo", "nccl"]
+
+# Imported by vLLM in each process that holds a share of the model. vLLM carries nccl itself.
+_WORKER_EXTENSIONS: dict[TransferBackend | None, str] = {
+    "gloo": "distill_system.weights.gloo.RegistersGloo",
+    "nccl": "",
+    None: "",
+}
+# Without a size vLLM would take nearly all of the machine's memory for each engine on a CPU, and
+# run the model once to find out what remains; pages that no sequence touches cost nothing.
+_CPU_KV_CACHE_MEBIBYTES = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpecification:
+    """What an engine is built from.
+
+    config_key: where `config` stands in the configuration, for error messages.
+    max_model_length: longest sequence in tokens, prompt and response together.
+    weight_transfer_backend: how new weights arrive; None for a model that never changes.
+    """
+
+    model_path: str
+    config: EngineConfig
+    config_key: str
+    max_model_length: int
+    uses_gpu: bool
+    tensor_parallel_size: int
+    weight_transfer_backend: TransferBackend | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled response.
+
+    token_ids: int32 [T], the end-of-sequence token included.  logprobs: float32 [T], nats, of the
+    distribution that was sampled from.  finish_reason: vLLM's word.
+    version_spans: (version, start, end), covering [0, T).
+    """
+
+    token_ids: Int32Array
+    logprobs: FloatArray
+    finish_reason: str
+    version_spans: tuple[tuple[int, int, int], ...]
+
+
+class GenerationEngine:
+    """One model in vLLM, in this process.
+
+    Raises: ModelError if the model cannot be loaded; ResourceError if memory does not suffice.
+    """
+
+    def __init__(self, specification: EngineSpecification) -> None:
+        _check_model_folder(specification.model_path)
+        with _garbage_collection_paused():
+            begin = time.perf_counter()
+            _import_vllm()
+            imported = time.perf_counter()
+            self._engine = _build_engine(specification)
+        self.import_seconds = imported - begin
+        self.start_seconds = time.perf_counter() - imported
+        self.vocabulary_size: int = self._engine.model_config.get_vocab_size()
+        self.commit_version(0)
+
+    def complete(
+        self, prompts: Sequence[Int32Array], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """Sample one response to each prompt.
+
+        prompts: int32 [P] each.  seeds: one per prompt; a response depends on its own seed alone.
+        Every request is queued before the first step, so the schedule repeats.
+        """
+        request_ids = []
+        finished: dict[str, Completion] = {}
+        try:
+            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                prompt_input = {"prompt_token_ids": prompt.tolist()}
+                params = _sampling_params(sampling, seed)
+                request_ids.append(self._engine.add_request(str(index), prompt_input, params))
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    finished[output.request_id] = _completion(output.outputs[0])
+        except BaseException:
+            # The engine outlives this call: what is left of it must not run within the next one.
+            self._engine.abort_request(request_ids, internal=True)
+            raise
+        return [finished[str(index)] for index in range(len(prompts))]
+
+    def call_transfer(self, method: str, **arguments: object) -> None:
+        """Call one step of vLLM's weight-transfer lifecycle in every process of the model."""
+        self._engine.collective_rpc(method, kwargs=arguments)
+
+    def commit_version(self, version: int) -> None:
+        """Label what is generated from now on, and forget what older weights left in the cache."""
+        self._engine.set_weight_version(str(version))
+        self._engine.reset_prefix_cache()
+
+    @property
+    def version(self) -> int:
+        """The weight version that was committed last; 0 is what the model folder held."""
+        return int(self._engine.get_weight_version())
+
+
+@contextlib.contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """Importing and building allocate millions of objects that all stay: collecting finds none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _check_model_folder(model_path: str) -> None:
+    folder = Path(model_path)
+    looks_local = folder.exists() or folder.is_absolute() or model_path.startswith(".")
+    if looks_local and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"cannot load the model {model_path!r}: expected a folder with config.json, "
+            f"{'which it does not hold' if folder.is_dir() else 'found no such folder'}; "
+            "give the folder that transformers' save_pretrained wrote, or a hub name"
+        )
+
+
+def _import_vllm() -> None:
+    import vllm.engine.arg_utils
+    import vllm.v1.engine.llm_engine  # noqa: F401  (imported here so that its time is seen)
+
+
+def _build_engine(specification: EngineSpecification) -> Any:  # vllm's LLMEngine
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    try:
+        return LLMEngine.from_engine_args(_engine_args(specification), UsageContext.LLM_CLASS)
+    except Exception as error:
+        raise translate_start_error(specification, error) from error
+
+
+def _engine_args(specification: EngineSpecification) -> Any:  # vllm's EngineArgs
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    config, backend = specification.config, specification.weight_transfer_backend
+    mebibytes = config.kv_cache_mebibytes
+    if mebibytes is None and not specification.uses_gpu:
+        mebibytes = _CPU_KV_CACHE_MEBIBYTES
+    return EngineArgs(
+        model=specification.model_path,
+        trust_remote_code=specification.trust_remote_code,
+        dtype=config.dtype,
+        seed=0,  # each request carries its own
+        max_model_len=specification.max_model_length,
+        max_num_seqs=config.max_num_sequences,
+        kv_cache_memory_bytes=None if mebibytes is None else mebibytes << 20,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enforce_eager=config.enforce_eager or not specification.uses_gpu,
+        enable_prefix_caching=config.enable_prefix_caching,
+        logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+        tensor_parallel_size=specification.tensor_parallel_size,
+        distributed_executor_backend="uni" if specification.tensor_parallel_size == 1 else "mp",
+        weight_transfer_config=None if backend is None else WeightTransferConfig(backend=backend),
+        worker_extension_cls=_WORKER_EXTENSIONS[backend],
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+    )
+
+
+def translate_start_error(specification: EngineSpecification, error: Exception) -> DistillError:
+    """What a user can act on, for whatever vLLM raised while it started."""
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, ValidationError):
+        said = "; ".join(item["msg"] for item in error.errors())
+    lengths = (
+        f"sequences of up to {specification.max_model_length} tokens (data.max_prompt_tokens + "
+        "rollout.sampling.max_response_tokens)"
+    )
+    key = f"{specification.config_key}.kv_cache_mebibytes"
+    size = specification.config.kv_cache_mebibytes
+    if "To serve at least one request" in said or "No available memory for the cache" in said:
+        return ResourceError(
+            f"the key-value cache of {specification.model_path!r} is too small for one of the "
+            f"{lengths}: raise {key}, now {size} (where it is null, gpu_memory_utilization), or "
+            f"shorten the sequences. vLLM said: {said}"
+        )
+    if isinstance(error, MemoryError) or "memory" in said.lower():
+        return ResourceError(
+            f"the engine of {specification.model_path!r} does not fit into memory: lower {key}, "
+            f"now {size}, or give the worker a larger machine. vLLM said: {said}"
+        )
+    return ModelError(
+        f"vLLM cannot load the model {specification.model_path!r} with {specification.config_key}"
+        f".dtype={specification.config.dtype} and {lengths}. vLLM said: {said}"
+    )
+
+
+def _sampling_params(sampling: Sampling, seed: int) -> Any:  # vllm's SamplingParams
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_response_tokens,
+        seed=seed,
+        logprobs=0,  # of the sampled token alone
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _completion(output: Any) -> Completion:  # output: vllm's CompletionOutput
+    """Copy what vLLM says into plain numpy, so that no reader has to import vLLM."""
+    pairs = zip(output.token_ids, output.logprobs, strict=True)
+    return Completion(
+        token_ids=np.asarray(output.token_ids, dtype=np.int32),
+        logprobs=np.asarray([at[token].logprob for token, at in pairs], dtype=np.float32),
+        finish_reason=output.finish_reason,
+        version_spans=tuple(
+            (int(span.version), span.start, span.end) for span in output.weight_versions
+        ),
+    )

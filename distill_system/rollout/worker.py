@@ -1,0 +1,216 @@
+"""One rollout worker: prompts in, trajectories out, and the receiving end of weight versions.
+
+A plain class: cluster/ makes it remote, tests use it as it is. It imports vLLM only when it is
+first called, and hands out numpy records alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+
+from distill_system.config.run import EngineConfig
+from distill_system.errors import DataError, DistillError, ModelError, TransferError
+from distill_system.records import Author, Finish, Prompt, Trajectory, VersionSpan
+from distill_system.rollout.engine import (
+    Completion,
+    EngineSpecification,
+    GenerationEngine,
+    TransferBackend,
+)
+from distill_system.rollout.sampling import Sampling
+from distill_system.seeds import derive_seed
+
+
+class _Weights(StrEnum):
+    """Where a worker stands in a weight update."""
+
+    WHOLE = "whole"
+    OPEN = "open"
+    BROKEN = "broken"
+
+
+class RolloutWorker:
+    """Writes responses with one model, the student or the frozen teacher, in one vLLM engine.
+
+    name: for error messages.  author: STUDENT or TEACHER, written into each trajectory.
+    max_model_length: longest sequence in tokens, prompt and response together.
+    tensor_parallel_size: GPUs that share the model; 1 without a GPU.
+    weight_transfer_backend: None for a model that never changes.
+
+    The process must have been started with engine_environment().  The first call builds the engine.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        model_path: str,
+        author: Author,
+        engine: EngineConfig,
+        max_model_length: int,
+        uses_gpu: bool,
+        tensor_parallel_size: int = 1,
+        weight_transfer_backend: TransferBackend | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._name = name
+        self._author = author
+        self._max_model_length = max_model_length
+        self._weights = _Weights.WHOLE
+        self._specification = EngineSpecification(
+            model_path=model_path,
+            config=engine,
+            config_key=f"rollout.{author}_engine",
+            max_model_length=max_model_length,
+            uses_gpu=uses_gpu,
+            tensor_parallel_size=tensor_parallel_size,
+            weight_transfer_backend=weight_transfer_backend,
+            trust_remote_code=trust_remote_code,
+        )
+
+    @cached_property
+    def _engine(self) -> GenerationEngine:
+        # Not in the constructor: a remote worker whose constructor raises is reported as dead, and
+        # the type and cause of the error are lost; one whose method raises is not.
+        return GenerationEngine(self._specification)
+
+    def ready(self) -> dict[str, float]:
+        """Build the engine if need be; seconds that importing vLLM and building it took.
+
+        Raises: ModelError if the model cannot be loaded; ResourceError if memory does not suffice.
+        """
+        return {
+            "import_seconds": self._engine.import_seconds,
+            "start_seconds": self._engine.start_seconds,
+        }
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, label: str
+    ) -> list[Trajectory]:
+        """One trajectory per prompt, in the prompts' order, named label/author/prompt_id.
+
+        A prompt's sample depends on seed, label and prompt_id, not on the worker or on what else
+        is in the call.
+
+        Raises: DataError if a prompt and its response do not fit the model; ModelError if a prompt
+        holds a token that the model does not know; TransferError after a failed weight update.
+        """
+        self._check_weights()
+        for prompt in prompts:
+            self._check_prompt(prompt, sampling)
+        completions = self._engine.complete(
+            [prompt.token_ids for prompt in prompts],
+            sampling,
+            [derive_seed(seed, "rollout", label, prompt.prompt_id) for prompt in prompts],
+        )
+        return [
+            make_trajectory(prompt, completion, author=self._author, sampling=sampling, label=label)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+
+    def init_weight_transfer_engine(self, init_info: dict[str, object]) -> None:
+        """Join the group that weights travel in, leaving an earlier one.
+
+        Blocks until the learner has joined.  Raises: TransferError.
+        """
+        self._close_open_update()
+        self._call_transfer("shutdown_weight_transfer_engine")
+        self._call_transfer("init_weight_transfer_engine", init_info=init_info)
+
+    def start_weight_update(self) -> None:
+        """Open a weight update.  Raises: TransferError."""
+        self._close_open_update()
+        self._move_weights(_Weights.OPEN, "start_weight_update")
+
+    def update_weights(self, update_info: dict[str, object]) -> None:
+        """Receive the weights that the learner is sending now.
+
+        Raises: TransferError if they do not arrive as they were sent; this worker then generates
+        nothing until a later update succeeds.
+        """
+        self._move_weights(_Weights.OPEN, "update_weights", update_info=update_info)
+
+    def finish_weight_update(self) -> None:
+        """Put the received weights to use.  Raises: TransferError."""
+        self._move_weights(_Weights.WHOLE, "finish_weight_update")
+
+    def commit_weight_version(self, version: int) -> None:
+        """Label what is generated from now on with this version; drop what older weights cached.
+
+        Raises: TransferError if the update did not succeed here.
+        """
+        self._check_weights()
+        self._engine.commit_version(version)
+
+    def weight_version(self) -> int:
+        """The version committed last; 0 is the model folder's own weights."""
+        return self._engine.version
+
+    def _close_open_update(self) -> None:
+        """An update that went well here and failed elsewhere stays open; vLLM wants it closed."""
+        if self._weights is _Weights.OPEN:
+            self.finish_weight_update()
+
+    def _move_weights(self, after: _Weights, method: str, **arguments: object) -> None:
+        self._weights = _Weights.BROKEN
+        self._call_transfer(method, **arguments)
+        self._weights = after
+
+    def _call_transfer(self, method: str, **arguments: object) -> None:
+        try:
+            self._engine.call_transfer(method, **arguments)
+        except Exception as error:
+            said = str(error) if isinstance(error, DistillError) else repr(error)
+            raise TransferError(
+                f"{method} failed in {self._name}, which carries version {self._engine.version}: "
+                f"{said}"
+            ) from error
+
+    def _check_weights(self) -> None:
+        if self._weights is not _Weights.WHOLE:
+            raise TransferError(
+                f"{self._name} holds no whole set of weights: the weight update after version "
+                f"{self._engine.version} is {self._weights}; publish the weights again, or restart "
+                "the worker"
+            )
+
+    def _check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
+        num_tokens, most = prompt.token_ids.size, sampling.max_response_tokens
+        if num_tokens + most > self._max_model_length:
+            raise DataError(
+                f"prompt {prompt.prompt_id!r} does not fit {self._name}: {num_tokens} prompt "
+                f"tokens + rollout.sampling.max_response_tokens={most} must be at most "
+                f"{self._max_model_length}; lower data.max_prompt_tokens or "
+                "rollout.sampling.max_response_tokens, or leave the prompt out"
+            )
+        lowest, highest = int(prompt.token_ids.min()), int(prompt.token_ids.max())
+        if lowest < 0 or highest >= self._engine.vocabulary_size:
+            raise ModelError(
+                f"prompt {prompt.prompt_id!r} holds token ids {lowest} to {highest}, the "
+                f"{self._author} of {self._name} knows 0 to {self._engine.vocabulary_size - 1}: "
+                "the tokenizer and the model do not belong together"
+            )
+
+
+def make_trajectory(
+    prompt: Prompt, completion: Completion, *, author: Author, sampling: Sampling, label: str
+) -> Trajectory:
+    """The record of one completion.  Raises: RecordError if the engine's arrays disagree."""
+    versions = completion.version_spans if author is Author.STUDENT else ()
+    return Trajectory(
+        trajectory_id=f"{label}/{author}/{prompt.prompt_id}",
+        prompt_id=prompt.prompt_id,
+        author=author,
+        token_ids=np.concatenate([prompt.token_ids, completion.token_ids]),
+        num_prompt_tokens=int(prompt.token_ids.size),
+        behaviour_logprobs=completion.logprobs,
+        temperature=sampling.temperature,
+        finish=Finish(completion.finish_reason),
+        weight_versions=tuple(
+            VersionSpan(version=version, start=start, end=end) for version, start, end in versions
+        ),
+    )

@@ -1,0 +1,6 @@
+"""The frozen teacher reads trajectories and says what the objective needs of it."""
+
+from distill_system.scoring.pool import ScoredChunk, ScoringPool
+from distill_system.scoring.scorer import TeacherScorer
+
+__all__ = ["ScoredChunk", "ScoringPool", "TeacherScorer"]

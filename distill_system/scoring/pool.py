@@ -1,0 +1,42 @@
+"""The pool of teacher scorers: trajectories in -> chunks with a reference to their targets out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distill_system.records import Stream, Trajectory, TrajectoryChunk
+from distill_system.workers import Reference, Workers
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredChunk:
+    """A chunk and where its targets are: they go from scorer to learner without the driver."""
+
+    chunk: TrajectoryChunk
+    targets: Reference
+
+
+class ScoringPool:
+    """Deals trajectories over the scorers."""
+
+    def __init__(self, workers: Workers) -> None:
+        self.workers = workers
+
+    def start(
+        self, trajectories: Sequence[Trajectory], stream: Stream, *, num_shares: int
+    ) -> list[ScoredChunk]:
+        """Begin to score; the number of chunks is a multiple of num_shares (the learner's ranks).
+
+        Does not wait: a learner call that takes the references waits for them itself.
+        """
+        per_share = -(-max(self.workers.count, num_shares) // num_shares)
+        chunks = TrajectoryChunk.deal(trajectories, stream, per_share * num_shares)
+        return [
+            ScoredChunk(chunk, self.workers.start(index % self.workers.count, "score", chunk))
+            for index, chunk in enumerate(chunks)
+        ]
+
+    def wait(self, scored: Sequence[ScoredChunk]) -> None:
+        """Return once all targets exist, so that a failed scorer speaks for itself."""
+        self.workers.finish([chunk.targets for chunk in scored], what="teacher scores", fetch=False)

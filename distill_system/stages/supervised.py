@@ -1,0 +1,132 @@
+"""Supervised fine-tuning of the teacher and of the student, side by side on their own learners."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
+from distill_system.config.model import ModelConfig, SupervisedConfig
+from distill_system.data import PromptFrontier
+from distill_system.learner import LearnerGroup
+from distill_system.records import StepResult, Trajectory
+from distill_system.stages.checkpoints import CheckpointStore, resume_point
+from distill_system.stages.context import RunContext, sft_directory
+from distill_system.stages.export import export_model
+from distill_system.stages.pools import model_source, start_learner
+from distill_system.workers import Reference
+
+STEPS_IN_FLIGHT = 2
+"""Updates asked for ahead, so that the learner never waits for the driver to make a batch."""
+
+
+def fine_tune(context: RunContext, rows: dict[str, Sequence[Trajectory]]) -> None:
+    """Fine-tune each role of `rows` at the same time; the first failure ends them all."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(max_workers=max(1, len(rows))) as threads:
+        futures = [
+            threads.submit(_fine_tune_role, context, role, trajectories, stop)
+            for role, trajectories in rows.items()
+        ]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+        for future in done:
+            future.result()
+
+
+def _fine_tune_role(
+    context: RunContext, role: str, rows: Sequence[Trajectory], stop: threading.Event
+) -> None:
+    stage = f"sft_{role}"
+    model: ModelConfig = getattr(context.config, role)
+    assert model.sft is not None, "only roles with sft are fine-tuned"
+    with context.timings.stage(stage):
+        learner, workers = start_learner(
+            context,
+            name=f"{stage}_learner",
+            source=model_source(context, model),
+            objective=None,
+            optimizer=model.sft.optimizer,
+            total_steps=model.sft.steps,
+        )
+        fine_tuning = FineTuning(context, stage, model.sft, learner, rows)
+        fine_tuning.run(stop)
+        export_model(context, learner, sft_directory(context.run, role), facts={"stage": stage})
+        fine_tuning.store.clear()
+        learner.close()
+        context.cluster.stop_workers(workers)
+
+
+class FineTuning:
+    """The loop of one role: rows in a seeded order, a few updates asked for ahead."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        stage: str,
+        config: SupervisedConfig,
+        learner: LearnerGroup,
+        rows: Sequence[Trajectory],
+    ) -> None:
+        self.context = context
+        self.stage = stage
+        self.config = config
+        self.learner = learner
+        self.rows = rows
+        self.frontier = PromptFrontier(len(rows), context.config.seed, stage)
+        folder = context.run.checkpoints_directory / stage
+        self.store = CheckpointStore(folder, keep=1)
+
+    def run(self, stop: threading.Event) -> None:
+        """Train to the last step, from the newest checkpoint if the run is resumed."""
+        first = self._resume()
+        task = self.context.view.start(self.stage, self.config.steps, first_step=first)
+        for result in self._results(first, stop):
+            self.context.log.log(self.stage, result.step, result.metrics)
+            task.update(
+                result.step + 1,
+                {
+                    "loss": result.metrics["learner/loss"],
+                    "tok/s": result.num_response_tokens / result.seconds,
+                },
+            )
+        task.finish()
+
+    def _results(self, first: int, stop: threading.Event) -> Iterator[StepResult]:
+        """Results in order; between checkpoints, STEPS_IN_FLIGHT updates are under way."""
+        in_flight: deque[list[Reference]] = deque()
+        for step in range(first, self.config.steps):
+            if stop.is_set():
+                return
+            batch = [self.rows[i] for i in self.frontier.take(self.config.batch_size)]
+            in_flight.append(self.learner.start_supervised(step, batch))
+            saves = (step + 1) % self.config.checkpoint_every == 0
+            while len(in_flight) > (0 if saves else STEPS_IN_FLIGHT):
+                yield self._finish(in_flight.popleft())
+            if saves:
+                self._save(step + 1)
+        while in_flight:
+            yield self._finish(in_flight.popleft())
+
+    def _finish(self, references: list[Reference]) -> StepResult:
+        with self.context.timings.phase("learner", stage=self.stage) as phase:
+            result = self.learner.finish_supervised(references)
+            phase.tokens += result.num_response_tokens
+        return result
+
+    def _save(self, step: int) -> None:
+        state = {"frontier": self.frontier.state()}
+        self.store.save(step, state, self.learner.save)
+
+    def _resume(self) -> int:
+        checkpoint = resume_point(self.store, resume=self.context.resume, stage=self.stage)
+        if checkpoint is None:
+            self.context.log.truncate_after(self.stage, -1)
+            return 0
+        self.learner.load(checkpoint.folder)
+        self.frontier.restore(checkpoint.state["frontier"])
+        self.context.log.truncate_after(self.stage, checkpoint.step - 1)
+        return checkpoint.step

@@ -1,0 +1,284 @@
+"""Real vLLM engines in two Ray processes, fed by a torch model in a third, over gloo."""
+
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from distill_system.cluster.weight_sync import EveryWorker
+from distill_system.cluster.workers import RayWorkers
+from distill_system.config.run import EngineConfig
+from distill_system.errors import DataError, ModelError, ResourceError, TransferError
+from distill_system.records import Author, Finish, Prompt, Trajectory, VersionSpan
+from distill_system.rollout.environment import engine_environment
+from distill_system.rollout.pool import RolloutPool
+from distill_system.rollout.sampling import Sampling
+from distill_system.rollout.worker import RolloutWorker
+from distill_system.weights.client import FanOutClient
+from distill_system.weights.publisher import WeightPublisher
+
+EOS = 2
+VOCABULARY = 61  # vLLM pads it to 64: the padding must never be sampled
+MAX_MODEL_LENGTH = 64
+MAX_RESPONSE = 40
+GREEDY = Sampling(temperature=0.0, max_response_tokens=MAX_RESPONSE)
+WARM = Sampling(temperature=0.7, max_response_tokens=MAX_RESPONSE)
+ENGINE = EngineConfig(max_num_sequences=16, kv_cache_mebibytes=16)
+REPOSITORY = Path(__file__).parents[2]
+
+
+def _prompts(count: int = 12) -> list[Prompt]:
+    rng = np.random.default_rng(0)
+    return [
+        Prompt(
+            prompt_id=f"p{index}",
+            token_ids=rng.integers(4, VOCABULARY, rng.integers(2, 20)).astype(np.int32),
+            text="",
+        )
+        for index in range(count)
+    ]
+
+
+class Learner:
+    """A torch model that publishes itself, and answers what a rollout worker should have said."""
+
+    def __init__(self, model_folder: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(1)
+        self.model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+
+    def connect(self, handles: list[Any]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        client = FanOutClient(EveryWorker(handles, seconds=40.0), [1] * len(handles))
+        self.publisher = WeightPublisher(
+            self.model,
+            backend="gloo",
+            client=client,
+            master_address="127.0.0.1",
+            master_port=port,
+            num_receivers=client.num_receivers,
+            rank=0,
+            timeout_seconds=20.0,
+            buffer_bytes=50_000,  # several buffers even for this model
+        )
+
+    def perturb(self, seed: int) -> None:
+        import torch
+
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+    def publish(self, version: int) -> Any:
+        return self.publisher.publish(version)
+
+    def publish_with_a_flipped_bit(self, version: int) -> None:
+        communicator = self.publisher._engine.model_update_group
+        honest, calls = communicator.broadcast, []
+
+        def corrupting(tensor: Any, src: int) -> None:
+            calls.append(tensor)
+            if len(calls) == 2:
+                tensor[7] ^= 1
+            honest(tensor, src)
+
+        communicator.broadcast = corrupting
+        try:
+            self.publish(version)
+        finally:
+            communicator.broadcast = honest
+
+    def decode_greedily(self, prompts: list[Prompt]) -> list[list[int]]:
+        import torch
+
+        answers = []
+        for prompt in prompts:
+            ids = prompt.token_ids.tolist()
+            while len(ids) < prompt.token_ids.size + MAX_RESPONSE and (
+                len(ids) == prompt.token_ids.size or ids[-1] != EOS
+            ):
+                with torch.no_grad():
+                    ids.append(int(self.model(torch.tensor([ids])).logits[0, -1].argmax()))
+            answers.append(ids[prompt.token_ids.size :])
+        return answers
+
+    def logprobs(self, trajectory: Trajectory, temperature: float) -> np.ndarray:
+        import torch
+
+        ids = torch.tensor(trajectory.token_ids.tolist())
+        with torch.no_grad():
+            logits = self.model(ids[None]).logits[0, trajectory.num_prompt_tokens - 1 : -1]
+        rows = (logits / temperature).log_softmax(-1)
+        response = ids[trajectory.num_prompt_tokens :, None]
+        return np.asarray(rows.gather(-1, response)[:, 0])
+
+
+def _pool(handles: Sequence[Any]) -> RolloutPool:
+    return RolloutPool(RayWorkers("student_rollout", handles, [], call_seconds=60.0))
+
+
+def _start_worker(folder: Path, *, index: int = 0, engine: EngineConfig = ENGINE) -> Any:
+    remote_class = ray.remote(RolloutWorker).options(num_cpus=0)
+    return remote_class.remote(
+        name=f"student_rollout-{index}",
+        model_path=str(folder),
+        author=Author.STUDENT,
+        engine=engine,
+        max_model_length=MAX_MODEL_LENGTH,
+        uses_gpu=False,
+        weight_transfer_backend="gloo",
+    )
+
+
+class Setting:
+    """One learner and two rollout workers of one student."""
+
+    def __init__(self, folder: Path) -> None:
+        self.learner = ray.remote(Learner).options(num_cpus=0).remote(str(folder))
+        self.workers = [_start_worker(folder, index=index) for index in range(2)]
+        ray.get([worker.ready.remote() for worker in self.workers])
+        ray.get(self.learner.connect.remote(self.workers))
+
+    def publish(self, version: int) -> Any:
+        ray.get(self.learner.perturb.remote(version))
+        return ray.get(self.learner.publish.remote(version))
+
+    def generate_everywhere(self, sampling: Sampling) -> list[list[Trajectory]]:
+        calls = [worker.generate.remote(_prompts(), sampling, 0, "x") for worker in self.workers]
+        return list(ray.get(calls))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    environment = {**engine_environment(uses_gpu=False), "PYTHONPATH": str(REPOSITORY)}
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": environment},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def setting(request: pytest.FixtureRequest, cluster: None, tiny_model_folder: Any) -> Any:
+    folder = tiny_model_folder(tie_word_embeddings=request.param, vocab_size=VOCABULARY)
+    setting = Setting(folder)
+    yield setting
+    for handle in [setting.learner, *setting.workers]:
+        ray.kill(handle)
+
+
+def _assert_equals_the_learner(setting: Setting, version: int) -> None:
+    prompts = _prompts()
+    expected = ray.get(setting.learner.decode_greedily.remote(prompts))
+    for trajectories in setting.generate_everywhere(GREEDY):
+        assert [trajectory.response_ids.tolist() for trajectory in trajectories] == expected
+    for trajectories in setting.generate_everywhere(WARM):
+        for trajectory in trajectories:
+            span = VersionSpan(version=version, start=0, end=trajectory.num_response_tokens)
+            assert trajectory.weight_versions == (span,)
+            truth = ray.get(setting.learner.logprobs.remote(trajectory, WARM.temperature))
+            np.testing.assert_allclose(trajectory.behaviour_logprobs, truth, atol=1e-4)
+
+
+def test_every_worker_writes_what_the_learner_would_after_each_publish(setting: Setting) -> None:
+    _assert_equals_the_learner(setting, version=0)
+    before = ray.get(setting.learner.decode_greedily.remote(_prompts()))
+    for version in (1, 2):
+        published = setting.publish(version)
+        assert (published.version, published.num_bytes > 0) == (version, True)
+        _assert_equals_the_learner(setting, version)
+    after = ray.get(setting.learner.decode_greedily.remote(_prompts()))
+    assert sum(old != new for old, new in zip(before, after, strict=True)) > 6
+
+
+def test_a_flipped_bit_is_caught_and_the_next_publish_heals(setting: Setting) -> None:
+    version = ray.get(setting.workers[0].weight_version.remote())
+    with pytest.raises(TransferError, match="CRC-32"):
+        ray.get(setting.learner.publish_with_a_flipped_bit.remote(version + 1))
+    for worker in setting.workers:
+        assert ray.get(worker.weight_version.remote()) == version
+        with pytest.raises(TransferError, match="publish the weights again"):
+            ray.get(worker.generate.remote(_prompts(1), GREEDY, 0, "x"))
+    setting.publish(version + 2)
+    _assert_equals_the_learner(setting, version + 2)
+
+
+def test_an_update_that_failed_in_one_worker_alone_is_replaced_by_the_next(
+    setting: Setting,
+) -> None:
+    version = ray.get(setting.workers[0].weight_version.remote())
+    ray.get(setting.workers[0].start_weight_update.remote())
+    with pytest.raises(TransferError, match="open"):
+        ray.get(setting.workers[0].generate.remote(_prompts(1), GREEDY, 0, "x"))
+    setting.publish(version + 1)
+    _assert_equals_the_learner(setting, version + 1)
+
+
+def test_samples_depend_on_the_seed_and_not_on_who_writes_them(setting: Setting) -> None:
+    prompts = _prompts()
+    one = _pool(setting.workers[:1]).generate(prompts, WARM, 5, "step-1")
+    two = _pool(setting.workers).generate(prompts, WARM, 5, "step-1")
+    other = _pool(setting.workers).generate(prompts, WARM, 6, "step-1")
+    responses = [[t.response_ids.tolist() for t in many] for many in (one, two, other)]
+    assert responses[0] == responses[1]
+    assert responses[0] != responses[2]
+    assert [t.trajectory_id for t in two] == [f"step-1/student/{p.prompt_id}" for p in prompts]
+
+
+def test_a_response_keeps_its_end_of_sequence_token_and_nothing_after_it(setting: Setting) -> None:
+    trajectories = _pool(setting.workers).generate(_prompts(40), WARM, 1, "eos")
+    by_finish = {Finish.STOP: 0, Finish.LENGTH: 0}
+    for trajectory in trajectories:
+        by_finish[trajectory.finish] += 1
+        response = trajectory.response_ids.tolist()
+        stopped = trajectory.finish is Finish.STOP
+        assert response.count(EOS) == int(stopped)
+        assert response[-1] == EOS if stopped else len(response) == MAX_RESPONSE
+    assert min(by_finish.values()) > 0
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_its_id(setting: Setting) -> None:
+    length = MAX_MODEL_LENGTH - MAX_RESPONSE + 1
+    long = Prompt(prompt_id="long", token_ids=np.full(length, 5, np.int32), text="")
+    with pytest.raises(DataError, match=r"'long'.*25 prompt tokens.*max_response_tokens=40.*64"):
+        ray.get(setting.workers[0].generate.remote([*_prompts(2), long], GREEDY, 0, "x"))
+    foreign = Prompt(prompt_id="foreign", token_ids=np.array([VOCABULARY], np.int32), text="")
+    with pytest.raises(ModelError, match=r"'foreign'.*knows 0 to 60"):
+        ray.get(setting.workers[0].generate.remote([foreign], GREEDY, 0, "x"))
+    assert len(ray.get(setting.workers[0].generate.remote(_prompts(2), GREEDY, 0, "x"))) == 2
+
+
+def test_a_dead_worker_ends_a_publish_and_the_others_can_be_connected_anew(
+    setting: Setting,
+) -> None:
+    version = ray.get(setting.workers[0].weight_version.remote())
+    dead = setting.workers.pop()
+    ray.kill(dead)
+    with pytest.raises(TransferError, match=rf"publishing weight version {version + 1} failed"):
+        ray.get(setting.learner.publish.remote(version + 1), timeout=30)
+    ray.get(setting.learner.connect.remote(setting.workers))
+    setting.publish(version + 2)
+    _assert_equals_the_learner(setting, version + 2)
+
+
+def test_a_cache_too_small_for_one_sequence_is_named_by_its_key(
+    cluster: None, tiny_model_folder: Any
+) -> None:
+    folder = tiny_model_folder(num_layers=8, hidden_size=256)  # 2 MiB for a block of 128 tokens
+    cramped = _start_worker(folder, engine=EngineConfig(kv_cache_mebibytes=1))
+    with pytest.raises(ResourceError, match=r"rollout\.student_engine\.kv_cache_mebibytes, now 1"):
+        ray.get(cramped.ready.remote())

@@ -1,0 +1,138 @@
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from distill_system.errors import DataError, RecordError
+from distill_system.evaluation.evaluate import SplitEvaluation, evaluate_splits
+from distill_system.records import Author, Finish, Prompt, Trajectory
+
+TEXTS = {1: "red", 2: "green", 3: "blue"}
+END = 9
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    return " ".join(TEXTS[token] for token in token_ids if token != END)
+
+
+def build_prompt(prompt_id: str, *references: str) -> Prompt:
+    ids = np.array([7, 8], dtype=np.int32)
+    return Prompt(
+        prompt_id=prompt_id, token_ids=ids, text=f"ask {prompt_id}", references=references
+    )
+
+
+def build_trajectory(prompt: Prompt, response: list[int], temperature: float) -> Trajectory:
+    return Trajectory(
+        trajectory_id=f"t-{prompt.prompt_id}",
+        prompt_id=prompt.prompt_id,
+        author=Author.STUDENT,
+        token_ids=np.concatenate([prompt.token_ids, np.array(response, dtype=np.int32)]),
+        num_prompt_tokens=2,
+        behaviour_logprobs=np.zeros(len(response), dtype=np.float32),
+        temperature=temperature,
+        finish=Finish.STOP if response[-1] == END else Finish.LENGTH,
+    )
+
+
+class ScriptedGenerator:
+    """Answers by prompt id, and remembers what it was asked."""
+
+    def __init__(self, greedy: dict[str, list[int]], sampled: dict[str, list[int]]) -> None:
+        self._responses = {0.0: greedy, 1.0: sampled}
+        self.calls: list[tuple[list[str], float, str]] = []
+
+    def __call__(
+        self, prompts: Sequence[Prompt], temperature: float, label: str
+    ) -> list[Trajectory]:
+        self.calls.append(([prompt.prompt_id for prompt in prompts], temperature, label))
+        responses = self._responses[temperature]
+        return [build_trajectory(p, responses[p.prompt_id], temperature) for p in prompts]
+
+
+SPLITS = {
+    "near": [build_prompt("a", "red green"), build_prompt("b", "blue", "green")],
+    "bare": [build_prompt("c")],
+}
+GREEDY = {"a": [1, 2, END], "b": [3, END], "c": [1, 1, 1, 1]}
+SAMPLED = {"a": [1, 3, END], "b": [2, END], "c": [2, END]}
+
+
+def evaluate() -> tuple[dict[str, SplitEvaluation], ScriptedGenerator]:
+    generator = ScriptedGenerator(GREEDY, SAMPLED)
+    metrics = ("exact_match", "rouge_l", "bleu")
+    return evaluate_splits(SPLITS, generator, decode, metrics, 1), generator
+
+
+def test_each_decoding_generates_once_for_all_splits_together() -> None:
+    _, generator = evaluate()
+    assert generator.calls == [
+        (["a", "b", "c"], 0.0, "greedy"),
+        (["a", "b", "c"], 1.0, "sampled"),
+    ]
+
+
+def test_scores_lengths_and_ends_by_hand() -> None:
+    near = evaluate()[0]["near"]
+    means = {name: score.mean for name, score in near.scores.items()}
+    assert near.num_examples == 2
+    assert means["exact_match_greedy"] == 100.0
+    assert means["exact_match_sampled"] == 50.0
+    assert means["rouge_l_sampled"] == pytest.approx(75.0)  # one of two words, then all of one
+    assert means["mean_length_greedy"] == 2.5
+    assert means["ended_share_greedy"] == 100.0
+    assert near.scores["exact_match_sampled"].stderr == pytest.approx(50.0)
+    assert list(means)[:2] == ["exact_match_greedy", "exact_match_sampled"]
+
+
+def test_a_split_without_references_has_lengths_and_ends_alone() -> None:
+    bare = evaluate()[0]["bare"]
+    assert set(bare.scores) == {
+        "mean_length_greedy",
+        "mean_length_sampled",
+        "ended_share_greedy",
+        "ended_share_sampled",
+    }
+    assert bare.scores["ended_share_greedy"].mean == 0.0
+    assert bare.scores["mean_length_greedy"].stderr is None
+    assert bare.shown[0].greedy == "red red red red"
+
+
+def test_what_is_shown_is_limited_and_complete() -> None:
+    (shown,) = evaluate()[0]["near"].shown
+    assert (shown.prompt, shown.references) == ("ask a", ("red green",))
+    assert (shown.greedy, shown.sampled) == ("red green", "red blue")
+
+
+def test_an_evaluation_survives_json() -> None:
+    evaluations, _ = evaluate()
+    for evaluation in evaluations.values():
+        form = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
+        assert SplitEvaluation.from_json(form) == evaluation
+
+
+def test_a_wrong_json_form_is_refused_by_key() -> None:
+    form = evaluate()[0]["near"].to_json()
+    del form["prompt_ids"]
+    with pytest.raises(DataError, match="prompt_ids"):
+        SplitEvaluation.from_json(form)
+
+
+def test_references_for_some_prompts_only_are_refused() -> None:
+    splits = {"mixed": [build_prompt("a", "red"), build_prompt("b")]}
+    with pytest.raises(DataError, match=r"'mixed'.*1 of 2.*'b'"):
+        evaluate_splits(splits, ScriptedGenerator(GREEDY, SAMPLED), decode, ("bleu",), 1)
+
+
+def test_an_empty_split_is_refused() -> None:
+    with pytest.raises(DataError, match="'none'"):
+        evaluate_splits({"none": []}, ScriptedGenerator({}, {}), decode, (), 1)
+
+
+def test_trajectories_of_other_prompts_are_refused() -> None:
+    def shuffled(prompts: Sequence[Prompt], temperature: float, label: str) -> list[Trajectory]:
+        return ScriptedGenerator(GREEDY, SAMPLED)(prompts[::-1], temperature, label)
+
+    with pytest.raises(RecordError, match="position 0"):
+        evaluate_splits({"near": SPLITS["near"]}, shuffled, decode, ("bleu",), 1)

@@ -1,0 +1,129 @@
+import math
+
+import numpy as np
+import pytest
+import sacrebleu
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
+
+from distill_system.errors import RecordError
+from distill_system.evaluation.scores import (
+    UnicodeWordTokenizer,
+    bleu_from_sums,
+    bleu_statistics,
+    exact_match,
+    rouge_l,
+)
+from distill_system.standard_errors import (
+    bootstrap_replicates,
+    bootstrap_standard_error,
+    paired_bootstrap_standard_error,
+    paired_standard_error,
+    standard_error,
+)
+
+GERMAN = [
+    "Ein Hund läuft über die Wiese.",
+    "Zwei Männer stehen vor einem Haus und reden.",
+    "Eine Frau liest.",
+    "Das Kind spielt mit dem roten Ball im Garten hinter dem Haus.",
+]
+GERMAN_REFERENCES = [
+    ("Ein Hund rennt über die grüne Wiese.", "Der Hund läuft über eine Wiese."),
+    ("Zwei Männer stehen vor einem Haus und reden.",),
+    ("Eine Frau liest ein Buch.", "Die Frau liest.", "Eine Dame liest."),
+    ("Ein Kind spielt mit dem Ball im Garten.",),
+]
+
+
+def test_exact_match_ignores_white_space_at_the_ends_only() -> None:
+    assert exact_match(" a b.\n", ["c", "a b. "]) == 100.0
+    assert exact_match("a  b.", ["a b."]) == 0.0
+    assert exact_match("A b.", ["a b."]) == 0.0
+    assert exact_match("", ["a"]) == 0.0
+
+
+def test_rouge_l_by_hand() -> None:
+    # Longest common subsequence "the dog": precision 2/3, recall 2/4.
+    expected = 100 * 2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)
+    assert rouge_l("the big dog", ["the dog runs fast"]) == pytest.approx(expected)
+    assert rouge_l("the big dog", ["no match", "The big dog!"]) == pytest.approx(100.0)
+    assert rouge_l("", ["the dog"]) == 0.0
+
+
+def test_rouge_l_keeps_words_that_are_not_ascii() -> None:
+    assert rouge_l("привет мир", ["привет мир"]) == pytest.approx(100.0)
+    assert RougeScorer(["rougeL"]).score("привет мир", "привет мир")["rougeL"].fmeasure == 0.0
+    assert UnicodeWordTokenizer().tokenize("Läuft, u\u0308ber!") == ["läuft", "über"]
+    assert UnicodeWordTokenizer().tokenize("हिन्दी में") == ["हिन्दी", "में"]
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=127)))
+def test_on_ascii_text_the_words_are_those_of_rouge_score(text: str) -> None:
+    assert UnicodeWordTokenizer().tokenize(text) == DefaultTokenizer().tokenize(text)
+
+
+def test_bleu_from_summed_statistics_is_sacrebleus_corpus_bleu_with_uneven_references() -> None:
+    most = max(map(len, GERMAN_REFERENCES))
+    streams = [
+        [accepted[i] if i < len(accepted) else None for accepted in GERMAN_REFERENCES]
+        for i in range(most)
+    ]
+    ours = bleu_from_sums(bleu_statistics(GERMAN, GERMAN_REFERENCES).sum(axis=0))
+    assert 10 < ours < 90
+    assert ours == pytest.approx(sacrebleu.corpus_bleu(GERMAN, streams).score, abs=1e-9)
+
+
+def test_bleu_of_empty_and_of_perfect_texts() -> None:
+    references = [("a b c d e",), ("f g h i",)]
+    assert bleu_from_sums(bleu_statistics(["", ""], references).sum(axis=0)) == 0.0
+    perfect = bleu_statistics(["a b c d e", "f g h i"], references)
+    assert bleu_from_sums(perfect.sum(axis=0)) == pytest.approx(100.0)
+
+
+def test_standard_error_of_a_share_is_the_binomial_one() -> None:
+    values = [100.0] * 30 + [0.0] * 70
+    # sqrt(p (1 - p) / (n - 1)), in percent.
+    assert standard_error(values) == pytest.approx(100 * math.sqrt(0.3 * 0.7 / 99))
+    assert standard_error([1.0]) is None
+
+
+def test_bootstrap_of_a_mean_agrees_with_its_closed_form() -> None:
+    values = np.random.default_rng(0).exponential(size=400)
+    sums = np.stack([values, np.ones(400)], axis=1)
+    replicates = bootstrap_replicates(sums, lambda total: float(total[0] / total[1]))
+    closed_form = standard_error(values.tolist())
+    assert closed_form is not None
+    # 1,000 replicates know a standard deviation to about 1 / sqrt(2000) = 2%.
+    assert bootstrap_standard_error(replicates.tolist()) == pytest.approx(closed_form, rel=0.08)
+    assert float(replicates.mean()) == pytest.approx(values.mean(), abs=0.01)
+
+
+def test_paired_standard_error_sees_what_the_two_share() -> None:
+    generator = np.random.default_rng(1)
+    shared = generator.normal(50.0, 20.0, size=500)
+    before = shared + generator.normal(0.0, 1.0, size=500)
+    after = shared + 3.0 + generator.normal(0.0, 1.0, size=500)
+    paired = paired_standard_error(before.tolist(), after.tolist())
+    assert paired == pytest.approx(math.sqrt(2.0 / 500), rel=0.1)
+
+
+def test_bootstraps_of_the_same_prompts_draw_the_same_prompts() -> None:
+    generator = np.random.default_rng(2)
+    before = generator.normal(50.0, 20.0, size=300)
+    after = before + generator.normal(2.0, 1.0, size=300)
+
+    def replicate(values: np.ndarray) -> list[float]:
+        sums = np.stack([values, np.ones(len(values))], axis=1)
+        return bootstrap_replicates(sums, lambda total: float(total[0] / total[1])).tolist()
+
+    bootstrapped = paired_bootstrap_standard_error(replicate(before), replicate(after))
+    closed_form = paired_standard_error(before.tolist(), after.tolist())
+    assert bootstrapped == pytest.approx(closed_form, rel=0.08)
+
+
+def test_unequal_numbers_of_examples_cannot_be_paired() -> None:
+    with pytest.raises(RecordError, match="got 2 and 3"):
+        paired_standard_error([1.0, 2.0], [1.0, 2.0, 3.0])

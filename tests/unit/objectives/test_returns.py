@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill_system.objectives.returns import compute_baseline, cost_to_go, future_cost_to_go
+from distill_system.objectives.rows import TokenRows
+
+LENGTHS = (3, 1, 4)
+
+
+def _rows():
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    sequences = torch.cat([torch.full((length,), i) for i, length in enumerate(LENGTHS)])
+    count = len(positions)
+    return TokenRows(
+        hidden_NH=torch.zeros(count, 2),
+        token_ids_N=torch.zeros(count, dtype=torch.long),
+        sequence_ids_N=sequences,
+        positions_N=positions,
+        num_global_tokens=count,
+        num_global_sequences=len(LENGTHS),
+    )
+
+
+COSTS = torch.tensor([1.0, 2.0, 4.0, 8.0, 1.0, 0.0, -1.0, 2.0])
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.5])
+def test_cost_to_go_equals_the_sum_written_out(discount):
+    expected, start = [], 0
+    for length in LENGTHS:
+        costs = COSTS[start : start + length].tolist()
+        expected += [
+            sum(discount ** (k - t) * costs[k] for k in range(t, length)) for t in range(length)
+        ]
+        start += length
+    assert cost_to_go(COSTS, _rows(), discount=discount).tolist() == pytest.approx(expected)
+
+
+def test_future_cost_leaves_out_the_token_itself_and_divides_by_what_is_left():
+    plain = future_cost_to_go(COSTS, _rows(), discount=1.0, normalise=False)
+    mean = future_cost_to_go(COSTS, _rows(), discount=1.0, normalise=True)
+    assert plain.tolist() == [6.0, 4.0, 0.0, 0.0, 1.0, 1.0, 2.0, 0.0]
+    assert mean.tolist() == pytest.approx([3.0, 4.0, 0.0, 0.0, 1 / 3, 0.5, 2.0, 0.0])
+
+
+def test_baselines_are_zero_the_batch_mean_and_the_mean_at_each_position():
+    rows = _rows()
+
+    def baseline(kind):
+        return compute_baseline(kind, COSTS, rows, lambda tensor: tensor, longest=6).tolist()
+
+    first, second, third = (1.0 + 8.0 + 1.0) / 3, (2.0 + 0.0) / 2, (4.0 - 1.0) / 2
+    assert baseline("none") == [0.0] * 8
+    assert baseline("batch") == pytest.approx([float(COSTS.mean())] * 8)
+    assert baseline("position") == pytest.approx(
+        [first, second, third, first, first, second, third, 2.0]
+    )

@@ -1,0 +1,106 @@
+import json
+import math
+import threading
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distill_system.errors import RunStateError
+from distill_system.observe.metrics import MetricLog, read_metrics, to_gauge_name
+from distill_system.observe.run_directory import RunDirectory
+
+
+def read_scalars(run: RunDirectory, stage: str, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run.tensorboard_directory / stage)).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_rows_come_back_as_they_were_logged(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with MetricLog(run, run_name="r") as log:
+        log.log("sft_teacher", 1, {"learner/loss": 2.5})
+        log.log("distill", 1, {"learner/loss": -0.5, "learner/tokens": 7})
+    rows = read_metrics(run)
+    assert [(row.stage, row.step, row.metrics) for row in rows] == [
+        ("sft_teacher", 1, {"learner/loss": 2.5}),
+        ("distill", 1, {"learner/loss": -0.5, "learner/tokens": 7.0}),
+    ]
+    assert read_scalars(run, "distill", "distill/learner/loss") == [(1, -0.5)]
+
+
+def test_values_that_are_not_finite_keep_the_file_valid_json(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    with MetricLog(run, run_name="r") as log:
+        log.log("distill", 1, {"a": math.nan, "b": -math.inf, "c": 1.0})
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(constant)
+
+    json.loads(run.metrics_path.read_text(), parse_constant=refuse)
+    assert read_metrics(run)[0].metrics == {"a": None, "b": None, "c": 1.0}
+
+
+def test_a_half_written_last_line_is_dropped_on_opening(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    with MetricLog(run, run_name="r") as log:
+        log.log("distill", 1, {"a": 1.0})
+        log.log("distill", 2, {"a": 2.0})
+    whole = run.metrics_path.read_bytes()
+    run.metrics_path.write_bytes(whole[:-9])
+    assert [row.step for row in read_metrics(run)] == [1]
+    with MetricLog(run, run_name="r") as log:
+        log.log("distill", 2, {"a": 2.5})
+    assert [(row.step, row.metrics["a"]) for row in read_metrics(run)] == [(1, 1.0), (2, 2.5)]
+
+
+def test_a_resume_leaves_every_step_once(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    with MetricLog(run, run_name="r") as log:
+        log.log("sft_student", 9, {"a": 9.0})
+        for step in range(1, 6):
+            log.log("distill", step, {"a": float(step)})
+    with MetricLog(run, run_name="r") as log:
+        log.truncate_after("distill", 3)
+        for step in range(4, 7):
+            log.log("distill", step, {"a": 10.0 * step})
+    expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0), (6, 60.0)]
+    rows = [row for row in read_metrics(run) if row.stage == "distill"]
+    assert [(row.step, row.metrics["a"]) for row in rows] == expected
+    assert read_scalars(run, "distill", "distill/a") == expected
+    assert [row.step for row in read_metrics(run) if row.stage == "sft_student"] == [9]
+    assert read_scalars(run, "sft_student", "sft_student/a") == [(9, 9.0)]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.metrics_path.write_text('{"time":0,"stage":"distill","step":1,"metrics":{}}\nnonsense\n')
+    with pytest.raises(RunStateError, match="line 2"):
+        read_metrics(run)
+
+
+def test_two_threads_never_mix_their_lines(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    with MetricLog(run, run_name="r") as log:
+
+        def work(stage: str) -> None:
+            for step in range(100):
+                log.log(stage, step, {"learner/loss": 1.0})
+
+        threads = [threading.Thread(target=work, args=(f"sft_{role}",)) for role in ("a", "b")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    rows = read_metrics(run)
+    for stage in ("sft_a", "sft_b"):
+        assert [row.step for row in rows if row.stage == stage] == list(range(100))
+
+
+def test_a_run_without_metrics_has_no_rows(tmp_path: Path) -> None:
+    assert read_metrics(RunDirectory(tmp_path)) == []
+
+
+def test_gauge_names_are_ones_prometheus_takes() -> None:
+    name = to_gauge_name("evaluation/in-distribution/exact match")
+    assert name == "distill_evaluation_in_distribution_exact_match"

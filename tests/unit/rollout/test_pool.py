@@ -1,0 +1,95 @@
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill_system.records import Author, Finish, Prompt, Trajectory
+from distill_system.rollout.pool import RolloutPool, deal_by_length
+from distill_system.rollout.sampling import Sampling
+
+SAMPLING = Sampling(temperature=1.0, max_response_tokens=4)
+
+
+class CheckingWorkers:
+    """Workers in this process that answer with the prompt's length; checks what it is given."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.called: list[int] = []
+
+    def start(self, worker: int, method: str, *arguments: Any) -> list[Trajectory]:
+        assert method == "generate"
+        assert worker in range(self.count)
+        self.called.append(worker)
+        return self._generate(*arguments)
+
+    def finish(
+        self, references: Sequence[list[Trajectory]], *, what: str, fetch: bool = True
+    ) -> list[list[Trajectory]]:
+        assert what
+        assert fetch
+        return list(references)
+
+    def _generate(
+        self, prompts: list[Prompt], sampling: Sampling, seed: int, label: str
+    ) -> list[Trajectory]:
+        assert prompts, "a worker without prompts must not be called"
+        assert (sampling, seed, label) == (SAMPLING, 3, "step-0")
+        return [
+            Trajectory(
+                trajectory_id=f"{label}/teacher/{prompt.prompt_id}",
+                prompt_id=prompt.prompt_id,
+                author=Author.TEACHER,
+                token_ids=np.append(prompt.token_ids, np.int32(prompt.token_ids.size)),
+                num_prompt_tokens=int(prompt.token_ids.size),
+                behaviour_logprobs=np.zeros(1, np.float32),
+                temperature=1.0,
+                finish=Finish.STOP,
+            )
+            for prompt in prompts
+        ]
+
+
+def _prompt(name: str, length: int) -> Prompt:
+    return Prompt(prompt_id=name, token_ids=np.ones(length, np.int32), text="")
+
+
+LENGTHS = st.lists(st.integers(1, 400), max_size=40)
+
+
+@given(lengths=LENGTHS, num_workers=st.integers(1, 9))
+def test_trajectories_come_back_in_the_prompts_order(lengths: list[int], num_workers: int) -> None:
+    prompts = [_prompt(str(at), length) for at, length in enumerate(lengths)]
+    workers = CheckingWorkers(num_workers)
+    trajectories = RolloutPool(workers).generate(prompts, SAMPLING, 3, "step-0")
+    assert [trajectory.prompt_id for trajectory in trajectories] == [p.prompt_id for p in prompts]
+    assert [int(trajectory.response_ids[0]) for trajectory in trajectories] == lengths
+    assert sorted(workers.called) == list(range(min(num_workers, len(lengths))))
+
+
+@given(lengths=LENGTHS, num_workers=st.integers(1, 9))
+def test_shards_are_a_partition_of_like_cost(lengths: list[int], num_workers: int) -> None:
+    shards = deal_by_length(lengths, num_workers)
+    assert sorted(at for shard in shards for at in shard) == list(range(len(lengths)))
+    if not shards:
+        return
+    counts = [len(shard) for shard in shards]
+    assert max(counts) - min(counts) <= 1
+    totals = [sum(lengths[at] for at in shard) for shard in shards]
+    assert max(totals) - min(totals) <= max(lengths)
+
+
+def test_a_pool_finishes_rollouts_begun_earlier_in_any_order() -> None:
+    pool = RolloutPool(CheckingWorkers(2))
+    first = pool.start([_prompt("a", 3), _prompt("b", 1)], SAMPLING, 3, "step-0")
+    second = pool.start([_prompt("c", 2)], SAMPLING, 3, "step-0")
+    assert [trajectory.prompt_id for trajectory in pool.finish(second)] == ["c"]
+    assert [trajectory.prompt_id for trajectory in pool.finish(first)] == ["a", "b"]
+
+
+def test_a_prompt_that_stands_in_a_call_twice_is_answered_twice() -> None:
+    prompts = [_prompt("a", 3), _prompt("b", 1), _prompt("a", 3)]
+    trajectories = RolloutPool(CheckingWorkers(2)).generate(prompts, SAMPLING, 3, "step-0")
+    assert [trajectory.prompt_id for trajectory in trajectories] == ["a", "b", "a"]
