@@ -63,12 +63,11 @@ def report(settings: Settings) -> None:
 @app.command()
 def doctor() -> None:
     """Say what is installed, what fits together, what hardware there is, and what to mend."""
-    from distill_system.doctor import diagnose, has_problem, render
+    from distill_system.doctor import diagnose, exit_code, render
 
     findings = diagnose()
-    render(findings)
-    if has_problem(findings):
-        raise typer.Exit(1)
+    Console().print(render(findings))
+    raise typer.Exit(exit_code(findings))
 
 
 def _run(settings: list[str], *, resume: bool, stages: tuple[str, ...]) -> None:

@@ -136,6 +136,7 @@ class Driver:
         checkpoint = resume_point(self.store, resume=self.context.resume, stage=STAGE)
         if checkpoint is None:
             self.context.log.truncate_after(STAGE, -1)
+            self.context.timings.restart(STAGE)
             return 0
         self.pools.learner.load(checkpoint.folder)
         self.student_frontier.restore(checkpoint.state["student_frontier"])

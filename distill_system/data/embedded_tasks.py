@@ -6,7 +6,8 @@ Training prompts never occur in a test split, whatever the seeds: a stable hash 
 itself (the prompt without politeness or distractor in front) reserves one fifth of all requests.
 `train` draws from the other four fifths alone, every other split from the reserved fifth alone.
 The hash sees the whole request, phrasing included, so that a small family (unit conversion,
-spelling, addition) loses phrasings of a problem to the tests rather than the problem.
+spelling, addition) loses phrasings of a problem to the tests and hardly ever the whole problem
+(1 of 48 conversions, 4 of 96 spellings).
 """
 
 from __future__ import annotations

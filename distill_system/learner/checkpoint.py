@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -32,7 +33,8 @@ def save_checkpoint(
     rank: int,
 ) -> None:
     """Write this rank's part; returns when it is on disk."""
-    save(_gather(model, optimizers, objective.state_dict(), rank), checkpoint_id=folder)
+    state = _gather(model, optimizers, objective.state_dict(), rank)
+    save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 def load_checkpoint(
@@ -55,7 +57,7 @@ def load_checkpoint(
             if key.startswith("objective.") and isinstance(entry, TensorStorageMetadata)
         }
         state = _gather(model, optimizers, critics, rank)
-        load(state, checkpoint_id=folder)
+        load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise RunStateError(
             f"the checkpoint {folder} cannot be loaded into this learner: {error}. "

@@ -125,6 +125,7 @@ class FineTuning:
         checkpoint = resume_point(self.store, resume=self.context.resume, stage=self.stage)
         if checkpoint is None:
             self.context.log.truncate_after(self.stage, -1)
+            self.context.timings.restart(self.stage)
             return 0
         self.learner.load(checkpoint.folder)
         self.frontier.restore(checkpoint.state["frontier"])

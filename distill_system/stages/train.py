@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from distill_system.cluster import ClusterSession
 from distill_system.config import RunConfig
 from distill_system.data import RunData, load_run_data
+from distill_system.data.run_data import SetName
 from distill_system.driver import Driver
 from distill_system.observe import (
     LiveView,
@@ -79,7 +80,8 @@ def open_context(config: RunConfig, run: RunDirectory, *, resume: bool) -> Itera
 
 def _run_sft(context: RunContext) -> None:
     roles = _untuned_roles(context.config, context.run)
-    data = load_run_data(context.config, context.tokenizer, sets=[f"{role}_sft" for role in roles])
+    sets: dict[str, SetName] = {"teacher": "teacher_sft", "student": "student_sft"}
+    data = load_run_data(context.config, context.tokenizer, [sets[role] for role in roles])
     _tell_removed(context, data)
     fine_tune(context, {role: getattr(data, f"{role}_sft") for role in roles})
 

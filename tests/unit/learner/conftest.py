@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from distill_system.config.model import LearnerConfig, OptimizerConfig
+from distill_system.config.objective import AmmdConfig
+from distill_system.config.run import ScoringConfig
+from distill_system.learner import Learner, ModelSource
+from distill_system.scoring import TeacherScorer
+
+
+@pytest.fixture
+def make_learner(tiny_model_folder):
+    """A learner rank on a tiny student, distilled from a wider tiny teacher."""
+
+    def make(*, rank=0, world_size=1, objective="ammd", **changes):
+        teacher = tiny_model_folder(hidden_size=96, num_heads=3, seed=1)
+        supervised = objective is None
+        settings = {
+            "rank": rank,
+            "world_size": world_size,
+            "source": ModelSource(
+                path=str(tiny_model_folder(seed=2)),
+                action_embeddings_path=None if supervised else str(teacher),
+            ),
+            "objective": AmmdConfig() if objective == "ammd" else objective,
+            "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+            "config": LearnerConfig(),
+            "total_steps": 10,
+            "max_response_tokens": 16,
+            "seed": 0,
+            "uses_gpu": False,
+            "timeout_seconds": 60.0,
+        }
+        return Learner(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def scorer(tiny_model_folder):
+    return TeacherScorer(
+        model_path=str(tiny_model_folder(hidden_size=96, num_heads=3, seed=1)),
+        config=ScoringConfig(max_tokens_per_batch=64),
+        vocabulary_chunk_tokens=7,
+        uses_gpu=False,
+    )

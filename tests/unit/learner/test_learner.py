@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from local_workers import LocalWorkers
+from trajectories import make_trajectories
+
+from distill_system.config.model import LearnerConfig, OptimizerConfig
+from distill_system.config.objective import AmmdConfig, GradientCritic
+from distill_system.errors import NonFiniteError, RecordError, RunStateError
+from distill_system.learner import LearnerGroup
+from distill_system.records import Author, Stream
+from distill_system.scoring import ScoringPool
+
+
+def _weights(learner):
+    return torch.cat([p.detach().reshape(-1) for p in learner.model.parameters()])
+
+
+def _scored(scorer, *, shares, count=12):
+    pool = ScoringPool(LocalWorkers([scorer]))
+    off = pool.start(make_trajectories(count, Author.TEACHER), Stream.OFF_POLICY, num_shares=shares)
+    on = pool.start(make_trajectories(count, first=100), Stream.ON_POLICY, num_shares=shares)
+    return [(chunk.chunk, chunk.targets) for chunk in (*off, *on)]
+
+
+def _group(*learners):
+    return LearnerGroup(LocalWorkers(learners))
+
+
+def test_playing_the_game_brings_both_distances_down(make_learner, scorer):
+    learner = make_learner(total_steps=60)
+    group = _group(learner)
+    scored = _scored(scorer, shares=1)
+    before = group.measure(scored)
+    for step in range(60):
+        group.learn(step, scored)
+    after = group.measure(scored)
+    assert after["on_policy"] < 0.5 * before["on_policy"]
+    assert after["off_policy"] < 0.5 * before["off_policy"]
+
+
+def test_measured_distances_do_not_move_the_student(make_learner, scorer):
+    learner = make_learner()
+    before = _weights(learner).clone()
+    _group(learner).measure(_scored(scorer, shares=1))
+    assert torch.equal(_weights(learner), before)
+
+
+def test_the_first_steps_loss_is_the_mix_of_both_distances(make_learner, scorer):
+    scored = _scored(scorer, shares=1)
+    learner = make_learner(objective=AmmdConfig(on_policy_weight=0.3))
+    measured = _group(learner).measure(scored)
+    metrics = _group(learner).learn(0, scored).metrics
+    mixed = 0.7 * measured["off_policy"] + 0.3 * measured["on_policy"]
+    assert metrics["learner/loss"] == pytest.approx(mixed, rel=1e-3)
+    assert metrics["learner/off_policy_distance"] == pytest.approx(measured["off_policy"], rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        AmmdConfig(),
+        AmmdConfig(
+            critic=GradientCritic(type="gradient_ascent"),
+            policy_gradient="reward_to_go",
+            moment_target="sampled",
+            discount=0.9,
+        ),
+    ],
+    ids=["closed_form", "paper_form"],
+)
+def test_two_ranks_make_the_update_of_one(make_learner, scorer, optimizer, objective, gloo_pair):
+    """Real gloo between two processes against one rank with everything."""
+    config = OptimizerConfig(type=optimizer, learning_rate=1e-2, warmup_steps=0)
+    alone = make_learner(objective=objective, optimizer=config)
+    scored = _scored(scorer, shares=2)
+    group = _group(alone)
+    metrics = [group.learn(step, scored).metrics for step in range(3)]
+    expected = _weights(alone)
+
+    pair_metrics, pair_weights = gloo_pair(objective, config, scored, steps=3)
+    for ours, theirs in zip(pair_metrics, metrics, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), name
+    moved = (expected - _weights(make_learner())).norm()
+    assert moved > 0.1
+    # torch's Muon orthogonalises in bfloat16, which turns a rounding of the gradient into 2^-8.
+    tolerance = 1e-3 if optimizer == "adamw" else 3e-2
+    assert (pair_weights - expected).norm() < tolerance * moved
+
+
+def test_supervised_updates_learn_the_rows(make_learner):
+    learner = make_learner(objective=None, total_steps=80)
+    group = _group(learner)
+    rows = make_trajectories(8, Author.DATASET)
+    losses = [
+        group.finish_supervised(group.start_supervised(step, rows)).metrics["learner/loss"]
+        for step in range(80)
+    ]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_checkpoint_continues_to_the_bit(make_learner, scorer, tmp_path):
+    objective = AmmdConfig(critic=GradientCritic(type="gradient_ascent", steps=1, step_size=0.1))
+    settings = {
+        "objective": objective,
+        "optimizer": OptimizerConfig(type="muon", learning_rate=1e-2),
+    }
+    scored = _scored(scorer, shares=1)
+    unbroken = make_learner(**settings)
+    for step in range(3):
+        _group(unbroken).learn(step, scored)
+    _group(unbroken).save(tmp_path / "checkpoint")
+    resumed = make_learner(**settings)
+    _group(resumed).load(tmp_path / "checkpoint")
+    assert torch.equal(_weights(resumed), _weights(unbroken))
+    for step in range(3, 6):
+        first = _group(unbroken).learn(step, scored).metrics
+        second = _group(resumed).learn(step, scored).metrics
+        assert first == second
+    assert torch.equal(_weights(resumed), _weights(unbroken))
+
+
+def test_a_truncated_checkpoint_is_named(make_learner, tmp_path):
+    folder = tmp_path / "checkpoint"
+    _group(make_learner()).save(folder)
+    largest = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    with pytest.raises(RunStateError, match="checkpoint"):
+        _group(make_learner()).load(folder)
+
+
+def test_a_nan_is_refused_before_any_weight_changes(make_learner, scorer):
+    learner = make_learner()
+    before = _weights(learner).clone()
+    scored = _scored(scorer, shares=1)
+    chunk, reference = scored[0]
+    spoiled = [replace(t, features=np.full_like(t.features, np.nan)) for t in reference.value]
+    spoiled_expected = [
+        replace(t, expected_embedding=np.full_like(t.expected_embedding, np.nan)) for t in spoiled
+    ]
+    scored[0] = (chunk, replace(reference, value=spoiled_expected))
+    with pytest.raises(NonFiniteError, match=r"loss must be finite.*step 4"):
+        _group(learner).learn(4, scored)
+    assert torch.equal(_weights(learner), before)
+
+
+def test_targets_of_another_trajectory_are_refused(make_learner, scorer):
+    scored = _scored(scorer, shares=1)
+    (first, targets), (second, _) = scored[0], scored[1]
+    with pytest.raises(RecordError, match="came with targets of"):
+        _group(make_learner()).learn(0, [(second, targets), (first, targets)])
+
+
+def test_the_export_loads_in_transformers_with_the_same_logits(make_learner, scorer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    learner = make_learner()
+    _group(learner).learn(0, _scored(scorer, shares=1))
+    _group(learner).export(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, learner.model(input_ids=ids).logits)
+    assert (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "generation_config.json").exists()
+
+
+def test_bfloat16_compute_keeps_float32_weights_and_close_losses(make_learner, scorer):
+    scored = _scored(scorer, shares=1)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        learner = make_learner(config=LearnerConfig(compute_dtype=dtype))
+        losses[dtype] = _group(learner).learn(0, scored).metrics["learner/loss"]
+        assert all(p.dtype == torch.float32 for p in learner.model.parameters())
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+@pytest.fixture
+def gloo_pair(make_learner):
+    """Two ranks in two threads of one process would share torch.distributed: use processes."""
+    import multiprocessing
+
+    def run(objective, optimizer, scored, *, steps):
+        context = multiprocessing.get_context("fork")
+        address, port = make_learner().address()
+        pipes = [context.Pipe() for _ in range(2)]
+
+        def rank_main(rank, pipe):
+            learner = make_learner(
+                rank=rank, world_size=2, objective=objective, optimizer=optimizer
+            )
+            learner.connect(address, port)
+            totals_group = _RecordingGroup(learner, rank)
+            metrics = [totals_group.learn(step, scored) for step in range(steps)]
+            pipe.send((metrics, _weights(learner).numpy()))
+            learner.close()
+
+        processes = [
+            context.Process(target=rank_main, args=(rank, pipes[rank][1])) for rank in range(2)
+        ]
+        for process in processes:
+            process.start()
+        results = []
+        for pipe, _ in pipes:
+            assert pipe.poll(120), "a rank did not answer within 120 s"
+            results.append(pipe.recv())
+        for process in processes:
+            process.join(30)
+            assert process.exitcode == 0
+        np.testing.assert_array_equal(results[0][1], results[1][1])
+        assert results[0][0] == results[1][0]
+        return results[0][0], torch.from_numpy(results[0][1])
+
+    return run
+
+
+class _RecordingGroup:
+    """Asks LearnerGroup what each rank would be sent, and runs this process's part of it."""
+
+    def __init__(self, learner, rank):
+        self.learner = learner
+        self.rank = rank
+
+    def learn(self, step, scored):
+        sent = _Sent(2)
+        LearnerGroup(sent).learn(step, scored)
+        method, arguments = sent.by_rank[self.rank]
+        assert method == "step"
+        resolved = [getattr(argument, "value", argument) for argument in arguments]
+        return self.learner.step(*resolved).metrics
+
+
+class _Sent:
+    def __init__(self, count):
+        self.count = count
+        self.by_rank = {}
+
+    def start(self, worker, method, *arguments):
+        self.by_rank[worker] = (method, arguments)
+        return worker
+
+    def finish(self, references, *, what, fetch=True):
+        assert what
+        return list(references)

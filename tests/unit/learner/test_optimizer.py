@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from distill_system.config.model import OptimizerConfig
+from distill_system.errors import NonFiniteError
+from distill_system.learner.optimizer import build_optimizers, clip_gradients, learning_rate_at
+
+CONFIG = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_learning_rate_fraction=0.1)
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_its_floor():
+    rates = [learning_rate_at(step, config=CONFIG, total_steps=101) for step in range(101)]
+    assert rates[0] == pytest.approx(2.0 / 5)
+    assert max(rates) == pytest.approx(2.0, rel=0.02)
+    assert rates[50] == pytest.approx(2.0 * 0.55)
+    assert rates[-1] == pytest.approx(0.2)
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
+
+
+class _Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(7, 4)
+        self.hidden = torch.nn.Linear(4, 4)
+        self.norm = torch.nn.LayerNorm(4)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_has_one_optimizer_and_only_hidden_matrices_decay(kind):
+    net = _Net()
+    config = OptimizerConfig(type=kind, learning_rate=1.0, weight_decay=0.5)
+    optimizers = build_optimizers(net, [net.embedding.weight], config)
+    owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(map(id, owned)) == sorted(id(p) for p in net.parameters())
+    decayed = [
+        p for o in optimizers for g in o.param_groups if g["weight_decay"] > 0 for p in g["params"]
+    ]
+    assert [id(p) for p in decayed] == [id(net.hidden.weight)]
+    muon = [
+        p
+        for o in optimizers
+        if isinstance(o, torch.optim.Muon)
+        for p in o.param_groups[0]["params"]
+    ]
+    assert [id(p) for p in muon] == ([id(net.hidden.weight)] if kind == "muon" else [])
+
+
+def test_clipping_returns_the_norm_before_and_refuses_what_is_not_finite():
+    net = torch.nn.Linear(2, 1, bias=False)
+    net.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert clip_gradients(net, 1.0, step=0) == pytest.approx(5.0)
+    assert net.weight.grad.tolist() == [pytest.approx([0.6, 0.8], rel=1e-4)]
+    net.weight.grad = torch.tensor([[math.nan, 0.0]])
+    with pytest.raises(NonFiniteError, match="step 7"):
+        clip_gradients(net, 1.0, step=7)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from local_workers import LocalWorkers
+from trajectories import make_trajectories
+from transformers import AutoModelForCausalLM
+
+from distill_system.config.run import ScoringConfig
+from distill_system.records import Stream, TrajectoryChunk
+from distill_system.scoring import ScoringPool, TeacherScorer
+
+
+def _scorer(folder, **config):
+    return TeacherScorer(
+        model_path=str(folder),
+        config=ScoringConfig(**config),
+        vocabulary_chunk_tokens=5,
+        uses_gpu=False,
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_targets_equal_a_dense_read_of_each_trajectory_alone(tiny_model_folder, tied):
+    folder = tiny_model_folder(tie_word_embeddings=tied)
+    trajectories = make_trajectories(15)
+    chunk = TrajectoryChunk(stream=Stream.ON_POLICY, trajectories=tuple(trajectories))
+    targets = _scorer(folder, max_tokens_per_batch=50).score(chunk)
+    model = AutoModelForCausalLM.from_pretrained(folder).double()
+    embeddings = model.get_input_embeddings().weight
+    # The padding token's row is zero and stays so.
+    actions = embeddings / embeddings.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    for trajectory, target in zip(trajectories, targets, strict=True):
+        assert target.trajectory_id == trajectory.trajectory_id
+        ids = torch.from_numpy(trajectory.token_ids).long()
+        with torch.no_grad():
+            out = model(input_ids=ids[None], output_hidden_states=True)
+        before = slice(trajectory.num_prompt_tokens - 1, -1)
+        probabilities = out.logits[0, before].softmax(-1)
+        response = ids[trajectory.num_prompt_tokens :]
+        logprobs = probabilities.log().gather(1, response[:, None])[:, 0]
+        np.testing.assert_allclose(target.logprobs, logprobs.detach(), atol=1e-4)
+        np.testing.assert_allclose(
+            target.expected_embedding, (probabilities @ actions).detach(), atol=1e-5
+        )
+        np.testing.assert_allclose(
+            target.features, out.hidden_states[-1][0, before].detach(), atol=1e-4
+        )
+
+
+def test_bfloat16_travels_as_float16_and_stays_close(tiny_model_folder):
+    chunk = TrajectoryChunk(stream=Stream.ON_POLICY, trajectories=tuple(make_trajectories(6)))
+    exact = _scorer(tiny_model_folder()).score(chunk)
+    short = _scorer(tiny_model_folder(), dtype="bfloat16").score(chunk)
+    for one, other in zip(exact, short, strict=True):
+        assert one.features.dtype == np.float32
+        assert other.features.dtype == np.float16
+        assert other.expected_embedding.dtype == np.float16
+        np.testing.assert_allclose(one.expected_embedding, other.expected_embedding, atol=0.03)
+
+
+@pytest.mark.parametrize(("scorers", "ranks"), [(1, 1), (3, 1), (1, 2), (3, 2), (2, 4)])
+def test_chunks_come_in_equal_numbers_per_rank_and_use_every_scorer(
+    tiny_model_folder, scorers, ranks
+):
+    one = _scorer(tiny_model_folder())
+    workers = LocalWorkers([one] * scorers)
+    trajectories = make_trajectories(16)
+    scored = ScoringPool(workers).start(trajectories, Stream.OFF_POLICY, num_shares=ranks)
+    assert len(scored) % ranks == 0
+    assert {worker for worker, _ in workers.calls} == set(range(scorers))
+    ids = [t.trajectory_id for chunk in scored for t in chunk.chunk.trajectories]
+    assert sorted(ids) == sorted(t.trajectory_id for t in trajectories)
+    for chunk in scored:
+        assert [t.trajectory_id for t in chunk.targets.value] == [
+            t.trajectory_id for t in chunk.chunk.trajectories
+        ]
+
+
+def test_no_trajectories_make_no_chunks(tiny_model_folder):
+    pool = ScoringPool(LocalWorkers([_scorer(tiny_model_folder())]))
+    assert pool.start([], Stream.ON_POLICY, num_shares=2) == []

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from trajectories import make_trajectories
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
+
+from distill_system.config.model import ArchitectureConfig
+from distill_system.errors import ModelError
+from distill_system.language_model import (
+    SequenceBatch,
+    build_language_model,
+    check_linear_read,
+    group_by_length,
+    load_action_embeddings,
+    load_language_model,
+    read_hidden,
+    unembedding,
+)
+
+CPU = torch.device("cpu")
+
+
+def _load(folder):
+    return load_language_model(str(folder), dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 40])
+def test_hidden_rows_equal_those_of_each_sequence_read_alone(tiny_model_folder, max_tokens):
+    model = _load(tiny_model_folder())
+    trajectories = make_trajectories(20)
+    batch = SequenceBatch.collate(trajectories, CPU, max_tokens=max_tokens)
+    assert len(batch.groups) > 1
+    with torch.no_grad():
+        hidden = read_hidden(model, batch)
+        start = 0
+        for trajectory in trajectories:
+            ids = torch.from_numpy(trajectory.token_ids).long()[None]
+            alone = model.base_model(input_ids=ids).last_hidden_state[0]
+            count, prompt = trajectory.num_response_tokens, trajectory.num_prompt_tokens
+            rows = slice(start, start + count)
+            torch.testing.assert_close(hidden[rows], alone[prompt - 1 : -1], atol=1e-5, rtol=1e-5)
+            assert batch.token_ids_N[rows].tolist() == trajectory.response_ids.tolist()
+            assert batch.positions_N[rows].tolist() == list(range(count))
+            start += count
+    assert start == len(hidden)
+    lengths = [trajectory.num_response_tokens for trajectory in trajectories]
+    assert torch.bincount(batch.sequence_ids_N).tolist() == lengths
+
+
+def test_hidden_rows_times_unembedding_are_the_models_own_logits(tiny_model_folder):
+    for tied in (True, False):
+        model = _load(tiny_model_folder(tie_word_embeddings=tied))
+        ids = torch.arange(5, 15)[None]
+        with torch.no_grad():
+            hidden = model.base_model(input_ids=ids).last_hidden_state
+            ours = hidden @ unembedding(model).T
+            torch.testing.assert_close(ours, model(input_ids=ids).logits)
+
+
+def test_groups_keep_every_sequence_and_their_bounds():
+    lengths = [5, 50, 7, 6, 44, 5, 9, 8, 41, 5, 5, 6, 7, 30, 12, 5, 5, 5]
+    groups = group_by_length(lengths, max_tokens=60)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) * max(lengths[i] for i in group) <= 60 or len(group) == 1
+
+
+def test_a_model_that_scales_its_logits_is_refused(tiny_model_folder):
+    model = _load(tiny_model_folder())
+    head = model.lm_head
+    head.forward = lambda hidden: 3.0 * torch.nn.functional.linear(hidden, head.weight)
+    with pytest.raises(ModelError, match="logits = final hidden state x unembedding"):
+        check_linear_read(model, "scaled")
+
+
+def test_gemma_reads_linearly_too():
+    config = GemmaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    check_linear_read(GemmaForCausalLM(config).eval(), "gemma")
+
+
+def test_action_embeddings_are_the_models_input_embeddings(tiny_model_folder):
+    for tied in (True, False):
+        folder = tiny_model_folder(tie_word_embeddings=tied)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        stored = load_action_embeddings(str(folder))
+        assert torch.equal(stored, model.get_input_embeddings().weight.float())
+
+
+def test_a_missing_model_is_one_clear_error(tmp_path):
+    with pytest.raises(ModelError, match="cannot load a causal language model"):
+        _load(tmp_path / "nothing")
+
+
+def test_random_weights_repeat_with_the_seed():
+    shape = ArchitectureConfig(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2)
+
+    def build(seed):
+        model = build_language_model(
+            shape, vocab_size=50, pad_token_id=0, bos_token_id=None, eos_token_id=1, seed=seed
+        )
+        return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    assert torch.equal(build(1), build(1))
+    assert not torch.equal(build(1), build(2))

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from trajectories import make_trajectories, make_trajectory
+
+from distill_system import errors
+from distill_system.errors import DistillError, RecordError
+from distill_system.records import (
+    Author,
+    MomentTargets,
+    Prompt,
+    Stream,
+    TrajectoryChunk,
+    VersionSpan,
+)
+
+
+def test_a_trajectory_knows_its_response_and_its_oldest_version():
+    trajectory = make_trajectory(1, num_prompt=4, num_response=5)
+    spans = (VersionSpan(version=7, start=0, end=2), VersionSpan(version=8, start=2, end=5))
+    trajectory = replace(trajectory, weight_versions=spans)
+    assert trajectory.num_response_tokens == 5
+    assert trajectory.response_ids.tolist() == trajectory.token_ids[4:].tolist()
+    assert trajectory.oldest_version == 7
+    assert make_trajectory(1, 4, 5, Author.TEACHER).oldest_version is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"behaviour_logprobs": np.zeros(3, np.float32)}, "behaviour_logprobs [5]"),
+        ({"token_ids": np.zeros(9, np.int64)}, "int32"),
+        ({"num_prompt_tokens": 0}, "num_prompt_tokens >= 1"),
+        ({"num_prompt_tokens": 9}, "at least one response token"),
+        ({"weight_versions": (VersionSpan(version=1, start=0, end=4),)}, "covering [0, 5)"),
+        (
+            {
+                "weight_versions": (
+                    VersionSpan(version=1, start=0, end=2),
+                    VersionSpan(version=2, start=3, end=5),
+                )
+            },
+            "covering [0, 5)",
+        ),
+    ],
+)
+def test_a_trajectory_whose_arrays_disagree_is_refused_by_its_id(change, said):
+    trajectory = make_trajectory(1, num_prompt=4, num_response=5)
+    with pytest.raises(RecordError) as caught:
+        replace(trajectory, **change)
+    assert said in str(caught.value)
+    assert "'t1'" in str(caught.value)
+
+
+def test_a_dataset_trajectory_has_no_behaviour_logprobs():
+    assert make_trajectory(0, 3, 4, Author.DATASET).behaviour_logprobs.shape == (0,)
+    with pytest.raises(RecordError, match=r"behaviour_logprobs \[0\]"):
+        replace(make_trajectory(0, 3, 4), author=Author.DATASET)
+
+
+def test_a_prompt_must_hold_tokens():
+    with pytest.raises(RecordError, match="P >= 1"):
+        Prompt(prompt_id="p", token_ids=np.zeros(0, np.int32), text="")
+
+
+def test_moment_targets_of_unequal_length_are_refused():
+    with pytest.raises(RecordError, match=r"expected_embedding \[3, :\]"):
+        MomentTargets(
+            trajectory_id="t",
+            features=np.zeros((3, 2), np.float16),
+            expected_embedding=np.zeros((2, 2), np.float16),
+            logprobs=np.zeros(3, np.float32),
+        )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 40])
+def test_dealing_keeps_every_trajectory_and_balances_tokens(count):
+    trajectories = make_trajectories(23)
+    chunks = TrajectoryChunk.deal(trajectories, Stream.ON_POLICY, count)
+    dealt = [t.trajectory_id for chunk in chunks for t in chunk.trajectories]
+    assert sorted(dealt) == sorted(t.trajectory_id for t in trajectories)
+    assert len(chunks) == min(count, len(trajectories))
+    sizes = [chunk.num_tokens for chunk in chunks]
+    longest = max(t.token_ids.size for t in trajectories)
+    assert max(sizes) - min(sizes) <= longest
+    assert sum(chunk.num_response_tokens for chunk in chunks) == sum(
+        t.num_response_tokens for t in trajectories
+    )
+
+
+def test_every_error_survives_pickling_and_is_drawn_in_the_tree():
+    kinds = [
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, DistillError)
+    ]
+    assert len(kinds) > 5
+    for kind in kinds:
+        copy = pickle.loads(pickle.dumps(kind("what came")))
+        assert type(copy) is kind
+        assert str(copy) == "what came"
+        assert kind.__name__ in (errors.__doc__ or "")
