@@ -188,6 +188,26 @@ class TrajectoryChunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkDone:
+    """What a worker, or a pool of them, has done since it started; seconds are worker-seconds."""
+
+    num_tokens: int = 0
+    busy_seconds: float = 0.0
+
+    def __add__(self, other: WorkDone) -> WorkDone:
+        return WorkDone(
+            num_tokens=self.num_tokens + other.num_tokens,
+            busy_seconds=self.busy_seconds + other.busy_seconds,
+        )
+
+    def __sub__(self, other: WorkDone) -> WorkDone:
+        return WorkDone(
+            num_tokens=self.num_tokens - other.num_tokens,
+            busy_seconds=self.busy_seconds - other.busy_seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What one learner step did.  metrics are means over the global batch, keyed `learner/...`."""
 
@@ -195,6 +215,11 @@ class StepResult:
     metrics: dict[str, float]
     num_response_tokens: int
     seconds: float
+
+    @property
+    def work(self) -> WorkDone:
+        """The step as work of the learner group; ranks work side by side, seconds count once."""
+        return WorkDone(num_tokens=self.num_response_tokens, busy_seconds=self.seconds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

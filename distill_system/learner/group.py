@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from distill_system.learner.collate import StreamTotals
 from distill_system.records import StepResult, Stream, Trajectory, TrajectoryChunk, WeightVersion
 from distill_system.workers import Reference, Workers
 
-TargetReference = tuple[TrajectoryChunk, Reference]
+
+class ScoredChunk(Protocol):
+    """A chunk and a reference to its targets, as the scoring pool makes them."""
+
+    @property
+    def chunk(self) -> TrajectoryChunk:
+        """The trajectories."""
+
+    @property
+    def targets(self) -> Reference:
+        """Where their targets are: they go from scorer to rank without the driver."""
 
 
 class LearnerGroup:
@@ -25,7 +35,7 @@ class LearnerGroup:
         [(address, port)] = self._finish([self.workers.start(0, "address")], "rank 0's address")
         self._all("connect", address, port, what="learner ranks to meet")
 
-    def learn(self, step: int, scored: Sequence[TargetReference]) -> StepResult:
+    def learn(self, step: int, scored: Sequence[ScoredChunk]) -> StepResult:
         """One update from scored chunks of both streams; targets go from scorer to rank."""
         return self._finish(self._start_on_chunks("step", [step], scored), f"step {step}")[0]
 
@@ -42,7 +52,7 @@ class LearnerGroup:
         """Wait for a supervised update."""
         return self._finish(references, "a supervised step")[0]
 
-    def measure(self, scored: Sequence[TargetReference]) -> dict[str, float]:
+    def measure(self, scored: Sequence[ScoredChunk]) -> dict[str, float]:
         """Both moment-matching distances on scored chunks, keyed by stream."""
         return self._finish(self._start_on_chunks("measure", [], scored), "distances")[0]
 
@@ -75,26 +85,26 @@ class LearnerGroup:
         self._all("close", what="the learner to close its groups")
 
     def _start_on_chunks(
-        self, method: str, arguments: list[Any], scored: Sequence[TargetReference]
+        self, method: str, arguments: list[Any], scored: Sequence[ScoredChunk]
     ) -> list[Reference]:
         """Chunk i goes to rank i mod N within its stream, its targets with it."""
-        shares: list[list[TargetReference]] = [[] for _ in range(self.workers.count)]
+        shares: list[list[ScoredChunk]] = [[] for _ in range(self.workers.count)]
         totals: dict[Stream, StreamTotals] = {}
         for stream in Stream:
-            of_stream = [pair for pair in scored if pair[0].stream is stream]
+            of_stream = [part for part in scored if part.chunk.stream is stream]
             if of_stream:
-                trajectories = [t for chunk, _ in of_stream for t in chunk.trajectories]
+                trajectories = [t for part in of_stream for t in part.chunk.trajectories]
                 totals[stream] = StreamTotals.of(trajectories)
-            for index, pair in enumerate(of_stream):
-                shares[index % self.workers.count].append(pair)
+            for index, part in enumerate(of_stream):
+                shares[index % self.workers.count].append(part)
         return [
             self.workers.start(
                 rank,
                 method,
                 *arguments,
-                [chunk for chunk, _ in share],
+                [part.chunk for part in share],
                 totals,
-                *(reference for _, reference in share),
+                *(part.targets for part in share),
             )
             for rank, share in enumerate(shares)
         ]

@@ -1,4 +1,8 @@
-"""Where a run's time goes: seconds per stage, seconds and tokens per phase, kept over a resume."""
+"""Where a run's time goes, kept over a resume.
+
+Two views: stages and phases count the driver's clock (a phase is what the driver waited for), work
+counts the workers' own busy seconds and tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +10,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from distill_system.errors import RunStateError
 from distill_system.observe.run_directory import RunDirectory, read_json, write_json
+from distill_system.records import WorkDone
 
 MAIN_STAGE = "distill"
 
 
 @dataclass(slots=True)
-class Phase:
-    """One passage through a phase, open while the work is done; add the tokens it handled."""
-
-    tokens: int = 0
-
-
-@dataclass(slots=True)
-class PhaseTotal:
-    """What all passages through a phase came to."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-
-    def add(self, seconds: float, tokens: int) -> None:
-        """Count one more passage."""
-        self.seconds += seconds
-        self.tokens += tokens
-
-
-@dataclass(slots=True)
 class _Stage:
     seconds: float = 0.0
-    phases: dict[str, PhaseTotal] = field(default_factory=dict)
-    step: dict[str, PhaseTotal] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
+    step: dict[str, float] = field(default_factory=dict)
     running_since: float | None = None
 
 
@@ -54,6 +39,7 @@ class Timings:
         self._run = run
         self._lock = threading.Lock()
         self._stages: dict[str, _Stage] = {}
+        self._work: dict[str, WorkDone] = {}
         if run.timings_path.exists():
             self._load(read_json(run.timings_path))
 
@@ -79,34 +65,28 @@ class Timings:
             self._stages[stage] = _Stage(running_since=now)
 
     @contextmanager
-    def phase(self, name: str, *, stage: str = MAIN_STAGE) -> Iterator[Phase]:
-        """Count the time inside, and the tokens added to what is yielded, as this phase's."""
-        phase, start = Phase(), time.perf_counter()
+    def phase(self, name: str, *, stage: str = MAIN_STAGE) -> Iterator[None]:
+        """Count the time inside as this phase's."""
+        start = time.perf_counter()
         try:
-            yield phase
+            yield
         finally:
             seconds = time.perf_counter() - start
             with self._lock:
                 for totals in (self._find(stage).phases, self._find(stage).step):
-                    totals.setdefault(name, PhaseTotal()).add(seconds, phase.tokens)
+                    totals[name] = totals.get(name, 0.0) + seconds
 
     def pop_step(self, stage: str = MAIN_STAGE) -> dict[str, float]:
         """Seconds of each phase of the stage since the last pop: one step's."""
-        return {phase: total.seconds for phase, total in self._pop(stage).items()}
-
-    def pop_step_metrics(self, stage: str = MAIN_STAGE) -> dict[str, float]:
-        """The same as metrics: seconds/<phase> and, with tokens, tokens_per_second/<phase>."""
-        step = self._pop(stage)
-        seconds = {f"seconds/{phase}": total.seconds for phase, total in step.items()}
-        return seconds | {
-            f"tokens_per_second/{phase}": rate for phase, rate in _rates(step).items()
-        }
-
-    def _pop(self, stage: str) -> dict[str, PhaseTotal]:
         with self._lock:
             found = self._find(stage)
             step, found.step = found.step, {}
             return step
+
+    def add_work(self, pool: str, work: WorkDone) -> None:
+        """Count tokens and busy worker-seconds of a pool, or of a stage's learner."""
+        with self._lock:
+            self._work[pool] = self._work.get(pool, WorkDone()) + work
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -116,40 +96,35 @@ class Timings:
 
     @property
     def tokens_per_second(self) -> dict[str, float]:
-        """Phase -> tokens per second inside it, for phases that count tokens.
-
-        A phase of distillation stands under its own name, one of another stage as stage/phase.
-        """
+        """Pool -> tokens per busy second of one of its workers."""
         with self._lock:
             return {
-                phase if name == MAIN_STAGE else f"{name}/{phase}": rate
-                for name, stage in self._stages.items()
-                for phase, rate in _rates(stage.phases).items()
+                pool: work.num_tokens / work.busy_seconds
+                for pool, work in self._work.items()
+                if work.busy_seconds > 0
             }
 
     def save(self) -> None:
         """Write timings.json.
 
-        {"seconds": {stage: s}, "tokens_per_second": {phase: r},
-         "phases": {stage: {phase: {"seconds", "tokens"}}}}
+        {"seconds": {stage: s}, "tokens_per_second": {pool: r},
+         "phases": {stage: {phase: s}}, "work": {pool: {"num_tokens", "busy_seconds"}}}
         """
         seconds, rates = self.seconds, self.tokens_per_second
         with self._lock:
-            phases = {
-                name: {
-                    phase: {"seconds": total.seconds, "tokens": total.tokens}
-                    for phase, total in stage.phases.items()
-                }
-                for name, stage in self._stages.items()
+            form = {
+                "seconds": seconds,
+                "tokens_per_second": rates,
+                "phases": {name: dict(stage.phases) for name, stage in self._stages.items()},
+                "work": {pool: asdict(work) for pool, work in self._work.items()},
             }
-            form = {"seconds": seconds, "tokens_per_second": rates, "phases": phases}
             write_json(self._run.timings_path, form)
 
     def _load(self, form: dict[str, Any]) -> None:
         try:
             for name, phases in form["phases"].items():
-                totals = {phase: PhaseTotal(**total) for phase, total in phases.items()}
-                self._stages[name] = _Stage(seconds=form["seconds"][name], phases=totals)
+                self._stages[name] = _Stage(seconds=form["seconds"][name], phases=dict(phases))
+            self._work = {pool: WorkDone(**work) for pool, work in form["work"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise RunStateError(
                 f"{self._run.timings_path}: expected seconds and phases of each stage as "
@@ -164,11 +139,3 @@ class Timings:
         if stage.running_since is None:
             return stage.seconds
         return stage.seconds + time.perf_counter() - stage.running_since
-
-
-def _rates(phases: dict[str, PhaseTotal]) -> dict[str, float]:
-    return {
-        phase: total.tokens / total.seconds
-        for phase, total in phases.items()
-        if total.tokens and total.seconds
-    }

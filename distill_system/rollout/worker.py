@@ -6,6 +6,7 @@ first called, and hands out numpy records alone.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import cached_property
@@ -14,7 +15,7 @@ import numpy as np
 
 from distill_system.config.run import EngineConfig
 from distill_system.errors import DataError, DistillError, ModelError, TransferError
-from distill_system.records import Author, Finish, Prompt, Trajectory, VersionSpan
+from distill_system.records import Author, Finish, Prompt, Trajectory, VersionSpan, WorkDone
 from distill_system.rollout.engine import (
     Completion,
     EngineSpecification,
@@ -61,6 +62,7 @@ class RolloutWorker:
         self._author = author
         self._max_model_length = max_model_length
         self._weights = _Weights.WHOLE
+        self._work = WorkDone()
         self._specification = EngineSpecification(
             model_path=model_path,
             config=engine,
@@ -99,6 +101,7 @@ class RolloutWorker:
         Raises: DataError if a prompt and its response do not fit the model; ModelError if a prompt
         holds a token that the model does not know; TransferError after a failed weight update.
         """
+        started = time.perf_counter()
         self._check_weights()
         for prompt in prompts:
             self._check_prompt(prompt, sampling)
@@ -107,10 +110,19 @@ class RolloutWorker:
             sampling,
             [derive_seed(seed, "rollout", label, prompt.prompt_id) for prompt in prompts],
         )
-        return [
+        trajectories = [
             make_trajectory(prompt, completion, author=self._author, sampling=sampling, label=label)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
+        self._work += WorkDone(
+            num_tokens=sum(trajectory.num_response_tokens for trajectory in trajectories),
+            busy_seconds=time.perf_counter() - started,
+        )
+        return trajectories
+
+    def work_done(self) -> WorkDone:
+        """Response tokens written and the seconds that took."""
+        return self._work
 
     def init_weight_transfer_engine(self, init_info: dict[str, object]) -> None:
         """Join the group that weights travel in, leaving an earlier one.

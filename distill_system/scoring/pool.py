@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distill_system.records import Stream, Trajectory, TrajectoryChunk
+from distill_system.records import Stream, Trajectory, TrajectoryChunk, WorkDone
 from distill_system.workers import Reference, Workers
 
 
@@ -36,6 +36,11 @@ class ScoringPool:
             ScoredChunk(chunk, self.workers.start(index % self.workers.count, "score", chunk))
             for index, chunk in enumerate(chunks)
         ]
+
+    def work_done(self) -> WorkDone:
+        """Tokens read and worker-seconds of the whole pool since it started."""
+        asked = [self.workers.start(at, "work_done") for at in range(self.workers.count)]
+        return sum(self.workers.finish(asked, what="the scorers' work"), start=WorkDone())
 
     def wait(self, scored: Sequence[ScoredChunk]) -> None:
         """Return once all targets exist, so that a failed scorer speaks for itself."""

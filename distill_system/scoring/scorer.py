@@ -5,6 +5,8 @@ Axes: N response tokens, H teacher hidden size, E action-embedding size, V vocab
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from distill_system.language_model import (
     unembedding,
 )
 from distill_system.objectives import read_vocabulary, unit_rows
-from distill_system.records import FloatArray, MomentTargets, TrajectoryChunk
+from distill_system.records import FloatArray, MomentTargets, TrajectoryChunk, WorkDone
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
@@ -46,9 +48,14 @@ class TeacherScorer:
             trust_remote_code=trust_remote_code,
         ).requires_grad_(False)
         self.action_embeddings_VE = unit_rows(self.model.get_input_embeddings().weight)
+        self._work = WorkDone()
 
     def ready(self) -> None:
         """Return once the teacher is loaded."""
+
+    def work_done(self) -> WorkDone:
+        """Tokens read, prompts included, and the seconds that took."""
+        return self._work
 
     @torch.inference_mode()
     def score(self, chunk: TrajectoryChunk) -> list[MomentTargets]:
@@ -58,6 +65,7 @@ class TeacherScorer:
         (whose 8 bits of precision float16 holds), as float32 when it computes in float32.
         Raises: NonFiniteError if the teacher's output is not finite.
         """
+        started = time.perf_counter()
         trajectories = chunk.trajectories
         batch = SequenceBatch.collate(
             trajectories, self.device, max_tokens=self.config.max_tokens_per_batch
@@ -81,6 +89,9 @@ class TeacherScorer:
             )
         ends = np.cumsum([trajectory.num_response_tokens for trajectory in trajectories])
         starts = [0, *ends[:-1]]
+        self._work += WorkDone(
+            num_tokens=chunk.num_tokens, busy_seconds=time.perf_counter() - started
+        )
         return [
             MomentTargets(
                 trajectory_id=trajectory.trajectory_id,

@@ -24,15 +24,15 @@ class Measuring:
         self._teacher_held_out: list[ScoredChunk] = []
 
     def measure_distances(self) -> dict[str, float]:
-        """d_on and d_off of the student as it is now, keyed on_policy and off_policy."""
+        """d_on and d_off of the student as it is now, under their metric names."""
         if not self._teacher_held_out:
             written = self._generate_held_out(self.pools.teachers)
             self._teacher_held_out = self._score(written, Stream.OFF_POLICY)
         student_held_out = self._score(
             self._generate_held_out(self.pools.students), Stream.ON_POLICY
         )
-        scored = [*self._teacher_held_out, *student_held_out]
-        return self.pools.learner.measure([(chunk.chunk, chunk.targets) for chunk in scored])
+        distances = self.pools.learner.measure([*self._teacher_held_out, *student_held_out])
+        return {f"held_out/{stream}_distance": value for stream, value in distances.items()}
 
     def evaluate_teacher(self) -> None:
         """Write evaluations/teacher.json unless it stands."""
@@ -50,13 +50,14 @@ class Measuring:
         chosen = {name: split[:num_examples] for name, split in self.data.evaluation.items()}
         splits = self._evaluate(self.pools.students, chosen)
         distances = self.measure_distances()
-        self._write(label, step=step, version=step, splits=splits, distances=distances)
+        plain = {stream: distances[f"held_out/{stream}_distance"] for stream in map(str, Stream)}
+        self._write(label, step=step, version=step, splits=splits, distances=plain)
         scores = {
             f"evaluation/{split}/{metric}": estimate.mean
             for split, evaluation in splits.items()
             for metric, estimate in evaluation.scores.items()
         }
-        return {**scores, **held_out_metrics(distances)}
+        return scores | distances
 
     def _evaluate(
         self, pool: RolloutPool, splits: Mapping[str, Sequence[Prompt]]
@@ -103,8 +104,3 @@ class Measuring:
             splits=splits,
             distances=distances,
         )
-
-
-def held_out_metrics(distances: Mapping[str, float]) -> dict[str, float]:
-    """Distances under their metric names."""
-    return {f"held_out/{stream}_distance": value for stream, value in distances.items()}

@@ -10,7 +10,7 @@ from distill_system.config.model import ModelConfig, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.config.run import EngineConfig, PoolConfig
 from distill_system.learner import Learner, LearnerGroup, ModelSource
-from distill_system.records import Author
+from distill_system.records import Author, WorkDone
 from distill_system.rollout import RolloutPool, RolloutWorker, engine_environment
 from distill_system.scoring import ScoringPool, TeacherScorer
 from distill_system.seeds import derive_seed
@@ -26,6 +26,14 @@ class Pools:
     teachers: RolloutPool
     scorers: ScoringPool
     learner: LearnerGroup
+
+    def work_done(self) -> dict[str, WorkDone]:
+        """Tokens and busy worker-seconds of the pools that serve the learner, since they began."""
+        return {
+            "student_rollout": self.students.work_done(),
+            "teacher_rollout": self.teachers.work_done(),
+            "teacher_scoring": self.scorers.work_done(),
+        }
 
 
 def open_pools(context: RunContext, *, student_path: str) -> Pools:

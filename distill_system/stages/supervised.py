@@ -112,9 +112,9 @@ class FineTuning:
             yield self._finish(in_flight.popleft())
 
     def _finish(self, references: list[Reference]) -> StepResult:
-        with self.context.timings.phase("learner", stage=self.stage) as phase:
+        with self.context.timings.phase("learner", stage=self.stage):
             result = self.learner.finish_supervised(references)
-            phase.tokens += result.num_response_tokens
+        self.context.timings.add_work(self.stage, result.work)
         return result
 
     def _save(self, step: int) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from local_workers import LocalWorkers
+from local_workers import Done, LocalWorkers
 from trajectories import make_trajectories
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig
@@ -24,7 +24,7 @@ def _scored(scorer, *, shares, count=12):
     pool = ScoringPool(LocalWorkers([scorer]))
     off = pool.start(make_trajectories(count, Author.TEACHER), Stream.OFF_POLICY, num_shares=shares)
     on = pool.start(make_trajectories(count, first=100), Stream.ON_POLICY, num_shares=shares)
-    return [(chunk.chunk, chunk.targets) for chunk in (*off, *on)]
+    return [*off, *on]
 
 
 def _group(*learners):
@@ -140,12 +140,11 @@ def test_a_nan_is_refused_before_any_weight_changes(make_learner, scorer):
     learner = make_learner()
     before = _weights(learner).clone()
     scored = _scored(scorer, shares=1)
-    chunk, reference = scored[0]
-    spoiled = [replace(t, features=np.full_like(t.features, np.nan)) for t in reference.value]
-    spoiled_expected = [
-        replace(t, expected_embedding=np.full_like(t.expected_embedding, np.nan)) for t in spoiled
+    spoiled = [
+        replace(target, expected_embedding=np.full_like(target.expected_embedding, np.nan))
+        for target in scored[0].targets.value
     ]
-    scored[0] = (chunk, replace(reference, value=spoiled_expected))
+    scored[0] = replace(scored[0], targets=Done(spoiled))
     with pytest.raises(NonFiniteError, match=r"loss must be finite.*step 4"):
         _group(learner).learn(4, scored)
     assert torch.equal(_weights(learner), before)
@@ -153,9 +152,9 @@ def test_a_nan_is_refused_before_any_weight_changes(make_learner, scorer):
 
 def test_targets_of_another_trajectory_are_refused(make_learner, scorer):
     scored = _scored(scorer, shares=1)
-    (first, targets), (second, _) = scored[0], scored[1]
+    swapped = [replace(part, targets=scored[0].targets) for part in scored]
     with pytest.raises(RecordError, match="came with targets of"):
-        _group(make_learner()).learn(0, [(second, targets), (first, targets)])
+        _group(make_learner()).learn(0, swapped)
 
 
 def test_the_export_loads_in_transformers_with_the_same_logits(make_learner, scorer, tmp_path):

@@ -1,0 +1,109 @@
+"""What a distillation writes down as it goes: metrics, timings, checkpoints, the final student."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from distill_system.records import StepResult, WorkDone
+from distill_system.stages.checkpoints import CheckpointStore, resume_point
+from distill_system.stages.context import RunContext
+from distill_system.stages.export import export_model
+from distill_system.stages.pools import Pools
+from distill_system.stages.prompt_feed import PromptFeed
+
+STAGE = "distill"
+
+SHOWN = {
+    "tokens_per_second/step": "tok/s",
+    "held_out/on_policy_distance": "on-policy distance",
+    "held_out/off_policy_distance": "off-policy distance",
+}
+"""Metrics of the live view and their names there; a distance stays until it is measured again."""
+
+
+class Ledger:
+    """Keeps a run's books, so that the driver can tell its story without them."""
+
+    def __init__(self, context: RunContext, pools: Pools, feed: PromptFeed) -> None:
+        self.context = context
+        self.pools = pools
+        self.feed = feed
+        config = context.config.distill
+        folder = context.run.checkpoints_directory / STAGE
+        self.store = CheckpointStore(folder, keep=config.keep_checkpoints)
+        self._shown: dict[str, float] = {}
+        self._work: dict[str, WorkDone] = {}
+        self._work_since = time.perf_counter()
+
+    def open(self) -> int:
+        """Take back the newest checkpoint, if the run is resumed; returns the steps done."""
+        checkpoint = resume_point(self.store, resume=self.context.resume, stage=STAGE)
+        done = 0 if checkpoint is None else checkpoint.step
+        if checkpoint is None:
+            self.context.log.truncate_after(STAGE, -1)
+            self.context.timings.restart(STAGE)
+        else:
+            self.pools.learner.load(checkpoint.folder)
+            self.feed.restore(checkpoint.state["feed"])
+            self.context.log.truncate_after(STAGE, done)
+            self.context.view.note(f"resuming {STAGE} after step {done}")
+        self.task = self.context.view.start(
+            STAGE, self.context.config.distill.steps, first_step=done
+        )
+        return done
+
+    def write(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of `done` steps, to every place where somebody looks."""
+        self.context.log.log(STAGE, done, metrics)
+        self._shown |= {SHOWN[name]: metrics[name] for name in SHOWN if name in metrics}
+        self.task.update(done, self._shown)
+
+    def describe_step(self, result: StepResult, seconds: float) -> dict[str, float]:
+        """The step's metrics with where its time went; the driver's own part is what is left."""
+        waited = self.context.timings.pop_step()
+        clock = {**waited, "driver": seconds - sum(waited.values()), "step": seconds}
+        self.context.timings.add_work("learner", result.work)
+        return {
+            **result.metrics,
+            **{f"seconds/{name}": value for name, value in clock.items()},
+            "tokens_per_second/step": result.num_response_tokens / seconds,
+            "tokens_per_second/learner": result.num_response_tokens / result.seconds,
+        }
+
+    def describe_pools(self) -> dict[str, float]:
+        """Throughput and busy share of each pool since this was last asked."""
+        now, total = time.perf_counter(), self.pools.work_done()
+        metrics: dict[str, float] = {}
+        for pool, work in total.items():
+            since = work - self._work.get(pool, WorkDone())
+            self.context.timings.add_work(pool, since)
+            workers = getattr(self.context.config.pools, pool).count
+            metrics[f"busy_share/{pool}"] = since.busy_seconds / (
+                workers * (now - self._work_since)
+            )
+            if since.busy_seconds > 0:
+                metrics[f"tokens_per_second/{pool}"] = since.num_tokens / since.busy_seconds
+        self._work, self._work_since = total, now
+        return metrics
+
+    def checkpoint(self, done: int) -> None:
+        """Write everything that the steps to come depend on."""
+        state = {"feed": self.feed.state(), "weight_version": done}
+        self.store.save(done, state, self.pools.learner.save)
+        self.context.timings.save()
+
+    def close(self) -> None:
+        """Export the final student."""
+        config = self.context.config.distill
+        facts = {
+            "teacher": self.context.teacher_path,
+            "student before": self.context.student_path,
+            "objective": config.objective.model_dump_json(),
+            "steps": config.steps,
+            "student prompts per step": config.student_prompts_per_step,
+            "teacher prompts per step": config.teacher_prompts_per_step,
+        }
+        folder = self.context.run.student_directory
+        export_model(self.context, self.pools.learner, folder, facts=facts)
+        self.task.finish()

@@ -1,0 +1,236 @@
+"""The main job with real Ray, real vLLM and real torch.distributed: train, crash, resume, export."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distill_system.rollout import engine_environment
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_SECONDS = 300
+
+TINY = {
+    "data": {
+        "teacher_sft": {"num_examples": 1500},
+        "student_sft": {"num_examples": 500},
+        "prompts": {"num_examples": 100},
+        "held_out": {"num_examples": 24},
+        "evaluation": {
+            split: {"num_examples": 12}
+            for split in (
+                "in_distribution",
+                "paraphrase",
+                "longer_input",
+                "composition",
+                "distractor",
+            )
+        },
+    },
+    "teacher": {"sft": {"steps": 60}},
+    "student": {"sft": {"steps": 40}},
+    "distill": {
+        "steps": 6,
+        "student_prompts_per_step": 8,
+        "teacher_prompts_per_step": 8,
+        "measure_every": 2,
+        "evaluate_every": 4,
+        "checkpoint_every": 2,
+    },
+    "cluster": {"dashboard": False},
+}
+
+
+def _command(folder, *overrides):
+    return [
+        *(sys.executable, "-m", "distill_system", "train"),
+        *(str(ROOT / "configs/quickstart.yaml"), str(folder / "tiny.yaml")),
+        *(f"runs_directory={folder}", *overrides),
+    ]
+
+
+def _train(folder, *overrides):
+    done = subprocess.run(
+        _command(folder, *overrides),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def _rows(run, stage="distill"):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["stage"] == stage]
+
+
+def _learned(run):
+    """What a step computed, without what the clock says."""
+    return {
+        row["step"]: {
+            name: value
+            for name, value in row["metrics"].items()
+            if not name.startswith(("seconds/", "tokens_per_second/", "busy_share/"))
+        }
+        for row in _rows(run)
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder):
+    """The whole main job once; the other tests start from its fine-tuned models."""
+    done = _train(folder, "name=unbroken")
+    assert "report.html" in done.stdout
+    return folder / "unbroken"
+
+
+def _beside(unbroken, name):
+    """A run of another name that has its supervised stages behind it."""
+    run = unbroken.parent / name
+    run.mkdir()
+    for made in ("tokenizer", "teacher", "student_sft"):
+        shutil.copytree(unbroken / made, run / made)
+    config = json.loads((unbroken / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "name": name}))
+    return run
+
+
+def test_the_run_leaves_everything_it_promises(unbroken):
+    summary = json.loads((unbroken / "summary.json").read_text())
+    for split in TINY["data"]["evaluation"]:
+        score = summary["scores"][split]["exact_match_greedy"]
+        assert {"before", "after", "teacher", "num_examples", "stderr"} <= score.keys()
+        assert score["num_examples"] == 12
+    for stream in ("on_policy", "off_policy"):
+        assert summary["distances"][stream]["before"] > 0
+        assert summary["distances"][stream]["after"] > 0
+    assert {"sft_teacher", "sft_student", "distill"} <= summary["seconds"].keys()
+    assert {"student_rollout", "teacher_rollout", "teacher_scoring", "learner"} <= summary[
+        "tokens_per_second"
+    ].keys()
+    assert summary["seeds"] == {"seed": 0}
+    assert "vllm" in " ".join(summary["versions"])
+    assert "<svg" in (unbroken / "report.html").read_text()
+    assert (unbroken / "evaluations" / "step_000004.json").exists()
+    assert list((unbroken / "tensorboard").rglob("events*"))
+    kept = sorted(path.name for path in (unbroken / "checkpoints" / "distill").iterdir())
+    assert kept == ["step_000004", "step_000006"]
+    assert not (unbroken / "checkpoints" / "sft_teacher").exists()
+
+
+def test_every_step_is_recorded_once_and_sampler_equals_learner(unbroken):
+    rows = _rows(unbroken)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    for row in rows[1:]:
+        # Behaviour log-probabilities of vLLM under the published weights, against the learner's.
+        assert row["metrics"]["learner/logprob_gap"] < 1e-4
+        assert row["metrics"]["seconds/driver"] < row["metrics"]["seconds/step"]
+    sft = [row["metrics"]["learner/loss"] for row in _rows(unbroken, "sft_teacher")]
+    assert len(sft) == 60
+    assert sft[-1] < 0.8 * sft[0]
+
+
+def test_kill_9_and_resume_give_the_same_run_to_the_bit(unbroken):
+    run = _beside(unbroken, "killed")
+    process = subprocess.Popen(
+        _command(run.parent, "name=killed"), stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not (run / "checkpoints" / "distill" / "step_000004").exists():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        assert time.monotonic() < deadline, "no checkpoint before the deadline"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "student").exists()
+
+    refused = subprocess.run(
+        _command(run.parent, "name=killed"), capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert "add --resume" in refused.stderr
+
+    _train(run.parent, "name=killed", "--resume")
+    assert _learned(run) == _learned(unbroken)
+    ours = (run / "student" / "model.safetensors").read_bytes()
+    assert ours == (unbroken / "student" / "model.safetensors").read_bytes()
+
+
+def test_more_workers_make_the_same_first_step(unbroken):
+    """Samples depend on the prompt, not on the worker; two ranks make the update of one."""
+    run = _beside(unbroken, "wide")
+    counts = [f"pools.{pool}.count=2" for pool in ("student_rollout", "learner", "teacher_scoring")]
+    _train(run.parent, "name=wide", "distill.steps=1", *counts)
+    wide, narrow = _learned(run)[1], _learned(unbroken)[1]
+    # The learning-rate schedule knows the number of steps; the first loss does not.
+    for name in ("learner/loss", "learner/on_policy_distance", "learner/off_policy_distance"):
+        assert wide[name] == pytest.approx(narrow[name], rel=1e-4)
+    assert wide["learner/mean_student_response_tokens"] == pytest.approx(
+        narrow["learner/mean_student_response_tokens"]
+    )
+    assert wide["learner/logprob_gap"] < 1e-4
+
+
+PLAIN_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=96,
+          kv_cache_memory_bytes=32 << 20)
+outs = llm.generate(json.loads(sys.argv[2]), SamplingParams(temperature=0, max_tokens=12),
+                    use_tqdm=False)
+print("OUT" + json.dumps([list(out.outputs[0].token_ids) for out in outs]))
+"""
+
+
+def test_the_final_student_loads_in_plain_transformers_and_plain_vllm(unbroken):
+    folder = unbroken / "student"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    card = (folder / "README.md").read_text()
+    assert "ammd" in card
+    prompts = ["reverse the list: cat dog fox<sep>", "what is 3 plus 4?<sep>"]
+    greedy = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            out = model.generate(ids, max_new_tokens=12, do_sample=False)
+        greedy.append(out[0, ids.shape[1] :].tolist())
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_VLLM, str(folder), json.dumps(prompts)],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        check=False,
+        env={**os.environ, **engine_environment(uses_gpu=False)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("OUT")]
+    assert json.loads(line.removeprefix("OUT")) == greedy
+
+
+def test_a_finished_run_is_not_done_again(unbroken):
+    before = (unbroken / "student" / "model.safetensors").stat().st_mtime_ns
+    started = time.monotonic()
+    _train(unbroken.parent, "name=unbroken")
+    assert time.monotonic() - started < 60
+    assert (unbroken / "student" / "model.safetensors").stat().st_mtime_ns == before
