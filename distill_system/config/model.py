@@ -72,6 +72,8 @@ class SupervisedConfig(ConfigModel):
     batch_size: PositiveInt = 64
     """Sequences per step over all ranks."""
     optimizer: OptimizerConfig
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward and backward of the fine-tuning; weights stay float32."""
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints."""
 
@@ -98,10 +100,10 @@ class ModelConfig(ConfigModel):
 
 
 class LearnerConfig(ConfigModel):
-    """How the learner group computes, in fine-tuning and in distillation."""
+    """How the learner group computes."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of forward and backward; weights and reductions stay float32."""
+    """Precision of forward and backward of the distillation; weights and reductions stay float32."""
     vocabulary_chunk_tokens: PositiveInt = 1024
     """Tokens whose vocabulary-sized rows exist at once; memory is this x vocabulary x 4 bytes."""
     threads: PositiveInt = Field(default=1)

@@ -51,6 +51,7 @@ def open_pools(context: RunContext, *, student_path: str) -> Pools:
             action_embeddings_path=context.teacher_path,
         ),
         objective=config.distill.objective,
+        compute_dtype=config.learner.compute_dtype,
         optimizer=config.distill.optimizer,
         total_steps=config.distill.steps,
     )
@@ -71,6 +72,7 @@ def start_learner(
     name: str,
     source: ModelSource,
     objective: ObjectiveConfig | None,
+    compute_dtype: str,
     optimizer: OptimizerConfig,
     total_steps: int,
 ) -> tuple[LearnerGroup, RayWorkers]:
@@ -81,7 +83,7 @@ def start_learner(
         "source": source,
         "objective": objective,
         "optimizer": optimizer,
-        "config": config.learner,
+        "config": config.learner.model_copy(update={"compute_dtype": compute_dtype}),
         "total_steps": total_steps,
         "max_response_tokens": config.rollout.sampling.max_response_tokens,
         "seed": derive_seed(config.seed, name, "weights"),

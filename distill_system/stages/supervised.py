@@ -49,6 +49,7 @@ def _fine_tune_role(
             name=f"{stage}_learner",
             source=model_source(context, model),
             objective=None,
+            compute_dtype=model.sft.compute_dtype,
             optimizer=model.sft.optimizer,
             total_steps=model.sft.steps,
         )

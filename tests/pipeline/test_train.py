@@ -1,4 +1,4 @@
-"""The main job with real Ray, real vLLM and real torch.distributed: train, crash, resume, export."""
+"""The main job with real Ray, real vLLM, real torch.distributed: train, crash, resume, export."""
 
 from __future__ import annotations
 
@@ -152,12 +152,12 @@ def test_every_step_is_recorded_once_and_sampler_equals_learner(unbroken):
 
 def test_kill_9_and_resume_give_the_same_run_to_the_bit(unbroken):
     run = _beside(unbroken, "killed")
-    process = subprocess.Popen(
-        _command(run.parent, "name=killed"), stderr=subprocess.PIPE, text=True
-    )
+    said = run / "stderr.txt"
+    with said.open("w") as file:
+        process = subprocess.Popen(_command(run.parent, "name=killed"), stderr=file)
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not (run / "checkpoints" / "distill" / "step_000004").exists():
-        assert process.poll() is None, process.stderr.read()[-3000:]
+        assert process.poll() is None, said.read_text()[-3000:]
         assert time.monotonic() < deadline, "no checkpoint before the deadline"
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
