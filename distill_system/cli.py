@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -75,20 +79,53 @@ def _run(settings: list[str], *, resume: bool, stages: tuple[str, ...]) -> None:
     files = [setting for setting in settings if not _is_override(setting)]
     overrides = [setting for setting in settings if _is_override(setting)]
     try:
-        from distill_system.config import load_config
+        with _ending_on_signals():
+            from distill_system.config import load_config
 
-        config = load_config(files, overrides)
-        from distill_system.stages import train as run_stages
+            config = load_config(files, overrides)
+            from distill_system.stages.train import train as run_stages
 
-        run = run_stages(config, resume=resume, stages=stages)
+            run = run_stages(config, resume=resume, stages=stages)
     except DistillError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        print(error, file=sys.stderr)
+        _complain(type(error).__name__, str(error))
         raise typer.Exit(1) from None
     if "report" in stages:
         print(f"report: {run.report_path}\nsummary: {run.summary_path}")
     else:
         print(f"run: {run.path}")
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM leave the block as an error does, so that every worker is ended.
+
+    The second signal ends this process at once; what Ray started here then ends itself.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for caught in before:
+            signal.signal(caught, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not received:
+            raise
+        name = signal.Signals(received[0]).name
+        _complain("Interrupted", f"by {name}; --resume continues from the newest checkpoint")
+        raise typer.Exit(128 + received[0]) from None
+    finally:
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
+
+
+def _complain(title: str, message: str) -> None:
+    Console(stderr=True).print(f"[bold red]{title}[/]: ", end="")
+    print(message, file=sys.stderr)
 
 
 def _is_override(setting: str) -> bool:

@@ -103,14 +103,15 @@ class Driver:
 
     def _measure(self, done: int) -> dict[str, float]:
         """What is to be measured once `done` steps are done."""
+        if not self._is_due(done, self.config.measure_every):
+            return {}
+        pools = self.ledger.describe_pools()
         if done == self.config.steps:
-            return self.measuring.evaluate_student("after", step=done)
-        if self.config.evaluate_every and self._is_due(done, self.config.evaluate_every):
-            most = self.context.config.evaluation.num_examples_during
-            return self.measuring.evaluate_student(f"step_{done:06d}", step=done, num_examples=most)
-        if self._is_due(done, self.config.measure_every):
-            return self.measuring.measure_distances() | self.ledger.describe_pools()
-        return {}
+            return pools | self.measuring.evaluate_student("after", step=done)
+        if self.config.evaluate_every and done % self.config.evaluate_every == 0:
+            most, label = self.context.config.evaluation.num_examples_during, f"step_{done:06d}"
+            return pools | self.measuring.evaluate_student(label, step=done, num_examples=most)
+        return pools | self.measuring.measure_distances()
 
     def _is_due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.config.steps

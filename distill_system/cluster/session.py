@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -13,10 +16,11 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from distill_system.cluster.roster import Roster
 from distill_system.cluster.workers import RayWorkers
 from distill_system.config import RunConfig
 from distill_system.config.run import PoolConfig
-from distill_system.errors import ResourceError
+from distill_system.errors import DistillError, ResourceError
 
 POLL_SECONDS = 5.0
 
@@ -25,6 +29,8 @@ POLL_SECONDS = 5.0
 class WorkerRequest:
     """A pool of workers to start: one class, one set of keyword arguments per worker.
 
+    worker_class: has a method `ready` that every worker is asked for first; a DistillError of its
+    constructor is raised there.
     gang: place all workers together or none (a group whose ranks must meet), instead of one by one.
     """
 
@@ -42,18 +48,17 @@ class ClusterSession:
     def __init__(self, config: RunConfig, *, say: Callable[[str], None]) -> None:
         self.config = config
         self.say = say
+        self.roster = Roster()
         self.groups: list[RayWorkers] = []
         self.waiting: list[PlacementGroup] = []
 
     def __enter__(self) -> Self:
-        joins = "RAY_ADDRESS" in os.environ
-        ray.init(
-            address="auto" if joins else "local",
-            namespace=f"distill-{self.config.name}",
-            log_to_driver=False,
-            logging_level="ERROR",
-            **({} if joins else {"include_dashboard": self.config.cluster.dashboard}),
-        )
+        try:
+            with _signal_handlers_kept():
+                _connect(self.config)
+        except BaseException:
+            ray.shutdown()  # what stands already of a local cluster
+            raise
         return self
 
     def __exit__(
@@ -85,15 +90,20 @@ class ClusterSession:
             for index in range(count)
         ]
         workers = RayWorkers(
-            request.name, handles, groups, call_seconds=self.config.deadlines.call_seconds
+            request.name,
+            handles,
+            groups,
+            call_seconds=self.config.deadlines.call_seconds,
+            roster=self.roster,
         )
         self.waiting = [group for group in self.waiting if group not in groups]
         self.groups.append(workers)
         return workers
 
     def stop_workers(self, workers: RayWorkers) -> None:
-        """End a pool before the session ends."""
-        self.groups.remove(workers)
+        """End a pool before the session ends; one that has ended already stays so."""
+        with suppress(ValueError):  # another thread may be ending it too
+            self.groups.remove(workers)
         workers.stop()
 
     def stop_all(self) -> None:
@@ -102,7 +112,7 @@ class ClusterSession:
             self.stop_workers(workers)
 
     def _start(self, request: WorkerRequest, index: int, group: PlacementGroup) -> Any:
-        remote_class = ray.remote(request.worker_class)
+        remote_class = ray.remote(_failing_when_ready(request.worker_class))
         return remote_class.options(
             name=f"{request.name}-{index}-{group.id.hex()[:6]}",
             num_cpus=request.pool.cpus,
@@ -133,6 +143,60 @@ class ClusterSession:
                 )
             self.say(f"waiting for resources: want {wanted}; {state}")
             time.sleep(POLL_SECONDS)
+
+
+def _connect(config: RunConfig) -> None:
+    joins = "RAY_ADDRESS" in os.environ
+    try:
+        ray.init(
+            address="auto" if joins else "local",
+            namespace=f"distill-{config.name}",
+            log_to_driver=False,
+            logging_level="ERROR",
+            **({} if joins else {"include_dashboard": config.cluster.dashboard}),
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"the cluster of RAY_ADDRESS={os.environ['RAY_ADDRESS']}" if joins else "a cluster"
+        hint = "Start it, or unset RAY_ADDRESS to start one here" if joins else "See the Ray logs"
+        raise ResourceError(f"Ray did not reach {where}: {error}. {hint}") from error
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Ray puts a SIGTERM handler of its own over ours, and leaves it there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _failing_when_ready(worker_class: type) -> type:
+    """The class with a constructor that keeps a DistillError until `ready` is asked for.
+
+    Ray reports a worker whose constructor raises as dead, and the error's type is lost.
+    """
+
+    class Worker(worker_class):  # type: ignore[misc]  # a class known at run time
+        _start_error: DistillError | None = None
+
+        def __init__(self, **arguments: Any) -> None:
+            try:
+                super().__init__(**arguments)
+            except DistillError as error:
+                self._start_error = error
+
+        def ready(self) -> Any:
+            if self._start_error is not None:
+                raise self._start_error
+            return super().ready()
+
+    Worker.__name__ = worker_class.__name__
+    Worker.__qualname__ = worker_class.__qualname__
+    return Worker
 
 
 def _bundle(pool: PoolConfig) -> dict[str, float]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from distill_system.cluster.workers import wait_for
+from distill_system.cluster.roster import Roster
+from distill_system.cluster.waiting import wait_for
+from distill_system.cluster.workers import named
 
 
 class EveryWorker:
@@ -27,4 +29,5 @@ class EveryWorker:
             getattr(handle, method).remote(*arguments)
             for handle, arguments in zip(self.handles, argument_tuples, strict=True)
         ]
-        wait_for(references, who="student_rollout", what=method, seconds=self.seconds)
+        roster = Roster(named("student_rollout", self.handles))
+        wait_for(references, roster, what=method, seconds=self.seconds)

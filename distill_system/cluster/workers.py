@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from distill_system.errors import DeadlineError, DistillError, WorkerError
+from distill_system.cluster.roster import Roster
+from distill_system.cluster.waiting import wait_for
 from distill_system.workers import Reference
-
-LAST_TRACEBACK_LINES = 30
 
 
 class RayWorkers:
-    """Workers of one class, each in its own process; implements distill_system.workers.Workers."""
+    """Workers of one class, each in its own process; implements distill_system.workers.Workers.
+
+    roster: where the group's workers are watched over, each under name-index; by default alone.
+    call_seconds: longest wait without a new result.
+    """
 
     def __init__(
         self,
@@ -25,11 +27,14 @@ class RayWorkers:
         placement_groups: Sequence[PlacementGroup],
         *,
         call_seconds: float,
+        roster: Roster | None = None,
     ) -> None:
         self.name = name
         self.handles = list(handles)
         self.call_seconds = call_seconds
         self._placement_groups = list(placement_groups)
+        self._roster = Roster() if roster is None else roster
+        self._roster.add(named(name, self.handles))
 
     @property
     def count(self) -> int:
@@ -48,60 +53,24 @@ class RayWorkers:
         fetch: bool = True,
         seconds: float | None = None,
     ) -> list[Any]:
-        """Wait for results of this group's calls.
+        """Wait for results of this group's calls; see wait_for.
 
         Raises: the worker's own DistillError; WorkerError with its traceback; DeadlineError.
         """
-        return wait_for(
-            references,
-            who=self.name,
-            what=what,
-            seconds=self.call_seconds if seconds is None else seconds,
-            fetch=fetch,
-        )
+        seconds = self.call_seconds if seconds is None else seconds
+        return wait_for(references, self._roster, what=what, seconds=seconds, fetch=fetch)
 
     def stop(self) -> None:
-        """End every process of the group and give its resources back."""
-        for handle in self.handles:
-            ray.kill(handle)
-        for group in self._placement_groups:
-            remove_placement_group(group)
+        """End every process of the group and give its resources back; once."""
+        handles, groups = self.handles, self._placement_groups
         self.handles, self._placement_groups = [], []
+        self._roster.remove(named(self.name, handles))
+        for handle in handles:
+            ray.kill(handle)
+        for group in groups:
+            remove_placement_group(group)
 
 
-def wait_for(
-    references: Sequence[Reference], *, who: str, what: str, seconds: float, fetch: bool = True
-) -> list[Any]:
-    """Results of all references, or the first failure, as soon as it is known.
-
-    Raises: the worker's own DistillError; WorkerError with its traceback; DeadlineError.
-    """
-    pending, failed = list(references), None
-    try:
-        while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=seconds, fetch_local=fetch)
-            if not done:
-                raise GetTimeoutError(f"{len(pending)} of {len(references)} results")
-            if fetch:
-                ray.get(done)
-        return ray.get(list(references)) if fetch else []
-    except GetTimeoutError as error:
-        raise DeadlineError(
-            f"waited {seconds:.0f} s for {what} from {who}: {len(pending)} of {len(references)} "
-            "results did not come. Raise the deadline under `deadlines`, or look at the worker's "
-            "log in the Ray dashboard"
-        ) from error
-    except RayTaskError as error:
-        failed = error
-    except (ActorDiedError, ActorUnavailableError) as error:
-        failed = error
-    raise _own_error(failed, who=who, what=what) from failed
-
-
-def _own_error(failed: Exception, *, who: str, what: str) -> DistillError:
-    """The worker's DistillError with the worker's name, or a WorkerError with its traceback."""
-    cause = getattr(failed, "cause", None)
-    if isinstance(cause, DistillError):
-        return type(cause)(f"{who}: {cause}")
-    lines = str(failed).strip().splitlines()[-LAST_TRACEBACK_LINES:]
-    return WorkerError(f"{who} failed at {what}:\n" + "\n".join(lines))
+def named(name: str, handles: Sequence[Any]) -> dict[str, Any]:
+    """A group's workers by name: name-0, name-1, ..."""
+    return {f"{name}-{index}": handle for index, handle in enumerate(handles)}

@@ -40,7 +40,9 @@ class EngineConfig(ConfigModel):
     max_num_sequences: PositiveInt = 256
     """Sequences decoded at once."""
     kv_cache_mebibytes: PositiveInt | None = None
-    """Memory of the key-value cache; null lets vLLM take gpu_memory_utilization of the device."""
+    """Memory of the key-value cache; null takes 256 on a CPU, gpu_memory_utilization on a GPU."""
+    threads: PositiveInt = 1
+    """CPU threads of each worker without a GPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Share of the device that vLLM may take where kv_cache_mebibytes is null."""
     enforce_eager: bool = False
@@ -116,7 +118,8 @@ class DistillConfig(ConfigModel):
     measure_every: PositiveInt = 25
     """Steps between measurements of both distances on data.held_out."""
     evaluate_every: PositiveInt | None = None
-    """Steps between evaluations during training; null evaluates before and after alone."""
+    """Steps between evaluations during training, a multiple of measure_every; null evaluates
+    before and after alone."""
     checkpoint_every: PositiveInt = 100
     """Steps between checkpoints."""
     keep_checkpoints: PositiveInt = 2
@@ -124,6 +127,11 @@ class DistillConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
+        if self.evaluate_every is not None and self.evaluate_every % self.measure_every:
+            raise ValueError(
+                "evaluate_every must be a multiple of measure_every, got "
+                f"{self.evaluate_every} and {self.measure_every}"
+            )
         beta = self.objective.on_policy_weight
         if beta > 0 and self.student_prompts_per_step == 0:
             raise ValueError(

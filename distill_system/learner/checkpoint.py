@@ -57,6 +57,8 @@ def load_checkpoint(
             if key.startswith("objective.") and isinstance(entry, TensorStorageMetadata)
         }
         state = _gather(model, optimizers, critics, rank)
+        if f"random.rank{rank}" not in stored:
+            del state["random"]  # written by fewer ranks: this one's own state is as good
         load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise RunStateError(
@@ -70,7 +72,8 @@ def load_checkpoint(
         optim_state_dict=state["optimizer"],
     )
     objective.load_state_dict(state["objective"])
-    torch.set_rng_state(state["random"][f"rank{rank}"])
+    if "random" in state:
+        torch.set_rng_state(state["random"][f"rank{rank}"])
 
 
 def _gather(

@@ -147,8 +147,14 @@ class Learner:
         self._require_finite(sums["loss"], step)
         output.loss_share.backward()
         gradient_norm, rate = self._update(step)
-        metrics = {**sums, **output.metrics, "gradient_norm": gradient_norm, "learning_rate": rate}
         num_tokens = sum(total.num_tokens for total in totals.values())
+        metrics = {
+            **sums,
+            **output.metrics,
+            "gradient_norm": gradient_norm,
+            "learning_rate": rate,
+            "response_tokens": num_tokens,
+        }
         return StepResult(
             step=step,
             metrics={f"learner/{name}": value for name, value in metrics.items()},

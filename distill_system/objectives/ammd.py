@@ -2,7 +2,7 @@
 
     min_theta max_{phi1, phi2}  (1 - beta) L_off(theta, phi1) + beta L_on(theta, phi2)
 
-| paper / DESIGN.md section 4 and 9 | here |
+| paper, docs/objectives.md | here |
 |---|---|
 | pi_theta, pi* | student, teacher |
 | beta, gamma | on_policy_weight, discount |
@@ -66,7 +66,7 @@ class Ammd:
     def _off_policy_term(
         self, head: StudentHead, rows: TokenRows, sum_over_ranks: SumOverRanks
     ) -> ObjectiveOutput:
-        """Differentiated directly through the student's expectation of f1 (DESIGN.md section 4)."""
+        """Differentiated directly through the student's expectation of f1 (docs/objectives.md)."""
         student = head.read(rows)
         weight = 1.0 - self.config.on_policy_weight
         features_NF = unit_rows(rows.hidden_NH.detach())

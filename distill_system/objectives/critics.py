@@ -3,7 +3,7 @@
 The moment matrix M = E sum_t gamma^t g_t (target_t - student_t)^T goes in; a critic matrix phi in a
 norm ball comes out, and the moment-matching distance <phi, M>.
 
-| paper / DESIGN.md | here |
+| paper | here |
 |---|---|
 | phi_1, phi_2 | critic_FE, one per stream |
 | C | radius |

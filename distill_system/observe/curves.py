@@ -63,7 +63,7 @@ LEARNER_CURVES = (
     ),
     Curve(
         title="Reward-to-go",
-        note="mean over response tokens, critic units",
+        note="mean over the student's responses, critic units",
         lines=(("reward-to-go", "learner/reward_to_go"),),
     ),
     Curve(
@@ -113,13 +113,15 @@ def draw_supervised_loss(rows: Sequence[MetricRow]) -> list[Chart]:
 
 
 def draw_throughput(rows: Sequence[MetricRow]) -> list[Chart]:
-    """Tokens per second of the whole step and of every phase that counts tokens."""
+    """Tokens per second of the whole step, and of each pool per busy worker-second."""
     colors = {**assign_phase_colors(rows), WHOLE_STEP: "ink"}
     lines = [
         _line(rows, "distill", phase.replace("_", " "), f"tokens_per_second/{phase}", color)
         for phase, color in colors.items()
     ]
-    return _draw("Throughput by phase", "tokens per second while the phase runs", lines)
+    return _draw(
+        "Throughput by pool", "tokens per second of one busy worker; the whole step", lines
+    )
 
 
 def assign_phase_colors(rows: Sequence[MetricRow]) -> dict[str, str]:

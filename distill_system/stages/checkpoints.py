@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_system.errors import RunStateError
-from distill_system.observe.run_directory import write_json
+from distill_system.observe.run_directory import read_json, write_json
 
 STATE_FILE = "state.json"
 
@@ -37,11 +36,12 @@ class CheckpointStore:
         """Write a checkpoint and drop the oldest beyond `keep`; a crash leaves the ones before."""
         final = self.folder / f"step_{step:06d}"
         partial = final.with_suffix(".partial")
-        for leftover in (partial, final):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self.folder.glob("*.partial"):
+            shutil.rmtree(leftover)
         partial.mkdir(parents=True)
         write_learner(partial)
         write_json(partial / STATE_FILE, {"step": step, **state})
+        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in self._whole()[: -self.keep]:
             shutil.rmtree(old)
@@ -55,11 +55,11 @@ class CheckpointStore:
         if not whole:
             return None
         try:
-            state = json.loads((whole[-1] / STATE_FILE).read_text())
+            state: dict[str, Any] = read_json(whole[-1] / STATE_FILE)
             return Checkpoint(state.pop("step"), whole[-1], state)
-        except (OSError, ValueError, KeyError) as error:
+        except (RunStateError, KeyError) as error:
             raise RunStateError(
-                f"the checkpoint {whole[-1]} is damaged ({error!r}): remove that folder to resume "
+                f"the checkpoint {whole[-1]} is damaged ({error}): remove that folder to resume "
                 "from the one before"
             ) from error
 

@@ -8,17 +8,22 @@ from typing import Any
 
 from distill_system.cluster import ClusterSession
 from distill_system.config import RunConfig
+from distill_system.data import RunData
 from distill_system.observe import LiveView, MetricLog, RunDirectory, Timings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """One process's hold on one run. tokenizer is a transformers tokenizer."""
+    """One process's hold on one run.
+
+    tokenizer: a transformers tokenizer.  data: the sets that the stages of this process read.
+    """
 
     config: RunConfig
     run: RunDirectory
     cluster: ClusterSession
     tokenizer: Any
+    data: RunData
     log: MetricLog
     timings: Timings
     view: LiveView
@@ -37,7 +42,12 @@ class RunContext:
     @property
     def max_model_length(self) -> int:
         """Longest prompt plus longest response, in tokens."""
-        return self.config.data.max_prompt_tokens + self.config.rollout.sampling.max_response_tokens
+        return max_model_length(self.config)
+
+
+def max_model_length(config: RunConfig) -> int:
+    """Longest prompt plus longest response, in tokens."""
+    return config.data.max_prompt_tokens + config.rollout.sampling.max_response_tokens
 
 
 def model_path(config: RunConfig, run: RunDirectory, role: str) -> str:

@@ -39,8 +39,8 @@ class Pools:
 def open_pools(context: RunContext, *, student_path: str) -> Pools:
     """Start all four pools at once, wait until each is ready, join learner and student rollouts."""
     config = context.config
-    students = _start_rollouts(context, Author.STUDENT, student_path)
-    teachers = _start_rollouts(context, Author.TEACHER, context.teacher_path)
+    students = start_rollouts(context, Author.STUDENT, student_path)
+    teachers = start_rollouts(context, Author.TEACHER, context.teacher_path)
     scorers = _start_scorers(context)
     learner, _ = start_learner(
         context,
@@ -56,7 +56,7 @@ def open_pools(context: RunContext, *, student_path: str) -> Pools:
         total_steps=config.distill.steps,
     )
     for workers in (students, teachers, scorers):
-        _wait_until_ready(context, workers)
+        wait_until_ready(context, workers)
     _join(context, learner, students)
     return Pools(
         students=RolloutPool(students),
@@ -101,7 +101,7 @@ def start_learner(
         )
     )
     group = LearnerGroup(workers)
-    _wait_until_ready(context, workers)
+    wait_until_ready(context, workers)
     group.connect()
     return group, workers
 
@@ -120,7 +120,8 @@ def model_source(context: RunContext, model: ModelConfig) -> ModelSource:
     )
 
 
-def _start_rollouts(context: RunContext, author: Author, path: str) -> RayWorkers:
+def start_rollouts(context: RunContext, author: Author, path: str) -> RayWorkers:
+    """A pool of rollout workers, placed but not yet loaded; only the student's receive weights."""
     config = context.config
     is_student = author is Author.STUDENT
     pool = config.pools.student_rollout if is_student else config.pools.teacher_rollout
@@ -147,7 +148,7 @@ def _start_rollouts(context: RunContext, author: Author, path: str) -> RayWorker
             worker_class=RolloutWorker,
             arguments=arguments,
             pool=pool,
-            environment=engine_environment(uses_gpu=uses_gpu),
+            environment=engine_environment(uses_gpu=uses_gpu, threads=engine.threads),
         )
     )
 
@@ -180,7 +181,8 @@ def _join(context: RunContext, learner: LearnerGroup, students: RayWorkers) -> N
     learner.connect_rollouts(_transfer_backend(context), client, client.num_receivers, seconds)
 
 
-def _wait_until_ready(context: RunContext, workers: RayWorkers) -> None:
+def wait_until_ready(context: RunContext, workers: RayWorkers) -> None:
+    """Return once every worker has loaded its model; raises what kept it from that."""
     workers.finish(
         [workers.start(index, "ready") for index in range(workers.count)],
         what="the workers to load their model",

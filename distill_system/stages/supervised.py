@@ -22,7 +22,10 @@ STEPS_IN_FLIGHT = 2
 
 
 def fine_tune(context: RunContext, rows: dict[str, Sequence[Trajectory]]) -> None:
-    """Fine-tune each role of `rows` at the same time; the first failure ends them all."""
+    """Fine-tune each role of `rows` at the same time; the first failure ends them all.
+
+    A role that is ended early exports nothing: --resume continues it from its newest checkpoint.
+    """
     stop = threading.Event()
     with ThreadPoolExecutor(max_workers=max(1, len(rows))) as threads:
         futures = [
@@ -31,10 +34,12 @@ def fine_tune(context: RunContext, rows: dict[str, Sequence[Trajectory]]) -> Non
         ]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
+            for future in done:
+                future.result()
+        except BaseException:  # a failure, or Ctrl-C: let no thread wait for workers any longer
             stop.set()
-        for future in done:
-            future.result()
+            context.cluster.stop_all()
+            raise
 
 
 def _fine_tune_role(
@@ -54,7 +59,8 @@ def _fine_tune_role(
             total_steps=model.sft.steps,
         )
         fine_tuning = FineTuning(context, stage, model.sft, learner, rows)
-        fine_tuning.run(stop)
+        if not fine_tuning.run(stop):
+            return
         export_model(context, learner, sft_directory(context.run, role), facts={"stage": stage})
         fine_tuning.store.clear()
         learner.close()
@@ -81,8 +87,11 @@ class FineTuning:
         folder = context.run.checkpoints_directory / stage
         self.store = CheckpointStore(folder, keep=1)
 
-    def run(self, stop: threading.Event) -> None:
-        """Train to the last step, from the newest checkpoint if the run is resumed."""
+    def run(self, stop: threading.Event) -> bool:
+        """Train from the newest checkpoint if the run is resumed; False if stopped before the end.
+
+        stop: set by whoever wants an end after the updates under way.
+        """
         first = self._resume()
         task = self.context.view.start(self.stage, self.config.steps, first_step=first)
         for result in self._results(first, stop):
@@ -94,7 +103,10 @@ class FineTuning:
                     "tok/s": result.num_response_tokens / result.seconds,
                 },
             )
+        if task.step < self.config.steps:
+            return False
         task.finish()
+        return True
 
     def _results(self, first: int, stop: threading.Event) -> Iterator[StepResult]:
         """Results in order; between checkpoints, STEPS_IN_FLIGHT updates are under way."""

@@ -10,6 +10,7 @@ from distill_system.config import RunConfig
 from distill_system.data import RunData, load_run_data
 from distill_system.data.run_data import SetName
 from distill_system.driver import Driver
+from distill_system.errors import RunStateError
 from distill_system.observe import (
     LiveView,
     MetricLog,
@@ -18,10 +19,12 @@ from distill_system.observe import (
     write_report,
     write_summary,
 )
+from distill_system.stages.checkpoints import CheckpointStore, resume_point
 from distill_system.stages.context import RunContext, sft_directory
 from distill_system.stages.measuring import Measuring
+from distill_system.stages.model_checks import check_data
 from distill_system.stages.pools import open_pools
-from distill_system.stages.preparation import open_run, prepare_tokenizer
+from distill_system.stages.preparation import open_run, prepare_tokenizer, record_start
 from distill_system.stages.supervised import fine_tune
 
 STAGES = ("sft", "distill", "evaluate", "report")
@@ -38,11 +41,17 @@ def train(
     """
     run = open_run(config)
     work = [stage for stage in _due(config, run) if stage in stages]
+    _require_inputs(config, run, work)
+    for stage in _checkpointed(config, run, work):
+        store = CheckpointStore(run.checkpoints_directory / stage, keep=1)
+        resume_point(store, resume=resume, stage=stage)  # refuse now, not when workers stand
     if work:
-        with open_context(config, run, resume=resume) as context:
+        record_start(config, run)
+        with open_context(config, run, resume=resume, sets=_sets(config, run, work)) as context:
             for stage in work:
                 _RUNNERS[stage](context)
     if "report" in stages:
+        _require_a_run(run)
         write_summary(run)
         write_report(run)
     return run
@@ -58,12 +67,67 @@ def _due(config: RunConfig, run: RunDirectory) -> Iterator[str]:
         yield "evaluate"
 
 
+def _require_inputs(config: RunConfig, run: RunDirectory, work: Collection[str]) -> None:
+    """Refuse a stage whose inputs neither exist nor come from an earlier stage of this call.
+
+    Raises: RunStateError, naming what is missing and the stage that makes it.
+    """
+    untuned = _untuned_roles(config, run)
+    if "distill" in work and "sft" not in work and untuned:
+        raise RunStateError(
+            f"distill starts from {sft_directory(run, untuned[0])}, which does not exist yet: run "
+            "`distill-system sft` with the same configuration first, or `distill-system train`"
+        )
+    if "evaluate" in work and "distill" not in work and not run.student_directory.exists():
+        raise RunStateError(
+            f"evaluate needs the distilled student {run.student_directory}, which does not exist "
+            "yet: run `distill-system distill` with the same configuration first"
+        )
+
+
+def _checkpointed(config: RunConfig, run: RunDirectory, work: Collection[str]) -> list[str]:
+    """The names under which the stages to come keep checkpoints."""
+    tuned = [f"sft_{role}" for role in _untuned_roles(config, run)] if "sft" in work else []
+    return [*tuned, *(["distill"] if "distill" in work else [])]
+
+
+def _require_a_run(run: RunDirectory) -> None:
+    if not run.config_path.exists():
+        raise RunStateError(
+            f"{run.path} holds no run to report on: check name and runs_directory, or run "
+            "`distill-system train` with the same configuration first"
+        )
+
+
+def _sets(config: RunConfig, run: RunDirectory, work: Collection[str]) -> list[SetName]:
+    """The data that the stages read."""
+    tuned: dict[str, SetName] = {"teacher": "teacher_sft", "student": "student_sft"}
+    sets: list[SetName] = ["held_out", "evaluation"] if {"distill", "evaluate"} & {*work} else []
+    if "distill" in work:
+        sets.append("prompts")
+    if "sft" in work:
+        sets += [tuned[role] for role in _untuned_roles(config, run)]
+    return sets
+
+
 @contextmanager
-def open_context(config: RunConfig, run: RunDirectory, *, resume: bool) -> Iterator[RunContext]:
-    """Everything a stage needs, for the length of a block; workers end with it."""
+def open_context(
+    config: RunConfig,
+    run: RunDirectory,
+    *,
+    resume: bool,
+    sets: Collection[SetName] = ("prompts", "held_out", "evaluation"),
+) -> Iterator[RunContext]:
+    """Everything a stage needs, for the length of a block; workers end with it.
+
+    Models and data are looked at before the cluster, so that what cannot work ends at once.
+    """
+    tokenizer = prepare_tokenizer(config, run)
+    data = load_run_data(config, tokenizer, sets)
+    check_data(config, data)
     with ExitStack() as stack:
-        tokenizer = prepare_tokenizer(config, run)
         view = stack.enter_context(LiveView(config.name))
+        _tell_removed(view, data)
         log = stack.enter_context(MetricLog(run, run_name=config.name))
         cluster = stack.enter_context(ClusterSession(config, say=view.note))
         yield RunContext(
@@ -71,6 +135,7 @@ def open_context(config: RunConfig, run: RunDirectory, *, resume: bool) -> Itera
             run=run,
             cluster=cluster,
             tokenizer=tokenizer,
+            data=data,
             log=log,
             timings=Timings(run),
             view=view,
@@ -80,20 +145,13 @@ def open_context(config: RunConfig, run: RunDirectory, *, resume: bool) -> Itera
 
 def _run_sft(context: RunContext) -> None:
     roles = _untuned_roles(context.config, context.run)
-    sets: dict[str, SetName] = {"teacher": "teacher_sft", "student": "student_sft"}
-    data = load_run_data(context.config, context.tokenizer, [sets[role] for role in roles])
-    _tell_removed(context, data)
-    fine_tune(context, {role: getattr(data, f"{role}_sft") for role in roles})
+    fine_tune(context, {role: getattr(context.data, f"{role}_sft") for role in roles})
 
 
 def _run_distill(context: RunContext) -> None:
-    data = load_run_data(
-        context.config, context.tokenizer, sets=["prompts", "held_out", "evaluation"]
-    )
-    _tell_removed(context, data)
     with context.timings.stage("distill"):
         pools = open_pools(context, student_path=context.student_path)
-        Driver(context, pools, data).run()
+        Driver(context, pools, context.data).run()
 
 
 def _run_evaluate(context: RunContext) -> None:
@@ -101,13 +159,10 @@ def _run_evaluate(context: RunContext) -> None:
     students = {"before": context.student_path, "after": str(context.run.student_directory)}
     steps = {"before": 0, "after": context.config.distill.steps}
     missing = [label for label in students if not context.run.evaluation_path(label).exists()]
-    if not missing:
-        return
-    data = load_run_data(context.config, context.tokenizer, sets=["held_out", "evaluation"])
     for label in missing:
         with context.timings.stage("evaluate"):
             pools = open_pools(context, student_path=students[label])
-            measuring = Measuring(context, pools, data)
+            measuring = Measuring(context, pools, context.data)
             pools.learner.publish(steps[label])
             measuring.evaluate_teacher()
             measuring.evaluate_student(label, step=steps[label])
@@ -123,10 +178,10 @@ def _untuned_roles(config: RunConfig, run: RunDirectory) -> list[str]:
     ]
 
 
-def _tell_removed(context: RunContext, data: RunData) -> None:
+def _tell_removed(view: LiveView, data: RunData) -> None:
     for name, count in data.num_removed.items():
         if count:
-            context.view.note(
+            view.note(
                 f"data.{name}: {count} rows left out, their prompts stand in an evaluation split"
             )
 

@@ -1,4 +1,4 @@
-"""The laws of the house (DESIGN.md section 2), read from the imports; nothing is executed."""
+"""The laws of the house (docs/decisions/009), read from the imports; nothing is executed."""
 
 from __future__ import annotations
 

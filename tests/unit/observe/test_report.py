@@ -103,7 +103,7 @@ def test_the_headline_says_by_how_much_and_how_sure(page: str) -> None:
         "Sampler against learner",
         "Mean length of the student&#39;s responses",
         "Responses that end by themselves",
-        "Throughput by phase",
+        "Throughput by pool",
         "Share of step time by phase",
         "Supervised loss, teacher",
         "Supervised loss, student",

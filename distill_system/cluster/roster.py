@@ -1,0 +1,99 @@
+"""The workers of a session by name, and whether all of them still live."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayError
+
+from distill_system.errors import WorkerError
+from distill_system.workers import Reference
+
+_TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_WORKER_IDS = re.compile(r"actor_id[=:] ?([0-9a-f]{32})")
+
+
+class Roster:
+    """Names of workers by what Ray calls them; threads may share it.
+
+    A worker can die while something else is waited for, and what is waited for may then never
+    come: whoever waits asks now and then whether all are alive.
+    """
+
+    def __init__(self, handles: Mapping[str, Any] | None = None) -> None:
+        self._lock = threading.Lock()
+        self._handles: dict[str, Any] = dict(handles or {})
+        self._answers: dict[str, Reference] = {}
+
+    def add(self, handles: Mapping[str, Any]) -> None:
+        """Watch over these workers too."""
+        with self._lock:
+            self._handles |= handles
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Watch over these no more: they are about to be ended."""
+        with self._lock:
+            for name in names:
+                self._handles.pop(name, None)
+                self._answers.pop(name, None)
+
+    def worker_of(self, reference: Reference) -> str:
+        """Name of the worker whose call gives this result."""
+        return self._name(reference.task_id().actor_id().hex()) or "a worker"
+
+    def origin_of(self, error: RayError) -> str | None:
+        """Name of the worker where an error arose: not the one whose call was handed it."""
+        inner = getattr(error, "cause", None)
+        for known in (inner, error):
+            if isinstance(known, RayActorError) and known.actor_id:
+                return self._name(known.actor_id)
+        ids = _WORKER_IDS.findall(str(error))  # the innermost traceback comes last
+        return self._name(ids[-1]) if ids else None
+
+    def require_alive(self, *, seconds: float, waiting_for: str) -> None:
+        """Give all workers this long to show that they live; a busy one need not answer.
+
+        Raises: WorkerError if one is dead.
+        """
+        with self._lock:
+            for name, handle in self._handles.items():
+                if name not in self._answers:
+                    self._answers[name] = handle.__ray_ready__.remote()
+            asked = dict(self._answers)
+        if not asked:
+            return
+        answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
+        with self._lock:
+            for name in [name for name, answer in asked.items() if answer in answered]:
+                self._answers.pop(name, None)
+        for name in [name for name, answer in asked.items() if answer in answered]:
+            try:
+                ray.get(asked[name])
+            except ActorDiedError as error:
+                raise death_of(name, error, waiting_for=waiting_for) from error
+
+    def _name(self, worker_id: str) -> str | None:
+        with self._lock:
+            for name, handle in self._handles.items():
+                if handle._actor_id.hex() == worker_id:
+                    return name
+        return None
+
+
+def death_of(name: str, error: RayError, *, waiting_for: str) -> WorkerError:
+    """What to tell of a worker whose process is gone."""
+    return WorkerError(
+        f"{name} died while the run waited for {waiting_for}. Look whether its machine ran out of "
+        "memory, or what its log in the Ray session's logs folder says last; --resume continues "
+        f"from the newest checkpoint. Ray said: {plain_text(error)}"
+    )
+
+
+def plain_text(error: RayError) -> str:
+    """Ray's message, without colours and the lines that only underline other lines."""
+    text = _TERMINAL_COLOURS.sub("", str(error)).strip()
+    return "\n".join(line for line in text.splitlines() if set(line.strip()) - set("^~"))

@@ -1,0 +1,98 @@
+"""Waiting for results of calls: with a deadline, and an error that says who failed at what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from distill_system.cluster.roster import Roster, death_of, plain_text
+from distill_system.errors import DeadlineError, DistillError, WorkerError
+from distill_system.workers import Reference
+
+LOOK_SECONDS = 5.0
+"""Between two looks at whether every worker still lives."""
+
+DEATH_SECONDS = 2.0
+"""A worker's death makes others fail too: so long a failure waits for the news of a death."""
+
+LAST_TRACEBACK_LINES = 30
+
+
+def wait_for(
+    references: Sequence[Reference],
+    roster: Roster,
+    *,
+    what: str,
+    seconds: float,
+    fetch: bool = True,
+) -> list[Any]:
+    """Results of all references in their order; the first failure as soon as it is known.
+
+    Args:
+        references: results of calls of the roster's workers.
+        roster: names the workers; a death of any of them ends the wait.
+        what: what is waited for, for messages.
+        seconds: longest time without a new result.
+        fetch: whether to bring the results here; without it a failed call counts as done, and
+            whoever is handed its result fails with its error.
+
+    Raises:
+        DistillError: of the type that a worker raised, with the worker's name.
+        WorkerError: a worker died, or raised anything else; with its traceback.
+        DeadlineError: names what was waited for, and the workers that owe it.
+    """
+    results: dict[Reference, Any] = {}
+    pending, last_news = list(references), time.monotonic()
+    while pending:
+        done, pending = ray.wait(
+            pending, num_returns=1, timeout=min(LOOK_SECONDS, seconds), fetch_local=fetch
+        )
+        now = time.monotonic()
+        if done:
+            last_news = now
+            results |= {ref: _fetch(ref, roster, what) if fetch else None for ref in done}
+        elif now - last_news >= seconds:
+            raise _deadline(references, pending, roster, what=what, seconds=seconds)
+        else:
+            roster.require_alive(seconds=0.0, waiting_for=what)
+    return [results[reference] for reference in references] if fetch else []
+
+
+def _fetch(reference: Reference, roster: Roster, what: str) -> Any:
+    try:
+        return ray.get(reference)
+    except RayError as error:
+        who = roster.origin_of(error) or roster.worker_of(reference)
+        cause = getattr(error, "cause", error)
+        if not isinstance(cause, RayActorError):
+            roster.require_alive(seconds=DEATH_SECONDS, waiting_for=what)
+        raise _told(who, cause, error, what) from error
+
+
+def _told(who: str, cause: BaseException, error: RayError, what: str) -> DistillError:
+    if isinstance(cause, DistillError):
+        return type(cause)(f"{who}: {cause}")
+    if isinstance(cause, RayActorError) and not cause.actor_init_failed:
+        return death_of(who, cause, waiting_for=what)
+    lines = plain_text(error).splitlines()[-LAST_TRACEBACK_LINES:]
+    return WorkerError("\n".join([f"{who} failed at {what}:", *lines]))
+
+
+def _deadline(
+    references: Sequence[Reference],
+    pending: Sequence[Reference],
+    roster: Roster,
+    *,
+    what: str,
+    seconds: float,
+) -> DeadlineError:
+    owing = ", ".join(sorted({roster.worker_of(reference) for reference in pending}))
+    return DeadlineError(
+        f"waited {seconds:.0f} s for {what} from {owing}: {len(pending)} of {len(references)} "
+        "results did not come. Raise the deadline under `deadlines`, or look at the worker's "
+        "log in the Ray dashboard"
+    )
