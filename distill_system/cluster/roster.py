@@ -14,6 +14,7 @@ from distill_system.errors import WorkerError
 from distill_system.workers import Reference
 
 _TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_FIELDS = re.compile(r"^\t(\w+): (.*)$", re.MULTILINE)
 _WORKER_IDS = re.compile(r"actor_id[=:] ?([0-9a-f]{32})")
 
 
@@ -86,10 +87,14 @@ class Roster:
 
 def death_of(name: str, error: RayError, *, waiting_for: str) -> WorkerError:
     """What to tell of a worker whose process is gone."""
+    text = plain_text(error)
+    said = dict(_FIELDS.findall(text))
+    cause = text.splitlines()[-1].partition(" Some common causes include")[0]
     return WorkerError(
-        f"{name} died while the run waited for {waiting_for}. Look whether its machine ran out of "
-        "memory, or what its log in the Ray session's logs folder says last; --resume continues "
-        f"from the newest checkpoint. Ray said: {plain_text(error)}"
+        f"{name} (process {said.get('pid', '?')} on {said.get('ip', '?')}) died while the run "
+        f"waited for {waiting_for}: {cause} Look whether its machine ran out of memory, and what "
+        "its log in the logs folder of the Ray session says last; --resume continues from the "
+        "newest checkpoint"
     )
 
 

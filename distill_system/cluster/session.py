@@ -100,6 +100,12 @@ class ClusterSession:
         self.groups.append(workers)
         return workers
 
+    def has_room_for(self, pool: PoolConfig, copies: int) -> bool:
+        """Whether so many copies of a pool fit the whole cluster at once, were it empty."""
+        has = ray.cluster_resources()
+        wanted = {name: copies * pool.count * amount for name, amount in _bundle(pool).items()}
+        return all(has.get(name, 0.0) >= amount for name, amount in wanted.items())
+
     def stop_workers(self, workers: RayWorkers) -> None:
         """End a pool before the session ends; one that has ended already stays so."""
         with suppress(ValueError):  # another thread may be ending it too

@@ -22,12 +22,13 @@ STEPS_IN_FLIGHT = 2
 
 
 def fine_tune(context: RunContext, rows: dict[str, Sequence[Trajectory]]) -> None:
-    """Fine-tune each role of `rows` at the same time; the first failure ends them all.
+    """Fine-tune each role of `rows`, side by side where the cluster has room; one failure ends all.
 
     A role that is ended early exports nothing: --resume continues it from its newest checkpoint.
     """
     stop = threading.Event()
-    with ThreadPoolExecutor(max_workers=max(1, len(rows))) as threads:
+    both_fit = context.cluster.has_room_for(context.config.pools.learner, len(rows))
+    with ThreadPoolExecutor(max_workers=len(rows) if both_fit else 1) as threads:
         futures = [
             threads.submit(_fine_tune_role, context, role, trajectories, stop)
             for role, trajectories in rows.items()

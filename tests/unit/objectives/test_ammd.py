@@ -260,7 +260,7 @@ def test_beta_mixes_the_two_terms_and_the_language_model_term_adds():
 
     off, on = loss(on_policy_weight=0.0), loss(on_policy_weight=1.0)
     assert loss(on_policy_weight=0.3) == pytest.approx(0.7 * off + 0.3 * on, rel=1e-5)
-    cross_entropy = -float(game.head().read(rows).logprobs_N.mean())
+    cross_entropy = -float(game.head().read(rows).logprobs_N.detach().mean())
     with_term = loss(on_policy_weight=0.3, language_model_weight=0.5)
     assert with_term == pytest.approx(0.7 * off + 0.3 * on + 0.5 * cross_entropy, rel=1e-5)
 

@@ -1,0 +1,98 @@
+"""The fine-tuning loop with a real learner in this process: it learns, and resumes to the bit."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from local_workers import LocalWorkers
+from trajectories import make_trajectories
+
+from distill_system.config.model import LearnerConfig, OptimizerConfig, SupervisedConfig
+from distill_system.errors import RunStateError
+from distill_system.learner import Learner, LearnerGroup, ModelSource
+from distill_system.observe import LiveView, MetricLog, RunDirectory, Timings
+from distill_system.observe.metrics import read_metrics
+from distill_system.records import Author
+from distill_system.stages.supervised import FineTuning
+
+ROWS = make_trajectories(20, Author.DATASET)
+CONFIG = SupervisedConfig(
+    steps=8,
+    batch_size=6,
+    optimizer=OptimizerConfig(type="muon", learning_rate=1e-2, warmup_steps=2),
+    checkpoint_every=3,
+)
+
+
+class _StoppingView(LiveView):
+    """Asks for the end once a step is done, as a failure elsewhere in the run would."""
+
+    def __init__(self, stop, after):
+        super().__init__("test", console=None)
+        self.stop, self.after = stop, after
+
+    def start(self, stage, total_steps, *, first_step=0):
+        task = super().start(stage, total_steps, first_step=first_step)
+        update = task.update
+
+        def update_and_stop(step, values):
+            update(step, values)
+            if step == self.after:
+                self.stop.set()
+
+        task.update = update_and_stop
+        return task
+
+
+@pytest.fixture
+def fine_tune(tiny_model_folder, tmp_path):
+    def run(name, *, resume=False, stop_after=None):
+        learner = Learner(
+            rank=0,
+            world_size=1,
+            source=ModelSource(path=str(tiny_model_folder(seed=5))),
+            objective=None,
+            optimizer=CONFIG.optimizer,
+            config=LearnerConfig(),
+            total_steps=CONFIG.steps,
+            max_response_tokens=16,
+            seed=0,
+            uses_gpu=False,
+            timeout_seconds=60.0,
+        )
+        directory = RunDirectory(tmp_path / name)
+        stop = threading.Event()
+        with MetricLog(directory, run_name=name) as log:
+            context = SimpleNamespace(
+                config=SimpleNamespace(seed=3),
+                run=directory,
+                log=log,
+                timings=Timings(directory),
+                view=_StoppingView(stop, stop_after),
+                resume=resume,
+            )
+            group = LearnerGroup(LocalWorkers([learner]))
+            finished = FineTuning(context, "sft_student", CONFIG, group, ROWS).run(stop)
+        losses = {row.step: row.metrics["learner/loss"] for row in read_metrics(directory)}
+        weights = torch.cat([p.detach().reshape(-1) for p in learner.model.parameters()])
+        return finished, losses, weights
+
+    return run
+
+
+def test_a_stopped_fine_tuning_resumes_to_the_bit(fine_tune):
+    finished, losses, weights = fine_tune("unbroken")
+    assert finished
+    assert list(losses) == list(range(8))
+    assert losses[7] < losses[0]
+    stopped, _, _ = fine_tune("stopped", stop_after=5)
+    assert not stopped
+    with pytest.raises(RunStateError, match="add --resume"):
+        fine_tune("stopped")
+    finished, resumed_losses, resumed_weights = fine_tune("stopped", resume=True)
+    assert finished
+    assert resumed_losses == losses
+    assert torch.equal(resumed_weights, weights)
