@@ -183,13 +183,18 @@ def load_language_model(
 
 @torch.no_grad()
 def check_linear_read(model: LanguageModel, path: str) -> None:
-    """Refuse a model whose logits are not its final hidden state times its unembedding.
+    """Refuse a model whose logits are not finite, or not its final hidden state x unembedding.
 
     Raises: ModelError, with the difference seen.
     """
     device = unembedding(model).device
     ids_BL = torch.arange(3, 11, device=device)[None] % unembedding(model).shape[0]
     logits_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
+    if not logits_LV.isfinite().all():
+        raise ModelError(
+            f"{path!r} ({type(model).__name__}): expected finite logits, got NaN or infinity. Its "
+            "weights are damaged, or too large for the precision they are loaded in"
+        )
     hidden_LH = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[0]
     read_LV = (hidden_LH @ unembedding(model).T).float()
     difference = float((logits_LV - read_LV).abs().max() / logits_LV.abs().max().clamp_min(1e-6))

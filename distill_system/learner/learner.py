@@ -265,8 +265,8 @@ class Learner:
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the loss must be finite, got {loss} at step {step}; no weight was changed. "
-                "Lower the learning rate or use learner.compute_dtype=float32; "
-                "--resume continues from the last checkpoint"
+                "Start a run of another name with a lower learning rate or with "
+                "learner.compute_dtype=float32"
             )
 
 

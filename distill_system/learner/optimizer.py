@@ -64,7 +64,7 @@ def clip_gradients(model: nn.Module, max_norm: float, *, step: int) -> float:
     if not math.isfinite(norm):
         raise NonFiniteError(
             f"the gradient's norm must be finite, got {norm} at step {step}; no weight was "
-            "changed. Lower the learning rate or use learner.compute_dtype=float32; "
-            "--resume continues from the last checkpoint"
+            "changed. Start a run of another name with a lower learning rate or with "
+            "learner.compute_dtype=float32"
         )
     return norm

@@ -294,7 +294,7 @@ def test_critics_are_the_objectives_whole_state():
     second.load_state_dict(first.state_dict())
     assert set(first.state_dict()) == {"off_critic.critic", "on_critic.critic"}
     losses = [
-        float(objective.compute_loss(game.head(), rows, rows, identity).loss_share)
+        float(objective.compute_loss(game.head(), rows, rows, identity).loss_share.detach())
         for objective in (first, second)
     ]
     assert losses[0] == losses[1]
