@@ -185,6 +185,9 @@ def _engine_args(specification: EngineSpecification) -> Any:  # vllm's EngineArg
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager or not specification.uses_gpu,
         enable_prefix_caching=config.enable_prefix_caching,
+        # On a CPU a prompt that is read in two parts ends vLLM 0.32: it winds a request's seeded
+        # generator back, and torch's CPU generator has no offset.
+        enable_chunked_prefill=None if specification.uses_gpu else False,
         logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
         tensor_parallel_size=specification.tensor_parallel_size,
         distributed_executor_backend="uni" if specification.tensor_parallel_size == 1 else "mp",

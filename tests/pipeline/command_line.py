@@ -17,7 +17,6 @@ import psutil
 
 DEADLINE_SECONDS = 150
 MARK = "DISTILL_SYSTEM_TEST_MARK"
-ONE_MESSAGE = r"^[A-Z]\w*(Error|Interrupted): "
 
 
 def write_rows(path: Path, count: int, *, first: int, num_words: int = 3) -> None:
@@ -87,14 +86,19 @@ class Run:
         self.stdout, self.stderr = self.process.communicate(timeout=seconds)
         return self
 
+    def end(self) -> None:
+        """Kill whatever is left of it."""
+        for process in self.processes():
+            process.kill()
+        self.process.communicate()
+
     def processes(self) -> list[psutil.Process]:
         """Every process that it started, or that those started, wherever they hang by now."""
         return [p for p in psutil.process_iter() if self._is_ours(p)]
 
-    def worker(self, title: str) -> psutil.Process:
-        """The process of one worker, such as ray::Learner."""
-        [found] = [p for p in self.processes() if p.cmdline()[:1] and title in p.cmdline()[0]]
-        return found
+    def workers(self, title: str) -> list[psutil.Process]:
+        """The processes of one kind of worker, such as ray::Learner."""
+        return [p for p in self.processes() if "".join(p.cmdline()[:1]).startswith(title)]
 
     def orphans(self, seconds: float = 20.0) -> list[str]:
         """What is left of it after at most so long."""
@@ -129,6 +133,6 @@ def wait_until(condition: Callable[[], Any], run: Run, seconds: float = DEADLINE
     """Return when the condition holds; fails if the run ends before, or takes too long."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert run.process.poll() is None, run.finish().stderr[-3000:]
+        assert run.process.poll() is None, run.finish().stderr
         assert time.monotonic() < deadline, "it did not come to that in time"
         time.sleep(0.1)

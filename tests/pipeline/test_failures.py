@@ -11,11 +11,13 @@ import os
 import random
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from command_line import Run, start, wait_until, write_configuration, write_rows
+
+Launch = Callable[..., Run]
 
 WORKERS = ("ray::RolloutWorker", "ray::TeacherScorer", "ray::Learner")
 MESSAGE = re.compile(r"^(?:[A-Z]\w*Error|Interrupted): ", re.MULTILINE)
@@ -26,6 +28,20 @@ def configuration(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Pat
     """A run of two random models that share their tokenizer; nothing is fine-tuned."""
     teacher, student = tiny_model_folder(seed=1), tiny_model_folder(seed=2, num_layers=1)
     return write_configuration(tmp_path, teacher, student)
+
+
+@pytest.fixture
+def launch() -> Iterator[Launch]:
+    """command_line.start, with an end for what a failed test leaves running."""
+    runs: list[Run] = []
+
+    def begin(command: str, *arguments: object) -> Run:
+        runs.append(start(command, *arguments))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.end()
 
 
 def _checkpoints(configuration: Path) -> Path:
@@ -41,47 +57,47 @@ def _assert_one_message(run: Run, *said: str) -> None:
     assert run.orphans() == []
 
 
-def _fail_before_ray(configuration: Path, *overrides: str) -> Run:
+def _fail_before_ray(launch: Launch, configuration: Path, *overrides: str) -> Run:
     """A run that must end by itself before any cluster stands."""
-    run = start("train", configuration, *overrides).finish()
+    run = launch("train", configuration, *overrides).finish()
     assert not (configuration.parent / "run/timings.json").exists()
     assert not (configuration.parent / "run/metrics.jsonl").exists(), "the cluster was started"
     return run
 
 
-def test_a_path_without_a_model_is_told_at_once(configuration: Path) -> None:
-    run = _fail_before_ray(configuration, "teacher.path=/nowhere/at/all")
+def test_a_path_without_a_model_is_told_at_once(launch: Launch, configuration: Path) -> None:
+    run = _fail_before_ray(launch, configuration, "teacher.path=/nowhere/at/all")
     _assert_one_message(run, "teacher.path='/nowhere/at/all'", "no such folder")
 
 
 def test_models_of_different_vocabularies_are_refused(
-    configuration: Path, tiny_model_folder: Callable[..., Path]
+    launch: Launch, configuration: Path, tiny_model_folder: Callable[..., Path]
 ) -> None:
     student = tiny_model_folder(vocab_size=80)
-    run = _fail_before_ray(configuration, f"student.path={student}")
+    run = _fail_before_ray(launch, configuration, f"student.path={student}")
     _assert_one_message(run, "student.path=", "80 tokens", "64", "share one vocabulary")
 
 
-def test_a_prompt_that_is_too_long_is_named(configuration: Path) -> None:
+def test_a_prompt_that_is_too_long_is_named(launch: Launch, configuration: Path) -> None:
     write_rows(configuration.parent / "prompts.jsonl", 60, first=0, num_words=9)
-    run = _fail_before_ray(configuration)
+    run = _fail_before_ray(launch, configuration)
     _assert_one_message(run, "prompts:0", "9 tokens", "data.max_prompt_tokens=8")
 
 
-def test_an_empty_data_set_is_named(configuration: Path) -> None:
+def test_an_empty_data_set_is_named(launch: Launch, configuration: Path) -> None:
     (configuration.parent / "prompts.jsonl").write_text("")
-    run = _fail_before_ray(configuration)
+    run = _fail_before_ray(launch, configuration)
     _assert_one_message(run, "data.prompts", "the data set is empty")
 
 
 def test_a_cache_too_small_for_one_sequence_ends_the_run(
-    configuration: Path, tiny_model_folder: Callable[..., Path]
+    launch: Launch, configuration: Path, tiny_model_folder: Callable[..., Path]
 ) -> None:
-    wide = {"hidden_size": 256, "max_position_embeddings": 4096}
-    run = start(
+    run = launch(
         "train",
         configuration,
-        f"teacher.path={tiny_model_folder(**wide, seed=1)}",
+        f"teacher.path={tiny_model_folder(max_position_embeddings=4096, seed=1)}",
+        f"student.path={tiny_model_folder(max_position_embeddings=4096, seed=2)}",
         "data.max_prompt_tokens=2000",
         "rollout.sampling.max_response_tokens=2000",
         "rollout.teacher_engine.kv_cache_mebibytes=1",
@@ -96,20 +112,22 @@ def test_a_cache_too_small_for_one_sequence_ends_the_run(
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(
-    configuration: Path,
+    launch: Launch, configuration: Path
 ) -> None:
-    run = start("train", configuration, "distill.optimizer.learning_rate=1e30").finish()
+    run = launch("train", configuration, "distill.optimizer.learning_rate=1e30").finish()
     _assert_one_message(run, "NonFiniteError: learner-0:", "at step 1", "learning rate")
     assert [folder.name for folder in _checkpoints(configuration).iterdir()] == ["step_000001"]
     assert not (configuration.parent / "run/student").exists()
 
 
-def test_a_killed_worker_is_named_and_the_run_resumes(configuration: Path) -> None:
+def test_a_killed_worker_is_named_and_the_run_resumes_and_ends_once(
+    launch: Launch, configuration: Path
+) -> None:
     setting = ("train", configuration, "distill.steps=40")
-    run = start(*setting)
+    run = launch(*setting)
     wait_until(lambda: [*_checkpoints(configuration).glob("step_??????")], run)
     title = random.choice(WORKERS)
-    next(p for p in run.processes() if p.cmdline()[:1] and title in p.cmdline()[0]).kill()
+    run.workers(title)[0].kill()
     run.finish(seconds=60)
     _assert_one_message(run, "WorkerError: ", " died while the run waited for ", "--resume")
     name = {"ray::RolloutWorker": r"(student|teacher)_rollout-0", "ray::Learner": "learner-0"}
@@ -117,17 +135,26 @@ def test_a_killed_worker_is_named_and_the_run_resumes(configuration: Path) -> No
 
     left = max(_checkpoints(configuration).glob("step_??????"))
     assert json.loads((left / "state.json").read_text())["step"] == int(left.name[-6:])
-    refused = start(*setting).finish()
+    refused = launch(*setting).finish()
     _assert_one_message(refused, "RunStateError", f"step {int(left.name[-6:])}", "--resume")
-    resumed = start(*setting, "--resume").finish()
+    resumed = launch(*setting, "--resume").finish()
     assert resumed.code == 0, resumed.stderr
-    assert (configuration.parent / "run/student/model.safetensors").exists()
     assert resumed.orphans() == []
+
+    folder = configuration.parent / "run"
+    before = _files(folder)
+    assert "student/model.safetensors" in before
+    again = launch(*setting).finish()
+    assert again.code == 0, again.stderr
+    changed = {name for name, state in _files(folder).items() if before.get(name) != state}
+    assert changed == {"report.html", "summary.json"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_ends_its_workers(configuration: Path, number: signal.Signals) -> None:
-    run = start("train", configuration, "distill.steps=3000")
+def test_an_interrupted_run_ends_its_workers(
+    launch: Launch, configuration: Path, number: signal.Signals
+) -> None:
+    run = launch("train", configuration, "distill.steps=3000")
     wait_until(lambda: [*_checkpoints(configuration).glob("step_??????")], run)
     os.killpg(run.process.pid, number)  # as a terminal does: workers get it too
     run.finish(seconds=60)
@@ -136,21 +163,6 @@ def test_an_interrupted_run_ends_its_workers(configuration: Path, number: signal
     assert f"by {number.name}; --resume continues" in run.stderr
     assert "Traceback" not in run.stderr
     assert run.orphans() == []
-
-
-def test_a_finished_run_only_writes_its_report_anew(configuration: Path) -> None:
-    first = start("train", configuration).finish()
-    assert first.code == 0, first.stderr
-    folder = configuration.parent / "run"
-    before = _files(folder)
-    (folder / "report.html").unlink()
-    again = start("train", configuration).finish()
-    assert again.code == 0, again.stderr
-    changed = {name for name, state in _files(folder).items() if before[name] != state}
-    assert changed == {"report.html", "summary.json"}
-    assert "[distill]" not in again.stderr
-    alone = start("report", configuration).finish()
-    assert alone.code == 0, alone.stderr
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:

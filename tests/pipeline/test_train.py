@@ -104,14 +104,15 @@ def unbroken(folder):
     return folder / "unbroken"
 
 
-def _beside(unbroken, name):
-    """A run of another name that has its supervised stages behind it."""
+def _beside(unbroken, name, **distill):
+    """A run of another name, and other distill settings, with its supervised stages behind it."""
     run = unbroken.parent / name
     run.mkdir()
     for made in ("tokenizer", "teacher", "student_sft"):
         shutil.copytree(unbroken / made, run / made)
     config = json.loads((unbroken / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "name": name}))
+    changed = {"name": name, "distill": {**config["distill"], **distill}}
+    (run / "config.json").write_text(json.dumps({**config, **changed}))
     return run
 
 
@@ -178,7 +179,7 @@ def test_kill_9_and_resume_give_the_same_run_to_the_bit(unbroken):
 
 def test_more_workers_make_the_same_first_step(unbroken):
     """Samples depend on the prompt, not on the worker; two ranks make the update of one."""
-    run = _beside(unbroken, "wide")
+    run = _beside(unbroken, "wide", steps=1)
     counts = [f"pools.{pool}.count=2" for pool in ("student_rollout", "learner", "teacher_scoring")]
     _train(run.parent, "name=wide", "distill.steps=1", *counts)
     wide, narrow = _learned(run)[1], _learned(unbroken)[1]
