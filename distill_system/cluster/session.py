@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distill_system.cluster.roster import Roster
@@ -50,7 +50,6 @@ class ClusterSession:
         self.say = say
         self.roster = Roster()
         self.groups: list[RayWorkers] = []
-        self.waiting: list[PlacementGroup] = []
 
     def __enter__(self) -> Self:
         try:
@@ -67,9 +66,8 @@ class ClusterSession:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.stop_all()
-        for unplaced in self.waiting:
-            remove_placement_group(unplaced)
+        # With its driver a session's workers and placements end too. To give them back one by one
+        # would wait for a cluster that may be ending as well, as after SIGTERM to all processes.
         ray.shutdown()
 
     def start_workers(self, request: WorkerRequest) -> RayWorkers:
@@ -83,7 +81,6 @@ class ClusterSession:
             groups = [placement_group([bundle] * count, strategy="PACK")]
         else:
             groups = [placement_group([bundle]) for _ in range(count)]
-        self.waiting.extend(groups)
         self._wait_until_placed(request, groups)
         handles = [
             self._start(request, index, groups[0 if request.gang else index])
@@ -96,7 +93,6 @@ class ClusterSession:
             call_seconds=self.config.deadlines.call_seconds,
             roster=self.roster,
         )
-        self.waiting = [group for group in self.waiting if group not in groups]
         self.groups.append(workers)
         return workers
 
@@ -116,6 +112,11 @@ class ClusterSession:
         """End every pool."""
         for workers in list(self.groups):
             self.stop_workers(workers)
+
+    def abandon_all(self) -> None:
+        """End every process, and with it every wait for one; the session can start no more."""
+        for workers in list(self.groups):
+            workers.kill()
 
     def _start(self, request: WorkerRequest, index: int, group: PlacementGroup) -> Any:
         remote_class = ray.remote(_failing_when_ready(request.worker_class))

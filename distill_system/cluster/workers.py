@@ -61,14 +61,18 @@ class RayWorkers:
         return wait_for(references, self._roster, what=what, seconds=seconds, fetch=fetch)
 
     def stop(self) -> None:
-        """End every process of the group and give its resources back; once."""
-        handles, groups = self.handles, self._placement_groups
-        self.handles, self._placement_groups = [], []
-        self._roster.remove(named(self.name, handles))
-        for handle in handles:
-            ray.kill(handle)
-        for group in groups:
+        """End every process of the group and give its resources back."""
+        self.kill()
+        for group in self._placement_groups:
             remove_placement_group(group)
+        self._placement_groups = []
+
+    def kill(self) -> None:
+        """End every process of the group; waits for it fail with WorkerError."""
+        self._roster.remove(named(self.name, self.handles))
+        for handle in self.handles:
+            ray.kill(handle)
+        self.handles = []
 
 
 def named(name: str, handles: Sequence[Any]) -> dict[str, Any]:

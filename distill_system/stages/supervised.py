@@ -39,7 +39,7 @@ def fine_tune(context: RunContext, rows: dict[str, Sequence[Trajectory]]) -> Non
                 future.result()
         except BaseException:  # a failure, or Ctrl-C: let no thread wait for workers any longer
             stop.set()
-            context.cluster.stop_all()
+            context.cluster.abandon_all()
             raise
 
 

@@ -282,3 +282,19 @@ def test_a_cache_too_small_for_one_sequence_is_named_by_its_key(
     cramped = _start_worker(folder, engine=EngineConfig(kv_cache_mebibytes=1))
     with pytest.raises(ResourceError, match=r"rollout\.student_engine\.kv_cache_mebibytes, now 1"):
         ray.get(cramped.ready.remote())
+
+
+def test_more_prompt_tokens_than_one_step_reads_are_all_answered(
+    cluster: None, tiny_model_folder: Any
+) -> None:
+    """vLLM 0.32 dies on a CPU where it reads a prompt of a seeded request in two parts."""
+    wide = _start_worker(
+        tiny_model_folder(), engine=EngineConfig(max_num_sequences=300, kv_cache_mebibytes=64)
+    )
+    prompts = [
+        Prompt(prompt_id=f"p{i}", token_ids=np.full(60, 4 + i % 50, np.int32), text="")
+        for i in range(300)
+    ]
+    sampling = Sampling(temperature=1.0, max_response_tokens=2)
+    trajectories = _pool([wide]).generate(prompts, sampling, 0, "wide")
+    assert [t.prompt_id for t in trajectories] == [p.prompt_id for p in prompts]
