@@ -58,7 +58,7 @@ def model_path(config: RunConfig, run: RunDirectory, role: str) -> str:
         tuned, given = config.student.sft, config.student.path
     if tuned is None:
         assert given is not None, "the configuration gives a path or an architecture with sft"
-        return given
+        return str(Path(given).absolute()) if Path(given).is_dir() else given
     return str(sft_directory(run, role))
 
 

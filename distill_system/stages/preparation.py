@@ -35,7 +35,8 @@ def open_run(config: RunConfig) -> RunDirectory:
 
     Raises: RunStateError if the folder holds work of another configuration.
     """
-    run = RunDirectory(Path(config.runs_directory) / config.name)
+    # Absolute: workers may be started in another folder than this process.
+    run = RunDirectory(Path(config.runs_directory).absolute() / config.name)
     if run.config_path.exists():
         _require_same(run, config)
     return run
