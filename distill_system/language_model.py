@@ -28,7 +28,7 @@ from distill_system.records import Trajectory
 LanguageModel = Any
 """A transformers PreTrainedModel for causal language modelling; the library ships no types."""
 
-MIN_GROUP, MAX_STRETCH = 8, 1.35
+MIN_GROUP, MAX_STRETCH = 16, 2.0
 """Fewest sequences of a group that ends for its padding, and how much longer its longest may be."""
 
 LINEAR_READ_TOLERANCE = 1e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from distill_system.config.run import PoolConfig
 from distill_system.errors import DistillError, ResourceError
 
 POLL_SECONDS = 5.0
+CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +54,13 @@ class ClusterSession:
         self.groups: list[RayWorkers] = []
 
     def __enter__(self) -> Self:
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            _require_answer(address)
+        assert not ray.is_initialized(), "a process has one session at a time"
         try:
             with _signal_handlers_kept():
-                _connect(self.config)
+                _connect(address, self.config)
         except BaseException:
             ray.shutdown()  # what stands already of a local cluster
             raise
@@ -152,20 +158,32 @@ class ClusterSession:
             time.sleep(POLL_SECONDS)
 
 
-def _connect(config: RunConfig) -> None:
-    joins = "RAY_ADDRESS" in os.environ
+def _connect(address: str | None, config: RunConfig) -> None:
     try:
         ray.init(
-            address="auto" if joins else "local",
+            address="auto" if address else "local",  # auto is what RAY_ADDRESS says
             namespace=f"distill-{config.name}",
             log_to_driver=False,
             logging_level="ERROR",
-            **({} if joins else {"include_dashboard": config.cluster.dashboard}),
+            **({} if address else {"include_dashboard": config.cluster.dashboard}),
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"the cluster of RAY_ADDRESS={os.environ['RAY_ADDRESS']}" if joins else "a cluster"
-        hint = "Start it, or unset RAY_ADDRESS to start one here" if joins else "See the Ray logs"
-        raise ResourceError(f"Ray did not reach {where}: {error}. {hint}") from error
+        what = f"join the cluster of RAY_ADDRESS={address}" if address else "start a local cluster"
+        raise ResourceError(f"Ray could not {what}: {error}") from error
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself goes on asking a host:port that does not answer for minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not port.isdigit():
+        return  # not of the form host:port
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ResourceError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset "
+            "RAY_ADDRESS to start a local one"
+        ) from error
 
 
 @contextmanager

@@ -1,0 +1,108 @@
+"""Placing, starting and ending real Ray workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+import ray
+
+from distill_system.cluster import ClusterSession, RayWorkers
+from distill_system.config import RunConfig
+from distill_system.config.run import PoolConfig
+from distill_system.errors import ResourceError, WorkerError
+
+Start = Callable[..., RayWorkers]
+
+
+class Sitter:
+    """Tells where it is."""
+
+    def __init__(self, *, name: str = "nobody") -> None:
+        self.name = name
+
+    def ready(self) -> int:
+        return os.getpid()
+
+    def sit(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def describe(self) -> tuple[str, str]:
+        return self.name, os.environ.get("ROOM", "")
+
+
+def _pids(group: RayWorkers) -> list[int]:
+    calls = [group.start(index, "ready") for index in range(group.count)]
+    return list(group.finish(calls, what="process ids"))
+
+
+@pytest.mark.parametrize("gang", [False, True])
+def test_each_worker_has_its_arguments_environment_and_process(workers: Start, gang: bool) -> None:
+    group = workers(
+        Sitter,
+        arguments=[{"name": "left"}, {"name": "right"}],
+        environment={"ROOM": "kitchen"},
+        gang=gang,
+    )
+    calls = [group.start(index, "describe") for index in range(2)]
+    assert group.finish(calls, what="names") == [("left", "kitchen"), ("right", "kitchen")]
+    assert len(set(_pids(group))) == 2
+
+
+def test_stopping_ends_the_processes_and_gives_their_resources_back(
+    session: ClusterSession, workers: Start
+) -> None:
+    whole = PoolConfig(cpus=ray.cluster_resources()["CPU"])
+    for _ in range(2):  # the second pool needs what the first one had
+        group = workers(Sitter, pool=whole)
+        [pid] = _pids(group)
+        session.stop_workers(group)
+        assert _has_ended(pid)
+        session.stop_workers(group)  # a second time does nothing
+
+
+def _has_ended(pid: int, seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while psutil.pid_exists(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not psutil.pid_exists(pid)
+
+
+def test_what_the_cluster_lacks_is_told_with_what_it_has(workers: Start, said: list[str]) -> None:
+    said.clear()
+    begin = time.monotonic()
+    with pytest.raises(ResourceError) as caught:
+        workers(Sitter, count=2, pool=PoolConfig(cpus=0.5, custom_resources={"huge_memory": 2.0}))
+    assert time.monotonic() - begin < 30.0
+    message = str(caught.value)
+    assert "did not place 2 x {'CPU': 0.5, 'huge_memory': 2.0} for sitter within 3 s" in message
+    assert f"of {{'CPU': {ray.cluster_resources()['CPU']}}}" in message
+    assert "pools.*.count" in message
+    assert said[0].startswith("waiting for resources: want 2 x {'CPU': 0.5, 'huge_memory': 2.0}")
+
+
+def test_abandoning_ends_what_waits_for_a_worker(session: ClusterSession, workers: Start) -> None:
+    group = workers(Sitter)
+    _pids(group)
+    call = group.start(0, "sit", 60.0)
+    threading.Timer(0.5, session.abandon_all).start()
+    with pytest.raises(WorkerError, match="died while the run waited for a rest"):
+        group.finish([call], what="a rest")
+
+
+def test_the_handler_of_sigterm_is_left_as_it_was(session: ClusterSession) -> None:
+    """Ray's own would end this process without a word."""
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(ResourceError, match=r"RAY_ADDRESS=127\.0\.0\.1:9.*unset RAY_ADDRESS"):
+        ClusterSession(config, say=print).__enter__()
