@@ -142,7 +142,7 @@ class ClusterSession:
         deadline = time.monotonic() + self.config.deadlines.resources_seconds
         unplaced = list(groups)
         while unplaced:
-            unplaced = [g for g in unplaced if not g.wait(timeout_seconds=min(POLL_SECONDS, 1.0))]
+            unplaced = [group for group in unplaced if not group.wait(timeout_seconds=1.0)]
             if not unplaced:
                 return
             wanted = f"{len(request.arguments)} x {_bundle(request.pool)} for {request.name}"
@@ -155,7 +155,7 @@ class ClusterSession:
                     "or add nodes"
                 )
             self.say(f"waiting for resources: want {wanted}; {state}")
-            time.sleep(POLL_SECONDS)
+            time.sleep(max(0.0, min(POLL_SECONDS, deadline - time.monotonic())))
 
 
 def _connect(address: str | None, config: RunConfig) -> None:

@@ -19,7 +19,11 @@ from command_line import Run, start, wait_until, write_configuration, write_rows
 
 Launch = Callable[..., Run]
 
-WORKERS = ("ray::RolloutWorker", "ray::TeacherScorer", "ray::Learner")
+WORKERS = (
+    ("ray::RolloutWorker", "(student|teacher)_rollout"),
+    ("ray::TeacherScorer", "teacher_scoring"),
+    ("ray::Learner", "learner"),
+)
 MESSAGE = re.compile(r"^(?:[A-Z]\w*Error|Interrupted): ", re.MULTILINE)
 
 
@@ -60,7 +64,6 @@ def _assert_one_message(run: Run, *said: str) -> None:
 def _fail_before_ray(launch: Launch, configuration: Path, *overrides: str) -> Run:
     """A run that must end by itself before any cluster stands."""
     run = launch("train", configuration, *overrides).finish()
-    assert not (configuration.parent / "run/timings.json").exists()
     assert not (configuration.parent / "run/metrics.jsonl").exists(), "the cluster was started"
     return run
 
@@ -120,49 +123,59 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(
     assert not (configuration.parent / "run/student").exists()
 
 
-def test_a_killed_worker_is_named_and_the_run_resumes_and_ends_once(
-    launch: Launch, configuration: Path
-) -> None:
-    setting = ("train", configuration, "distill.steps=40")
-    run = launch(*setting)
-    wait_until(lambda: [*_checkpoints(configuration).glob("step_??????")], run)
-    title = random.choice(WORKERS)
-    run.workers(title)[0].kill()
-    run.finish(seconds=60)
-    _assert_one_message(run, "WorkerError: ", " died while the run waited for ", "--resume")
-    name = {"ray::RolloutWorker": r"(student|teacher)_rollout-0", "ray::Learner": "learner-0"}
-    assert re.search(rf"WorkerError: {name.get(title, 'teacher_scoring-0')} ", run.stderr)
-
-    left = max(_checkpoints(configuration).glob("step_??????"))
-    assert json.loads((left / "state.json").read_text())["step"] == int(left.name[-6:])
-    refused = launch(*setting).finish()
-    _assert_one_message(refused, "RunStateError", f"step {int(left.name[-6:])}", "--resume")
-    resumed = launch(*setting, "--resume").finish()
-    assert resumed.code == 0, resumed.stderr
-    assert resumed.orphans() == []
-
-    folder = configuration.parent / "run"
-    before = _files(folder)
-    assert "student/model.safetensors" in before
-    again = launch(*setting).finish()
-    assert again.code == 0, again.stderr
-    changed = {name for name, state in _files(folder).items() if before.get(name) != state}
-    assert changed == {"report.html", "summary.json"}
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_ends_its_workers(
-    launch: Launch, configuration: Path, number: signal.Signals
-) -> None:
-    run = launch("train", configuration, "distill.steps=3000")
-    wait_until(lambda: [*_checkpoints(configuration).glob("step_??????")], run)
-    os.killpg(run.process.pid, number)  # as a terminal does: workers get it too
-    run.finish(seconds=60)
+def _assert_interrupted(run: Run, number: signal.Signals) -> None:
     assert run.code == 128 + number
     assert MESSAGE.findall(run.stderr) == ["Interrupted: "]
     assert f"by {number.name}; --resume continues" in run.stderr
     assert "Traceback" not in run.stderr
     assert run.orphans() == []
+
+
+def _last_step(configuration: Path) -> int:
+    """Steps done at the newest whole checkpoint; -1 if there is none."""
+    names = [path.name for path in _checkpoints(configuration).glob("step_??????")]
+    return max((int(name.removeprefix("step_")) for name in names), default=-1)
+
+
+def test_sigterm_to_every_process_ends_the_run(launch: Launch, configuration: Path) -> None:
+    """As a job scheduler does: workers and Ray's own processes get it too."""
+    run = launch("train", configuration, "distill.steps=3000")
+    wait_until(lambda: _last_step(configuration) > 0, run)
+    os.killpg(run.process.pid, signal.SIGTERM)
+    _assert_interrupted(run.finish(seconds=60), signal.SIGTERM)
+
+
+def test_a_run_survives_ctrl_c_and_a_killed_worker_and_is_then_done(
+    launch: Launch, configuration: Path
+) -> None:
+    setting = ("train", configuration, "distill.steps=60")
+    run = launch(*setting)
+    wait_until(lambda: _last_step(configuration) > 0, run)
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
+    _assert_interrupted(run.finish(seconds=60), signal.SIGINT)
+
+    interrupted_at = _last_step(configuration)
+    run = launch(*setting, "--resume")
+    wait_until(lambda: _last_step(configuration) > interrupted_at, run)
+    title, name = random.choice(WORKERS)
+    run.workers(title)[0].kill()
+    run.finish(seconds=60)
+    _assert_one_message(run, " died while the run waited for ", "--resume")
+    assert re.search(rf"^WorkerError: {name}-0 \(process", run.stderr, re.MULTILINE)
+
+    run = launch(*setting, "--resume").finish()
+    assert run.code == 0, run.stderr
+    assert run.orphans() == []
+    folder = configuration.parent / "run"
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+    assert steps == list(range(61)), "every step once"
+
+    before = _files(folder)
+    assert "student/model.safetensors" in before
+    run = launch(*setting).finish()
+    assert run.code == 0, run.stderr
+    changed = {path for path, state in _files(folder).items() if before.get(path) != state}
+    assert changed == {"report.html", "summary.json"}
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +37,21 @@ def config() -> RunConfig:
 
 
 @pytest.fixture(scope="package")
-def session(config: RunConfig, said: list[str]) -> Iterator[ClusterSession]:
+def sigterm_handler() -> Iterator[Callable[..., None]]:
+    """What stands for SIGTERM when the session begins, as the command line's own would."""
+
+    def on_sigterm(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, on_sigterm)
+    yield on_sigterm
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="package")
+def session(
+    config: RunConfig, said: list[str], sigterm_handler: Callable[..., None]
+) -> Iterator[ClusterSession]:
     with ClusterSession(config, say=said.append) as session:
         yield session
 

@@ -95,9 +95,11 @@ def test_abandoning_ends_what_waits_for_a_worker(session: ClusterSession, worker
         group.finish([call], what="a rest")
 
 
-def test_the_handler_of_sigterm_is_left_as_it_was(session: ClusterSession) -> None:
+def test_the_handler_of_sigterm_is_left_as_it_was(
+    session: ClusterSession, sigterm_handler: Callable[..., None]
+) -> None:
     """Ray's own would end this process without a word."""
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is sigterm_handler
 
 
 def test_a_cluster_that_does_not_answer_is_told_at_once(

@@ -48,11 +48,31 @@ def test_a_crash_while_writing_leaves_the_one_before(tmp_path):
     assert (tmp_path / "step_000002" / "learner.bin").read_text() == "two"
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+def test_what_a_crash_left_goes_with_the_next_checkpoint(tmp_path):
+    (tmp_path / "step_000002.partial").mkdir()
+    store = CheckpointStore(tmp_path, keep=2)
+    assert store.latest() is None
+    store.save(3, {}, _write("three"))  # say, checkpoint_every was changed
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
+
+
+def test_a_step_that_is_reached_again_replaces_its_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(3, {"attempt": 1}, _write("first"))
+    store.save(3, {"attempt": 2}, _write("second"))
+    latest = store.latest()
+    assert latest is not None
+    assert latest.state == {"attempt": 2}
+    assert (latest.folder / "learner.bin").read_text() == "second"
+
+
+@pytest.mark.parametrize("damaged", ["", '{"step": 7, "fe', "[7]", "{}", None])
+def test_a_damaged_checkpoint_is_named(tmp_path, damaged):
     store = CheckpointStore(tmp_path, keep=1)
     store.save(7, {}, _write("seven"))
-    (tmp_path / "step_000007" / "state.json").write_text('{"step": 7, "fe')
-    with pytest.raises(RunStateError, match="step_000007 is damaged"):
+    state = tmp_path / "step_000007" / "state.json"
+    state.unlink() if damaged is None else state.write_text(damaged)
+    with pytest.raises(RunStateError, match=r"step_000007 is damaged .*remove that folder"):
         store.latest()
 
 

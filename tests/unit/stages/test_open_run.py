@@ -43,6 +43,13 @@ def test_work_of_another_configuration_is_not_gone_on_with(tmp_path):
     assert "name=" in said
 
 
+@pytest.mark.parametrize("made", ["student_sft", "student", "checkpoints", "evaluations"])
+def test_whatever_was_learned_or_measured_is_work(tmp_path, made):
+    (_start(tmp_path).path / made).mkdir()
+    with pytest.raises(RunStateError, match="seed: 0 -> 1"):
+        open_run(_config(tmp_path, "seed=1"))
+
+
 def test_what_changes_nothing_learned_may_change(tmp_path):
     run = _start(tmp_path)
     run.teacher_directory.mkdir()
@@ -63,3 +70,25 @@ def test_the_tokenizer_is_made_once(tmp_path):
     second = prepare_tokenizer(config, run)
     assert first.get_vocab() == second.get_vocab()
     assert (run.tokenizer_directory / "tokenizer.json").stat().st_mtime_ns == written
+
+
+def test_a_tokenizer_that_served_nothing_goes_with_its_configuration(tmp_path):
+    prepare_tokenizer(_config(tmp_path), _start(tmp_path))
+    run = open_run(_config(tmp_path, "data.max_prompt_tokens=50"))
+    assert not run.tokenizer_directory.exists()
+
+
+def test_a_look_at_a_run_makes_no_folder(tmp_path):
+    assert not open_run(_config(tmp_path)).path.exists()
+
+
+def test_a_damaged_configuration_is_told(tmp_path):
+    _start(tmp_path).config_path.write_text('{"name"')
+    with pytest.raises(RunStateError, match=r"config\.json is not JSON"):
+        open_run(_config(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "a_file").write_text("")
+    with pytest.raises(RunStateError, match=r"cannot be written.*another runs_directory"):
+        _start(tmp_path, f"runs_directory={tmp_path / 'a_file'}")

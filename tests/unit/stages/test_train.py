@@ -1,0 +1,97 @@
+"""What `train` refuses or skips before it asks for any worker: no cluster stands in these tests."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import ray
+
+from distill_system.config import load_config
+from distill_system.errors import DataError, RunStateError
+from distill_system.observe import RunDirectory
+from distill_system.stages.train import STAGES, train
+
+SFT = "{steps: 1, optimizer: {learning_rate: 0.1}}"
+ROWS = "{type: jsonl, path: rows.jsonl}"
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("a cluster was asked for")
+
+    monkeypatch.setattr(ray, "init", refuse)
+
+
+def _made(config, *names):
+    run = RunDirectory(f"{config.runs_directory}/{config.name}")
+    for name in names:
+        (run.path / name).mkdir(parents=True)
+    return run
+
+
+def test_distillation_alone_says_which_stage_comes_first(configure):
+    config = configure(f"data.student_sft={ROWS}", f"student.sft={SFT}")
+    with pytest.raises(RunStateError, match=r"run/student_sft, which does not exist.*system sft`"):
+        train(config, stages=("distill",))
+
+
+def test_evaluation_alone_says_which_stage_comes_first(configure):
+    with pytest.raises(RunStateError, match=r"run/student, which does not exist.*system distill`"):
+        train(configure(), stages=("evaluate", "report"))
+
+
+def test_a_report_of_nothing_is_refused_and_makes_no_folder(configure, tmp_path):
+    with pytest.raises(RunStateError, match=r"holds no run to report on: check name"):
+        train(configure(), stages=("report",))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_that_nobody_wants_to_resume_is_told_at_once(configure):
+    config = configure()
+    step = _made(config, "checkpoints/distill/step_000005").path / "checkpoints/distill/step_000005"
+    (step / "state.json").write_text('{"step": 5}')
+    with pytest.raises(RunStateError, match=r"distill has a checkpoint at step 5 .*--resume"):
+        train(config)
+
+
+@pytest.mark.parametrize("key", ["prompts", "held_out", "evaluation.test"])
+def test_data_of_every_later_stage_is_read_before_the_first_one_starts(configure, tmp_path, key):
+    (tmp_path / "empty.jsonl").write_text("")
+    config = configure(
+        f"data.student_sft={ROWS}",
+        f"student.sft={SFT}",
+        f"data.{key}={{type: jsonl, path: empty.jsonl}}",
+    )
+    with pytest.raises(DataError, match=rf"data\.{key}: the data set is empty"):
+        train(config)
+
+
+def test_the_sft_stage_alone_does_not_read_the_prompts(configure, tmp_path):
+    """They may be written by then: only what a stage needs must exist."""
+    config = configure(
+        f"data.student_sft={ROWS}",
+        f"student.sft={SFT}",
+        "data.prompts={type: jsonl, path: not_yet.jsonl}",
+    )
+    with pytest.raises(pytest.fail.Exception, match="a cluster was asked for"):
+        train(config, stages=("sft",))
+    with pytest.raises(DataError, match=r"data\.prompts\.path='not_yet\.jsonl'"):
+        train(config, stages=STAGES)
+
+
+def test_a_finished_run_asks_for_no_worker_and_writes_its_report_anew(configure):
+    config = configure()
+    run = _made(config, "student", "evaluations")
+    run.config_path.write_text(json.dumps(config.model_dump(mode="json")))
+    assert load_config([run.config_path]) == config
+    for label in ("before", "after"):
+        form = {"label": label, "step": 3, "splits": {}, "distances": None}
+        run.evaluation_path(label).write_text(json.dumps(form))
+    before = run.config_path.stat().st_mtime_ns
+    assert train(config).path == run.path
+    assert run.report_path.exists()
+    assert json.loads(run.summary_path.read_text())["step"] == 3
+    assert run.config_path.stat().st_mtime_ns == before
+    assert not run.environment_path.exists(), "what ran is not what reports"
