@@ -60,22 +60,30 @@ class Roster:
 
         Raises: WorkerError if one is dead.
         """
-        with self._lock:
-            for name, handle in self._handles.items():
-                if name not in self._answers:
-                    self._answers[name] = handle.__ray_ready__.remote()
-            asked = dict(self._answers)
+        asked = self._ask()
         if not asked:
             return
         answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
-        with self._lock:
-            for name in [name for name, answer in asked.items() if answer in answered]:
-                self._answers.pop(name, None)
         for name in [name for name, answer in asked.items() if answer in answered]:
             try:
                 ray.get(asked[name])
             except ActorDiedError as error:
-                raise death_of(name, error, waiting_for=waiting_for) from error
+                if self._is_watched(name):  # and not ended on purpose meanwhile
+                    raise death_of(name, error, waiting_for=waiting_for) from error
+            with self._lock:
+                self._answers.pop(name, None)
+
+    def _ask(self) -> dict[str, Reference]:
+        """Every worker's answer to come; a worker that owes one is not asked again."""
+        with self._lock:
+            for name, handle in self._handles.items():
+                if name not in self._answers:
+                    self._answers[name] = handle.__ray_ready__.remote()
+            return dict(self._answers)
+
+    def _is_watched(self, name: str) -> bool:
+        with self._lock:
+            return name in self._handles
 
     def _name(self, worker_id: str) -> str | None:
         with self._lock:

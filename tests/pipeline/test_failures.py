@@ -167,7 +167,8 @@ def test_a_run_survives_ctrl_c_and_a_killed_worker_and_is_then_done(
     assert run.code == 0, run.stderr
     assert run.orphans() == []
     folder = configuration.parent / "run"
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert steps == list(range(61)), "every step once"
 
     before = _files(folder)

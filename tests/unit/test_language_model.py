@@ -74,6 +74,14 @@ def test_a_model_that_scales_its_logits_is_refused(tiny_model_folder):
         check_linear_read(model, "scaled")
 
 
+def test_a_model_with_damaged_weights_is_refused(tiny_model_folder):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder())
+    with torch.no_grad():
+        model.base_model.norm.weight[3] = float("nan")
+    with pytest.raises(ModelError, match=r"'damaged' .*expected finite logits, got NaN"):
+        check_linear_read(model, "damaged")
+
+
 def test_gemma_reads_linearly_too():
     config = GemmaConfig(
         vocab_size=64,
