@@ -1,4 +1,4 @@
-"""One local Ray for all tests of this folder."""
+"""One local Ray for all tests of a file; it ends with the file, other tests want none."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from distill_system.config.run import PoolConfig
 QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def said() -> list[str]:
     """What the session tells the person."""
     return []
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def config() -> RunConfig:
     return load_config(
         [QUICKSTART],
@@ -36,7 +36,7 @@ def config() -> RunConfig:
     )
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def sigterm_handler() -> Iterator[Callable[..., None]]:
     """What stands for SIGTERM when the session begins, as the command line's own would."""
 
@@ -48,7 +48,7 @@ def sigterm_handler() -> Iterator[Callable[..., None]]:
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def session(
     config: RunConfig, said: list[str], sigterm_handler: Callable[..., None]
 ) -> Iterator[ClusterSession]:
