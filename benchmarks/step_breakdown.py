@@ -17,7 +17,6 @@ from pathlib import Path
 from record import write_result
 
 from distill_system.config import load_config
-from distill_system.data import load_run_data
 from distill_system.driver import Driver
 from distill_system.observe.metrics import read_metrics
 from distill_system.records import Author
@@ -50,11 +49,8 @@ def main() -> None:
         run = open_run(config)
         with open_context(config, run, resume=False) as context:
             ready_seconds = _time_engine_start(context)
-            data = load_run_data(
-                config, context.tokenizer, sets=["prompts", "held_out", "evaluation"]
-            )
             pools = open_pools(context, student_path=context.student_path)
-            Driver(context, pools, data).run()
+            Driver(context, pools, context.data).run()
         rows = _breakdown([row.metrics for row in read_metrics(run) if row.stage == "distill"])
     by_part = {row["part"]: row for row in rows}
     headline = {

@@ -130,7 +130,8 @@ def test_every_yaml_block_is_a_configuration(page: Path, tmp_path: Path) -> None
     for number, block in enumerate(_blocks(page, "yaml")):
         file = tmp_path / f"{number}.yaml"
         file.write_text(block, encoding="utf-8")
-        load_config([file] if re.match("name:", block) else [BASE_CONFIG, file])
+        config = load_config([file] if re.match("name:", block) else [BASE_CONFIG, file])
+        assert config.distill.steps > 0
 
 
 def test_every_path_of_the_map_exists() -> None:

@@ -33,7 +33,9 @@ def _check(config: RunConfig) -> None:
 
 
 def test_models_that_fit_one_another_pass(configure: Configure) -> None:
-    _check(configure())
+    config = configure()
+    _check(config)
+    assert config.teacher.path != config.student.path, "two models, not one with itself"
 
 
 @pytest.mark.parametrize(
@@ -182,4 +184,7 @@ def test_the_runs_tokenizer_may_come_from_a_folder_of_its_own(
     configure: Configure, tiny_model_folder: MakeFolder, tmp_path: Path
 ) -> None:
     AutoTokenizer.from_pretrained(tiny_model_folder()).save_pretrained(tmp_path / "tokenizer")
-    _check(configure(f"tokenizer.path={tmp_path / 'tokenizer'}"))
+    config = configure(f"tokenizer.path={tmp_path / 'tokenizer'}")
+    _check(config)
+    with pytest.raises(ModelError, match="tokenizer"):
+        _check(configure(f"tokenizer.path={tmp_path / 'nothing'}"))
