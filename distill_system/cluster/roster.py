@@ -60,7 +60,14 @@ class Roster:
 
         Raises: WorkerError if one is dead.
         """
-        asked = self._ask()
+        self._hear(seconds=0.0, waiting_for=waiting_for)  # an old answer says nothing of now
+        self._ask()
+        self._hear(seconds=seconds, waiting_for=waiting_for)
+
+    def _hear(self, *, seconds: float, waiting_for: str) -> None:
+        """Take in the answers that come within this long."""
+        with self._lock:
+            asked = dict(self._answers)
         if not asked:
             return
         answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
@@ -73,13 +80,12 @@ class Roster:
             with self._lock:
                 self._answers.pop(name, None)
 
-    def _ask(self) -> dict[str, Reference]:
-        """Every worker's answer to come; a worker that owes one is not asked again."""
+    def _ask(self) -> None:
+        """Ask every worker for an answer; one that owes one is not asked again."""
         with self._lock:
             for name, handle in self._handles.items():
                 if name not in self._answers:
                     self._answers[name] = handle.__ray_ready__.remote()
-            return dict(self._answers)
 
     def _is_watched(self, name: str) -> bool:
         with self._lock:

@@ -11,6 +11,8 @@ import psutil
 import pytest
 
 from distill_system.cluster import EveryWorker, RayWorkers
+from distill_system.cluster.roster import Roster
+from distill_system.cluster.workers import named
 from distill_system.errors import (
     DeadlineError,
     DistillError,
@@ -167,6 +169,17 @@ def test_a_death_is_told_rather_than_the_failure_that_it_caused(workers: Start) 
     _kill(group, 0)
     with pytest.raises(WorkerError, match=r"^speaker-0 .* died"):
         group.finish([lost_partner], what="a sum over ranks")
+
+
+def test_an_answer_from_before_a_death_does_not_hide_it(workers: Start) -> None:
+    group = workers(Speaker, count=1)
+    roster = Roster(named("speaker", group.handles))
+    [process] = group.finish([group.start(0, "ready")], what="a start")
+    roster.require_alive(seconds=0.0, waiting_for="nothing")  # asks, and goes on without an answer
+    group.finish([group.start(0, "say", "alive")], what="a word")
+    psutil.Process(process).kill()
+    with pytest.raises(WorkerError, match=r"^speaker-0 .* died while the run waited for a word"):
+        roster.require_alive(seconds=30.0, waiting_for="a word")
 
 
 def test_every_worker_gets_its_own_arguments_and_the_first_failure_is_told(
