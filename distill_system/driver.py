@@ -16,13 +16,12 @@ from collections.abc import Sequence
 
 from distill_system.data import RunData
 from distill_system.records import StepResult, Stream, Trajectory
-from distill_system.rollout import PendingRollouts, Sampling
 from distill_system.scoring import ScoredChunk
 from distill_system.stages.context import RunContext
 from distill_system.stages.ledger import Ledger
 from distill_system.stages.measuring import Measuring
 from distill_system.stages.pools import Pools
-from distill_system.stages.prompt_feed import PromptFeed
+from distill_system.stages.streams import Streams
 
 
 class Driver:
@@ -32,10 +31,9 @@ class Driver:
         self.context = context
         self.config = context.config.distill
         self.pools = pools
-        self.feed = PromptFeed(data.prompts, self.config, context.config.seed)
-        self.ledger = Ledger(context, pools, self.feed)
+        self.streams = Streams(context, pools, data)
+        self.ledger = Ledger(context, pools, self.streams)
         self.measuring = Measuring(context, pools, data)
-        self.teacher_writing: PendingRollouts | None = None
 
     def run(self) -> None:
         """Evaluate, play every step, evaluate again, export."""
@@ -44,7 +42,7 @@ class Driver:
         self.measuring.evaluate_teacher()
         if first == 0:
             self.ledger.write(0, self.measuring.evaluate_student("before", step=0))
-        self._ask_teacher(first)
+        self.streams.ask_ahead(first)
         for step in range(first, self.config.steps):
             started = time.perf_counter()
             result = self.step(step)
@@ -58,48 +56,24 @@ class Driver:
         """One update of critics and student, and the new weights at every rollout worker."""
         waiting_for = self.context.timings.phase
         with waiting_for("teacher_rollout"):
-            off_policy = self._score(self._teacher_wrote(), Stream.OFF_POLICY)
+            off_policy = self._score(self.streams.off_policy(), Stream.OFF_POLICY)
         with waiting_for("student_rollout"):
-            prompts = self.feed.next_for_student()
-            written = self.pools.students.generate(prompts, *self._how(step))
+            written = self.streams.on_policy(step)
         with waiting_for("teacher_scoring"):
             scored = [*off_policy, *self._score(written, Stream.ON_POLICY)]
             self.pools.scorers.wait(scored)
-        self._ask_teacher(step + 1)
+        self.streams.ask_ahead(step + 1)
         with waiting_for("learner"):
             result = self.pools.learner.learn(step, scored)
         with waiting_for("publish"):
             self.pools.learner.publish(step + 1)
         return result
 
-    def _ask_teacher(self, step: int) -> None:
-        """Let the teacher write a step's off-policy stream while others work."""
-        self.teacher_writing = None
-        if step < self.config.steps:
-            prompts = self.feed.next_for_teacher()
-            self.teacher_writing = self.pools.teachers.start(prompts, *self._how(step))
-
-    def _teacher_wrote(self) -> Sequence[Trajectory]:
-        assert self.teacher_writing is not None, "the teacher is asked one step ahead"
-        return self.pools.teachers.finish(self.teacher_writing)
-
     def _score(self, trajectories: Sequence[Trajectory], stream: Stream) -> list[ScoredChunk]:
         """Let the teacher read while others work; nobody waits here."""
         ranks = self.context.config.pools.learner.count
-        return self.pools.scorers.start(trajectories, stream, num_shares=ranks)
-
-    def _how(self, step: int) -> tuple[Sampling, int, str]:
-        """Sampling, seed and label of a step's rollouts."""
-        sampling = self.context.config.rollout.sampling
-        return (
-            Sampling(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_response_tokens=sampling.max_response_tokens,
-            ),
-            self.context.config.seed,
-            f"step_{step}",
-        )
+        needs = self.config.objective.teacher_needs(stream.value)
+        return self.pools.scorers.start(trajectories, stream, needs=needs, num_shares=ranks)
 
     def _measure(self, done: int) -> dict[str, float]:
         """What is to be measured once `done` steps are done."""

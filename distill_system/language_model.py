@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -207,8 +207,10 @@ def check_linear_read(model: LanguageModel, path: str) -> None:
         )
 
 
-def load_action_embeddings(path: str, *, trust_remote_code: bool = False) -> Tensor:
-    """The input embedding matrix alone of a saved model, float32 [V, E].
+def load_embedding(
+    path: str, *, which: Literal["input", "output"], trust_remote_code: bool = False
+) -> Tensor:
+    """The input embeddings or the unembedding alone of a saved model, float32 [V, E].
 
     Reads one tensor from the safetensors files; the model itself is never built in memory.
     Raises: ModelError if the folder holds no such tensor.
@@ -216,8 +218,11 @@ def load_action_embeddings(path: str, *, trust_remote_code: bool = False) -> Ten
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    wanted = skeleton.get_input_embeddings().weight
-    name = next(name for name, tensor in skeleton.named_parameters() if tensor is wanted)
+        skeleton.tie_weights()
+    inputs, outputs = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    wanted = inputs if which == "input" else outputs
+    names = {parameter: name for name, parameter in skeleton.named_parameters()}
+    name = names[wanted.weight]
     folder = _local_folder(path)
     index = folder / "model.safetensors.index.json"
     file = "model.safetensors"

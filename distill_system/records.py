@@ -133,25 +133,39 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MomentTargets:
+class TeacherTargets:
     """What the teacher says of one trajectory.  Made by scoring, read by learner.
 
+    Only what the objective needs of the trajectory's stream is there; the rest is None.
+    num_tokens: T.
     features: float16 or float32 [T, H], the teacher's final hidden state before each token.
     expected_embedding: same dtype [T, E], sum over y of pi*(y | s_t) e(y).
     logprobs: float32 [T], log pi*(y_t | s_t) in nats at temperature 1.
+    top_k_ids, top_k_logprobs: int32 and float32 [T, K], the most likely tokens, not renormalised.
     """
 
     trajectory_id: str
-    features: FloatArray
-    expected_embedding: FloatArray
-    logprobs: FloatArray
+    num_tokens: int
+    features: FloatArray | None = None
+    expected_embedding: FloatArray | None = None
+    logprobs: FloatArray | None = None
+    top_k_ids: Int32Array | None = None
+    top_k_logprobs: FloatArray | None = None
 
     def __post_init__(self) -> None:
-        num_tokens = self.logprobs.shape[0]
-        for field in ("features", "expected_embedding"):
-            shape = getattr(self, field).shape
-            good = len(shape) == 2 and shape[0] == num_tokens
-            _require(good, self.trajectory_id, f"{field} [{num_tokens}, :]", shape)
+        axes = {
+            "features": 2,
+            "expected_embedding": 2,
+            "logprobs": 1,
+            "top_k_ids": 2,
+            "top_k_logprobs": 2,
+        }
+        for field, number in axes.items():
+            array = getattr(self, field)
+            if array is not None:
+                good = array.ndim == number and array.shape[0] == self.num_tokens
+                expected = f"{field} [{self.num_tokens}{', :' * (number - 1)}]"
+                _require(good, self.trajectory_id, expected, array.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from distill_system.config.base import ConfigModel
+
+StreamName = Literal["off_policy", "on_policy"]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class TeacherNeeds(ConfigModel):
+    """What an objective asks of the teacher at each token of a stream; a scorer makes no more."""
+
+    features: bool = False
+    """Final hidden states: from them the learner rebuilds the teacher's whole distribution."""
+    expected_embedding: bool = False
+    """sum_y pi*(y | s) e(y)."""
+    logprobs: bool = False
+    """log pi*(y_t | s_t) of the token written."""
+    top_k: int = 0
+    """The k most likely tokens and their log-probabilities."""
+
+    def __or__(self, other: TeacherNeeds) -> TeacherNeeds:
+        return TeacherNeeds(
+            features=self.features or other.features,
+            expected_embedding=self.expected_embedding or other.expected_embedding,
+            logprobs=self.logprobs or other.logprobs,
+            top_k=max(self.top_k, other.top_k),
+        )
+
+    @property
+    def anything(self) -> bool:
+        """Whether the teacher has to read the stream at all."""
+        return self != NOTHING
+
+
+NOTHING = TeacherNeeds()
+DISTRIBUTION = TeacherNeeds(features=True)
+MOMENTS = TeacherNeeds(features=True, expected_embedding=True)
 
 
 class ClosedFormCritic(ConfigModel):
@@ -63,5 +98,87 @@ class AmmdConfig(ConfigModel):
     language_model_weight: NonNegativeFloat = 0.0
     """Weight of an extra next-token loss on the off-policy stream."""
 
+    def reads(self, stream: StreamName) -> bool:
+        """Whether the stream has weight."""
+        return (self.on_policy_weight if stream == "on_policy" else 1 - self.on_policy_weight) > 0
 
-ObjectiveConfig = Annotated[AmmdConfig, Field()]
+    def teacher_needs(self, stream: StreamName) -> TeacherNeeds:
+        """Final hidden states and expected embeddings of both streams."""
+        return MOMENTS
+
+    @property
+    def needs_teacher_distribution(self) -> bool:
+        """Whether the learner rebuilds the teacher's whole distribution."""
+        return False
+
+
+class CrossEntropyConfig(ConfigModel):
+    """-log pi_theta of the token written: SFT on data, SeqKD on the teacher's text."""
+
+    type: Literal["cross_entropy"]
+    needs: ClassVar[TeacherNeeds] = NOTHING
+
+
+class ForwardKlConfig(ConfigModel):
+    """KL(teacher || student)."""
+
+    type: Literal["forward_kl"]
+    needs: ClassVar[TeacherNeeds] = DISTRIBUTION
+
+
+class ReverseKlConfig(ConfigModel):
+    """KL(student || teacher)."""
+
+    type: Literal["reverse_kl"]
+    needs: ClassVar[TeacherNeeds] = DISTRIBUTION
+
+
+TokenLossConfig = Annotated[
+    CrossEntropyConfig | ForwardKlConfig | ReverseKlConfig, Field(discriminator="type")
+]
+
+
+class TokenMatchingConfig(ConfigModel):
+    """A loss between the two policies at each token, chosen for each stream by itself."""
+
+    type: Literal["token_matching"]
+    off_policy: TokenLossConfig | None = None
+    """Loss on the off-policy stream; null leaves the stream out."""
+    on_policy: TokenLossConfig | None = None
+    """Loss on the on-policy stream; null leaves the stream out."""
+    on_policy_weight: Share = 0.5
+    """Weight of the on-policy loss where both streams are there; the off-policy one has the rest.
+    A stream alone in a step has weight 1."""
+    temperature: PositiveFloat = 1.0
+    """Both policies' logits are divided by it before they are compared."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenMatchingConfig:
+        if self.off_policy is None and self.on_policy is None:
+            raise ValueError("give off_policy, on_policy or both, got neither")
+        alone = {0.0: "off_policy", 1.0: "on_policy"}.get(self.on_policy_weight)
+        given = [name for name in ("off_policy", "on_policy") if getattr(self, name) is not None]
+        if len(given) == 1 and alone not in (None, given[0]):
+            raise ValueError(
+                f"on_policy_weight={self.on_policy_weight} gives {given[0]} no weight, and "
+                "there is no other loss"
+            )
+        return self
+
+    def reads(self, stream: StreamName) -> bool:
+        """Whether the stream has a loss."""
+        return getattr(self, stream) is not None
+
+    def teacher_needs(self, stream: StreamName) -> TeacherNeeds:
+        """What the stream's token loss needs."""
+        loss: TokenLossConfig | None = getattr(self, stream)
+        return NOTHING if loss is None else loss.needs
+
+    @property
+    def needs_teacher_distribution(self) -> bool:
+        """Whether the learner rebuilds the teacher's whole distribution."""
+        losses = [loss for loss in (self.off_policy, self.on_policy) if loss is not None]
+        return any(loss.needs.features for loss in losses)
+
+
+ObjectiveConfig = Annotated[AmmdConfig | TokenMatchingConfig, Field(discriminator="type")]

@@ -112,7 +112,10 @@ class DistillConfig(ConfigModel):
     student_prompts_per_step: NonNegativeInt = 32
     """Prompts the student answers in each step (the on-policy stream)."""
     teacher_prompts_per_step: NonNegativeInt = 32
-    """Prompts the teacher answers in each step (the off-policy stream)."""
+    """Sequences of the off-policy stream in each step: prompts the teacher answers, or rows."""
+    off_policy_source: Literal["teacher", "dataset"] = "teacher"
+    """Who writes the off-policy stream: the teacher as the run goes on, or the rows of
+    data.student_sft."""
     objective: ObjectiveConfig = AmmdConfig()
     optimizer: OptimizerConfig
     measure_every: PositiveInt = 25
@@ -132,22 +135,28 @@ class DistillConfig(ConfigModel):
                 "evaluate_every must be a multiple of measure_every, got "
                 f"{self.evaluate_every} and {self.measure_every}"
             )
-        beta = self.objective.on_policy_weight
-        if beta > 0 and self.student_prompts_per_step == 0:
-            raise ValueError(
-                f"objective.on_policy_weight={beta} needs student_prompts_per_step > 0, got 0"
-            )
-        if beta < 1 and self.teacher_prompts_per_step == 0:
-            raise ValueError(
-                f"objective.on_policy_weight={beta} needs teacher_prompts_per_step > 0, got 0"
-            )
+        prompts = {
+            "on_policy": ("student_prompts_per_step", self.student_prompts_per_step),
+            "off_policy": ("teacher_prompts_per_step", self.teacher_prompts_per_step),
+        }
+        for stream, (key, count) in prompts.items():
+            if self.objective.reads(stream) != (count > 0):  # type: ignore[arg-type]
+                expected = "> 0" if count == 0 else "= 0"
+                raise ValueError(
+                    f"objective.type={self.objective.type} "
+                    f"{'reads' if count == 0 else 'does not read'} the {stream} stream: expected "
+                    f"{key} {expected}, got {count}"
+                )
         return self
+
+
+MetricName = Literal["exact_match", "rouge_l", "rouge_l_stemmed", "bleu", "accuracy"]
 
 
 class EvaluationConfig(ConfigModel):
     """How generations are scored."""
 
-    metrics: tuple[Literal["exact_match", "rouge_l", "bleu"], ...] = ("exact_match", "rouge_l")
+    metrics: tuple[MetricName, ...] = ("exact_match", "rouge_l")
     """Scores of every split, for greedy and for sampled generations."""
     num_examples_during: PositiveInt = 100
     """Examples per split of an evaluation during training; before and after use all."""
@@ -230,6 +239,8 @@ class RunConfig(ConfigModel):
                         "data.max_prompt_tokens + rollout.sampling.max_response_tokens = "
                         f"{longest}, got {model.architecture.max_position_embeddings}"
                     )
+        if self.distill.off_policy_source == "dataset" and self.data.student_sft is None:
+            raise ValueError("distill.off_policy_source=dataset needs rows: give data.student_sft")
         pretrained = isinstance(self.tokenizer, PretrainedTokenizer) and self.tokenizer.path is None
         if pretrained and self.teacher.path is None:
             raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from distill_system.errors import RecordError
 from distill_system.language_model import SequenceBatch
 from distill_system.objectives import TeacherRows, TokenRows
-from distill_system.records import FloatArray, MomentTargets, Stream, Trajectory, TrajectoryChunk
+from distill_system.records import Stream, TeacherTargets, Trajectory, TrajectoryChunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +64,11 @@ class LearnerBatch:
 
 def collate(
     chunks: Sequence[TrajectoryChunk],
-    targets: Sequence[Sequence[MomentTargets]],
+    targets: Sequence[Sequence[TeacherTargets] | None],
     totals: Mapping[Stream, StreamTotals],
     device: torch.device,
 ) -> LearnerBatch:
-    """Join this rank's chunks; targets[i] belongs to chunks[i], and is absent without a teacher.
+    """Join this rank's chunks; targets[i] belongs to chunks[i]; None where the teacher did not read.
 
     Raises: RecordError if a trajectory and its targets disagree.
     """
@@ -79,8 +79,8 @@ def collate(
         if not mine:
             continue
         trajectories[stream] = tuple(t for i in mine for t in chunks[i].trajectories)
-        if targets:
-            said = [target for i in mine for target in targets[i]]
+        said = [target for i in mine for target in (targets[i] if targets else None) or ()]
+        if said:
             teacher[stream] = _teacher_rows(trajectories[stream], said, device)
     every = [t for stream_trajectories in trajectories.values() for t in stream_trajectories]
     return LearnerBatch(
@@ -92,23 +92,29 @@ def collate(
 
 
 def _teacher_rows(
-    trajectories: Sequence[Trajectory], targets: Sequence[MomentTargets], device: torch.device
+    trajectories: Sequence[Trajectory], targets: Sequence[TeacherTargets], device: torch.device
 ) -> TeacherRows:
     for trajectory, target in zip(trajectories, targets, strict=True):
         same = trajectory.trajectory_id == target.trajectory_id
-        if not same or len(target.logprobs) != trajectory.num_response_tokens:
+        if not same or target.num_tokens != trajectory.num_response_tokens:
             raise RecordError(
                 f"trajectory {trajectory.trajectory_id!r} of {trajectory.num_response_tokens} "
-                f"tokens came with targets of {target.trajectory_id!r} for {len(target.logprobs)}"
+                f"tokens came with targets of {target.trajectory_id!r} for {target.num_tokens}"
             )
 
-    def join(arrays: list[FloatArray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(device).float()
+    def join(field: str) -> Tensor | None:
+        arrays = [getattr(target, field) for target in targets]
+        if any(array is None for array in arrays):
+            return None
+        joined = torch.from_numpy(np.concatenate(arrays)).to(device)
+        return joined.float() if joined.is_floating_point() else joined.long()
 
     return TeacherRows(
-        features_NF=join([target.features for target in targets]),
-        expected_embedding_NE=join([target.expected_embedding for target in targets]),
-        logprobs_N=join([target.logprobs for target in targets]),
+        features_NF=join("features"),
+        expected_embedding_NE=join("expected_embedding"),
+        logprobs_N=join("logprobs"),
+        top_k_ids_NK=join("top_k_ids"),
+        top_k_logprobs_NK=join("top_k_logprobs"),
     )
 
 

@@ -19,8 +19,8 @@ class ScoredChunk(Protocol):
         """The trajectories."""
 
     @property
-    def targets(self) -> Reference:
-        """Where their targets are: they go from scorer to rank without the driver."""
+    def targets(self) -> Reference | None:
+        """Where their targets are, if any: they go from scorer to rank without the driver."""
 
 
 class LearnerGroup:

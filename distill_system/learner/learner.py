@@ -23,7 +23,7 @@ from distill_system.errors import NonFiniteError
 from distill_system.language_model import (
     LanguageModel,
     build_language_model,
-    load_action_embeddings,
+    load_embedding,
     load_language_model,
     read_hidden,
     unembedding,
@@ -38,7 +38,7 @@ from distill_system.learner.optimizer import (
 )
 from distill_system.learner.ranks import Ranks
 from distill_system.objectives import (
-    StudentHead,
+    PolicyHeads,
     build_objective,
     measure_distance,
     unit_rows,
@@ -46,9 +46,9 @@ from distill_system.objectives import (
 from distill_system.objectives.rows import ObjectiveOutput
 from distill_system.records import (
     Finish,
-    MomentTargets,
     StepResult,
     Stream,
+    TeacherTargets,
     TrajectoryChunk,
     WeightVersion,
 )
@@ -59,7 +59,8 @@ from distill_system.weights import WeightPublisher
 class ModelSource:
     """Where the learner's model comes from: a folder, or random weights of a shape.
 
-    action_embeddings_path: the teacher's folder, where the objective needs action embeddings.
+    teacher_path: the teacher's folder, None for supervised fine-tuning. teacher_dtype: the
+        precision in which the scorers multiply by its unembedding.
     """
 
     path: str | None = None
@@ -69,7 +70,8 @@ class ModelSource:
     bos_token_id: int | None = None
     eos_token_id: int = 0
     trust_remote_code: bool = False
-    action_embeddings_path: str | None = None
+    teacher_path: str | None = None
+    teacher_dtype: str = "float32"
 
 
 class Learner:
@@ -101,8 +103,11 @@ class Learner:
         self.model = _build_model(source, seed=seed, device=self.device)
         embeddings = [self.model.get_input_embeddings().weight, unembedding(self.model)]
         self.optimizers = build_optimizers(self.model, embeddings, optimizer)
-        self.objective = build_objective(objective, max_response_tokens=max_response_tokens)
+        self.objective = build_objective(
+            objective, max_response_tokens=max_response_tokens, total_steps=total_steps
+        )
         self.action_embeddings_VE = self._load_actions(source)
+        self.teacher_unembedding_VF = self._load_teacher_unembedding(source, objective)
         self.publisher: WeightPublisher | None = None
 
     def ready(self) -> int:
@@ -124,11 +129,11 @@ class Learner:
         step: int,
         chunks: Sequence[TrajectoryChunk],
         totals: Mapping[Stream, StreamTotals],
-        *targets: Sequence[MomentTargets],
+        *targets: Sequence[TeacherTargets] | None,
     ) -> StepResult:
         """One update from this rank's chunks; every rank calls it with its own.
 
-        targets[i] belongs to chunks[i]; none are given for supervised fine-tuning.
+        targets[i] belongs to chunks[i]; None, or none at all, where the teacher did not read.
         Raises: NonFiniteError before any weight has changed.
         """
         started = time.perf_counter()
@@ -136,7 +141,7 @@ class Learner:
         with self._autocast():
             hidden_NH = read_hidden(self.model, batch.sequences)
             output = self.objective.compute_loss(
-                self._head(),
+                self._heads(),
                 batch.stream_rows(Stream.OFF_POLICY, hidden_NH),
                 batch.stream_rows(Stream.ON_POLICY, hidden_NH),
                 self.ranks.sum,
@@ -178,7 +183,7 @@ class Learner:
         self,
         chunks: Sequence[TrajectoryChunk],
         totals: Mapping[Stream, StreamTotals],
-        *targets: Sequence[MomentTargets],
+        *targets: Sequence[TeacherTargets] | None,
     ) -> dict[str, float]:
         """Both moment-matching distances on these chunks (C = 1, spectral ball), no update."""
         batch = collate(chunks, targets, totals, self.device)
@@ -188,7 +193,7 @@ class Learner:
             rows = batch.stream_rows(stream, hidden_NH)
             assert rows is not None, "every rank holds a part of every stream"
             distances[stream.value] = measure_distance(
-                self._head(), rows, self.ranks.sum, stream=stream.value
+                self._heads(), rows, self.ranks.sum, stream=stream.value
             )
         return distances
 
@@ -241,10 +246,11 @@ class Learner:
             self.publisher.close()
         self.ranks.close()
 
-    def _head(self) -> StudentHead:
-        return StudentHead(
+    def _heads(self) -> PolicyHeads:
+        return PolicyHeads(
             unembedding_VH=unembedding(self.model),
             action_embeddings_VE=self.action_embeddings_VE,
+            teacher_unembedding_VF=self.teacher_unembedding_VF,
             chunk_tokens=self.config.vocabulary_chunk_tokens,
         )
 
@@ -254,12 +260,25 @@ class Learner:
 
     def _load_actions(self, source: ModelSource) -> Tensor:
         """Unit rows of the teacher's input embeddings; no columns where there is no teacher."""
-        if source.action_embeddings_path is None:
+        if source.teacher_path is None:
             return torch.zeros(unembedding(self.model).shape[0], 0, device=self.device)
-        embeddings_VE = load_action_embeddings(
-            source.action_embeddings_path, trust_remote_code=source.trust_remote_code
+        embeddings_VE = load_embedding(
+            source.teacher_path, which="input", trust_remote_code=source.trust_remote_code
         )
         return unit_rows(embeddings_VE).to(self.device)
+
+    def _load_teacher_unembedding(
+        self, source: ModelSource, objective: ObjectiveConfig | None
+    ) -> Tensor | None:
+        """The teacher's own, where the objective rebuilds the teacher's distribution."""
+        if source.teacher_path is None or objective is None:
+            return None
+        if not objective.needs_teacher_distribution:
+            return None
+        unembedding_VF = load_embedding(
+            source.teacher_path, which="output", trust_remote_code=source.trust_remote_code
+        )
+        return unembedding_VF.to(self.device, getattr(torch, source.teacher_dtype))
 
     def _require_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):

@@ -29,9 +29,8 @@ from distill_system.objectives.critics import build_critic, moment_distance
 from distill_system.objectives.returns import compute_baseline, cost_to_go, future_cost_to_go
 from distill_system.objectives.rows import (
     ObjectiveOutput,
-    StudentHead,
+    PolicyHeads,
     SumOverRanks,
-    TeacherRows,
     TokenRows,
     stream_mean,
 )
@@ -49,7 +48,7 @@ class Ammd:
 
     def compute_loss(
         self,
-        head: StudentHead,
+        heads: PolicyHeads,
         off_policy: TokenRows | None,
         on_policy: TokenRows | None,
         sum_over_ranks: SumOverRanks,
@@ -58,21 +57,20 @@ class Ammd:
         beta = self.config.on_policy_weight
         terms: list[ObjectiveOutput] = []
         if off_policy is not None and beta < 1.0:
-            terms.append(self._off_policy_term(head, off_policy, sum_over_ranks))
+            terms.append(self._off_policy_term(heads, off_policy, sum_over_ranks))
         if on_policy is not None and beta > 0.0:
-            terms.append(self._on_policy_term(head, on_policy, sum_over_ranks))
+            terms.append(self._on_policy_term(heads, on_policy, sum_over_ranks))
         return _merge(terms)
 
     def _off_policy_term(
-        self, head: StudentHead, rows: TokenRows, sum_over_ranks: SumOverRanks
+        self, heads: PolicyHeads, rows: TokenRows, sum_over_ranks: SumOverRanks
     ) -> ObjectiveOutput:
         """Differentiated directly through the student's expectation of f1 (docs/objectives.md)."""
-        student = head.read(rows)
+        student = heads.read(rows)
         weight = 1.0 - self.config.on_policy_weight
         features_NF = unit_rows(rows.hidden_NH.detach())
-        target_NE = self._target(
-            _teacher(rows).expected_embedding_NE, head.action_embeddings_VE[rows.token_ids_N]
-        )
+        _, expected_NE = _teacher(rows)
+        target_NE = self._target(expected_NE, heads.action_embeddings_VE[rows.token_ids_N])
         gap_NE = target_NE - student.expected_embedding_NE
         moment_FE = self._moment(features_NF, gap_NE.detach(), rows, sum_over_ranks)
         critic_FE = self.off_critic.respond(moment_FE)
@@ -88,15 +86,15 @@ class Ammd:
         )
 
     def _on_policy_term(
-        self, head: StudentHead, rows: TokenRows, sum_over_ranks: SumOverRanks
+        self, heads: PolicyHeads, rows: TokenRows, sum_over_ranks: SumOverRanks
     ) -> ObjectiveOutput:
         """Policy gradient on costs of f2, whose immediate part is known in expectation."""
-        student = head.read(rows)
-        teacher = _teacher(rows)
-        features_NF = unit_rows(teacher.features_NF)
-        gap_NE = teacher.expected_embedding_NE - student.expected_embedding_NE
-        written_NE = head.action_embeddings_VE[rows.token_ids_N]
-        sampled_gap_NE = teacher.expected_embedding_NE - written_NE
+        student = heads.read(rows)
+        teacher_features_NF, expected_NE = _teacher(rows)
+        features_NF = unit_rows(teacher_features_NF)
+        gap_NE = expected_NE - student.expected_embedding_NE
+        written_NE = heads.action_embeddings_VE[rows.token_ids_N]
+        sampled_gap_NE = expected_NE - written_NE
         expected = self.config.moment_target == "expected"
         moment_gap_NE = gap_NE.detach() if expected else sampled_gap_NE
         moment_FE = self._moment(features_NF, moment_gap_NE, rows, sum_over_ranks)
@@ -203,7 +201,7 @@ def compute_moment(
 
 
 def measure_distance(
-    head: StudentHead,
+    heads: PolicyHeads,
     rows: TokenRows,
     sum_over_ranks: SumOverRanks,
     *,
@@ -217,19 +215,23 @@ def measure_distance(
     off_policy reads the student's features on teacher text, on_policy the teacher's features on
     student text.
     """
-    teacher = _teacher(rows)
-    features_NF = rows.hidden_NH if stream == "off_policy" else teacher.features_NF
-    gap_NE = teacher.expected_embedding_NE - head.read(rows).expected_embedding_NE
-    ones_N = torch.ones_like(teacher.logprobs_N)
+    teacher_features_NF, expected_NE = _teacher(rows)
+    features_NF = rows.hidden_NH if stream == "off_policy" else teacher_features_NF
+    gap_NE = expected_NE - heads.read(rows).expected_embedding_NE
+    ones_N = torch.ones(gap_NE.shape[0], device=gap_NE.device)
     moment_FE = compute_moment(
         unit_rows(features_NF), gap_NE, ones_N, rows.num_global_tokens, sum_over_ranks
     )
     return moment_distance(moment_FE, ball=ball, radius=radius)
 
 
-def _teacher(rows: TokenRows) -> TeacherRows:
-    assert rows.teacher is not None, "AMMD declares MomentTargets; the learner must bring them"
-    return rows.teacher
+def _teacher(rows: TokenRows) -> tuple[Tensor, Tensor]:
+    """The teacher's features [N, F] and expected embeddings [N, E]."""
+    teacher = rows.teacher
+    assert teacher is not None, "AMMD declares MOMENTS; the learner must bring them"
+    assert teacher.features_NF is not None, "MOMENTS hold the features"
+    assert teacher.expected_embedding_NE is not None, "MOMENTS hold the expected embeddings"
+    return teacher.features_NF, teacher.expected_embedding_NE
 
 
 def _merge(terms: list[ObjectiveOutput]) -> ObjectiveOutput:

@@ -13,7 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distill_system.objectives.vocabulary import VocabularyRows, read_vocabulary
+from distill_system.objectives.vocabulary import (
+    ChunkLoss,
+    TeacherDistribution,
+    VocabularyRows,
+    VocabularySum,
+    read_vocabulary,
+    sum_over_vocabulary,
+)
 
 SumOverRanks = Callable[[Tensor], Tensor]
 """Sums a tensor over all learner ranks; the identity on one rank. Not differentiated."""
@@ -21,15 +28,18 @@ SumOverRanks = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherRows:
-    """The teacher's reading of the same tokens, float32.
+    """The teacher's reading of the same tokens, float32; None where the objective needs it not.
 
     features_NF: its final hidden states. expected_embedding_NE: sum_y pi*(y | s) e(y).
     logprobs_N: log pi*(y_t | s_t), nats.
+    top_k_ids_NK: int64, its most likely tokens, with top_k_logprobs_NK.
     """
 
-    features_NF: Tensor
-    expected_embedding_NE: Tensor
-    logprobs_N: Tensor
+    features_NF: Tensor | None = None
+    expected_embedding_NE: Tensor | None = None
+    logprobs_N: Tensor | None = None
+    top_k_ids_NK: Tensor | None = None
+    top_k_logprobs_NK: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,24 +64,55 @@ class TokenRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StudentHead:
-    """The student's unembedding and the frozen action embeddings, read in chunks.
+class PolicyHeads:
+    """Both policies' unembeddings and the frozen action embeddings, read in chunks.
 
     unembedding_VH: the student's own, with gradient. action_embeddings_VE: float32, unit rows.
+    teacher_unembedding_VF: None where the objective needs no teacher distribution.
     """
 
     unembedding_VH: Tensor
     action_embeddings_VE: Tensor
     chunk_tokens: int
+    teacher_unembedding_VF: Tensor | None = None
 
     def read(self, rows: TokenRows) -> VocabularyRows:
-        """Log-probabilities and expected embeddings of the student at each row."""
+        """Log-probabilities and expected embeddings of the student at each row, with graph."""
         return read_vocabulary(
             rows.hidden_NH,
             rows.token_ids_N,
             self.unembedding_VH,
             self.action_embeddings_VE,
             chunk_tokens=self.chunk_tokens,
+        )
+
+    def sum(
+        self,
+        rows: TokenRows,
+        chunk_loss: ChunkLoss,
+        weights_N: Tensor,
+        *,
+        temperature: float = 1.0,
+    ) -> VocabularySum:
+        """sum_t w_t loss_t with graph, and the losses, detached [N]; see sum_over_vocabulary."""
+        return sum_over_vocabulary(
+            rows.hidden_NH,
+            rows.token_ids_N,
+            self.unembedding_VH,
+            weights_N,
+            chunk_loss,
+            teacher=self._teacher(rows),
+            temperature=temperature,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+    def _teacher(self, rows: TokenRows) -> TeacherDistribution | None:
+        if self.teacher_unembedding_VF is None or rows.teacher is None:
+            return None
+        if rows.teacher.features_NF is None:
+            return None
+        return TeacherDistribution(
+            features_NF=rows.teacher.features_NF, unembedding_VF=self.teacher_unembedding_VF
         )
 
 
@@ -95,7 +136,7 @@ class Objective(Protocol):
 
     def compute_loss(
         self,
-        head: StudentHead,
+        heads: PolicyHeads,
         off_policy: TokenRows | None,
         on_policy: TokenRows | None,
         sum_over_ranks: SumOverRanks,

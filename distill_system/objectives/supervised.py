@@ -6,7 +6,7 @@ from torch import Tensor
 
 from distill_system.objectives.rows import (
     ObjectiveOutput,
-    StudentHead,
+    PolicyHeads,
     SumOverRanks,
     TokenRows,
     stream_mean,
@@ -18,7 +18,7 @@ class Supervised:
 
     def compute_loss(
         self,
-        head: StudentHead,
+        heads: PolicyHeads,
         off_policy: TokenRows | None,
         on_policy: TokenRows | None,
         sum_over_ranks: SumOverRanks,
@@ -26,7 +26,7 @@ class Supervised:
         """-(1/N) sum log pi_theta(y_t | s_t), nats per response token."""
         assert off_policy is not None, "supervised fine-tuning reads data"
         assert on_policy is None, "supervised fine-tuning has no on-policy stream"
-        loss = -stream_mean(head.read(off_policy).logprobs_N, off_policy)
+        loss = -stream_mean(heads.read(off_policy).logprobs_N, off_policy)
         return ObjectiveOutput(loss_share=loss, metric_shares={"cross_entropy": loss.detach()})
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from distill_system.config.objective import TeacherNeeds
 from distill_system.records import Stream, Trajectory, TrajectoryChunk, WorkDone
 from distill_system.workers import Reference, Workers
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredChunk:
-    """A chunk and where its targets are: they go from scorer to learner without the driver."""
+    """A chunk and where its targets are: they go from scorer to learner without the driver.
+
+    targets is None where the objective asks nothing of the teacher.
+    """
 
     chunk: TrajectoryChunk
-    targets: Reference
+    targets: Reference | None
 
 
 class ScoringPool:
@@ -24,7 +28,12 @@ class ScoringPool:
         self.workers = workers
 
     def start(
-        self, trajectories: Sequence[Trajectory], stream: Stream, *, num_shares: int
+        self,
+        trajectories: Sequence[Trajectory],
+        stream: Stream,
+        *,
+        needs: TeacherNeeds,
+        num_shares: int,
     ) -> list[ScoredChunk]:
         """Begin to score; the number of chunks is a multiple of num_shares (the learner's ranks).
 
@@ -33,9 +42,12 @@ class ScoringPool:
         per_share = -(-max(self.workers.count, num_shares) // num_shares)
         chunks = TrajectoryChunk.deal(trajectories, stream, per_share * num_shares)
         return [
-            ScoredChunk(chunk, self.workers.start(index % self.workers.count, "score", chunk))
+            ScoredChunk(chunk, self._start(index, chunk, needs) if needs.anything else None)
             for index, chunk in enumerate(chunks)
         ]
+
+    def _start(self, index: int, chunk: TrajectoryChunk, needs: TeacherNeeds) -> Reference:
+        return self.workers.start(index % self.workers.count, "score", chunk, needs)
 
     def work_done(self) -> WorkDone:
         """Tokens read and worker-seconds of the whole pool since it started."""
@@ -44,4 +56,5 @@ class ScoringPool:
 
     def wait(self, scored: Sequence[ScoredChunk]) -> None:
         """Return once all targets exist, so that a failed scorer speaks for itself."""
-        self.workers.finish([chunk.targets for chunk in scored], what="teacher scores", fetch=False)
+        waited = [chunk.targets for chunk in scored if chunk.targets is not None]
+        self.workers.finish(waited, what="teacher scores", fetch=False)

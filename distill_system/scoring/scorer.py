@@ -1,4 +1,4 @@
-"""One teacher scorer: trajectories in -> MomentTargets out.
+"""One teacher scorer: trajectories in -> TeacherTargets out.
 
 Axes: N response tokens, H teacher hidden size, E action-embedding size, V vocabulary.
 """
@@ -6,11 +6,13 @@ Axes: N response tokens, H teacher hidden size, E action-embedding size, V vocab
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distill_system.config.objective import TeacherNeeds
 from distill_system.config.run import ScoringConfig
 from distill_system.errors import NonFiniteError
 from distill_system.language_model import (
@@ -19,8 +21,14 @@ from distill_system.language_model import (
     read_hidden,
     unembedding,
 )
-from distill_system.objectives import read_vocabulary, unit_rows
-from distill_system.records import FloatArray, MomentTargets, TrajectoryChunk, WorkDone
+from distill_system.objectives import read_top_k, read_vocabulary, unit_rows
+from distill_system.records import (
+    FloatArray,
+    TeacherTargets,
+    Trajectory,
+    TrajectoryChunk,
+    WorkDone,
+)
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
@@ -58,8 +66,8 @@ class TeacherScorer:
         return self._work
 
     @torch.inference_mode()
-    def score(self, chunk: TrajectoryChunk) -> list[MomentTargets]:
-        """Targets of each trajectory, in the chunk's order.
+    def score(self, chunk: TrajectoryChunk, needs: TeacherNeeds) -> list[TeacherTargets]:
+        """Targets of each trajectory, in the chunk's order: what is needed, and no more.
 
         Features and expected embeddings travel as float16 when the teacher computes in bfloat16
         (whose 8 bits of precision float16 holds), as float32 when it computes in float32.
@@ -71,36 +79,57 @@ class TeacherScorer:
             trajectories, self.device, max_tokens=self.config.max_tokens_per_batch
         )
         hidden_NH = read_hidden(self.model, batch)
-        rows = read_vocabulary(
-            hidden_NH,
-            batch.token_ids_N,
-            unembedding(self.model),
-            self.action_embeddings_VE,
-            chunk_tokens=self.chunk_tokens,
-        )
-        features_NH = self._to_wire(hidden_NH)
-        expected_NE = self._to_wire(rows.expected_embedding_NE)
-        logprobs_N = rows.logprobs_N.cpu().numpy()
-        if not np.isfinite(logprobs_N).all():
-            raise NonFiniteError(
-                "the teacher's log-probabilities must be finite, got NaN or infinity on "
-                f"{trajectories[0].trajectory_id!r} or a trajectory beside it; "
-                "try scoring.dtype=float32"
-            )
+        self._require_finite(hidden_NH, trajectories)
+        rows = self._read(hidden_NH, batch.token_ids_N, needs)
         ends = np.cumsum([trajectory.num_response_tokens for trajectory in trajectories])
         starts = [0, *ends[:-1]]
         self._work += WorkDone(
             num_tokens=chunk.num_tokens, busy_seconds=time.perf_counter() - started
         )
         return [
-            MomentTargets(
+            TeacherTargets(
                 trajectory_id=trajectory.trajectory_id,
-                features=features_NH[start:end],
-                expected_embedding=expected_NE[start:end],
-                logprobs=logprobs_N[start:end],
+                num_tokens=trajectory.num_response_tokens,
+                **{name: array[start:end] for name, array in rows.items()},
             )
             for trajectory, start, end in zip(trajectories, starts, ends, strict=True)
         ]
+
+    def _read(
+        self, hidden_NH: Tensor, token_ids_N: Tensor, needs: TeacherNeeds
+    ) -> dict[str, np.ndarray]:
+        """The fields of TeacherTargets that are needed, for all rows."""
+        fields: dict[str, np.ndarray] = {}
+        if needs.features:
+            fields["features"] = self._to_wire(hidden_NH)
+        if needs.expected_embedding or needs.logprobs:
+            actions_VE = self.action_embeddings_VE
+            rows = read_vocabulary(
+                hidden_NH,
+                token_ids_N,
+                unembedding(self.model),
+                actions_VE if needs.expected_embedding else actions_VE[:, :0],
+                chunk_tokens=self.chunk_tokens,
+            )
+            if needs.expected_embedding:
+                fields["expected_embedding"] = self._to_wire(rows.expected_embedding_NE)
+            if needs.logprobs:
+                fields["logprobs"] = rows.logprobs_N.cpu().numpy()
+        if needs.top_k:
+            ids_NK, logprobs_NK = read_top_k(
+                hidden_NH, unembedding(self.model), k=needs.top_k, chunk_tokens=self.chunk_tokens
+            )
+            fields["top_k_ids"] = ids_NK.int().cpu().numpy()
+            fields["top_k_logprobs"] = logprobs_NK.cpu().numpy()
+        return fields
+
+    def _require_finite(self, hidden_NH: Tensor, trajectories: Sequence[Trajectory]) -> None:
+        if not hidden_NH.isfinite().all():
+            raise NonFiniteError(
+                "the teacher's hidden states must be finite, got NaN or infinity on "
+                f"{trajectories[0].trajectory_id!r} or a trajectory beside it; "
+                "try scoring.dtype=float32"
+            )
 
     def _to_wire(self, rows_NX: Tensor) -> FloatArray:
         values = rows_NX.float().cpu().numpy()

@@ -10,7 +10,7 @@ from distill_system.stages.checkpoints import CheckpointStore, resume_point
 from distill_system.stages.context import RunContext
 from distill_system.stages.export import export_model
 from distill_system.stages.pools import Pools
-from distill_system.stages.prompt_feed import PromptFeed
+from distill_system.stages.streams import Streams
 
 STAGE = "distill"
 
@@ -25,10 +25,10 @@ SHOWN = {
 class Ledger:
     """Keeps a run's books, so that the driver can tell its story without them."""
 
-    def __init__(self, context: RunContext, pools: Pools, feed: PromptFeed) -> None:
+    def __init__(self, context: RunContext, pools: Pools, streams: Streams) -> None:
         self.context = context
         self.pools = pools
-        self.feed = feed
+        self.streams = streams
         config = context.config.distill
         folder = context.run.checkpoints_directory / STAGE
         self.store = CheckpointStore(folder, keep=config.keep_checkpoints)
@@ -45,7 +45,7 @@ class Ledger:
             self.context.timings.restart(STAGE)
         else:
             self.pools.learner.load(checkpoint.folder)
-            self.feed.restore(checkpoint.state["feed"])
+            self.streams.restore(checkpoint.state["streams"])
             self.context.log.truncate_after(STAGE, done)
             self.context.view.note(f"resuming {STAGE} after step {done}")
         self.task = self.context.view.start(
@@ -89,7 +89,7 @@ class Ledger:
 
     def checkpoint(self, done: int) -> None:
         """Write everything that the steps to come depend on."""
-        state = {"feed": self.feed.state(), "weight_version": done}
+        state = {"streams": self.streams.state(), "weight_version": done}
         self.store.save(done, state, self.pools.learner.save)
         self.context.timings.save()
 

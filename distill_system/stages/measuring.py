@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from distill_system.config.objective import MOMENTS
 from distill_system.data import RunData
 from distill_system.evaluation import SplitEvaluation, evaluate_splits
 from distill_system.observe import write_evaluation
@@ -85,7 +86,7 @@ class Measuring:
 
     def _score(self, trajectories: Sequence[Trajectory], stream: Stream) -> list[ScoredChunk]:
         ranks = self.context.config.pools.learner.count
-        return self.pools.scorers.start(trajectories, stream, num_shares=ranks)
+        return self.pools.scorers.start(trajectories, stream, needs=MOMENTS, num_shares=ranks)
 
     def _write(
         self,

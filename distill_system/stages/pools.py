@@ -48,7 +48,8 @@ def open_pools(context: RunContext, *, student_path: str) -> Pools:
         source=ModelSource(
             path=student_path,
             trust_remote_code=config.student.trust_remote_code,
-            action_embeddings_path=context.teacher_path,
+            teacher_path=context.teacher_path,
+            teacher_dtype=config.scoring.dtype,
         ),
         objective=config.distill.objective,
         compute_dtype=config.learner.compute_dtype,

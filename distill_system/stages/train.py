@@ -105,8 +105,10 @@ def _sets(config: RunConfig, run: RunDirectory, work: Collection[str]) -> list[S
     sets: list[SetName] = ["held_out", "evaluation"] if {"distill", "evaluate"} & {*work} else []
     if "distill" in work:
         sets.append("prompts")
+        if config.distill.off_policy_source == "dataset":
+            sets.append("student_sft")
     if "sft" in work:
-        sets += [tuned[role] for role in _untuned_roles(config, run)]
+        sets += [tuned[role] for role in _untuned_roles(config, run) if tuned[role] not in sets]
     return sets
 
 
@@ -184,6 +186,8 @@ def _tell_removed(view: LiveView, data: RunData) -> None:
             view.note(
                 f"data.{name}: {count} rows left out, their prompts stand in an evaluation split"
             )
+    for name, count in data.num_out_of_bounds.items():
+        view.note(f"data.{name}: {count} rows left out by the token bounds of their source")
 
 
 _RUNNERS: dict[str, Callable[[RunContext], None]] = {

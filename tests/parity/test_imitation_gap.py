@@ -13,7 +13,7 @@ from enumerable_language import EnumerableLanguage
 
 from distill_system.config.objective import AmmdConfig
 from distill_system.objectives.ammd import Ammd
-from distill_system.objectives.rows import StudentHead, TeacherRows, TokenRows
+from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
 
 LANGUAGE = EnumerableLanguage(vocabulary=3, length=3)
 STATES = LANGUAGE.states
@@ -78,7 +78,7 @@ def _expected(author_SV, student_table_SV, teacher_SV, critic_SV, *, stream):
         max_response_tokens=3,
     )
     objective.on_critic = objective.off_critic = _Given(critic_SV)
-    head = StudentHead(
+    head = PolicyHeads(
         unembedding_VH=student_table_SV.T, action_embeddings_VE=torch.eye(3), chunk_tokens=8
     )
     total = 0.0

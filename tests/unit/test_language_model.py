@@ -12,7 +12,7 @@ from distill_system.language_model import (
     build_language_model,
     check_linear_read,
     group_by_length,
-    load_action_embeddings,
+    load_embedding,
     load_language_model,
     read_hidden,
     unembedding,
@@ -99,7 +99,7 @@ def test_action_embeddings_are_the_models_input_embeddings(tiny_model_folder):
     for tied in (True, False):
         folder = tiny_model_folder(tie_word_embeddings=tied)
         model = AutoModelForCausalLM.from_pretrained(folder)
-        stored = load_action_embeddings(str(folder))
+        stored = load_embedding(str(folder), which="input")
         assert torch.equal(stored, model.get_input_embeddings().weight.float())
 
 

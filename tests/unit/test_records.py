@@ -11,9 +11,9 @@ from distill_system import errors
 from distill_system.errors import DistillError, RecordError
 from distill_system.records import (
     Author,
-    MomentTargets,
     Prompt,
     Stream,
+    TeacherTargets,
     TrajectoryChunk,
     VersionSpan,
 )
@@ -67,10 +67,11 @@ def test_a_prompt_must_hold_tokens():
         Prompt(prompt_id="p", token_ids=np.zeros(0, np.int32), text="")
 
 
-def test_moment_targets_of_unequal_length_are_refused():
+def test_teacher_targets_of_unequal_length_are_refused():
     with pytest.raises(RecordError, match=r"expected_embedding \[3, :\]"):
-        MomentTargets(
+        TeacherTargets(
             trajectory_id="t",
+            num_tokens=3,
             features=np.zeros((3, 2), np.float16),
             expected_embedding=np.zeros((2, 2), np.float16),
             logprobs=np.zeros(3, np.float32),

@@ -21,7 +21,7 @@ def make_learner(tiny_model_folder):
             "world_size": world_size,
             "source": ModelSource(
                 path=str(tiny_model_folder(seed=2)),
-                action_embeddings_path=None if supervised else str(teacher),
+                teacher_path=None if supervised else str(teacher),
             ),
             "objective": AmmdConfig() if objective == "ammd" else objective,
             "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=2),

@@ -9,7 +9,7 @@ from local_workers import Done, LocalWorkers
 from trajectories import make_trajectories
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig
-from distill_system.config.objective import AmmdConfig, GradientCritic
+from distill_system.config.objective import MOMENTS, AmmdConfig, GradientCritic
 from distill_system.errors import NonFiniteError, RecordError, RunStateError
 from distill_system.learner import LearnerGroup
 from distill_system.records import Author, Stream
@@ -22,8 +22,9 @@ def _weights(learner):
 
 def _scored(scorer, *, shares, count=12):
     pool = ScoringPool(LocalWorkers([scorer]))
-    off = pool.start(make_trajectories(count, Author.TEACHER), Stream.OFF_POLICY, num_shares=shares)
-    on = pool.start(make_trajectories(count, first=100), Stream.ON_POLICY, num_shares=shares)
+    how = {"needs": MOMENTS, "num_shares": shares}
+    off = pool.start(make_trajectories(count, Author.TEACHER), Stream.OFF_POLICY, **how)
+    on = pool.start(make_trajectories(count, first=100), Stream.ON_POLICY, **how)
     return [*off, *on]
 
 

@@ -8,7 +8,7 @@ from enumerable_language import EnumerableLanguage
 
 from distill_system.config.objective import AmmdConfig, ClosedFormCritic, GradientCritic
 from distill_system.objectives.ammd import Ammd, measure_distance
-from distill_system.objectives.rows import StudentHead, TeacherRows, TokenRows
+from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
 from distill_system.objectives.vocabulary import unit_rows
 
 LANGUAGE = EnumerableLanguage(vocabulary=3, length=3)
@@ -57,7 +57,7 @@ class Game:
         return unit_rows(self.features_SF) @ self.critic_FE @ self.actions_VE.T
 
     def head(self):
-        return StudentHead(
+        return PolicyHeads(
             unembedding_VH=self.table_VS, action_embeddings_VE=self.actions_VE, chunk_tokens=2
         )
 

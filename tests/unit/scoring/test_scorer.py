@@ -7,9 +7,12 @@ from local_workers import LocalWorkers
 from trajectories import make_trajectories
 from transformers import AutoModelForCausalLM
 
+from distill_system.config.objective import MOMENTS, NOTHING, TeacherNeeds
 from distill_system.config.run import ScoringConfig
 from distill_system.records import Stream, TrajectoryChunk
 from distill_system.scoring import ScoringPool, TeacherScorer
+
+EVERYTHING = TeacherNeeds(features=True, expected_embedding=True, logprobs=True, top_k=3)
 
 
 def _scorer(folder, **config):
@@ -26,7 +29,7 @@ def test_targets_equal_a_dense_read_of_each_trajectory_alone(tiny_model_folder, 
     folder = tiny_model_folder(tie_word_embeddings=tied)
     trajectories = make_trajectories(15)
     chunk = TrajectoryChunk(stream=Stream.ON_POLICY, trajectories=tuple(trajectories))
-    targets = _scorer(folder, max_tokens_per_batch=50).score(chunk)
+    targets = _scorer(folder, max_tokens_per_batch=50).score(chunk, EVERYTHING)
     model = AutoModelForCausalLM.from_pretrained(folder).double()
     embeddings = model.get_input_embeddings().weight
     # The padding token's row is zero and stays so.
@@ -44,6 +47,9 @@ def test_targets_equal_a_dense_read_of_each_trajectory_alone(tiny_model_folder, 
         np.testing.assert_allclose(
             target.expected_embedding, (probabilities @ actions).detach(), atol=1e-5
         )
+        best = probabilities.log().topk(3)
+        np.testing.assert_array_equal(target.top_k_ids, best.indices)
+        np.testing.assert_allclose(target.top_k_logprobs, best.values.detach(), atol=1e-4)
         np.testing.assert_allclose(
             target.features, out.hidden_states[-1][0, before].detach(), atol=1e-4
         )
@@ -51,8 +57,8 @@ def test_targets_equal_a_dense_read_of_each_trajectory_alone(tiny_model_folder, 
 
 def test_bfloat16_travels_as_float16_and_stays_close(tiny_model_folder):
     chunk = TrajectoryChunk(stream=Stream.ON_POLICY, trajectories=tuple(make_trajectories(6)))
-    exact = _scorer(tiny_model_folder()).score(chunk)
-    short = _scorer(tiny_model_folder(), dtype="bfloat16").score(chunk)
+    exact = _scorer(tiny_model_folder()).score(chunk, EVERYTHING)
+    short = _scorer(tiny_model_folder(), dtype="bfloat16").score(chunk, EVERYTHING)
     for one, other in zip(exact, short, strict=True):
         assert one.features.dtype == np.float32
         assert other.features.dtype == np.float16
@@ -67,7 +73,9 @@ def test_chunks_come_in_equal_numbers_per_rank_and_use_every_scorer(
     one = _scorer(tiny_model_folder())
     workers = LocalWorkers([one] * scorers)
     trajectories = make_trajectories(16)
-    scored = ScoringPool(workers).start(trajectories, Stream.OFF_POLICY, num_shares=ranks)
+    scored = ScoringPool(workers).start(
+        trajectories, Stream.OFF_POLICY, needs=MOMENTS, num_shares=ranks
+    )
     assert len(scored) % ranks == 0
     assert {worker for worker, _ in workers.calls} == set(range(scorers))
     ids = [t.trajectory_id for chunk in scored for t in chunk.chunk.trajectories]
@@ -80,4 +88,26 @@ def test_chunks_come_in_equal_numbers_per_rank_and_use_every_scorer(
 
 def test_no_trajectories_make_no_chunks(tiny_model_folder):
     pool = ScoringPool(LocalWorkers([_scorer(tiny_model_folder())]))
-    assert pool.start([], Stream.ON_POLICY, num_shares=2) == []
+    assert pool.start([], Stream.ON_POLICY, needs=MOMENTS, num_shares=2) == []
+
+
+@pytest.mark.parametrize("field", ["features", "expected_embedding", "logprobs"])
+def test_a_scorer_makes_what_is_needed_and_no_more(tiny_model_folder, field):
+    chunk = TrajectoryChunk(stream=Stream.ON_POLICY, trajectories=tuple(make_trajectories(4)))
+    scorer = _scorer(tiny_model_folder())
+    everything = scorer.score(chunk, EVERYTHING)
+    for full, target in zip(
+        everything, scorer.score(chunk, TeacherNeeds(**{field: True})), strict=True
+    ):
+        np.testing.assert_array_equal(getattr(target, field), getattr(full, field))
+        others = {"features", "expected_embedding", "logprobs", "top_k_ids", "top_k_logprobs"}
+        assert all(getattr(target, other) is None for other in others - {field})
+
+
+def test_a_stream_that_needs_no_teacher_is_dealt_and_not_read(tiny_model_folder):
+    workers = LocalWorkers([_scorer(tiny_model_folder())])
+    pool = ScoringPool(workers)
+    scored = pool.start(make_trajectories(6), Stream.OFF_POLICY, needs=NOTHING, num_shares=2)
+    pool.wait(scored)
+    assert [chunk.targets for chunk in scored] == [None, None]
+    assert workers.calls == []

@@ -1,0 +1,29 @@
+"""Kullback-Leibler divergence between teacher and student, both ways round."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from distill_system.config.objective import ForwardKlConfig, ReverseKlConfig
+from distill_system.objectives.rows import TokenRows
+from distill_system.objectives.vocabulary import VocabularyChunk
+
+
+def forward_kl(config: ForwardKlConfig, chunk: VocabularyChunk, rows: TokenRows) -> Tensor:
+    """KL(pi* || pi_theta) = sum_y pi*(y) (log pi*(y) - log pi_theta(y)), nats, [c].
+
+    Source: knowledge distillation (Hinton et al. 2015, arXiv 1503.02531). Differs: no factor of the
+    temperature squared.
+    """
+    teacher_cV = chunk.teacher_logprobs_cV
+    return (teacher_cV.exp() * (teacher_cV - chunk.student_logprobs_cV)).sum(dim=-1)
+
+
+def reverse_kl(config: ReverseKlConfig, chunk: VocabularyChunk, rows: TokenRows) -> Tensor:
+    """KL(pi_theta || pi*) = sum_y pi_theta(y) (log pi_theta(y) - log pi*(y)), nats, [c].
+
+    Source: on-policy distillation (GKD, arXiv 2306.13649, table 1). The states are given: no
+    gradient flows through how they were reached.
+    """
+    student_cV = chunk.student_logprobs_cV
+    return (student_cV.exp() * (student_cV - chunk.teacher_logprobs_cV)).sum(dim=-1)
