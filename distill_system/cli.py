@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from types import FrameType
 from typing import Annotated
 
@@ -29,15 +30,32 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+
+
+class Budget(StrEnum):
+    """What a comparison's objectives get as much of."""
+
+    updates = "updates"
+    sampled_tokens = "sampled_tokens"
+    seconds = "seconds"
+
+
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue unfinished stages from their newest checkpoint.")
 ]
 
 
+Objective = Annotated[
+    str | None,
+    typer.Option(help="A method of the field by name, such as gkd, or a YAML file of one."),
+]
+
+
 @app.command()
-def train(settings: Settings, resume: Resume = False) -> None:
+def train(settings: Settings, resume: Resume = False, objective: Objective = None) -> None:
     """Fine-tune both models, distil, evaluate, report; finished stages are skipped."""
-    _run(settings, resume=resume, stages=("sft", "distill", "evaluate", "report"))
+    stages = ("sft", "distill", "evaluate", "report")
+    _run(settings, resume=resume, stages=stages, objective=objective)
 
 
 @app.command()
@@ -65,6 +83,42 @@ def report(settings: Settings) -> None:
 
 
 @app.command()
+def compare(
+    settings: Settings,
+    objectives: Annotated[
+        str, typer.Option(help="Methods by name, or YAML files of them, joined by commas.")
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each objective: seeds 0, 1, ...")] = 3,
+    budget: Annotated[
+        Budget, typer.Option(help="What every objective gets as much of.")
+    ] = Budget.updates,
+    budget_value: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="How much; without it, what CONFIG's steps cost the first one."),
+    ] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
+) -> None:
+    """Train every objective from one start on equal budgets; write compare.json and tables.
+
+    The same command goes on where an earlier one was ended.
+    """
+    with _telling_errors(), _ending_on_signals():
+        from distill_system.stages.compare import ComparisonRequest, compare
+
+        files, overrides = _sort(settings)
+        request = ComparisonRequest(
+            paths=files,
+            overrides=overrides,
+            objectives=[name.strip() for name in objectives.split(",") if name.strip()],
+            seeds=seeds,
+            budget=budget.value,
+            budget_value=budget_value,
+            at_once=at_once,
+        )
+        compare(request, say=print)
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, what fits together, what hardware there is, and what to mend."""
     from distill_system.doctor import diagnose, exit_code, render
@@ -74,25 +128,40 @@ def doctor() -> None:
     raise typer.Exit(exit_code(findings))
 
 
-def _run(settings: list[str], *, resume: bool, stages: tuple[str, ...]) -> None:
-    """Load the configuration and run stages; a DistillError is one message and exit code 1."""
-    files = [setting for setting in settings if not _is_override(setting)]
-    overrides = [setting for setting in settings if _is_override(setting)]
-    try:
-        with _ending_on_signals():
-            from distill_system.config import load_config
+def _run(
+    settings: list[str], *, resume: bool, stages: tuple[str, ...], objective: str | None = None
+) -> None:
+    """Load the configuration and run stages."""
+    files, overrides = _sort(settings)
+    with _telling_errors(), _ending_on_signals():
+        from distill_system.config import load_config
+        from distill_system.config.recipes import recipe_path
 
-            config = load_config(files, overrides)
-            from distill_system.stages.train import train as run_stages
+        recipe = [] if objective is None else [str(recipe_path(objective))]
+        config = load_config([*files, *recipe], overrides)
+        from distill_system.stages.train import train as run_stages
 
-            run = run_stages(config, resume=resume, stages=stages)
-    except DistillError as error:
-        _complain(type(error).__name__, str(error))
-        raise typer.Exit(1) from None
+        run = run_stages(config, resume=resume, stages=stages)
     if "report" in stages:
         print(f"report: {run.report_path}\nsummary: {run.summary_path}")
     else:
         print(f"run: {run.path}")
+
+
+def _sort(settings: list[str]) -> tuple[list[str], list[str]]:
+    """Files, and overrides."""
+    files = [setting for setting in settings if not _is_override(setting)]
+    return files, [setting for setting in settings if _is_override(setting)]
+
+
+@contextmanager
+def _telling_errors() -> Iterator[None]:
+    """A DistillError is one message and exit code 1."""
+    try:
+        yield
+    except DistillError as error:
+        _complain(type(error).__name__, str(error))
+        raise typer.Exit(1) from None
 
 
 @contextmanager

@@ -47,7 +47,9 @@ class Driver:
             started = time.perf_counter()
             result = self.step(step)
             metrics = self.ledger.describe_step(result, time.perf_counter() - started)
-            self.ledger.write(step + 1, metrics | self._measure(step + 1))
+            measured = self._measure(step + 1)
+            self.streams.hear(measured)
+            self.ledger.write(step + 1, metrics | measured)
             if self._is_due(step + 1, self.config.checkpoint_every):
                 self.ledger.checkpoint(step + 1)
         self.ledger.close()
@@ -56,7 +58,7 @@ class Driver:
         """One update of critics and student, and the new weights at every rollout worker."""
         waiting_for = self.context.timings.phase
         with waiting_for("teacher_rollout"):
-            off_policy = self._score(self.streams.off_policy(), Stream.OFF_POLICY)
+            off_policy = self._score(self.streams.off_policy(step), Stream.OFF_POLICY)
         with waiting_for("student_rollout"):
             written = self.streams.on_policy(step)
         with waiting_for("teacher_scoring"):
@@ -66,7 +68,8 @@ class Driver:
         with waiting_for("learner"):
             result = self.pools.learner.learn(step, scored)
         with waiting_for("publish"):
-            self.pools.learner.publish(step + 1)
+            if self._student_writes_after(step + 1):
+                self.pools.learner.publish(step + 1)
         return result
 
     def _score(self, trajectories: Sequence[Trajectory], stream: Stream) -> list[ScoredChunk]:
@@ -86,6 +89,11 @@ class Driver:
             most, label = self.context.config.evaluation.num_examples_during, f"step_{done:06d}"
             return pools | self.measuring.evaluate_student(label, step=done, num_examples=most)
         return pools | self.measuring.measure_distances()
+
+    def _student_writes_after(self, done: int) -> bool:
+        """Whether anyone asks the student to write before the next step is done."""
+        reads = self.config.objective.reads("on_policy")
+        return reads or self._is_due(done, self.config.measure_every)
 
     def _is_due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.config.steps

@@ -7,9 +7,10 @@ read-only and stay so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -130,6 +131,29 @@ class Trajectory:
     def oldest_version(self) -> int | None:
         """The oldest weight version that wrote a token; None if not the student's."""
         return min((span.version for span in self.weight_versions), default=None)
+
+
+def trajectory_to_plain(trajectory: Trajectory) -> dict[str, Any]:
+    """A trajectory as numbers, texts and lists, for JSON; float32 comes back as it was."""
+    plain = {field.name: getattr(trajectory, field.name) for field in fields(trajectory)}
+    spans = [(span.version, span.start, span.end) for span in trajectory.weight_versions]
+    arrays = {name: plain[name].tolist() for name in ("token_ids", "behaviour_logprobs")}
+    return plain | arrays | {"weight_versions": spans}
+
+
+def trajectory_from_plain(plain: Mapping[str, Any]) -> Trajectory:
+    """What trajectory_to_plain was given."""
+    spans = (VersionSpan(version=v, start=s, end=e) for v, s, e in plain["weight_versions"])
+    return Trajectory(
+        **{
+            **plain,
+            "author": Author(plain["author"]),
+            "finish": Finish(plain["finish"]),
+            "token_ids": np.array(plain["token_ids"], np.int32),
+            "behaviour_logprobs": np.array(plain["behaviour_logprobs"], np.float32),
+            "weight_versions": tuple(spans),
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from distill_system.config.base import ConfigModel
+from distill_system.config.templates import template_fields
 
 
 class PromptResponseFields(ConfigModel):
@@ -26,9 +27,23 @@ class InstructionFields(ConfigModel):
     instruction: str = "instruction"
     """Field that holds the instruction."""
     input: str | None = "input"
-    """Field that holds the input, appended after a blank line where it is not empty."""
+    """Field that holds the input, which may be empty; null if there is none."""
     output: str | None = "output"
     """Field that holds the answer; null for prompts alone."""
+    template: str = "{instruction}"
+    """The prompt of a row without input, made of {instruction}."""
+    template_with_input: str = "{instruction}\n\n{input}"
+    """The prompt of a row with an input, made of {instruction} and {input}."""
+
+    @model_validator(mode="after")
+    def _check_templates(self) -> InstructionFields:
+        expected = {"template": {"instruction"}, "template_with_input": {"instruction", "input"}}
+        for key, names in expected.items():
+            text: str = getattr(self, key)
+            if set(template_fields(text)) != names:
+                wanted = " and ".join(f"{{{name}}}" for name in sorted(names, reverse=True))
+                raise ValueError(f"{key} must contain {wanted} and no other field, got {text!r}")
+        return self
 
 
 class MessagesFields(ConfigModel):
@@ -39,8 +54,35 @@ class MessagesFields(ConfigModel):
     """Field that holds the chat. A last message of role assistant is the answer."""
 
 
+class TemplateFields(ConfigModel):
+    """Rows of any fields; prompt and answer are templates in which {name} stands for a field.
+
+    {outer.inner} reaches into a nested field, as outer.inner does in every format. A text stands as
+    it is, true and false as yes and no, a whole number by its digits, a list of texts joined by
+    spaces; {{ and }} are braces.
+    """
+
+    format: Literal["template"]
+    prompt: str
+    """The prompt, for example "Question: {question}\\nAnswer:"."""
+    response: str | None = None
+    """The answer that is learned from; null for prompts alone."""
+    reference: str | None = None
+    """What a response is scored against; null takes response."""
+
+    @field_validator("prompt", "response", "reference")
+    @classmethod
+    def _check_template(cls, text: str | None) -> str | None:
+        if text is not None and not template_fields(text):
+            raise ValueError(
+                f"a template must name at least one {{field}} of the row, got {text!r}"
+            )
+        return text
+
+
 FieldMap = Annotated[
-    PromptResponseFields | InstructionFields | MessagesFields, Field(discriminator="format")
+    PromptResponseFields | InstructionFields | MessagesFields | TemplateFields,
+    Field(discriminator="format"),
 ]
 
 EmbeddedSplit = Literal[
@@ -69,6 +111,21 @@ class RowSource(ConfigModel):
     """Rows left out at the start."""
     num_examples: PositiveInt | None = None
     """Rows read after those; null reads all."""
+    leave_out_empty: bool = False
+    """Leave out rows whose prompt or answer is empty, before num_examples are counted; without it
+    such a row ends the run."""
+    max_prompt_tokens: PositiveInt | None = None
+    """Leave out rows of a longer prompt, after num_examples were read; null leaves none out, and a
+    prompt longer than data.max_prompt_tokens ends the run."""
+    min_response_tokens: PositiveInt | None = None
+    """Leave out rows of a shorter answer (the first accepted one, without its end token)."""
+    max_response_tokens: PositiveInt | None = None
+    """Leave out rows of a longer answer."""
+
+    @property
+    def bounds_responses(self) -> bool:
+        """Whether answers have to be read to know which rows stay."""
+        return self.min_response_tokens is not None or self.max_response_tokens is not None
 
 
 class JsonlSource(RowSource):
@@ -97,6 +154,10 @@ class DatasetsSource(RowSource):
     """Name of the configuration, where the data set has several."""
     split: str = "train"
     """Which split to read."""
+    folder: str | None = None
+    """Folder inside the data set that holds the files, where they are of several kinds."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub; null takes its main branch."""
 
 
 Source = Annotated[
@@ -161,4 +222,11 @@ class DataConfig(ConfigModel):
             )
         if not self.evaluation:
             raise ValueError("evaluation needs at least one named split")
+        for name in ("prompts", "held_out"):
+            source = getattr(self, name)
+            if isinstance(source, RowSource) and source.bounds_responses:
+                raise ValueError(
+                    f"{name}: answers are not read here, so min_response_tokens and "
+                    "max_response_tokens cannot be; remove them"
+                )
         return self

@@ -18,7 +18,9 @@ from pydantic import (
 from distill_system.config.base import ConfigModel
 from distill_system.config.data import DataConfig, PretrainedTokenizer, TokenizerConfig
 from distill_system.config.model import LearnerConfig, ModelConfig, OptimizerConfig
-from distill_system.config.objective import AmmdConfig, ObjectiveConfig
+from distill_system.config.objective import AmmdConfig, ObjectiveConfig, StreamName
+
+MetricName = Literal["exact_match", "rouge_l", "rouge_l_stemmed", "bleu", "accuracy"]
 
 
 class SamplingConfig(ConfigModel):
@@ -104,19 +106,39 @@ class PoolsConfig(ConfigModel):
         return self
 
 
+class ReplayConfig(ConfigModel):
+    """DistiLLM's adaptive schedule (arXiv 2402.03898): each step learns from rows of data or from
+    the student's text; the student's share grows as the held-out loss rises, and its text is used
+    again."""
+
+    capacity: PositiveInt = 1000
+    """Student trajectories kept, the oldest leave first."""
+    initial_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Chance of a step on the student's text, at the beginning."""
+    increase: PositiveFloat = 0.1
+    """What a rise of the held-out loss adds to that chance."""
+    tolerance: NonNegativeFloat = 0.1
+    """A rise by no more than this counts as none, in nats per token."""
+
+
 class DistillConfig(ConfigModel):
-    """The min-max game."""
+    """The distillation: objective, streams, optimizer, and when it is looked at."""
 
     steps: PositiveInt
     """Learner steps."""
     student_prompts_per_step: NonNegativeInt = 32
-    """Prompts the student answers in each step (the on-policy stream)."""
+    """Prompts the student answers in each step (the on-policy stream). A stream that the objective
+    does not read leaves its sequences to the other, so that objectives compare at equal batches."""
     teacher_prompts_per_step: NonNegativeInt = 32
     """Sequences of the off-policy stream in each step: prompts the teacher answers, or rows."""
     off_policy_source: Literal["teacher", "dataset"] = "teacher"
     """Who writes the off-policy stream: the teacher as the run goes on, or the rows of
     data.student_sft."""
+    replay: ReplayConfig | None = None
+    """Learn from one stream a step, and from the student's earlier text again; null learns from
+    every stream in every step."""
     objective: ObjectiveConfig = AmmdConfig()
+    """What the student learns to match, and on which of the two streams."""
     optimizer: OptimizerConfig
     measure_every: PositiveInt = 25
     """Steps between measurements of both distances on data.held_out."""
@@ -135,22 +157,32 @@ class DistillConfig(ConfigModel):
                 "evaluate_every must be a multiple of measure_every, got "
                 f"{self.evaluate_every} and {self.measure_every}"
             )
-        prompts = {
-            "on_policy": ("student_prompts_per_step", self.student_prompts_per_step),
-            "off_policy": ("teacher_prompts_per_step", self.teacher_prompts_per_step),
-        }
-        for stream, (key, count) in prompts.items():
-            if self.objective.reads(stream) != (count > 0):  # type: ignore[arg-type]
-                expected = "> 0" if count == 0 else "= 0"
+        for stream in ("on_policy", "off_policy"):
+            if self.objective.reads(stream) and self.sequences(stream) == 0:
                 raise ValueError(
-                    f"objective.type={self.objective.type} "
-                    f"{'reads' if count == 0 else 'does not read'} the {stream} stream: expected "
-                    f"{key} {expected}, got {count}"
+                    f"objective.type={self.objective.type} reads the {stream} stream: expected "
+                    f"{'student' if stream == 'on_policy' else 'teacher'}_prompts_per_step > 0, "
+                    "got 0"
                 )
+        both = self.objective.reads("on_policy") and self.objective.reads("off_policy")
+        if self.replay is not None and not (both and self.off_policy_source == "dataset"):
+            raise ValueError(
+                "replay chooses between rows of data and the student's text: expected an objective "
+                "that reads both streams and off_policy_source=dataset, got "
+                f"objective.type={self.objective.type}, off_policy_source={self.off_policy_source}"
+            )
         return self
 
-
-MetricName = Literal["exact_match", "rouge_l", "rouge_l_stemmed", "bleu", "accuracy"]
+    def sequences(self, stream: StreamName) -> int:
+        """Sequences of a stream in each step; one that is not read leaves its own to the other."""
+        own = {
+            "on_policy": self.student_prompts_per_step,
+            "off_policy": self.teacher_prompts_per_step,
+        }
+        if not self.objective.reads(stream):
+            return 0
+        alone = not (self.objective.reads("on_policy") and self.objective.reads("off_policy"))
+        return sum(own.values()) if alone or self.replay is not None else own[stream]
 
 
 class EvaluationConfig(ConfigModel):
@@ -217,11 +249,12 @@ class RunConfig(ConfigModel):
     @model_validator(mode="after")
     def _check_ranks(self) -> RunConfig:
         ranks, distill = self.pools.learner.count, self.distill
-        for key in ("student_prompts_per_step", "teacher_prompts_per_step"):
-            if 0 < getattr(distill, key) < ranks:
+        for stream in ("on_policy", "off_policy"):
+            count = distill.sequences(stream)
+            if 0 < count < ranks:
                 raise ValueError(
-                    f"distill.{key} must be 0 or at least pools.learner.count={ranks}, so that "
-                    f"every rank has a share, got {getattr(distill, key)}"
+                    f"each step's {stream} stream must have at least pools.learner.count={ranks} "
+                    f"sequences, so that every rank has a share, got {count}"
                 )
         return self
 

@@ -30,7 +30,8 @@ class RunData:
     """The run's data; sets that were not asked for, or not configured, are empty.
 
     evaluation: prompts by split name.  num_removed: rows left out of each training set because
-    their prompts stand in held_out or evaluation too.
+    their prompts stand in held_out or evaluation too.  num_out_of_bounds: rows left out of each set
+    by the token bounds of its source; sets that lost none are not in it.
     """
 
     teacher_sft: tuple[Trajectory, ...] = ()
@@ -39,6 +40,7 @@ class RunData:
     held_out: tuple[Prompt, ...] = ()
     evaluation: dict[str, tuple[Prompt, ...]] = field(default_factory=dict)
     num_removed: dict[str, int] = field(default_factory=dict)
+    num_out_of_bounds: dict[str, int] = field(default_factory=dict)
 
 
 def load_run_data(
@@ -94,6 +96,7 @@ def load_run_data(
             if "evaluation" in sets
         },
         num_removed=num_removed,
+        num_out_of_bounds=reader.num_out_of_bounds,
     )
 
 

@@ -6,6 +6,7 @@ records with token ids.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from distill_system.config.data import EmbeddedTokenizer, Source
+from distill_system.config.data import EmbeddedTokenizer, RowSource, Source
 from distill_system.config.run import RunConfig
 from distill_system.data.examples import Example, Message
 from distill_system.data.sources import load_examples
@@ -30,7 +31,10 @@ class Row(NamedTuple):
 
 
 class SetReader:
-    """Reads one set after another with one tokenizer."""
+    """Reads one set after another with one tokenizer.
+
+    num_out_of_bounds: rows left out of each set by the token bounds of its source.
+    """
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._data = config.data
@@ -41,15 +45,17 @@ class SetReader:
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         self._start_ids: list[int] = [bos] if adds_bos else []
+        self.num_out_of_bounds: dict[str, int] = {}
 
     def rows(self, name: str, source: Source, with_answers: bool) -> list[Row]:
-        """The rows of a set, rendered."""
+        """The rows of a set, rendered; those outside of the source's token bounds are left out."""
         key = f"data.{name}"
         examples = load_examples(source, self._data, key=key, with_answers=with_answers)
-        return [
+        rows = [
             Row(f"{name}:{index}", self._render(example, key), example)
             for index, example in enumerate(examples)
         ]
+        return self._within_bounds(name, rows, source) if isinstance(source, RowSource) else rows
 
     def prompts(self, name: str, rows: Sequence[Row]) -> tuple[Prompt, ...]:
         """Rows as prompts, with the references they have."""
@@ -85,6 +91,27 @@ class SetReader:
             )
         )
 
+    def _within_bounds(self, name: str, rows: list[Row], source: RowSource) -> list[Row]:
+        kept = rows
+        if source.max_prompt_tokens is not None:
+            longest = source.max_prompt_tokens
+            lengths = [len(ids) for ids in self._encode_prompts(rows)]
+            kept = [row for row, n in zip(rows, lengths, strict=True) if n <= longest]
+        if source.bounds_responses:
+            shortest = source.min_response_tokens or 0
+            longest = source.max_response_tokens or sys.maxsize
+            lengths = [len(ids) for ids in self._encode([_answer(row) for row in kept], kept)]
+            kept = [row for row, n in zip(kept, lengths, strict=True) if shortest <= n <= longest]
+        if not kept:
+            raise DataError(
+                f"data.{name}: none of its {len(rows)} rows is within max_prompt_tokens="
+                f"{source.max_prompt_tokens}, min_response_tokens={source.min_response_tokens} and "
+                f"max_response_tokens={source.max_response_tokens}; widen them or give other rows"
+            )
+        if len(kept) < len(rows):
+            self.num_out_of_bounds[name] = len(rows) - len(kept)
+        return kept
+
     def _render(self, example: Example, key: str) -> str:
         prompt = example.prompt
         if isinstance(prompt, str) and not self._is_chat(example):
@@ -110,16 +137,22 @@ class SetReader:
         return text
 
     def _prompt_ids(self, rows: Sequence[Row]) -> list[list[int]]:
-        encoded = self._encode([row.text for row in rows], rows)
+        encoded = self._encode_prompts(rows)
         limit = self._data.max_prompt_tokens
-        for i, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
-            if self._start_ids and ids[:1] != self._start_ids and not self._is_chat(row.example):
-                encoded[i] = ids = self._start_ids + ids
+        for row, ids in zip(rows, encoded, strict=True):
             if len(ids) > limit:
                 raise DataError(
                     f"prompt {row.row_id!r} ({row.example.row}) has {len(ids)} tokens, more than "
-                    f"data.max_prompt_tokens={limit}; raise the key or remove the row"
+                    f"data.max_prompt_tokens={limit}; raise the key, remove the row, or give its "
+                    "source max_prompt_tokens, which leaves longer ones out"
                 )
+        return encoded
+
+    def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        encoded = self._encode([row.text for row in rows], rows)
+        for i, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
+            if self._start_ids and ids[:1] != self._start_ids and not self._is_chat(row.example):
+                encoded[i] = self._start_ids + ids
         return encoded
 
     def _encode(self, texts: list[str], rows: Sequence[Row]) -> list[list[int]]:

@@ -23,7 +23,14 @@ from distill_system.config.data import (
     Source,
 )
 from distill_system.data.embedded_tasks import generate_tasks
-from distill_system.data.examples import Example, Row, check_fields, needed_fields, read_example
+from distill_system.data.examples import Example, read_example
+from distill_system.data.row_fields import (
+    Row,
+    check_fields,
+    lacks_text,
+    needed_columns,
+    needed_fields,
+)
 from distill_system.errors import DataError
 
 ROWS_PER_READ = 4096
@@ -51,12 +58,15 @@ def load_examples(
     examples: list[Example] = []
     num_rows = 0
     for num_rows, (where, row) in enumerate(rows, 1):
-        if num_rows > source.skip:
-            examples.append(
-                read_example(
-                    row, source.fields, where=where, key=f"{key}.fields", with_answers=with_answers
-                )
+        if num_rows <= source.skip:
+            continue
+        if source.leave_out_empty and lacks_text(row, source.fields, with_answers):
+            continue
+        examples.append(
+            read_example(
+                row, source.fields, where=where, key=f"{key}.fields", with_answers=with_answers
             )
+        )
         if len(examples) == source.num_examples:
             break
     _check_count(len(examples), num_rows, source, key)
@@ -96,9 +106,10 @@ def _check_count(num_examples: int, num_rows: int, source: RowSource, key: str) 
     asked = source.num_examples
     if num_examples == 0 or (asked is not None and num_examples < asked):
         wanted = "at least one row" if asked is None else f"{asked} rows"
+        kept = f", of which {num_examples} with text" if source.leave_out_empty else ""
         raise DataError(
-            f"{key}: asked for {wanted} after skipping {source.skip}, the data set has {num_rows}; "
-            f"lower {key}.num_examples or {key}.skip"
+            f"{key}: asked for {wanted} after skipping {source.skip}, the data set has {num_rows}"
+            f"{kept}; lower {key}.num_examples or {key}.skip"
         )
 
 
@@ -137,9 +148,10 @@ def _read_parquet(path: Path, source: ParquetSource, key: str, with_answers: boo
         raise DataError(f"{path}: not a parquet file: {error}") from error
     with table:
         needed = needed_fields(source.fields, with_answers)
-        check_fields(needed, table.schema_arrow.names, str(path), f"{key}.fields")
+        existing = table.schema_arrow.names
+        check_fields(needed, existing, str(path), f"{key}.fields")
         number = 0
-        for batch in table.iter_batches(ROWS_PER_READ, columns=sorted(set(needed.values()))):
+        for batch in table.iter_batches(ROWS_PER_READ, columns=needed_columns(needed, existing)):
             for row in batch.to_pylist():
                 yield f"{path.name}[{number}]", row
                 number += 1
@@ -153,14 +165,21 @@ def _read_datasets(
     folder = directory / source.name
     name = str(folder) if folder.is_dir() else source.name
     try:
-        table = datasets.load_dataset(name, source.subset, split=source.split)
+        table = datasets.load_dataset(
+            name,
+            source.subset,
+            data_dir=source.folder,
+            split=source.split,
+            revision=source.revision,
+        )
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{key}: `datasets` could not load name={name!r}, subset={source.subset!r}, "
-            f"split={source.split!r}: {error}"
+            f"folder={source.folder!r}, revision={source.revision!r}, split={source.split!r}: "
+            f"{error}"
         ) from error
     needed = needed_fields(source.fields, with_answers)
     check_fields(needed, table.column_names, f"{name} ({source.split})", f"{key}.fields")
-    rows = table.select_columns(sorted(set(needed.values())))
+    rows = table.select_columns(needed_columns(needed, table.column_names))
     for number, row in enumerate(rows):
         yield f"{source.name} {source.split}[{number}]", row

@@ -10,7 +10,15 @@ from typing import Literal, TypeAlias
 from pydantic import TypeAdapter, ValidationError
 
 from distill_system.errors import DataError, RecordError
-from distill_system.evaluation.scores import bleu_from_sums, bleu_statistics, exact_match, rouge_l
+from distill_system.evaluation.scores import (
+    accuracy,
+    bleu_from_sums,
+    bleu_statistics,
+    exact_match,
+    rouge_l,
+    rouge_l_stemmed,
+    yes_no_answer,
+)
 from distill_system.records import Finish, Prompt, Trajectory
 from distill_system.standard_errors import (
     bootstrap_replicates,
@@ -18,7 +26,7 @@ from distill_system.standard_errors import (
     standard_error,
 )
 
-Metric = Literal["exact_match", "rouge_l", "bleu"]
+Metric = Literal["exact_match", "rouge_l", "rouge_l_stemmed", "bleu", "accuracy"]
 Generate: TypeAlias = Callable[[Sequence[Prompt], float, str], Sequence[Trajectory]]
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
@@ -51,7 +59,7 @@ class ShownGeneration:
 class SplitEvaluation:
     """Scores of one split; its JSON form goes into the run's evaluations/<label>.json.
 
-    scores: `<metric>_<decoding>` -> estimate; exact_match, rouge_l, bleu, ended_share in percent,
+    scores: `<metric>_<decoding>` -> estimate; the metrics and ended_share in percent,
     mean_length in response tokens (the end-of-sequence token included).
     prompt_ids: [N], the order of everything per example.
     per_example: same names -> [N] values; of bleu there are none.
@@ -99,6 +107,8 @@ class _Generation:
 _PER_EXAMPLE: dict[str, Callable[[Prompt, _Generation], float]] = {
     "exact_match": lambda prompt, row: exact_match(row.text, prompt.references),
     "rouge_l": lambda prompt, row: rouge_l(row.text, prompt.references),
+    "rouge_l_stemmed": lambda prompt, row: rouge_l_stemmed(row.text, prompt.references),
+    "accuracy": lambda prompt, row: accuracy(row.text, prompt.references),
     "mean_length": lambda _, row: float(row.num_tokens),
     "ended_share": lambda _, row: 100.0 * row.ended,
 }
@@ -122,11 +132,14 @@ def evaluate_splits(
         num_shown: generations kept per split for people to read.
 
     Raises:
-        DataError: a split is empty, or only some of its prompts have references.
+        DataError: a split is empty, only some of its prompts have references, or accuracy is asked
+            for and a reference says neither yes nor no.
         RecordError: generate returned other prompts than it was given.
     """
     for name, prompts in splits.items():
         _check_split(name, prompts)
+        if "accuracy" in metrics:
+            _check_yes_no(name, prompts)
     everything = [prompt for prompts in splits.values() for prompt in prompts]
     generations = {
         label: _generate(everything, generate, decode, label=label, temperature=temperature)
@@ -151,6 +164,17 @@ def _check_split(name: str, prompts: Sequence[Prompt]) -> None:
             f"{len(without)} of {len(prompts)} have none, the first {without[0]!r}; "
             "fill them in or move those rows to a split of their own"
         )
+
+
+def _check_yes_no(name: str, prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        for reference in prompt.references:
+            if yes_no_answer(reference) is None:
+                raise DataError(
+                    f"evaluation split {name!r}: accuracy needs references that say yes or no, "
+                    f"{prompt.prompt_id!r} has {reference[:80]!r}; take accuracy out of "
+                    "evaluation.metrics, or name another field"
+                )
 
 
 def _generate(

@@ -68,7 +68,7 @@ def collate(
     totals: Mapping[Stream, StreamTotals],
     device: torch.device,
 ) -> LearnerBatch:
-    """Join this rank's chunks; targets[i] belongs to chunks[i]; None where the teacher did not read.
+    """Join this rank's chunks; targets[i] belongs to chunks[i], None where no teacher read.
 
     Raises: RecordError if a trajectory and its targets disagree.
     """

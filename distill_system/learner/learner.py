@@ -44,6 +44,7 @@ from distill_system.objectives import (
     unit_rows,
 )
 from distill_system.objectives.rows import ObjectiveOutput
+from distill_system.peak_memory import read_peak_memory_bytes
 from distill_system.records import (
     Finish,
     StepResult,
@@ -159,6 +160,7 @@ class Learner:
             "gradient_norm": gradient_norm,
             "learning_rate": rate,
             "response_tokens": num_tokens,
+            "peak_memory_bytes": read_peak_memory_bytes(self.device),
         }
         return StepResult(
             step=step,

@@ -32,6 +32,8 @@ COLORS = (
 # matplotlib wants a hex colour: each name is drawn in one of its own and replaced in the SVG.
 _STAND_INS = {name: f"#0102{index:02x}" for index, name in enumerate(COLORS)}
 LineStyle = Literal["measured", "noisy", "exact"]
+LinePattern = Literal["solid", "dashed", "dotted"]
+PATTERNS: tuple[LinePattern, ...] = ("solid", "dashed", "dotted")
 _SIZE_INCHES = (5.2, 2.45)
 _MAX_POINTS = 400
 _SMOOTHED_POINTS = 20
@@ -62,7 +64,7 @@ class Line:
 
     points: (step, value), a value of None leaves a gap.
     color: one of COLORS.
-    errors: one standard error per point, drawn as bars.
+    errors: one standard error per point, drawn as bars, or as a band where is_band says so.
     style: "measured", few points, with markers; "noisy", one a step, faint behind their local fit;
     "exact", one a step, as they are.
     """
@@ -72,6 +74,8 @@ class Line:
     color: str
     errors: Sequence[float | None] | None = None
     style: LineStyle = "noisy"
+    pattern: LinePattern = "solid"
+    is_band: bool = False
 
 
 def draw_lines(lines: Sequence[Line]) -> str:
@@ -94,15 +98,32 @@ def _draw_line(axes: Axes, line: Line) -> None:
     color = _STAND_INS[line.color]
     steps, values = _to_arrays(line.points)
     if line.errors is not None:
-        errors = np.array([error or 0.0 for error in line.errors])
-        axes.errorbar(steps, values, yerr=errors, fmt="none", ecolor=color, elinewidth=1, alpha=0.6)
+        _draw_errors(axes, line, np.array([error or 0.0 for error in line.errors]))
     marker = "o" if line.style == "measured" or len(values) == 1 else None
     kept = _thin(len(values))
     shown = values[kept]
     if line.style == "noisy" and len(values) >= _SMOOTHED_POINTS:
         axes.plot(steps[kept], shown, color=color, linewidth=0.8, alpha=0.3)
         shown = _smooth(steps, values, kept, window=len(values) // _SMOOTHED_POINTS)
-    axes.plot(steps[kept], shown, color=color, linewidth=1.8, marker=marker, markersize=4)
+    axes.plot(
+        steps[kept],
+        shown,
+        color=color,
+        linewidth=1.8,
+        linestyle=line.pattern,
+        marker=marker,
+        markersize=4,
+    )
+
+
+def _draw_errors(axes: Axes, line: Line, errors: Any) -> None:
+    color = _STAND_INS[line.color]
+    steps, values = _to_arrays(line.points)
+    if line.is_band:
+        low, high = values - errors, values + errors
+        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+    else:
+        axes.errorbar(steps, values, yerr=errors, fmt="none", ecolor=color, elinewidth=1, alpha=0.6)
 
 
 def _to_arrays(points: Sequence[tuple[int, float | None]]) -> tuple[Any, Any]:

@@ -19,11 +19,11 @@ WHOLE_STEP = "step"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """One drawn chart.  legend: (label, colour) per line."""
+    """One drawn chart.  legend: (label, colour, pattern) per line."""
 
     title: str
     note: str
-    legend: tuple[tuple[str, str], ...]
+    legend: tuple[tuple[str, str, str], ...]
     svg: str
 
 
@@ -98,7 +98,7 @@ def draw_curves(rows: Sequence[MetricRow], stage: str, curves: Sequence[Curve]) 
             _line(rows, stage, label, metric, SERIES[index])
             for index, (label, metric) in enumerate(curve.lines)
         ]
-        charts += _draw(curve.title, curve.note, lines)
+        charts += draw_chart(curve.title, curve.note, lines)
     return charts
 
 
@@ -108,7 +108,7 @@ def draw_supervised_loss(rows: Sequence[MetricRow]) -> list[Chart]:
     for role in ("teacher", "student"):
         color = "teacher" if role == "teacher" else "before"
         line = _line(rows, f"sft_{role}", "loss", "learner/loss", color)
-        charts += _draw(f"Supervised loss, {role}", "nats per response token", [line])
+        charts += draw_chart(f"Supervised loss, {role}", "nats per response token", [line])
     return charts
 
 
@@ -119,7 +119,7 @@ def draw_throughput(rows: Sequence[MetricRow]) -> list[Chart]:
         _line(rows, "distill", phase.replace("_", " "), f"tokens_per_second/{phase}", color)
         for phase, color in colors.items()
     ]
-    return _draw(
+    return draw_chart(
         "Throughput by pool", "tokens per second of one busy worker; the whole step", lines
     )
 
@@ -157,7 +157,7 @@ def draw_scores(evaluations: Sequence[Mapping[str, Any]], metric: str, title: st
             style="measured",
         )
         lines.append(line)
-    return _draw(title, "percent, with one standard error", lines)
+    return draw_chart(title, "percent, with one standard error", lines)
 
 
 def _line(rows: Sequence[MetricRow], stage: str, label: str, metric: str, color: str) -> Line:
@@ -172,9 +172,11 @@ def _line(rows: Sequence[MetricRow], stage: str, label: str, metric: str, color:
     return Line(label=label, points=points, color=color, style=style)
 
 
-def _draw(title: str, note: str, lines: Sequence[Line]) -> list[Chart]:
+def draw_chart(title: str, note: str, lines: Sequence[Line]) -> list[Chart]:
+    """The chart of these lines; none if no line has a point."""
     drawn = [line for line in lines if any(value is not None for _, value in line.points)]
     if not drawn:
         return []
-    legend = tuple((line.label, line.color) for line in drawn) if len(drawn) > 1 else ()
-    return [Chart(title=title, note=note, legend=legend, svg=draw_lines(drawn))]
+    legend = tuple((line.label, line.color, line.pattern) for line in drawn)
+    shown = legend if len(drawn) > 1 else ()
+    return [Chart(title=title, note=note, legend=shown, svg=draw_lines(drawn))]

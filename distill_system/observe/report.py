@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
 
 from distill_system.observe.curves import (
     DISTANCE_CURVES,
@@ -21,18 +19,12 @@ from distill_system.observe.curves import (
     draw_supervised_loss,
     draw_throughput,
 )
-from distill_system.observe.live import format_duration
+from distill_system.observe.formats import format_metric
 from distill_system.observe.metrics import MetricRow, read_metrics
+from distill_system.observe.pages import render_page
 from distill_system.observe.run_directory import RunDirectory, read_json, write_text
 from distill_system.observe.summary import build_summary, read_evaluation
 
-METRIC_TITLES = {
-    "exact_match": "Exact match",
-    "rouge_l": "ROUGE-L",
-    "bleu": "BLEU",
-    "mean_length": "Mean length, tokens",
-    "ended_share": "Ended by itself",
-}
 DISTANCE_TITLES = {"on_policy": "On-policy distance", "off_policy": "Off-policy distance"}
 ROLES = {"teacher": "teacher", "before": "student, SFT", "after": "student, distilled"}
 CLEAR_STANDARD_ERRORS = 1.96
@@ -45,18 +37,8 @@ def write_report(run: RunDirectory) -> None:
     Raises:
         RunStateError: a part exists and cannot be read.
     """
-    template = resources.files("distill_system.observe").joinpath("report.html").read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "number": format_value,
-        "signed": format_signed,
-        "duration": format_duration,
-        "metric_title": format_metric,
-        "gain_class": classify_gain,
-    }
-    write_text(run.report_path, environment.from_string(template).render(**_collect(run)))
+    filters = {"gain_class": classify_gain}
+    write_text(run.report_path, render_page("observe/report.html", _collect(run), filters=filters))
 
 
 def _collect(run: RunDirectory) -> dict[str, Any]:
@@ -170,22 +152,6 @@ def collect_samples(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
                 )
                 card["texts"][role] = {key: shown[key] for key in ("greedy", "sampled")}
     return {split: list(cards.values()) for split, cards in samples.items()}
-
-
-def format_metric(metric: str) -> str:
-    """exact_match_greedy -> Exact match, greedy."""
-    name, _, decoding = metric.rpartition("_")
-    return f"{METRIC_TITLES.get(name, name.replace('_', ' '))}, {decoding}"
-
-
-def format_value(value: float | None, digits: int = 1) -> str:
-    """A number, or a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001  # a real dash
-
-
-def format_signed(value: float | None) -> str:
-    """A number with its sign, or a dash where there is none."""
-    return "–" if value is None else f"{value:+.1f}".replace("-", "−")  # noqa: RUF001
 
 
 def classify_gain(score: Mapping[str, float | None], metric: str) -> str:

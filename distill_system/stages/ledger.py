@@ -66,6 +66,7 @@ class Ledger:
         self.context.timings.add_work("learner", result.work)
         return {
             **result.metrics,
+            **self.streams.pop_counts(),
             **{f"seconds/{name}": value for name, value in clock.items()},
             "tokens_per_second/step": result.num_response_tokens / seconds,
             "tokens_per_second/learner": result.num_response_tokens / result.seconds,
@@ -101,8 +102,9 @@ class Ledger:
             "student before": self.context.student_path,
             "objective": config.objective.model_dump_json(),
             "steps": config.steps,
-            "student prompts per step": config.student_prompts_per_step,
-            "teacher prompts per step": config.teacher_prompts_per_step,
+            "on-policy sequences per step": config.sequences("on_policy"),
+            "off-policy sequences per step": config.sequences("off_policy"),
+            "off-policy source": config.off_policy_source,
         }
         folder = self.context.run.student_directory
         export_model(self.context, self.pools.learner, folder, facts=facts)

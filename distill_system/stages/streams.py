@@ -10,6 +10,9 @@ from distill_system.records import Prompt, Trajectory
 from distill_system.rollout import PendingRollouts, Sampling
 from distill_system.stages.context import RunContext
 from distill_system.stages.pools import Pools
+from distill_system.stages.replay import AdaptiveReplay, StepKind
+
+HELD_OUT_LOSS = "held_out/cross_entropy"
 
 
 class Streams:
@@ -33,43 +36,73 @@ class Streams:
         )
         self.reads_rows = reads_rows
         self._teacher_before = self.teacher.state()
-        self._rows: Sequence[Trajectory] = ()
         self._teacher_writing: PendingRollouts | None = None
+        self._sampled = {"student": 0, "teacher": 0}
+        distill = self.config.distill
+        self.replay = (
+            AdaptiveReplay(distill.replay, seed=seed, total_steps=distill.steps)
+            if distill.replay is not None
+            else None
+        )
 
     def ask_ahead(self, step: int) -> None:
-        """Let the off-policy stream of a step be written while others work."""
-        if step >= self.config.distill.steps:
-            return
+        """Let the teacher write a step's off-policy stream while others work."""
         self._teacher_before = self.teacher.state()
-        taken = self.teacher.take(self.config.distill.teacher_prompts_per_step)
-        if self.reads_rows:
-            self._rows = [self.data.student_sft[index] for index in taken]
-        else:
+        if step < self.config.distill.steps and not self.reads_rows:
+            taken = self.teacher.take(self.config.distill.sequences("off_policy"))
             prompts = [self.data.prompts[index] for index in taken]
             self._teacher_writing = self.pools.teachers.start(prompts, *self._how(step))
 
-    def off_policy(self) -> Sequence[Trajectory]:
-        """What was asked for last."""
-        if self.reads_rows:
-            return self._rows
-        assert self._teacher_writing is not None, "the off-policy stream is asked one step ahead"
-        return self.pools.teachers.finish(self._teacher_writing)
+    def off_policy(self, step: int) -> Sequence[Trajectory]:
+        """The step's rows of data, or what the teacher was asked for last."""
+        if not self.reads_rows:
+            assert self._teacher_writing is not None, "the teacher is asked one step ahead"
+            return self._count("teacher", self.pools.teachers.finish(self._teacher_writing))
+        if self.replay is not None and self.replay.choose(step) is not StepKind.DATA:
+            return ()
+        taken = self.teacher.take(self.config.distill.sequences("off_policy"))
+        return [self.data.student_sft[index] for index in taken]
 
     def on_policy(self, step: int) -> Sequence[Trajectory]:
-        """What the student writes now, under its newest weights."""
-        taken = self.student.take(self.config.distill.student_prompts_per_step)
-        prompts: list[Prompt] = [self.data.prompts[index] for index in taken]
-        return self.pools.students.generate(prompts, *self._how(step))
+        """What the student writes now, under its newest weights; or wrote, if there is replay."""
+        count = self.config.distill.sequences("on_policy")
+        kind = StepKind.WRITE if self.replay is None else self.replay.choose(step)
+        if self.replay is not None and kind is StepKind.REPLAY:
+            return self.replay.sample(step, count)
+        if kind is StepKind.DATA:
+            return ()
+        prompts: list[Prompt] = [self.data.prompts[index] for index in self.student.take(count)]
+        written = self._count("student", self.pools.students.generate(prompts, *self._how(step)))
+        if self.replay is not None:
+            self.replay.keep(written)
+        return written
+
+    def pop_counts(self) -> dict[str, float]:
+        """Response tokens that each model sampled since this was last asked, as metrics."""
+        counts, self._sampled = self._sampled, {"student": 0, "teacher": 0}
+        return {f"sampled_tokens/{author}": float(count) for author, count in counts.items()}
+
+    def hear(self, measured: Mapping[str, float]) -> None:
+        """Take in what was measured on held-out data, where the schedule depends on it."""
+        if self.replay is not None and HELD_OUT_LOSS in measured:
+            self.replay.hear(measured[HELD_OUT_LOSS])
 
     def state(self) -> dict[str, Any]:
         """The position from which the steps not yet learned from are fed again."""
-        return {"student": self.student.state(), "teacher": self._teacher_before}
+        state: dict[str, Any] = {"student": self.student.state(), "teacher": self._teacher_before}
+        return state if self.replay is None else state | {"replay": self.replay.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a position that `state` returned."""
         self.student.restore(state["student"])
         self.teacher.restore(state["teacher"])
         self._teacher_before = self.teacher.state()
+        if self.replay is not None:
+            self.replay.restore(state["replay"])
+
+    def _count(self, author: str, written: list[Trajectory]) -> list[Trajectory]:
+        self._sampled[author] += sum(trajectory.num_response_tokens for trajectory in written)
+        return written
 
     def _how(self, step: int) -> tuple[Sampling, int, str]:
         """Sampling, seed and label of a step's rollouts."""

@@ -26,17 +26,20 @@ ALLOWED: dict[str, set[str] | None] = {
     # tools without a room of their own
     "workers": set(),
     "standard_errors": {"errors"},
+    "peak_memory": set(),
     "language_model": {"config", "errors", "records"},
     # the rooms
     "objectives": {"config.objective", "errors"},
     "data": RECORDS,
     "rollout": RECORDS | {"workers"},
-    "scoring": RECORDS | {"workers", "language_model", "objectives"},
+    "scoring": RECORDS | {"workers", "language_model", "objectives", "peak_memory"},
     "weights": RECORDS | {"workers"},
-    "learner": RECORDS | {"workers", "language_model", "objectives", "weights"},
+    "learner": RECORDS | {"workers", "language_model", "objectives", "peak_memory", "weights"},
     "evaluation": RECORDS | {"workers", "standard_errors", "rollout"},
     "cluster": RECORDS | {"workers"},
     "observe": RECORDS | {"standard_errors"},
+    # reads what runs left behind
+    "comparison": RECORDS | {"observe", "standard_errors"},
     # what joins the rooms
     "stages": ANY,
     "driver": ANY,

@@ -31,6 +31,8 @@ def test_expectations_read_as_words() -> None:
         "evaluate_every": "a whole number > 0 or null",
         "type": "'adamw' or 'muon'",
         "betas": "a list of 2, each a number >= 0 and < 1",
-        "metrics": "a list, each item 'exact_match', 'rouge_l' or 'bleu'",
+        "metrics": (
+            "a list, each item 'exact_match', 'rouge_l', 'rouge_l_stemmed', 'bleu' or 'accuracy'"
+        ),
         "unknown": "a value",
     }

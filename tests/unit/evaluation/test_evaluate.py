@@ -99,6 +99,24 @@ def test_a_split_without_references_has_lengths_and_ends_alone() -> None:
     assert bare.shown[0].greedy == "red red red red"
 
 
+def test_accuracy_reads_yes_and_no_out_of_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TEXTS, 1, "no wings, so yes")
+    monkeypatch.setitem(TEXTS, 2, "the answer is no")
+    splits = {"asked": [build_prompt("a", "yes"), build_prompt("b", "yes")]}
+    generator = ScriptedGenerator({"a": [1, END], "b": [2, END]}, {"a": [2, END], "b": [2, 3]})
+    asked = evaluate_splits(splits, generator, decode, ("accuracy",), 0)["asked"]
+    assert asked.per_example["accuracy_greedy"] == (100.0, 0.0)
+    assert asked.scores["accuracy_sampled"].mean == 0.0
+
+
+def test_accuracy_without_a_yes_or_no_to_compare_with_is_refused_before_generating() -> None:
+    splits = {"asked": [build_prompt("a", "yes"), build_prompt("b", "blue")]}
+    generator = ScriptedGenerator({}, {})
+    with pytest.raises(DataError, match="accuracy needs references that say yes or no, 'b' has"):
+        evaluate_splits(splits, generator, decode, ("accuracy",), 0)
+    assert generator.calls == []
+
+
 def test_what_is_shown_is_limited_and_complete() -> None:
     (shown,) = evaluate()[0]["near"].shown
     assert (shown.prompt, shown.references) == ("ask a", ("red green",))

@@ -11,10 +11,13 @@ from rouge_score.tokenizers import DefaultTokenizer
 from distill_system.errors import RecordError
 from distill_system.evaluation.scores import (
     UnicodeWordTokenizer,
+    accuracy,
     bleu_from_sums,
     bleu_statistics,
     exact_match,
     rouge_l,
+    rouge_l_stemmed,
+    yes_no_answer,
 )
 from distill_system.standard_errors import (
     bootstrap_replicates,
@@ -58,6 +61,50 @@ def test_rouge_l_keeps_words_that_are_not_ascii() -> None:
     assert RougeScorer(["rougeL"]).score("привет мир", "привет мир")["rougeL"].fmeasure == 0.0
     assert UnicodeWordTokenizer().tokenize("Läuft, u\u0308ber!") == ["läuft", "über"]
     assert UnicodeWordTokenizer().tokenize("हिन्दी में") == ["हिन्दी", "में"]
+
+
+def test_rouge_l_of_several_references_is_that_of_the_best_one() -> None:
+    text = "the cat sat on the mat"
+    references = ["a dog ran", "the cat sat", "on a mat the cat sat down"]
+    alone = [rouge_l(text, [reference]) for reference in references]
+    assert rouge_l(text, references) == max(alone)
+    assert len(set(alone)) == 3
+
+
+def test_stemmed_rouge_l_by_hand() -> None:
+    # Stems "cat run quick" against "the cat run": common "cat run", precision and recall 2/3.
+    assert rouge_l_stemmed("cats running quickly", ["the cat runs"]) == pytest.approx(200 / 3)
+    assert rouge_l("cats running quickly", ["the cat runs"]) == 0.0
+    assert rouge_l_stemmed("cats", ["dogs", "cat"]) == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("yes", True),
+        ("No.", False),
+        ("  'Yes', fish swim, no doubt.", True),
+        ("False: cats have wings, true or not.", False),
+        ("Cats have no wings. So the answer is yes.", True),
+        ("The answer is yes? It has no wings. The answer is: **no**.", False),
+        ("Answer: true. There is no other.", True),
+        ("No wings, so yes", True),
+        ("It has no wings, so yes", True),
+        ("no", False),
+        ("There is nothing to know", None),
+        ("Norway, yesterday", None),
+        ("", None),
+    ],
+)
+def test_the_yes_or_no_of_a_response(text: str, said: bool | None) -> None:
+    assert yes_no_answer(text) is said
+
+
+def test_accuracy_is_whether_the_answers_agree() -> None:
+    assert accuracy("Fish live in water. So the answer is yes.", ["yes"]) == 100.0
+    assert accuracy("So the answer is no.", ["yes"]) == 0.0
+    assert accuracy("I cannot say.", ["no"]) == 0.0
+    assert accuracy("no", ["The answer is no.", "false"]) == 100.0
 
 
 @given(st.text(alphabet=st.characters(max_codepoint=127)))

@@ -1,0 +1,75 @@
+"""What a comparison set out to do: its plan.json, read and written, and where each run lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from distill_system.errors import RunStateError
+from distill_system.observe.run_directory import RunDirectory, read_json, write_json
+
+Budget = Literal["updates", "sampled_tokens", "seconds"]
+"""What every objective gets as much of: student updates, tokens the student samples, seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The whole of plan.json.
+
+    config: the resolved base configuration.
+    objectives: their names, in the order in which tables show them.
+    budget_value: updates, tokens or seconds of each run, as `budget` says.
+    steps: objective -> distillation steps of each of its runs.
+    failures: "objective/seed_0" -> the first lines of the error that ended that run.
+    """
+
+    name: str
+    config: dict[str, Any]
+    objectives: tuple[str, ...]
+    seeds: tuple[int, ...]
+    budget: Budget
+    budget_value: float
+    steps: dict[str, int]
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+_ADAPTER = TypeAdapter(Plan)
+
+
+def plan_path(folder: Path) -> Path:
+    """The plan of the comparison in this folder."""
+    return folder / "plan.json"
+
+
+def run_key(objective: str, seed: int) -> str:
+    """The name of one run within its comparison: its folder, and its key in Plan.failures."""
+    return f"{objective}/seed_{seed}"
+
+
+def run_directory(folder: Path, objective: str, seed: int) -> RunDirectory:
+    """The ordinary run directory of one objective and seed."""
+    return RunDirectory(folder / run_key(objective, seed))
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Write plan.json; a reader sees the old one or the new, never a part."""
+    write_json(plan_path(folder), _ADAPTER.dump_python(plan, mode="json"))
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan of the comparison in this folder.
+
+    Raises:
+        RunStateError: there is none, or a key is missing or of another type.
+    """
+    path = plan_path(folder)
+    try:
+        return _ADAPTER.validate_python(read_json(path))
+    except ValidationError as error:
+        raise RunStateError(
+            f"{path} is not the plan of a comparison; let `distill-system compare` write it anew: "
+            f"{error}"
+        ) from error

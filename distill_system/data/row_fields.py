@@ -1,0 +1,145 @@
+"""Which fields of a row a field map needs, and what stands in them.
+
+In: the configured field map; a row, or the column names of a table.  Out: fields and their values;
+one that is missing ends here, with the nearest name that exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+
+from distill_system.config.data import (
+    FieldMap,
+    InstructionFields,
+    MessagesFields,
+    PromptResponseFields,
+    TemplateFields,
+)
+from distill_system.config.templates import template_fields
+from distill_system.errors import DataError
+
+Row = Mapping[str, object]
+NeededFields = list[tuple[str, str]]  # setting that names a field, the field
+
+ANSWER_SETTINGS = ("response", "output", "reference")
+_MAY_BE_NULL = (*ANSWER_SETTINGS, "input")
+
+
+def needed_fields(fields: FieldMap, with_answers: bool) -> NeededFields:
+    """Fields that must exist in every row, each with the setting that names it.
+
+    A nested field is given whole, "outer.inner"; `needed_columns` gives the columns.
+    """
+    named: list[tuple[str, str | None]]
+    match fields:
+        case PromptResponseFields():
+            named = [("prompt", fields.prompt), ("response", fields.response)]
+        case InstructionFields():
+            named = [
+                ("instruction", fields.instruction),
+                ("input", fields.input),
+                ("output", fields.output),
+            ]
+        case MessagesFields():
+            return [("messages", fields.messages)]
+        case TemplateFields():
+            named = [
+                (setting, name)
+                for setting, template in given_templates(fields)
+                for name in template_fields(template)
+            ]
+    return [
+        (setting, field)
+        for setting, field in named
+        if field is not None and (with_answers or setting not in ANSWER_SETTINGS)
+    ]
+
+
+def needed_columns(needed: NeededFields, existing: Collection[str]) -> list[str]:
+    """The columns of a table that the needed fields lie in."""
+    return sorted({_column(field, existing) for _, field in needed})
+
+
+def check_fields(needed: NeededFields, existing: Collection[str], where: str, key: str) -> None:
+    """Refuse a row or table that lacks a needed field.
+
+    Args:
+        needed: as from `needed_fields`.
+        existing: the field names there are.
+        where: the row or table, for the message.
+        key: configuration key of the field map, e.g. "data.prompts.fields".
+
+    Raises:
+        DataError: names the missing field, the existing ones and the nearest of them.
+    """
+    for setting, field in needed:
+        if _column(field, existing) in existing:
+            continue
+        nearest = difflib.get_close_matches(field, existing, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        way_out = f", or to null for rows without {setting}" if setting in _MAY_BE_NULL else ""
+        raise DataError(
+            f"{where}: no field {field!r}, the fields are {sorted(existing)}{hint} "
+            f"Set {key}.{setting} to the field's name{way_out}"
+        )
+
+
+def lacks_text(row: Row, fields: FieldMap, with_answers: bool) -> bool:
+    """Whether a needed field is there and holds nothing; an input may always be empty."""
+    for setting, field in needed_fields(fields, with_answers):
+        if setting != "input" and _is_nothing(_reach(row, field)):
+            return True
+    return False
+
+
+def given_templates(fields: TemplateFields) -> list[tuple[str, str]]:
+    """The templates that are given, each with its setting."""
+    given = [(setting, getattr(fields, setting)) for setting in ("prompt", "response", "reference")]
+    return [(setting, template) for setting, template in given if template is not None]
+
+
+_ABSENT = object()
+
+
+def _reach(row: Row, name: str) -> object:
+    """The value of "outer.inner", _ABSENT if there is none; a name that holds dots comes first."""
+    if name in row:
+        return row[name]
+    value: object = row
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
+
+
+def field_value(row: Row, name: str, where: str) -> object:
+    """The value of a field, "outer.inner" for a nested one.
+
+    Raises:
+        DataError: the outer field is there and has no such inner one; `where` names the row.
+    """
+    value = _reach(row, name)
+    if value is _ABSENT:
+        outer = name.partition(".")[0]
+        raise DataError(
+            f"{where}: no field {name!r}: field {outer!r} is {describe(row[outer])}; name another "
+            "field of the row"
+        )
+    return value
+
+
+def _column(field: str, existing: Collection[str]) -> str:
+    """The field of a row that holds "outer.inner"."""
+    return field if field in existing else field.partition(".")[0]
+
+
+def _is_nothing(value: object) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def describe(value: object) -> str:
+    """A value's type and its beginning, for messages."""
+    shown = repr(value)
+    return f"{type(value).__name__} {shown[:57] + '...' if len(shown) > 60 else shown}"

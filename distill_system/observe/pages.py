@@ -1,0 +1,45 @@
+"""A template and its values in, one self-contained HTML page out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from distill_system.observe.formats import format_metric, format_signed, format_value
+from distill_system.observe.live import format_duration
+
+
+def render_page(
+    template: str,
+    values: Mapping[str, Any],
+    *,
+    filters: Mapping[str, Callable[..., str]] | None = None,
+) -> str:
+    """The page; whatever the values hold is escaped.
+
+    Args:
+        template: its path below the package, as observe/report.html; it extends observe/page.html,
+            which has the style; observe/chart.html has the macro that shows a chart.
+        values: everything that the template names.
+        filters: more than number, signed, duration and metric_title.
+
+    Raises:
+        jinja2.UndefinedError: the template names what values lack.
+    """
+    environment = Environment(
+        loader=PackageLoader("distill_system", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": format_value,
+        "signed": format_signed,
+        "duration": format_duration,
+        "metric_title": format_metric,
+        **(filters or {}),
+    }
+    return environment.get_template(template).render(**values)

@@ -1,0 +1,130 @@
+"""Equal runs of several objectives and seeds from one shared start, and the comparison of them.
+
+    base configuration --> shared fine-tuning --> objective x seed runs --> compare.json and tables
+
+Every run is an ordinary one in its own process: it can be looked at, resumed and repeated alone
+(`distill-system train FOLDER/OBJECTIVE/seed_0.json --resume`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from distill_system.comparison import Plan, run_key, write_comparison, write_plan
+from distill_system.comparison.plan import Budget
+from distill_system.config import RunConfig, load_config
+from distill_system.config.data import PretrainedTokenizer
+from distill_system.config.model import ModelConfig
+from distill_system.config.recipes import recipe_path
+from distill_system.errors import ConfigError
+from distill_system.observe import RunDirectory
+from distill_system.stages.context import model_path
+from distill_system.stages.pilot import plan_steps
+from distill_system.stages.processes import Job, run_jobs
+from distill_system.stages.train import train
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonRequest:
+    """What the person asked for.
+
+    paths, overrides: the base configuration. objectives: names of methods, or YAML files of them.
+    budget: what every objective gets as much of; budget_value: how much, None takes what the base
+    configuration's steps cost the first objective. at_once: runs side by side.
+    """
+
+    paths: Sequence[str]
+    overrides: Sequence[str] = ()
+    objectives: Sequence[str]
+    seeds: int = 3
+    budget: Budget = "updates"
+    budget_value: float | None = None
+    at_once: int = 1
+
+
+def compare(request: ComparisonRequest, *, say: Say) -> Path:
+    """Run what has not been run yet, then write the comparison; returns its folder.
+
+    A run that fails is told in the tables, and the others go on; the same call tries it again and
+    continues what was interrupted.
+    Raises: DistillError before anything runs, or from the shared fine-tuning.
+    """
+    base = load_config(request.paths, request.overrides)
+    configs = _load_objectives(request)
+    folder = Path(base.runs_directory).absolute() / base.name
+    shared = _with(base, name="shared", runs_directory=str(folder))
+    start = train(shared, resume=True, stages=("sft",))
+    configs = {name: _from_shared(config, shared, start) for name, config in configs.items()}
+    steps, value, failures = plan_steps(
+        configs, folder, budget=request.budget, value=request.budget_value, say=say
+    )
+    plan = Plan(
+        name=base.name,
+        config=base.model_dump(mode="json"),
+        objectives=tuple(configs),
+        seeds=tuple(range(request.seeds)),
+        budget=request.budget,
+        budget_value=value,
+        steps=steps,
+        failures=failures,
+    )
+    write_plan(folder, plan)
+    jobs = [_job(folder, configs[name], name, seed, steps) for seed in plan.seeds for name in steps]
+    failures = failures | run_jobs(jobs, at_once=request.at_once, say=say)
+    write_plan(folder, replace(plan, failures=failures))
+    files = write_comparison(folder)
+    say(f"comparison: {files.html_path}\ntable: {files.markdown_path}")
+    return folder
+
+
+def _load_objectives(request: ComparisonRequest) -> dict[str, RunConfig]:
+    """Every objective's run, so that a wrong name or key is told before anything runs."""
+    configs: dict[str, RunConfig] = {}
+    for name in request.objectives:
+        label = recipe_path(name).stem
+        if label in configs or label in ("shared", "pilot"):
+            raise ConfigError(
+                f"--objectives: expected names that differ from one another and from 'shared' and "
+                f"'pilot', got {label!r} in {list(request.objectives)}"
+            )
+        configs[label] = load_config([*request.paths, recipe_path(name)], request.overrides)
+    return configs
+
+
+def _from_shared(config: RunConfig, shared: RunConfig, start: RunDirectory) -> RunConfig:
+    """The same run from the models that the shared fine-tuning has left."""
+
+    def tuned(model: ModelConfig, role: str) -> ModelConfig:
+        path = model_path(shared, start, role)
+        return model.model_copy(update={"path": path, "architecture": None, "sft": None})
+
+    changes: dict[str, object] = {
+        "teacher": tuned(config.teacher, "teacher"),
+        "student": tuned(config.student, "student"),
+    }
+    if start.tokenizer_directory.exists():
+        changes["tokenizer"] = PretrainedTokenizer(path=str(start.tokenizer_directory))
+    return _with(config, **changes)
+
+
+def _job(
+    folder: Path, config: RunConfig, objective: str, seed: int, steps: Mapping[str, int]
+) -> Job:
+    distill = config.distill.model_copy(update={"steps": steps[objective]})
+    own = _with(
+        config,
+        name=f"seed_{seed}",
+        seed=seed,
+        runs_directory=str(folder / objective),
+        distill=distill,
+    )
+    twins = [folder / run_key(other, seed) for other in steps]
+    return Job(key=run_key(objective, seed), config=own, same_teacher=tuple(twins))
+
+
+def _with(config: RunConfig, **changes: object) -> RunConfig:
+    return config.model_copy(update=changes)

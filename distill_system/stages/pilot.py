@@ -1,0 +1,76 @@
+"""How many steps an equal budget is for each objective; costs are measured by short runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+from distill_system.comparison.plan import Budget
+from distill_system.config import RunConfig
+from distill_system.errors import ConfigError, RunStateError
+from distill_system.stages.processes import Job, run_jobs
+
+PILOT_STEPS = 12
+PILOT_EXAMPLES = 4
+WARM_UP_STEPS = 3
+"""The first steps of a process are slower; they are not counted."""
+
+
+def plan_steps(
+    configs: Mapping[str, RunConfig],
+    folder: Path,
+    *,
+    budget: Budget,
+    value: float | None,
+    say: Callable[[str], None],
+) -> tuple[dict[str, int], float, dict[str, str]]:
+    """Steps of each objective's runs, the budget itself, and the objectives whose pilot failed.
+
+    updates: the same number for all. sampled_tokens, seconds: as many steps as the budget pays for
+    at the cost per step of a pilot of PILOT_STEPS steps. An objective that samples nothing gets the
+    base configuration's steps under a budget of sampled tokens.
+    Raises: ConfigError if the budget pays for less than one step.
+    """
+    steps = {name: config.distill.steps for name, config in configs.items()}
+    if budget == "updates":
+        if value is not None:
+            steps = dict.fromkeys(steps, round(value))
+        return steps, float(next(iter(steps.values()))), {}
+    jobs = [_pilot(name, config, folder) for name, config in configs.items()]
+    failed = run_jobs(jobs, at_once=1, say=say)
+    costs = {job.key.split("/")[1]: _cost(job, budget) for job in jobs if job.key not in failed}
+    if not costs:
+        raise RunStateError(f"no pilot came to its end; see the logs in {folder / 'pilot'}")
+    first = next(iter(costs))
+    total = steps[first] * costs[first] if value is None else value
+    steps = {name: round(total / cost) if cost else steps[name] for name, cost in costs.items()}
+    if min(steps.values()) < 1:
+        raise ConfigError(f"--budget-value: {total:g} {budget} pay for less than a step: {costs}")
+    say(f"budget: {total:g} {budget} each; steps: {steps}")
+    return steps, total, {key.split("/")[1]: failure for key, failure in failed.items()}
+
+
+def _pilot(name: str, config: RunConfig, folder: Path) -> Job:
+    distill = config.distill.model_copy(
+        update={"steps": PILOT_STEPS, "measure_every": PILOT_STEPS, "evaluate_every": None}
+    )
+    evaluation = {
+        split: source.model_copy(update={"num_examples": PILOT_EXAMPLES})
+        for split, source in config.data.evaluation.items()
+    }
+    data = config.data.model_copy(update={"evaluation": evaluation})
+    update = {"name": name, "runs_directory": str(folder / "pilot"), "data": data}
+    return Job(key=f"pilot/{name}", config=config.model_copy(update={**update, "distill": distill}))
+
+
+def _cost(job: Job, budget: Budget) -> float:
+    """Seconds, or tokens sampled, of one step."""
+    lines = job.run.metrics_path.read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row.get("stage") == "distill"]
+    steps = [row["metrics"] for row in rows if "seconds/step" in row["metrics"]][WARM_UP_STEPS:]
+    if budget == "seconds":
+        return median(step["seconds/step"] for step in steps)
+    authors = ("sampled_tokens/student", "sampled_tokens/teacher")
+    return sum(step[author] for step in steps for author in authors) / len(steps)
