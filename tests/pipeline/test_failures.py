@@ -11,11 +11,11 @@ import os
 import random
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Run, start, wait_until, write_configuration, write_rows
+from command_line import Run, wait_until, write_configuration, write_rows
 
 Launch = Callable[..., Run]
 
@@ -32,20 +32,6 @@ def configuration(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Pat
     """A run of two random models that share their tokenizer; nothing is fine-tuned."""
     teacher, student = tiny_model_folder(seed=1), tiny_model_folder(seed=2, num_layers=1)
     return write_configuration(tmp_path, teacher, student)
-
-
-@pytest.fixture
-def launch() -> Iterator[Launch]:
-    """command_line.start, with an end for what a failed test leaves running."""
-    runs: list[Run] = []
-
-    def begin(command: str, *arguments: object) -> Run:
-        runs.append(start(command, *arguments))
-        return runs[-1]
-
-    yield begin
-    for run in runs:
-        run.end()
 
 
 def _checkpoints(configuration: Path) -> Path:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from distill_system.records import (
     TeacherTargets,
     TrajectoryChunk,
     VersionSpan,
+    trajectory_from_plain,
+    trajectory_to_plain,
 )
 
 
@@ -105,3 +108,14 @@ def test_every_error_survives_pickling_and_is_drawn_in_the_tree():
         assert type(copy) is kind
         assert str(copy) == "what came"
         assert kind.__name__ in (errors.__doc__ or "")
+
+
+def test_a_trajectory_survives_json_to_the_bit():
+    for trajectory in make_trajectories(5):
+        again = trajectory_from_plain(json.loads(json.dumps(trajectory_to_plain(trajectory))))
+        for name in ("token_ids", "behaviour_logprobs"):
+            ours, theirs = getattr(again, name), getattr(trajectory, name)
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)
+        same = {"token_ids": trajectory.token_ids, "behaviour_logprobs": again.behaviour_logprobs}
+        assert repr(replace(again, **same)) == repr(replace(trajectory, **same))
