@@ -247,12 +247,17 @@ class WorkDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one learner step did.  metrics are means over the global batch, keyed `learner/...`."""
+    """What one learner step did.
+
+    metrics: means over the global batch, keyed `learner/...`; the same on every rank.
+    seconds, peak_memory_bytes: of this rank, since the step and since the process began.
+    """
 
     step: int
     metrics: dict[str, float]
     num_response_tokens: int
     seconds: float
+    peak_memory_bytes: int = 0
 
     @property
     def work(self) -> WorkDone:

@@ -52,9 +52,11 @@ def _walk(slot: Slot, path: str) -> Iterator[tuple[type[ConfigModel], str]]:
         for name, below in fields_of(model).items():
             yield from _walk(below, f"{path}.{name}" if path else name)
     if not slot.models:
-        named = slot.child("NAME")
+        named, item = slot.child("NAME"), slot.child(0)
         if named.models:
             yield from _walk(named, f"{path}.NAME")
+        elif item.models:
+            yield from _walk(item, f"{path}[]")
 
 
 def _section(model: type[ConfigModel], paths: list[str]) -> str:
@@ -80,7 +82,7 @@ def _row(name: str, slot: Slot) -> str:
 
 def _type(slot: Slot) -> str:
     """The type in words, models as links to their sections."""
-    named = slot.child("NAME")
+    named, item = slot.child("NAME"), slot.child(0)
     if slot.discriminator:
         links = [f"[{tag}]({_anchor(model)})" for tag, model in slot.alternatives.items()]
         text = f"by `{slot.discriminator}`: {', '.join(links)}"
@@ -88,6 +90,8 @@ def _type(slot: Slot) -> str:
         text = f"[{slot.models[0].__name__}]({_anchor(slot.models[0])})"
     elif named.models:
         text = f"a mapping of names, each {_type(named)}"
+    elif item.models:
+        text = f"a list, each item {_type(item)}"
     else:
         return describe(slot)
     return text + (" or null" if slot.nullable else "")

@@ -53,7 +53,7 @@ class LearnerGroup:
         return self._finish(references, "a supervised step")[0]
 
     def measure(self, scored: Sequence[ScoredChunk]) -> dict[str, float]:
-        """Both moment-matching distances on scored chunks, keyed by stream."""
+        """Both distances and the cross-entropy on scored chunks; see Learner.measure."""
         return self._finish(self._start_on_chunks("measure", [], scored), "distances")[0]
 
     def connect_rollouts(

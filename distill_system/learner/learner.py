@@ -40,7 +40,7 @@ from distill_system.learner.ranks import Ranks
 from distill_system.objectives import (
     PolicyHeads,
     build_objective,
-    measure_distance,
+    measure_stream,
     unit_rows,
 )
 from distill_system.objectives.rows import ObjectiveOutput
@@ -160,13 +160,13 @@ class Learner:
             "gradient_norm": gradient_norm,
             "learning_rate": rate,
             "response_tokens": num_tokens,
-            "peak_memory_bytes": read_peak_memory_bytes(self.device),
         }
         return StepResult(
             step=step,
             metrics={f"learner/{name}": value for name, value in metrics.items()},
             num_response_tokens=num_tokens,
             seconds=time.perf_counter() - started,
+            peak_memory_bytes=read_peak_memory_bytes(self.device),
         )
 
     def _update(self, step: int) -> tuple[float, float]:
@@ -187,17 +187,21 @@ class Learner:
         totals: Mapping[Stream, StreamTotals],
         *targets: Sequence[TeacherTargets] | None,
     ) -> dict[str, float]:
-        """Both moment-matching distances on these chunks (C = 1, spectral ball), no update."""
+        """Both moment-matching distances on these chunks (C = 1, spectral ball), no update.
+
+        Keyed off_policy_distance, on_policy_distance, and cross_entropy (of the teacher's text).
+        """
         batch = collate(chunks, targets, totals, self.device)
         hidden_NH = read_hidden(self.model, batch.sequences)
-        distances: dict[str, float] = {}
+        measures: dict[str, float] = {}
         for stream in totals:
             rows = batch.stream_rows(stream, hidden_NH)
             assert rows is not None, "every rank holds a part of every stream"
-            distances[stream.value] = measure_distance(
-                self._heads(), rows, self.ranks.sum, stream=stream.value
-            )
-        return distances
+            measured = measure_stream(self._heads(), rows, self.ranks.sum, stream=stream.value)
+            measures[f"{stream.value}_distance"] = measured.distance
+            if stream is Stream.OFF_POLICY:
+                measures["cross_entropy"] = measured.cross_entropy
+        return measures
 
     def connect_rollouts(
         self,

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from distill_system.config.objective import AmmdConfig, ObjectiveConfig, TokenMatchingConfig
-from distill_system.objectives.ammd import Ammd, measure_distance
+from distill_system.config.objective import (
+    AmmdConfig,
+    MinillmConfig,
+    ObjectiveConfig,
+    TokenMatchingConfig,
+)
+from distill_system.objectives.ammd import Ammd, measure_stream
+from distill_system.objectives.minillm import Minillm
 from distill_system.objectives.rows import Objective, PolicyHeads, TeacherRows, TokenRows
 from distill_system.objectives.supervised import Supervised
 from distill_system.objectives.token_matching import TokenMatching
@@ -14,7 +20,7 @@ __all__ = [
     "TeacherRows",
     "TokenRows",
     "build_objective",
-    "measure_distance",
+    "measure_stream",
     "read_top_k",
     "read_vocabulary",
     "unit_rows",
@@ -33,5 +39,7 @@ def build_objective(
             return Supervised()
         case AmmdConfig():
             return Ammd(config, max_response_tokens=max_response_tokens)
+        case MinillmConfig():
+            return Minillm(config)
         case TokenMatchingConfig():
-            return TokenMatching(config)
+            return TokenMatching(config, total_steps=total_steps)

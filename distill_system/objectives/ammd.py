@@ -8,24 +8,28 @@
 | beta, gamma | on_policy_weight, discount |
 | f1, phi1 | off_critic: f1(s, y) = g(h_theta)^T phi1 e(y) |
 | f2, phi2 | on_critic: f2(s, y) = g(h*)^T phi2 e(y) |
-| e(y) | action embedding: a unit row of the teacher's input embeddings |
+| g(h) | state features (state_features.py): unit rows |
+| e(y) | action embedding: a unit row of the teacher's input embeddings (action_space.py) |
 | ebar_pi(s) | expected embedding: sum_y pi(y | s) e(y) |
 | c_t | cost: f2's expectation under the teacher minus its value at the token written |
 
 Differs from the paper: critics are bilinear in normalised features instead of two small networks,
-so the inner maximum has a closed form; both sides of a moment are expectations by default.
+so the inner maximum has a closed form; both sides of a moment are expectations by default; the
+class can be widened by one more action feature (advantage.py).
 Axes: N tokens, F feature size, E action-embedding size.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distill_system.config.objective import AmmdConfig
-from distill_system.objectives.critics import build_critic, moment_distance
+from distill_system.config.objective import AmmdConfig, StreamName
+from distill_system.objectives.action_space import ActionSpace
+from distill_system.objectives.advantage import AdvantageRows, read_advantage
+from distill_system.objectives.critics import Critic, build_critic, moment_distance
 from distill_system.objectives.returns import compute_baseline, cost_to_go, future_cost_to_go
 from distill_system.objectives.rows import (
     ObjectiveOutput,
@@ -34,15 +38,19 @@ from distill_system.objectives.rows import (
     TokenRows,
     stream_mean,
 )
+from distill_system.objectives.state_features import build_features
 from distill_system.objectives.vocabulary import VocabularyRows, unit_rows
 
 
 class Ammd:
-    """The min-max game on one step's rows; the critics are its only state."""
+    """The min-max game on one step's rows; critics and their features are its only state."""
 
     def __init__(self, config: AmmdConfig, *, max_response_tokens: int) -> None:
         self.config = config
         self.max_response_tokens = max_response_tokens
+        self.actions = ActionSpace(config.action_dimension)
+        self.off_features = build_features(config.features)
+        self.on_features = build_features(config.features)
         self.off_critic = build_critic(config.critic)
         self.on_critic = build_critic(config.critic)
 
@@ -55,6 +63,7 @@ class Ammd:
     ) -> ObjectiveOutput:
         """(1 - beta) L_off + beta L_on; a stream of weight zero may be absent (None)."""
         beta = self.config.on_policy_weight
+        heads = self.actions.narrow_heads(heads)
         terms: list[ObjectiveOutput] = []
         if off_policy is not None and beta < 1.0:
             terms.append(self._off_policy_term(heads, off_policy, sum_over_ranks))
@@ -67,22 +76,33 @@ class Ammd:
     ) -> ObjectiveOutput:
         """Differentiated directly through the student's expectation of f1 (docs/objectives.md)."""
         student = heads.read(rows)
-        weight = 1.0 - self.config.on_policy_weight
-        features_NF = unit_rows(rows.hidden_NH.detach())
-        _, expected_NE = _teacher(rows)
-        target_NE = self._target(expected_NE, heads.action_embeddings_VE[rows.token_ids_N])
-        gap_NE = target_NE - student.expected_embedding_NE
-        moment_FE = self._moment(features_NF, gap_NE.detach(), rows, sum_over_ranks)
-        critic_FE = self.off_critic.respond(moment_FE)
-        scores_NE = features_NF @ critic_FE
-        loss = weight * self._discounted_mean((scores_NE * gap_NE).sum(dim=-1), rows)
+        advantage = self._read_advantage("off_policy", heads, rows, learns=True)
+        with _full_precision(rows):
+            features_NF = self.off_features.extract(
+                rows.hidden_NH, rows.num_global_tokens, sum_over_ranks
+            )
+            if self.config.moment_target == "expected":
+                target_NE = self.actions.narrow(_teacher(rows)[1])
+            else:
+                target_NE = heads.action_embeddings_VE[rows.token_ids_N]
+            gap_NE = target_NE - student.expected_embedding_NE
+            scores_NE, distance = self._play(
+                self.off_critic, features_NF, gap_NE.detach(), rows, sum_over_ranks
+            )
+            game = self._discounted_mean((scores_NE * gap_NE).sum(dim=-1), rows)
+            if advantage is not None:
+                game = game + advantage.total
+            loss = (1.0 - self.config.on_policy_weight) * game
         cross_entropy = -stream_mean(student.logprobs_N, rows)
         if self.config.language_model_weight > 0:
             loss = loss + self.config.language_model_weight * cross_entropy
         return ObjectiveOutput(
             loss_share=loss,
-            metric_shares={"cross_entropy": cross_entropy.detach()},
-            metrics={"off_policy_distance": float((critic_FE * moment_FE).sum())},
+            metric_shares={
+                "cross_entropy": cross_entropy.detach(),
+                **_advantage_share("off_policy", advantage),
+            },
+            metrics={"off_policy_distance": distance},
         )
 
     def _on_policy_term(
@@ -90,35 +110,75 @@ class Ammd:
     ) -> ObjectiveOutput:
         """Policy gradient on costs of f2, whose immediate part is known in expectation."""
         student = heads.read(rows)
-        teacher_features_NF, expected_NE = _teacher(rows)
-        features_NF = unit_rows(teacher_features_NF)
-        gap_NE = expected_NE - student.expected_embedding_NE
-        written_NE = heads.action_embeddings_VE[rows.token_ids_N]
-        sampled_gap_NE = expected_NE - written_NE
-        expected = self.config.moment_target == "expected"
-        moment_gap_NE = gap_NE.detach() if expected else sampled_gap_NE
-        moment_FE = self._moment(features_NF, moment_gap_NE, rows, sum_over_ranks)
-        critic_FE = self.on_critic.respond(moment_FE)
-        scores_NE = features_NF @ critic_FE
-        sampled_costs_N = (scores_NE * sampled_gap_NE).sum(dim=-1)
-        expected_costs_N = (scores_NE * gap_NE).sum(dim=-1)
-        loss = self.config.on_policy_weight * self._policy_loss(
-            student, expected_costs_N, sampled_costs_N, rows, sum_over_ranks
-        )
+        immediate = self.config.policy_gradient != "reward_to_go"
+        advantage = self._read_advantage("on_policy", heads, rows, learns=immediate)
+        with _full_precision(rows):
+            teacher_features_NF, teacher_NE = _teacher(rows)
+            features_NF = self.on_features.extract(
+                teacher_features_NF, rows.num_global_tokens, sum_over_ranks
+            )
+            expected_NE = self.actions.narrow(teacher_NE)
+            gap_NE = expected_NE - student.expected_embedding_NE
+            sampled_gap_NE = expected_NE - heads.action_embeddings_VE[rows.token_ids_N]
+            expected = self.config.moment_target == "expected"
+            scores_NE, distance = self._play(
+                self.on_critic,
+                features_NF,
+                gap_NE.detach() if expected else sampled_gap_NE,
+                rows,
+                sum_over_ranks,
+            )
+            sampled_costs_N = (scores_NE * sampled_gap_NE).sum(dim=-1)
+            if advantage is not None:
+                sampled_costs_N = sampled_costs_N + advantage.sampled_costs_N
+            expected_costs_N = (scores_NE * gap_NE).sum(dim=-1)
+            loss = self.config.on_policy_weight * self._policy_loss(
+                student, expected_costs_N, sampled_costs_N, advantage, rows, sum_over_ranks
+            )
         first_N = cost_to_go(sampled_costs_N, rows, discount=self.config.discount)
         reward_to_go = -first_N[rows.positions_N == 0].sum() / rows.num_global_sequences
         return ObjectiveOutput(
             loss_share=loss,
-            metric_shares={"reward_to_go": reward_to_go},
-            metrics={"on_policy_distance": float((critic_FE * moment_FE).sum())},
+            metric_shares={
+                "reward_to_go": reward_to_go,
+                **_advantage_share("on_policy", advantage),
+            },
+            metrics={"on_policy_distance": distance},
             student_logprobs_N=student.logprobs_N.detach(),
         )
+
+    def _read_advantage(
+        self, stream: StreamName, heads: PolicyHeads, rows: TokenRows, *, learns: bool
+    ) -> AdvantageRows | None:
+        """The extra feature's part, None where the stream's critic has no such feature."""
+        config = self.config.advantage
+        if config.type == "none" or stream not in config.streams:
+            return None
+        weights_N = self._discounts(rows) / rows.num_global_tokens
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            return read_advantage(config, heads, rows, weights_N)
+
+    def _play(
+        self,
+        critic: Critic,
+        features_NF: Tensor,
+        gap_NE: Tensor,
+        rows: TokenRows,
+        sum_over_ranks: SumOverRanks,
+    ) -> tuple[Tensor, float]:
+        """The critic's answer at each state, g^T phi [N, E], and the distance <phi, M> it finds."""
+        moment_FE = compute_moment(
+            features_NF, gap_NE, self._discounts(rows), rows.num_global_tokens, sum_over_ranks
+        )
+        critic_FE = critic.respond(moment_FE)
+        return features_NF @ critic_FE, float((critic_FE * moment_FE).sum())
 
     def _policy_loss(
         self,
         student: VocabularyRows,
         expected_costs_N: Tensor,
         sampled_costs_N: Tensor,
+        advantage: AdvantageRows | None,
         rows: TokenRows,
         sum_over_ranks: SumOverRanks,
     ) -> Tensor:
@@ -129,13 +189,14 @@ class Ammd:
             advantages_N = returns_N - self._baseline(returns_N, rows, sum_over_ranks)
             return self._discounted_mean(student.logprobs_N * advantages_N, rows)
         immediate = self._discounted_mean(expected_costs_N, rows)
+        costs_N = expected_costs_N.detach()
+        if advantage is not None:
+            immediate = immediate + advantage.total
+            costs_N = costs_N + advantage.expected_costs_N
         if config.policy_gradient == "immediate":
             return immediate
         future_N = future_cost_to_go(
-            expected_costs_N.detach(),
-            rows,
-            discount=config.discount,
-            normalise=config.normalise_future,
+            costs_N, rows, discount=config.discount, normalise=config.normalise_future
         )
         advantages_N = future_N - self._baseline(future_N, rows, sum_over_ranks)
         return immediate + config.future_weight * self._discounted_mean(
@@ -147,9 +208,6 @@ class Ammd:
             self.config.baseline, returns_N, rows, sum_over_ranks, longest=self.max_response_tokens
         )
 
-    def _target(self, expected_NE: Tensor, written_NE: Tensor) -> Tensor:
-        return expected_NE if self.config.moment_target == "expected" else written_NE
-
     def _discounts(self, rows: TokenRows) -> Tensor:
         return torch.pow(
             torch.tensor(self.config.discount, device=rows.positions_N.device),
@@ -159,33 +217,24 @@ class Ammd:
     def _discounted_mean(self, values_N: Tensor, rows: TokenRows) -> Tensor:
         return stream_mean(self._discounts(rows) * values_N, rows)
 
-    def _moment(
-        self,
-        features_NF: Tensor,
-        gap_NE: Tensor,
-        rows: TokenRows,
-        sum_over_ranks: SumOverRanks,
-    ) -> Tensor:
-        return compute_moment(
-            features_NF, gap_NE, self._discounts(rows), rows.num_global_tokens, sum_over_ranks
-        )
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Both critics, where they have state."""
-        critics = {"off_critic": self.off_critic, "on_critic": self.on_critic}
+        """Critics and features, where they have state."""
         return {
             f"{name}.{key}": value
-            for name, critic in critics.items()
-            for key, value in critic.state_dict().items()
+            for name in _STATEFUL
+            for key, value in getattr(self, name).state_dict().items()
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back both critics."""
-        for name, critic in (("off_critic", self.off_critic), ("on_critic", self.on_critic)):
+        """Take back critics and features."""
+        for name in _STATEFUL:
             prefix = f"{name}."
-            critic.load_state_dict(
+            getattr(self, name).load_state_dict(
                 {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
             )
+
+
+_STATEFUL = ("off_critic", "on_critic", "off_features", "on_features")
 
 
 def compute_moment(
@@ -200,29 +249,46 @@ def compute_moment(
     return sum_over_ranks(share_FE) / num_global_tokens
 
 
-def measure_distance(
+@dataclass(frozen=True, slots=True)
+class HeldOutMeasures:
+    """How far the student is from the teacher on one stream.
+
+    distance: d_off or d_on of the whole critic class, the closed-form inner maximum.
+    cross_entropy: -E log pi_theta(y_t | s_t), nats per token of the stream.
+    """
+
+    distance: float
+    cross_entropy: float
+
+
+def measure_stream(
     heads: PolicyHeads,
     rows: TokenRows,
     sum_over_ranks: SumOverRanks,
     *,
-    stream: Literal["off_policy", "on_policy"],
+    stream: StreamName,
     ball: str = "spectral",
     radius: float = 1.0,
-) -> float:
-    """d_off or d_on of the whole critic class on these rows: the closed-form inner maximum.
+) -> HeldOutMeasures:
+    """Both measures of one stream, from one read of the vocabulary, without an update.
 
-    Both sides in expectation, undiscounted, so it is exactly zero where student equals teacher.
-    off_policy reads the student's features on teacher text, on_policy the teacher's features on
-    student text.
+    The distance has both sides in expectation and is undiscounted, so it is exactly zero where
+    student equals teacher. off_policy reads the student's features on teacher text, on_policy the
+    teacher's features on student text.
     """
     teacher_features_NF, expected_NE = _teacher(rows)
     features_NF = rows.hidden_NH if stream == "off_policy" else teacher_features_NF
-    gap_NE = expected_NE - heads.read(rows).expected_embedding_NE
+    student = heads.read(rows)
+    gap_NE = expected_NE - student.expected_embedding_NE
     ones_N = torch.ones(gap_NE.shape[0], device=gap_NE.device)
     moment_FE = compute_moment(
         unit_rows(features_NF), gap_NE, ones_N, rows.num_global_tokens, sum_over_ranks
     )
-    return moment_distance(moment_FE, ball=ball, radius=radius)
+    total = sum_over_ranks(student.logprobs_N.detach().sum().reshape(1))
+    return HeldOutMeasures(
+        distance=moment_distance(moment_FE, ball=ball, radius=radius),
+        cross_entropy=-float(total) / rows.num_global_tokens,
+    )
 
 
 def _teacher(rows: TokenRows) -> tuple[Tensor, Tensor]:
@@ -232,6 +298,17 @@ def _teacher(rows: TokenRows) -> tuple[Tensor, Tensor]:
     assert teacher.features_NF is not None, "MOMENTS hold the features"
     assert teacher.expected_embedding_NE is not None, "MOMENTS hold the expected embeddings"
     return teacher.features_NF, teacher.expected_embedding_NE
+
+
+def _full_precision(rows: TokenRows) -> torch.autocast:
+    """Moments, polar factors and scores in float32, whatever the model computes in."""
+    return torch.autocast(rows.hidden_NH.device.type, enabled=False)
+
+
+def _advantage_share(stream: StreamName, advantage: AdvantageRows | None) -> dict[str, Tensor]:
+    if advantage is None:
+        return {}
+    return {f"{stream}_advantage_distance": advantage.total.detach()}
 
 
 def _merge(terms: list[ObjectiveOutput]) -> ObjectiveOutput:

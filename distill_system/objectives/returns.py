@@ -46,7 +46,12 @@ def compute_baseline(
     """A baseline that does not depend on the action at its own token, but for the batch's means.
 
     none: zero. batch: mean over all tokens. position: mean over all tokens at the same position.
-    The means include the token itself, a bias of one part in the number averaged.
+    These means include the token itself, a bias of one part in the number averaged.
+    leave_one_out: mean at the same position over the other responses, which are independent of the
+    token: no bias; zero where no other response is as long.
+
+    Source of leave_one_out: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free".
+        Differs: the other responses answer other prompts too.
 
     Shapes: returns_N [N]; longest: a bound on response length, the same on all ranks; returns [N].
     """
@@ -59,4 +64,8 @@ def compute_baseline(
     sums_2T[0].index_add_(0, rows.positions_N, returns_N)
     sums_2T[1].index_add_(0, rows.positions_N, torch.ones_like(returns_N))
     total_T, count_T = sum_over_ranks(sums_2T)
-    return (total_T / count_T.clamp_min(1.0))[rows.positions_N]
+    if kind == "position":
+        return (total_T / count_T.clamp_min(1.0))[rows.positions_N]
+    others_N = count_T[rows.positions_N] - 1.0
+    sum_N = torch.where(others_N > 0, total_T[rows.positions_N] - returns_N, 0.0)
+    return sum_N / others_N.clamp_min(1.0)

@@ -93,6 +93,7 @@ class PolicyHeads:
         weights_N: Tensor,
         *,
         temperature: float = 1.0,
+        tokens_together: int = 1,
     ) -> VocabularySum:
         """sum_t w_t loss_t with graph, and the losses, detached [N]; see sum_over_vocabulary."""
         return sum_over_vocabulary(
@@ -103,6 +104,7 @@ class PolicyHeads:
             chunk_loss,
             teacher=self._teacher(rows),
             temperature=temperature,
+            tokens_together=tokens_together,
             chunk_tokens=self.chunk_tokens,
         )
 

@@ -1,10 +1,13 @@
 """A loss between the two policies at each token, on either stream or on both.
 
 Most of the field is of this form, with another loss and another stream: word-level distillation,
-SeqKD, ImitKD, GKD, DistiLLM, f-distill. The files of token_losses/ say which is whose.
+SeqKD, ImitKD, GKD, DistiLLM, f-distill. The files of token_losses/ say which is whose, those of
+terms/ what may be added on hidden states.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,15 +19,28 @@ from distill_system.objectives.rows import (
     SumOverRanks,
     TokenRows,
 )
+from distill_system.objectives.terms import Term, build_term
 from distill_system.objectives.token_losses import bind_token_loss
 from distill_system.objectives.vocabulary import VocabularySum
 
+STREAMS: tuple[StreamName, ...] = ("off_policy", "on_policy")
+
 
 class TokenMatching:
-    """(1 - beta) E_off loss + beta E_on loss, means over the response tokens of each stream."""
+    """(1 - beta) L_off + beta L_on; L is a mean over the stream's response tokens, plus its terms.
 
-    def __init__(self, config: TokenMatchingConfig) -> None:
+    step: updates made so far; with total_steps it tells a loss how far the run has come.
+    """
+
+    def __init__(self, config: TokenMatchingConfig, *, total_steps: int) -> None:
         self.config = config
+        self.total_steps = total_steps
+        self.step = 0
+        self.terms: dict[StreamName, list[Term]] = {
+            stream: [build_term(term) for term in config.terms]
+            for stream in STREAMS
+            if config.reads(stream)
+        }
 
     def compute_loss(
         self,
@@ -41,12 +57,19 @@ class TokenMatching:
         if on_policy is not None and self.config.on_policy is not None:
             streams.append(("on_policy", on_policy, beta if off_policy else 1.0))
         assert streams, "the driver brings every stream that the configuration reads"
+        self.step += 1
         sums = {name: self._sum(heads, name, rows) for name, rows, _ in streams}
+        terms = {name: self._terms(name, rows, sum_over_ranks) for name, rows, _ in streams}
+        losses = [
+            weight * torch.stack([sums[name].total, *terms[name].values()]).sum()
+            for name, _, weight in streams
+        ]
         return ObjectiveOutput(
-            loss_share=torch.stack(
-                [weight * sums[name].total for name, _, weight in streams]
-            ).sum(),
-            metric_shares={f"{name}_loss": part.total.detach() for name, part in sums.items()},
+            loss_share=torch.stack(losses).sum(),
+            metric_shares={
+                **{f"{name}_loss": part.total.detach() for name, part in sums.items()},
+                **{key: part.detach() for parts in terms.values() for key, part in parts.items()},
+            },
             student_logprobs_N=sums["on_policy"].logprobs_N if "on_policy" in sums else None,
         )
 
@@ -56,12 +79,40 @@ class TokenMatching:
         means_N = torch.full(
             rows.token_ids_N.shape, 1.0 / rows.num_global_tokens, device=rows.token_ids_N.device
         )
-        loss = bind_token_loss(config, rows)
-        return heads.sum(rows, loss, means_N, temperature=self.config.temperature)
+        return heads.sum(
+            rows,
+            bind_token_loss(config.at(min(1.0, self.step / self.total_steps)), rows),
+            means_N,
+            temperature=self.config.temperature,
+            tokens_together=config.tokens_together,
+        )
+
+    def _terms(
+        self, name: StreamName, rows: TokenRows, sum_over_ranks: SumOverRanks
+    ) -> dict[str, Tensor]:
+        """The weighted terms of a stream; two of one type are summed under one name."""
+        parts: dict[str, Tensor] = {}
+        for config, term in zip(self.config.terms, self.terms[name], strict=True):
+            part = config.weight * term.compute_loss(rows, sum_over_ranks)
+            key = f"{name}_{config.type}"
+            parts[key] = parts[key] + part if key in parts else part
+        return parts
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Empty: stateless."""
-        return {}
+        """The step, and what the terms keep."""
+        state = {"step": torch.tensor(float(self.step))}
+        for prefix, term in self._named_terms():
+            state |= {f"{prefix}{name}": value for name, value in term.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to take back."""
+        """Take back what state_dict gave."""
+        self.step = int(state["step"])
+        for prefix, term in self._named_terms():
+            mine = {key: value for key, value in state.items() if key.startswith(prefix)}
+            term.load_state_dict({key.removeprefix(prefix): value for key, value in mine.items()})
+
+    def _named_terms(self) -> Iterator[tuple[str, Term]]:
+        for stream, terms in self.terms.items():
+            for index, term in enumerate(terms):
+                yield f"{stream}_term{index}_", term

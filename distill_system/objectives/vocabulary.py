@@ -13,13 +13,23 @@ V vocabulary, E action-embedding size, K most likely tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from distill_system.objectives.chunked_products import (
+    UnembeddingGradients,
+    block_slices,
+    chunk_slices,
+    multiplication_dtype,
+    multiply,
+)
+from distill_system.objectives.softmax_read import SoftmaxRead
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +73,7 @@ class VocabularyChunk:
     read_teacher: Callable[[], Tensor]
 
     @property
-    def teacher_logprobs_cV(self) -> Tensor:
+    def teacher_logprobs_cV(self) -> Tensor:  # noqa: N802  # tensors end in their axes
         """Made anew at each call: keep it in a name of your own."""
         return self.read_teacher()
 
@@ -71,6 +81,22 @@ class VocabularyChunk:
     def written_logprobs_c(self) -> Tensor:
         """log pi_theta(y_t | s_t) of the tokens written, with graph."""
         return self.student_logprobs_cV.gather(1, self.token_ids_c[:, None]).squeeze(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherDistribution:
+    """The teacher's distribution, rebuilt exactly from what travels.
+
+    features_NF: its final hidden states. unembedding_VF: its own, frozen.
+    """
+
+    features_NF: Tensor
+    unembedding_VF: Tensor
+
+    def make_logits(self, rows: slice) -> Tensor:
+        """Logits at these rows, float32 [c, V]."""
+        features_cF = self.features_NF[rows].to(self.unembedding_VF.dtype)
+        return multiply(features_cF, self.unembedding_VF.T)
 
 
 ChunkLoss = Callable[[VocabularyChunk], Tensor]
@@ -100,11 +126,11 @@ def read_vocabulary(
 
     Shapes: hidden_NH [N, H]; token_ids_N int64 [N]; unembedding_VH [V, H];
         action_embeddings_VE [V, E]. Gradients flow to hidden_NH and unembedding_VH.
-    Memory: a few chunk_tokens x V float32 at once, in forward and in backward.
+    Memory: one chunk_tokens x V float32 in forward, two in backward.
     """
-    dtype = _multiplication_dtype(hidden_NH)
+    dtype = multiplication_dtype(hidden_NH)
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        logprobs_N, expected_NE = _Read.apply(  # type: ignore[no-untyped-call]  # torch types no Function
+        logprobs_N, expected_NE = SoftmaxRead.apply(  # type: ignore[no-untyped-call]  # torch types no Function
             hidden_NH, unembedding_VH, token_ids_N, action_embeddings_VE, chunk_tokens, dtype
         )
     return VocabularyRows(logprobs_N, expected_NE)
@@ -119,45 +145,30 @@ def sum_over_vocabulary(
     *,
     teacher: TeacherDistribution | None = None,
     temperature: float = 1.0,
+    tokens_together: int = 1,
     chunk_tokens: int,
 ) -> VocabularySum:
     """sum_t w_t loss_t, and the losses themselves; the gradient is made in the forward pass.
 
     Shapes: hidden_NH [N, H]; token_ids_N int64 [N]; unembedding_VH [V, H]; weights_N float32 [N],
-        without graph.
-    Memory: what chunk_loss keeps of a chunk, and one gradient of the unembedding. The scalar may be
-        differentiated once.
+        without graph. chunk_loss sees few tokens at a time, in whole multiples of tokens_together
+        (but for the last ones): those whose losses depend on one another.
+    Memory: one chunk_tokens x V float32, a second with a teacher, and one gradient of the
+        unembedding. The scalar may be differentiated once.
     """
-    dtype = _multiplication_dtype(hidden_NH)
+    assert not weights_N.requires_grad, "no gradient flows through the weights: detach them"
+    dtype = multiplication_dtype(hidden_NH)
+    learns = torch.is_grad_enabled()
+    needs = (learns and hidden_NH.requires_grad, learns and unembedding_VH.requires_grad)
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        logprobs_N = torch.empty(token_ids_N.shape, device=hidden_NH.device)
-
-        def read_chunk(logits_cV: Tensor, rows: slice) -> Tensor:
-            written_c1 = logits_cV.detach().gather(1, token_ids_N[rows, None])
-            logprobs_N[rows] = written_c1.squeeze(1) - logits_cV.detach().logsumexp(dim=-1)
-            return chunk_loss(_make_chunk(logits_cV, token_ids_N[rows], rows, teacher, temperature))
-
-        total, values_N = _Sum.apply(  # type: ignore[no-untyped-call]  # torch types no Function
-            hidden_NH, unembedding_VH, weights_N, read_chunk, chunk_tokens, dtype
+        sums = UnembeddingGradients(hidden_NH, unembedding_VH, needs=needs, dtype=dtype)
+        losses = _TokenLosses(
+            token_ids_N, weights_N, chunk_loss, teacher, temperature, tokens_together
         )
-    return VocabularySum(total, values_N, logprobs_N)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherDistribution:
-    """The teacher's distribution, rebuilt exactly from what travels.
-
-    features_NF: its final hidden states. unembedding_VF: its own, frozen.
-    """
-
-    features_NF: Tensor
-    unembedding_VF: Tensor
-
-    def read(self, rows: slice, temperature: float) -> Tensor:
-        """log pi*(. | s_t) at these rows, float32 [c, V]."""
-        features_cF = self.features_NF[rows].to(self.unembedding_VF.dtype)
-        logits_cV = (features_cF @ self.unembedding_VF.T).float()
-        return _temper(logits_cV, temperature).log_softmax(dim=-1)
+        total = _Sum.apply(  # type: ignore[no-untyped-call]  # torch types no Function
+            hidden_NH, unembedding_VH, sums, losses, chunk_tokens
+        )
+    return VocabularySum(total, losses.values_N, losses.logprobs_N)
 
 
 @torch.no_grad()
@@ -169,59 +180,12 @@ def read_top_k(
     Most likely first. What they leave out is 1 - sum exp(logprobs): nothing is renormalised.
     """
     ids, logprobs = [hidden_NH.new_zeros(0, k, dtype=torch.int64)], [hidden_NH.new_zeros(0, k)]
-    for rows in _chunks(hidden_NH.shape[0], chunk_tokens):
+    for rows in chunk_slices(hidden_NH.shape[0], chunk_tokens):
         logprobs_cV = (hidden_NH[rows] @ unembedding_VH.T).float().log_softmax(dim=-1)
         best = logprobs_cV.topk(k, dim=-1)
         ids.append(best.indices)
         logprobs.append(best.values)
     return torch.cat(ids), torch.cat(logprobs).float()
-
-
-class _Read(torch.autograd.Function):
-    """Chunked softmax read; backward makes each chunk's logits again, and nothing else."""
-
-    @staticmethod
-    def forward(
-        context: Any,
-        hidden_NH: Tensor,
-        unembedding_VH: Tensor,
-        token_ids_N: Tensor,
-        action_embeddings_VE: Tensor,
-        chunk_tokens: int,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        weight_VH = unembedding_VH.to(dtype)
-        num_tokens = hidden_NH.shape[0]
-        logprobs_N = torch.empty(num_tokens, device=hidden_NH.device)
-        expected_NE = torch.empty(
-            num_tokens, action_embeddings_VE.shape[1], device=hidden_NH.device
-        )
-        for rows in _chunks(num_tokens, chunk_tokens):
-            logprobs_cV = (hidden_NH[rows].to(dtype) @ weight_VH.T).float().log_softmax(dim=-1)
-            logprobs_N[rows] = logprobs_cV.gather(1, token_ids_N[rows, None]).squeeze(1)
-            expected_NE[rows] = logprobs_cV.exp_() @ action_embeddings_VE
-        context.save_for_backward(
-            hidden_NH, unembedding_VH, token_ids_N, action_embeddings_VE, expected_NE
-        )
-        context.chunk_tokens, context.dtype = chunk_tokens, dtype
-        return logprobs_N, expected_NE
-
-    @staticmethod
-    @once_differentiable
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_NH, unembedding_VH, token_ids_N, actions_VE, expected_NE = context.saved_tensors
-        into_logprobs_N, into_expected_NE = gradients
-        sums = _GradientSums(hidden_NH, unembedding_VH, context.needs_input_grad, context.dtype)
-        for rows in _chunks(hidden_NH.shape[0], context.chunk_tokens):
-            policy_cV = (hidden_NH[rows].to(context.dtype) @ sums.weight_VH.T).float().softmax(-1)
-            # d ebar / d z = pi (e - ebar);  d log pi(y_t) / d z = 1[y = y_t] - pi
-            centre_c = (into_expected_NE[rows] * expected_NE[rows]).sum(-1) + into_logprobs_N[rows]
-            into_logits_cV = into_expected_NE[rows] @ actions_VE.T
-            into_logits_cV.sub_(centre_c[:, None]).mul_(policy_cV)
-            written = token_ids_N[rows, None]
-            into_logits_cV.scatter_add_(1, written, into_logprobs_N[rows, None])
-            sums.add(rows, into_logits_cV)
-        return *sums.finish(), None, None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -232,107 +196,98 @@ class _Sum(torch.autograd.Function):
         context: Any,
         hidden_NH: Tensor,
         unembedding_VH: Tensor,
-        weights_N: Tensor,
-        read_chunk: Callable[[Tensor, slice], Tensor],
+        sums: UnembeddingGradients,
+        losses: _TokenLosses,
         chunk_tokens: int,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        sums = _GradientSums(hidden_NH, unembedding_VH, context.needs_input_grad, dtype)
-        values_N = torch.empty(hidden_NH.shape[0], device=hidden_NH.device)
-        learns = any(context.needs_input_grad[:2])
-        for rows in _chunks(hidden_NH.shape[0], chunk_tokens):
-            logits_cV = (sums.hidden_NH[rows].to(dtype) @ sums.weight_VH.T).float()
-            logits_cV.requires_grad_(learns)
-            with torch.set_grad_enabled(learns):
-                values_c = read_chunk(logits_cV, rows)
-            values_N[rows] = values_c.detach()
-            if learns:
-                [into_logits_cV] = torch.autograd.grad(values_c, logits_cV, weights_N[rows])
-                del values_c, logits_cV
-                sums.add(rows, into_logits_cV)
+    ) -> Tensor:
+        for rows in chunk_slices(hidden_NH.shape[0], chunk_tokens, losses.tokens_together):
+            logits_cV = sums.make_logits(rows)
+            losses.read(logits_cV, rows, learns=sums.needed)
+            if sums.needed:
+                sums.add(rows, logits_cV)
+            del logits_cV  # before the next chunk's are made
         context.gradients = sums.finish()
-        context.mark_non_differentiable(values_N)
-        return (weights_N * values_N).sum(), values_N
+        return (losses.weights_N * losses.values_N).sum()
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, *into: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: tuple[Tensor | None, ...] = context.gradients
-        del context.gradients  # scaled in place: a second backward finds nothing to read
+        assert context.gradients is not None, (
+            "the sum's gradient was made in the forward pass and given away: "
+            "it may be differentiated once"
+        )
+        gradients, context.gradients = context.gradients, None
         scaled = (None if g is None else g.mul_(into[0]) for g in gradients)
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None
 
 
-class _GradientSums:
-    """Gradients of hidden states and unembedding, added up over chunks in float32."""
+class _TokenLosses:
+    """The losses of all tokens, filled in chunk by chunk, and the gradients of their logits."""
 
     def __init__(
         self,
-        hidden_NH: Tensor,
-        unembedding_VH: Tensor,
-        needs: tuple[bool, ...],
-        dtype: torch.dtype,
+        token_ids_N: Tensor,
+        weights_N: Tensor,
+        chunk_loss: ChunkLoss,
+        teacher: TeacherDistribution | None,
+        temperature: float,
+        tokens_together: int,
     ) -> None:
-        self.hidden_NH = hidden_NH.detach()
-        self.weight_VH = unembedding_VH.detach().to(dtype)
-        self.dtype = dtype
-        self.hidden_dtype, self.unembedding_dtype = hidden_NH.dtype, unembedding_VH.dtype
-        self.into_hidden_NH = torch.zeros_like(hidden_NH) if needs[0] else None
-        self.into_unembedding_VH = (
-            torch.zeros_like(unembedding_VH, dtype=torch.float32) if needs[1] else None
+        self.token_ids_N, self.weights_N = token_ids_N, weights_N
+        self.tokens_together = tokens_together
+        self.chunk_loss, self.teacher, self.temperature = chunk_loss, teacher, temperature
+        self.values_N = torch.empty(token_ids_N.shape, device=token_ids_N.device)
+        self.logprobs_N = torch.empty_like(self.values_N)
+
+    def read(self, logits_cV: Tensor, rows: slice, *, learns: bool) -> None:
+        """Fill in these rows' losses; if learning, their logits become their gradient in place."""
+        teacher = _TeacherChunk(self.teacher, rows, self.temperature)
+        for block in block_slices(logits_cV, self.tokens_together):
+            tokens = slice(rows.start + block.start, rows.start + block.stop)
+            logits_bV = logits_cV[block].detach().requires_grad_(learns)
+            with torch.set_grad_enabled(learns):
+                values_b = self._losses(logits_bV, tokens, partial(teacher.read, block))
+            self.values_N[tokens] = values_b.detach()
+            if learns:
+                [into_bV] = torch.autograd.grad(values_b, logits_bV, self.weights_N[tokens])
+                logits_cV[block] = into_bV
+
+    def _losses(
+        self, logits_bV: Tensor, tokens: slice, read_teacher: Callable[[], Tensor]
+    ) -> Tensor:
+        chunk = VocabularyChunk(
+            student_logprobs_cV=_temper(logits_bV, self.temperature).log_softmax(dim=-1),
+            token_ids_c=self.token_ids_N[tokens],
+            rows=tokens,
+            read_teacher=read_teacher,
         )
+        self.logprobs_N[tokens] = self._untempered_logprobs(logits_bV.detach(), chunk)
+        return self.chunk_loss(chunk)
 
-    def add(self, rows: slice, into_logits_cV: Tensor) -> None:
-        """Take in one chunk's gradient of the logits."""
-        into_cV = into_logits_cV.to(self.dtype)
-        if self.into_hidden_NH is not None:
-            self.into_hidden_NH[rows] = (into_cV @ self.weight_VH).to(self.hidden_dtype)
-        if self.into_unembedding_VH is not None:
-            hidden_cH = self.hidden_NH[rows].to(self.dtype)
-            if self.dtype is torch.float32:
-                self.into_unembedding_VH.addmm_(into_cV.T, hidden_cH)
-            else:
-                self.into_unembedding_VH += into_cV.T @ hidden_cH
-
-    def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of hidden states and of the unembedding, each in its tensor's dtype."""
-        unembedding = self.into_unembedding_VH
-        return (
-            self.into_hidden_NH,
-            None if unembedding is None else unembedding.to(self.unembedding_dtype),
-        )
+    def _untempered_logprobs(self, logits_bV: Tensor, chunk: VocabularyChunk) -> Tensor:
+        if self.temperature == 1.0:
+            return chunk.written_logprobs_c.detach()
+        written_b1 = logits_bV.gather(1, chunk.token_ids_c[:, None])
+        return written_b1.squeeze(1) - logits_bV.logsumexp(dim=-1)
 
 
-def _make_chunk(
-    logits_cV: Tensor,
-    token_ids_c: Tensor,
-    rows: slice,
-    teacher: TeacherDistribution | None,
-    temperature: float,
-) -> VocabularyChunk:
-    def read_teacher() -> Tensor:
-        assert teacher is not None, "the objective declares that it needs the teacher's features"
-        with torch.no_grad():
-            return teacher.read(rows, temperature)
+class _TeacherChunk:
+    """The teacher's logits of one chunk, made when a loss first asks for them."""
 
-    return VocabularyChunk(
-        student_logprobs_cV=_temper(logits_cV, temperature).log_softmax(dim=-1),
-        token_ids_c=token_ids_c,
-        rows=rows,
-        read_teacher=read_teacher,
-    )
+    def __init__(
+        self, teacher: TeacherDistribution | None, rows: slice, temperature: float
+    ) -> None:
+        self.teacher, self.rows, self.temperature = teacher, rows, temperature
+        self.logits_cV: Tensor | None = None
+
+    @torch.no_grad()
+    def read(self, block: slice) -> Tensor:
+        """log pi* of these rows of the chunk, float32 [b, V]."""
+        if self.logits_cV is None:
+            assert self.teacher is not None, "the objective declares that it needs the features"
+            self.logits_cV = self.teacher.make_logits(self.rows)
+        return _temper(self.logits_cV[block], self.temperature).log_softmax(dim=-1)
 
 
 def _temper(logits_cV: Tensor, temperature: float) -> Tensor:
     return logits_cV if temperature == 1.0 else logits_cV / temperature
-
-
-def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    for start in range(0, num_tokens, chunk_tokens):
-        yield slice(start, min(start + chunk_tokens, num_tokens))
-
-
-def _multiplication_dtype(hidden_NH: Tensor) -> torch.dtype:
-    """What autocast would multiply in: autocast itself does not reach into these functions."""
-    kind = hidden_NH.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NH.dtype

@@ -66,6 +66,7 @@ class Ledger:
         self.context.timings.add_work("learner", result.work)
         return {
             **result.metrics,
+            "learner/peak_memory_bytes": float(result.peak_memory_bytes),
             **self.streams.pop_counts(),
             **{f"seconds/{name}": value for name, value in clock.items()},
             "tokens_per_second/step": result.num_response_tokens / seconds,

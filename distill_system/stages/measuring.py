@@ -25,7 +25,7 @@ class Measuring:
         self._teacher_held_out: list[ScoredChunk] = []
 
     def measure_distances(self) -> dict[str, float]:
-        """d_on and d_off of the student as it is now, under their metric names."""
+        """d_on, d_off and cross-entropy of the student as it is now, under their metric names."""
         if not self._teacher_held_out:
             written = self._generate_held_out(self.pools.teachers)
             self._teacher_held_out = self._score(written, Stream.OFF_POLICY)
@@ -33,7 +33,7 @@ class Measuring:
             self._generate_held_out(self.pools.students), Stream.ON_POLICY
         )
         distances = self.pools.learner.measure([*self._teacher_held_out, *student_held_out])
-        return {f"held_out/{stream}_distance": value for stream, value in distances.items()}
+        return {f"held_out/{name}": value for name, value in distances.items()}
 
     def evaluate_teacher(self) -> None:
         """Write evaluations/teacher.json unless it stands."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from distill_system.config.objective import ForwardKlConfig, ReverseKlConfig
+from distill_system.objectives.divergences import kl_divergence
 from distill_system.objectives.rows import TokenRows
 from distill_system.objectives.vocabulary import VocabularyChunk
 
@@ -15,8 +16,7 @@ def forward_kl(config: ForwardKlConfig, chunk: VocabularyChunk, rows: TokenRows)
     Source: knowledge distillation (Hinton et al. 2015, arXiv 1503.02531). Differs: no factor of the
     temperature squared.
     """
-    teacher_cV = chunk.teacher_logprobs_cV
-    return (teacher_cV.exp() * (teacher_cV - chunk.student_logprobs_cV)).sum(dim=-1)
+    return kl_divergence(chunk.teacher_logprobs_cV, chunk.student_logprobs_cV)
 
 
 def reverse_kl(config: ReverseKlConfig, chunk: VocabularyChunk, rows: TokenRows) -> Tensor:
@@ -25,5 +25,4 @@ def reverse_kl(config: ReverseKlConfig, chunk: VocabularyChunk, rows: TokenRows)
     Source: on-policy distillation (GKD, arXiv 2306.13649, table 1). The states are given: no
     gradient flows through how they were reached.
     """
-    student_cV = chunk.student_logprobs_cV
-    return (student_cV.exp() * (student_cV - chunk.teacher_logprobs_cV)).sum(dim=-1)
+    return kl_divergence(chunk.student_logprobs_cV, chunk.teacher_logprobs_cV)

@@ -22,6 +22,13 @@ def test_a_union_lists_its_alternatives_with_links_that_exist() -> None:
     assert "## JsonlSource\n" in page
 
 
+def test_a_list_of_alternatives_has_links_that_exist() -> None:
+    page = render_reference()
+    assert "a list, each item by `type`: [hidden_matching](#hiddenmatchingconfig)," in page
+    assert "## HiddenMatchingConfig\n" in page
+    assert "Stands at `distill.objective.terms[]`." in page
+
+
 def test_every_key_is_explained() -> None:
     rows = [line for line in render_reference().splitlines() if line.startswith("| `")]
     assert len(rows) > 50

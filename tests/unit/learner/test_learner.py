@@ -40,8 +40,25 @@ def test_playing_the_game_brings_both_distances_down(make_learner, scorer):
     for step in range(60):
         group.learn(step, scored)
     after = group.measure(scored)
-    assert after["on_policy"] < 0.5 * before["on_policy"]
-    assert after["off_policy"] < 0.5 * before["off_policy"]
+    assert after["on_policy_distance"] < 0.5 * before["on_policy_distance"]
+    assert after["off_policy_distance"] < 0.5 * before["off_policy_distance"]
+
+
+def test_the_measured_cross_entropy_is_that_of_the_teachers_text(make_learner, scorer):
+    learner = make_learner()
+    scored = _scored(scorer, shares=1)
+    measured = _group(learner).measure(scored)["cross_entropy"]
+    total, count = 0.0, 0
+    for trajectory in scored[0].chunk.trajectories:
+        ids = torch.from_numpy(trajectory.token_ids).long()
+        with torch.no_grad():
+            logprobs = learner.model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        response = ids[trajectory.num_prompt_tokens :]
+        before = logprobs[trajectory.num_prompt_tokens - 1 : -1]
+        total -= float(before.gather(1, response[:, None]).sum())
+        count += len(response)
+    assert scored[0].chunk.stream is Stream.OFF_POLICY
+    assert measured == pytest.approx(total / count, rel=1e-4)
 
 
 def test_measured_distances_do_not_move_the_student(make_learner, scorer):
@@ -56,9 +73,11 @@ def test_the_first_steps_loss_is_the_mix_of_both_distances(make_learner, scorer)
     learner = make_learner(objective=AmmdConfig(on_policy_weight=0.3))
     measured = _group(learner).measure(scored)
     metrics = _group(learner).learn(0, scored).metrics
-    mixed = 0.7 * measured["off_policy"] + 0.3 * measured["on_policy"]
+    mixed = 0.7 * measured["off_policy_distance"] + 0.3 * measured["on_policy_distance"]
     assert metrics["learner/loss"] == pytest.approx(mixed, rel=1e-3)
-    assert metrics["learner/off_policy_distance"] == pytest.approx(measured["off_policy"], rel=1e-3)
+    assert metrics["learner/off_policy_distance"] == pytest.approx(
+        measured["off_policy_distance"], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

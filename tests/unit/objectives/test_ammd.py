@@ -7,7 +7,7 @@ import torch
 from enumerable_language import EnumerableLanguage
 
 from distill_system.config.objective import AmmdConfig, ClosedFormCritic, GradientCritic
-from distill_system.objectives.ammd import Ammd, measure_distance
+from distill_system.objectives.ammd import Ammd, measure_stream
 from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
 from distill_system.objectives.vocabulary import unit_rows
 
@@ -185,7 +185,7 @@ def test_everything_is_zero_where_student_equals_teacher():
     )
     assert gradient.abs().max() < 1e-6
     for stream in ("off_policy", "on_policy"):
-        distance = measure_distance(game.head(), rows, identity, stream=stream)
+        distance = measure_stream(game.head(), rows, identity, stream=stream).distance
         assert distance == pytest.approx(0.0, abs=1e-6)
 
 
@@ -197,8 +197,11 @@ def test_everything_is_zero_where_student_equals_teacher():
         {"policy_gradient": "reward_to_go", "moment_target": "sampled", "baseline": "position"},
         {"policy_gradient": "immediate_plus_future", "discount": 0.9, "baseline": "batch"},
         {"on_policy_weight": 0.25, "language_model_weight": 0.5},
+        {"policy_gradient": "reward_to_go", "baseline": "leave_one_out"},
+        {"features": {"type": "whitened"}, "critic": ClosedFormCritic(average=0.5)},
+        {"features": {"type": "projected", "dimension": 2}, "action_dimension": 1},
     ],
-    ids=["default", "ascent", "paper", "future", "joint"],
+    ids=["default", "ascent", "paper", "future", "joint", "others", "whitened", "projected"],
 )
 def test_two_ranks_give_the_gradient_of_one(settings):
     """Each rank holds some sequences; moments, baselines and loss shares are summed over both."""

@@ -30,6 +30,39 @@ def test_newton_schulz_gives_the_polar_factor_of_the_svd(shape):
     torch.testing.assert_close(polar_factor(matrix), left @ right, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("spread", [1e-1, 1e-4, 1e-12], ids=["mild", "steep", "rank one"])
+def test_float32_polar_factors_reach_the_distance_and_stay_in_the_ball(spread):
+    """One large singular value, as a language model's moments have, and many small ones."""
+    left = torch.linalg.qr(_moment(24, 24)).Q
+    right = torch.linalg.qr(_moment(30, 24, seed=3)).Q.T
+    singular = torch.cat([torch.ones(1), torch.full((23,), spread)]).double()
+    moment = (left * singular) @ right
+    factor = polar_factor(moment.float()).double()
+    assert _norm(factor, "spectral") <= 1 + 1e-6
+    assert float((factor * moment).sum()) == pytest.approx(float(singular.sum()), rel=2e-6)
+
+
+@pytest.mark.parametrize("ball", ["spectral", "frobenius"])
+def test_gradient_ascent_on_the_critics_own_entries_ends_at_the_best_response(ball):
+    """An independent oracle: Adam on X, where phi = C X / |X| is in the ball whatever X is."""
+    moment, radius = _moment(), 2.0
+    order = 2 if ball == "spectral" else "fro"
+    free = torch.randn(6, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    free.requires_grad_()
+    optimizer = torch.optim.Adam([free], lr=0.05)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
+    for _ in range(600):
+        value = radius * (free * moment).sum() / torch.linalg.matrix_norm(free, order)
+        optimizer.zero_grad()
+        (-value).backward()
+        optimizer.step()
+        scheduler.step()
+    reached = float(value.detach())
+    best = float((best_response(moment, ball=ball, radius=radius) * moment).sum())
+    assert reached <= best * (1 + 1e-9)
+    assert reached == pytest.approx(best, rel=1e-3)
+
+
 @pytest.mark.parametrize("ball", ["spectral", "frobenius"])
 def test_best_response_reaches_the_distance_and_no_random_critic_beats_it(ball):
     moment, radius = _moment(), 1.7

@@ -1,0 +1,171 @@
+"""The learner's step under AMMD, both streams, against plain on-policy reverse KL, in one process.
+
+The real Learner on a small Llama; what the teacher would have sent is drawn at random. Steps of
+the two objectives take turns, so that a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from distill_system.config.model import ArchitectureConfig, LearnerConfig, OptimizerConfig
+from distill_system.config.objective import AmmdConfig, TokenMatchingConfig
+from distill_system.learner import Learner, ModelSource
+from distill_system.learner.collate import StreamTotals
+from distill_system.records import (
+    Author,
+    Finish,
+    Stream,
+    TeacherTargets,
+    Trajectory,
+    TrajectoryChunk,
+)
+
+PROMPT_TOKENS, RESPONSE_TOKENS = 32, 64
+STUDENT = ArchitectureConfig(
+    hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, tie_word_embeddings=True
+)
+TEACHER_HIDDEN = 768
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "reverse_kl": {
+        "type": "token_matching",
+        "on_policy": {"type": "reverse_kl"},
+        "on_policy_weight": 1.0,
+    },
+    "ammd": {"type": "ammd"},
+    "ammd, 128 action dimensions": {"type": "ammd", "action_dimension": 128},
+}
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """sequences: of one step, over both streams."""
+
+    vocabulary: int
+    sequences: int
+    repeats: int
+    chunk_tokens: int
+    device: str
+    threads: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @property
+    def tokens(self) -> int:
+        """Response tokens of one step."""
+        return self.sequences * RESPONSE_TOKENS
+
+
+def measure(case: StepCase) -> dict[str, float]:
+    """Median seconds of a step under each objective, the first one of each left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        _save_teacher(folder, case.vocabulary)
+        learners = {name: _build_learner(case, name, folder) for name in OBJECTIVES}
+    batches = {name: _make_batch(case, name) for name in OBJECTIVES}
+    seconds: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
+    for step in range(case.repeats + 1):
+        for name, learner in learners.items():
+            chunks, totals, targets = batches[name]
+            result = learner.step(step, chunks, totals, *targets)
+            seconds[name].append(result.seconds)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def _save_teacher(folder: str, vocabulary: int) -> None:
+    """One block: the learner reads its embeddings alone."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=TEACHER_HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def _build_learner(case: StepCase, objective: str, teacher: str) -> Learner:
+    cuda = case.device == "cuda"
+    settings = OBJECTIVES[objective]
+    model = AmmdConfig if settings["type"] == "ammd" else TokenMatchingConfig
+    return Learner(
+        rank=0,
+        world_size=1,
+        source=ModelSource(
+            architecture=STUDENT, vocab_size=case.vocabulary, teacher_path=teacher
+        ),
+        objective=model(**settings),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        config=LearnerConfig(
+            threads=case.threads,
+            compute_dtype="bfloat16" if cuda else "float32",
+            vocabulary_chunk_tokens=case.chunk_tokens,
+        ),
+        total_steps=1000,
+        max_response_tokens=RESPONSE_TOKENS,
+        seed=0,
+        uses_gpu=cuda,
+        timeout_seconds=60.0,
+    )
+
+
+def _make_batch(
+    case: StepCase, objective: str
+) -> tuple[list[TrajectoryChunk], dict[Stream, StreamTotals], list[list[TeacherTargets]]]:
+    """All sequences on-policy, or half of them in each stream."""
+    both = OBJECTIVES[objective]["type"] == "ammd"
+    streams = [Stream.OFF_POLICY, Stream.ON_POLICY] if both else [Stream.ON_POLICY]
+    generator = np.random.default_rng(0)
+    chunks, targets = [], []
+    for stream in streams:
+        number = case.sequences // len(streams)
+        trajectories = tuple(
+            _write(generator, f"{stream}-{index}", case.vocabulary, stream)
+            for index in range(number)
+        )
+        chunks.append(TrajectoryChunk(stream=stream, trajectories=trajectories))
+        targets.append([_target(generator, t, embedding=both) for t in trajectories])
+    totals = {chunk.stream: StreamTotals.of(chunk.trajectories) for chunk in chunks}
+    return chunks, totals, targets
+
+
+def _write(
+    generator: np.random.Generator, name: str, vocabulary: int, stream: Stream
+) -> Trajectory:
+    length = PROMPT_TOKENS + RESPONSE_TOKENS
+    return Trajectory(
+        trajectory_id=name,
+        prompt_id=name,
+        author=Author.STUDENT if stream is Stream.ON_POLICY else Author.TEACHER,
+        token_ids=generator.integers(4, vocabulary, length).astype(np.int32),
+        num_prompt_tokens=PROMPT_TOKENS,
+        behaviour_logprobs=np.full(RESPONSE_TOKENS, -10.0, dtype=np.float32),
+        temperature=1.0,
+        finish=Finish.LENGTH,
+    )
+
+
+def _target(
+    generator: np.random.Generator, trajectory: Trajectory, *, embedding: bool
+) -> TeacherTargets:
+    shape = (RESPONSE_TOKENS, TEACHER_HIDDEN)
+    expected = generator.standard_normal(shape, dtype=np.float32) / 30 if embedding else None
+    return TeacherTargets(
+        trajectory_id=trajectory.trajectory_id,
+        num_tokens=RESPONSE_TOKENS,
+        features=generator.standard_normal(shape, dtype=np.float32),
+        expected_embedding=expected,
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(StepCase(**json.loads(sys.argv[1])))))

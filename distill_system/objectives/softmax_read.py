@@ -1,0 +1,84 @@
+"""The autograd function behind `read_vocabulary`: a policy's softmax, read a chunk at a time.
+
+Axes: N response tokens, c tokens of a chunk, b tokens of a block, H hidden size, V vocabulary,
+E action-embedding size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distill_system.objectives.chunked_products import (
+    UnembeddingGradients,
+    block_slices,
+    chunk_slices,
+    multiply,
+    probability_dtype,
+)
+
+
+class SoftmaxRead(torch.autograd.Function):
+    """Logprobs and expected embeddings; backward makes each chunk's logits again, no more."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        hidden_NH: Tensor,
+        unembedding_VH: Tensor,
+        token_ids_N: Tensor,
+        action_embeddings_VE: Tensor,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """float32 [N] and [N, E]; dtype is what to multiply in."""
+        student = UnembeddingGradients(hidden_NH, unembedding_VH, needs=(False, False), dtype=dtype)
+        actions_VE = action_embeddings_VE.to(probability_dtype(dtype))
+        logprobs_N = torch.empty(token_ids_N.shape, device=hidden_NH.device)
+        expected_NE = logprobs_N.new_empty(*token_ids_N.shape, actions_VE.shape[1])
+        for rows in chunk_slices(hidden_NH.shape[0], chunk_tokens):
+            policy_cV = student.make_logits(rows)
+            _normalise_in_place(policy_cV, token_ids_N[rows], logprobs_N[rows])
+            expected_NE[rows] = multiply(policy_cV.to(actions_VE.dtype), actions_VE)
+        context.save_for_backward(
+            hidden_NH, unembedding_VH, token_ids_N, action_embeddings_VE, expected_NE
+        )
+        context.chunk_tokens, context.dtype = chunk_tokens, dtype
+        return logprobs_N, expected_NE
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden states and unembedding, from those of both results."""
+        hidden_NH, unembedding_VH, token_ids_N, actions_VE, expected_NE = context.saved_tensors
+        into_logprobs_N, into_expected_NE = gradients
+        sums = UnembeddingGradients(
+            hidden_NH, unembedding_VH, needs=context.needs_input_grad[:2], dtype=context.dtype
+        )
+        actions_VE = actions_VE.to(probability_dtype(context.dtype))
+        # d ebar / d z = pi (e - ebar);  d log pi(y_t) / d z = 1[y = y_t] - pi
+        centre_N = (into_expected_NE * expected_NE).sum(-1) + into_logprobs_N
+        for rows in chunk_slices(hidden_NH.shape[0], context.chunk_tokens):
+            into_expected_cE = into_expected_NE[rows].to(actions_VE.dtype)
+            into_cV = multiply(into_expected_cE, actions_VE.T).sub_(centre_N[rows, None])
+            _multiply_by_softmax(into_cV, sums.make_logits(rows))
+            into_cV.scatter_add_(1, token_ids_N[rows, None], into_logprobs_N[rows, None])
+            sums.add(rows, into_cV)
+            del into_cV  # before the next chunk's is made
+        return *sums.finish(), None, None, None, None
+
+
+def _normalise_in_place(logits_cV: Tensor, token_ids_c: Tensor, logprobs_c: Tensor) -> None:
+    """Logits become probabilities where they stand; the written tokens' logprobs are filled in."""
+    for block in block_slices(logits_cV):
+        logprobs_bV = logits_cV[block].log_softmax(dim=-1)
+        logprobs_c[block] = logprobs_bV.gather(1, token_ids_c[block, None]).squeeze(1)
+        torch.exp(logprobs_bV, out=logits_cV[block])
+
+
+def _multiply_by_softmax(values_cV: Tensor, logits_cV: Tensor) -> None:
+    for block in block_slices(values_cV):
+        values_cV[block].mul_(logits_cV[block].softmax(dim=-1))

@@ -1,0 +1,265 @@
+"""No tensor of tokens x vocabulary: every objective of the configuration is held to it.
+
+A dispatch mode sees every tensor that torch makes, forward and backward, and counts the bytes that
+live at once. It is exact, but sees no buffers inside a kernel; the last test asks the system.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import weakref
+from typing import get_args
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from distill_system.config.objective import (
+    AdvantageConfig,
+    AmmdConfig,
+    ObjectiveConfig,
+    SinkhornConfig,
+    TokenLossConfig,
+    TokenMatchingConfig,
+)
+from distill_system.objectives import (
+    PolicyHeads,
+    TeacherRows,
+    TokenRows,
+    build_objective,
+    chunked_products,
+)
+from distill_system.objectives.rows import ObjectiveOutput
+from distill_system.objectives.vocabulary import read_top_k, unit_rows
+
+TOKENS, CHUNK = 24, 8
+HIDDEN, FEATURES = 4, 6
+VOCABULARIES = [32_000, 152_000]
+FLOAT_BYTES = 4
+BLOCK_ROWS = 12
+"""Temporaries that a loss may hold of one row: the dearest of them sorts, in int64."""
+SMALL = {SinkhornConfig: {"batch_tokens": 4}}
+"""Settings without which a loss would be slow, or its batch larger than a chunk."""
+
+
+def _members(union):
+    return get_args(get_args(union)[0])
+
+
+def _type_name(model):
+    [name] = get_args(model.model_fields["type"].annotation)
+    return name
+
+
+def _list_objectives():
+    """One of each type, None (supervised fine-tuning), and AMMD's ways that read a vocabulary."""
+    for model in _members(ObjectiveConfig):
+        if model is not TokenMatchingConfig:
+            yield pytest.param(model(type=_type_name(model)), id=_type_name(model))
+    for advantage in get_args(AdvantageConfig.model_fields["type"].annotation):
+        config = AmmdConfig(
+            policy_gradient="reward_to_go",
+            language_model_weight=0.5,
+            advantage=AdvantageConfig(type=advantage),
+        )
+        yield pytest.param(config, id=f"ammd_to_go_{advantage}")
+    for model in _members(TokenLossConfig):
+        loss = model(type=_type_name(model), **SMALL.get(model, {}))
+        config = TokenMatchingConfig(type="token_matching", off_policy=loss, on_policy=loss)
+        yield pytest.param(config, id=loss.type)
+    yield pytest.param(None, id="supervised")
+
+
+OBJECTIVES = list(_list_objectives())
+
+
+class MemoryLedger(TorchDispatchMode):
+    """Counts the bytes of what torch makes while it is on: the largest tensor, the most at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live_bytes = self.peak_bytes = self.largest_bytes = 0
+        self._known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {_key(leaf) for leaf in _tensors((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for leaf in _tensors(result):
+            if _key(leaf) not in self._known | given:
+                self._add(leaf.untyped_storage(), _key(leaf))
+        return result
+
+    def _add(self, storage, key):
+        self._known.add(key)
+        weakref.finalize(storage, self._remove, key, storage.nbytes())
+        self.live_bytes += storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self.largest_bytes = max(self.largest_bytes, storage.nbytes())
+
+    def _remove(self, key, size):
+        self._known.remove(key)
+        self.live_bytes -= size
+
+
+def _tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _key(tensor):
+    """The same for all views of one piece of memory."""
+    return tensor.untyped_storage()._cdata
+
+
+class Problem:
+    """A student with gradients, a teacher, and two streams of `tokens` tokens each."""
+
+    def __init__(self, tokens, vocabulary):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=generator)
+
+        self.hidden = draw(2, tokens, HIDDEN).requires_grad_()
+        self.features = draw(2, tokens, FEATURES)
+        self.ids = torch.randint(vocabulary, (2, tokens), generator=generator)
+        self.heads = PolicyHeads(
+            unembedding_VH=draw(vocabulary, HIDDEN).requires_grad_(),
+            action_embeddings_VE=unit_rows(draw(vocabulary, FEATURES)),
+            teacher_unembedding_VF=draw(vocabulary, FEATURES),
+            chunk_tokens=CHUNK,
+        )
+
+    def rows(self, stream, needs):
+        tokens = self.ids.shape[1]
+        return TokenRows(
+            hidden_NH=self.hidden[stream],
+            token_ids_N=self.ids[stream],
+            sequence_ids_N=torch.arange(tokens) // 8,
+            positions_N=torch.arange(tokens) % 8,
+            num_global_tokens=tokens,
+            num_global_sequences=tokens // 8,
+            teacher=self._teacher(self.features[stream], needs.top_k),
+        )
+
+    def _teacher(self, features, k):
+        head = self.heads.teacher_unembedding_VF
+        top = read_top_k(features, head, k=k, chunk_tokens=CHUNK) if k else (None, None)
+        return TeacherRows(
+            features_NF=features,
+            expected_embedding_NE=torch.full((len(features), FEATURES), 0.1),
+            logprobs_N=torch.full((len(features),), -2.0),
+            top_k_ids_NK=top[0],
+            top_k_logprobs_NK=top[1],
+        )
+
+    def train(self, config, ledger):
+        """One forward and backward of the objective under the ledger."""
+        objective = build_objective(config, max_response_tokens=8, total_steps=10)
+        streams = ["off_policy", "on_policy"]
+        reads = [config.reads(name) if config else name == "off_policy" for name in streams]
+        needs = [config.teacher_needs(name) if config else None for name in streams]
+        rows = [
+            self.rows(index, needs[index] or AmmdConfig().teacher_needs("off_policy"))
+            if reads[index]
+            else None
+            for index in range(2)
+        ]
+        with ledger:
+            output = objective.compute_loss(self.heads, *rows, lambda tensor: tensor)
+            output.loss_share.backward()
+        assert isinstance(output, ObjectiveOutput)
+        assert self.hidden.grad.isfinite().all()
+        assert self.heads.unembedding_VH.grad.abs().sum() > 0
+        return ledger
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("config", OBJECTIVES)
+def test_memory_is_that_of_two_chunks_whatever_the_number_of_tokens(
+    config, vocabulary, monkeypatch
+):
+    """Two chunks (student, teacher), temporaries of a block, and gradients of the unembedding."""
+    monkeypatch.setattr(chunked_products, "CPU_BLOCK_ELEMENTS", vocabulary)  # a block is one row
+    once = Problem(TOKENS, vocabulary).train(config, MemoryLedger())
+    twice = Problem(2 * TOKENS, vocabulary).train(config, MemoryLedger())
+    row_bytes = vocabulary * FLOAT_BYTES
+    assert twice.largest_bytes == once.largest_bytes == CHUNK * row_bytes
+    assert once.peak_bytes <= (2 * CHUNK + BLOCK_ROWS * _together(config) + 3 * HIDDEN) * row_bytes
+    token_bytes = 16 * (HIDDEN + 2 * FEATURES) * FLOAT_BYTES
+    assert twice.peak_bytes - once.peak_bytes <= 2 * TOKENS * token_bytes < row_bytes
+
+
+def _together(config):
+    return config.off_policy.tokens_together if isinstance(config, TokenMatchingConfig) else 1
+
+
+def test_the_ledger_sees_a_dense_loss_in_forward_and_backward():
+    tokens, vocabulary = 24, 1000
+    hidden = torch.randn(tokens, HIDDEN, requires_grad=True)
+    unembedding = torch.randn(vocabulary, HIDDEN)
+    with MemoryLedger() as ledger:
+        logprobs = (hidden @ unembedding.T).log_softmax(-1)
+        forward_peak = ledger.peak_bytes
+        logprobs.square().sum().backward()
+    whole = tokens * vocabulary * FLOAT_BYTES
+    assert ledger.largest_bytes == whole
+    assert forward_peak == pytest.approx(2 * whole, rel=0.1)
+    assert ledger.peak_bytes >= 3 * whole
+    assert ledger.live_bytes < 2 * whole  # what backward made is gone, logprobs is still named
+
+
+MEASURED = """
+    import torch
+
+    from distill_system.objectives.divergences import kl_divergence
+    from distill_system.objectives.vocabulary import TeacherDistribution, sum_over_vocabulary
+
+    VOCABULARY, HIDDEN = 152_000, 8
+    torch.set_num_threads(1)
+    unembedding = torch.randn(VOCABULARY, HIDDEN).requires_grad_()
+
+    def reverse_kl(chunk):
+        return kl_divergence(chunk.student_logprobs_cV, chunk.teacher_logprobs_cV)
+
+    def chunked(hidden, ids):
+        teacher = TeacherDistribution(
+            features_NF=hidden.detach().flip(0), unembedding_VF=unembedding.detach()
+        )
+        weights = torch.ones(len(hidden))
+        sum_over_vocabulary(
+            hidden, ids, unembedding, weights, reverse_kl, teacher=teacher, chunk_tokens=32
+        ).total.backward()
+
+    def dense(hidden, ids):
+        (hidden @ unembedding.T).log_softmax(-1)
+
+    def peak_bytes():
+        # of this process alone: getrusage would pass on what its parent once held
+        with open("/proc/self/status") as status:
+            [line] = [line for line in status if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
+
+    for tokens, read in ((128, chunked), (256, chunked), (256, dense)):
+        read(torch.randn(tokens, HIDDEN, requires_grad=True), torch.zeros(tokens).long())
+        print(peak_bytes())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's count of resident pages")
+def test_the_process_itself_grows_by_less_than_a_chunk():
+    """Peak resident memory after N tokens, after 2 N, and after the dense form of 2 N."""
+    settled = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # freed is given back
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEASURED)],
+        env={**os.environ, **settled},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    once, twice, densely = (int(line) for line in done.stdout.split())
+    assert twice - once < 32 * 152_000 * FLOAT_BYTES / 2
+    assert densely - twice > 256 * 152_000 * FLOAT_BYTES
