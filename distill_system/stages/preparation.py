@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from distill_system.config import RunConfig, dump_config
+from distill_system.config import RunConfig, dump_config, load_config
 from distill_system.data import build_tokenizer, tokenizer_texts
-from distill_system.errors import RunStateError
+from distill_system.errors import ConfigError, RunStateError
 from distill_system.observe import RunDirectory, write_environment
 from distill_system.observe.run_directory import read_json, write_text
 from distill_system.stages.model_checks import check_folders, check_models
@@ -57,8 +57,7 @@ def record_start(config: RunConfig, run: RunDirectory) -> None:
 
 
 def _require_same(run: RunDirectory, config: RunConfig) -> None:
-    old = _flatten(read_json(run.config_path))
-    new = _flatten(json.loads(dump_config(config)))
+    old, new = _flatten(_read_recorded(run)), _flatten(json.loads(dump_config(config)))
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -71,6 +70,18 @@ def _require_same(run: RunDirectory, config: RunConfig) -> None:
         )
     if changed:
         shutil.rmtree(run.tokenizer_directory, ignore_errors=True)  # made of the old one
+
+
+def _read_recorded(run: RunDirectory) -> Any:
+    """The configuration that the run began with, as today's models read it.
+
+    A key that has come since then has its default, which is what the run did; a file that today's
+    models refuse is compared as it stands.
+    """
+    try:
+        return json.loads(dump_config(load_config([run.config_path])))
+    except ConfigError:
+        return read_json(run.config_path)
 
 
 def _has_work(run: RunDirectory) -> bool:

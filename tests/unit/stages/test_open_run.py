@@ -92,3 +92,24 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "a_file").write_text("")
     with pytest.raises(RunStateError, match=r"cannot be written.*another runs_directory"):
         _start(tmp_path, f"runs_directory={tmp_path / 'a_file'}")
+
+
+def test_a_key_that_has_come_since_then_does_not_part_a_run_from_its_configuration(tmp_path):
+    run = _start(tmp_path)
+    run.teacher_directory.mkdir()
+    recorded = json.loads(run.config_path.read_text())
+    del recorded["distill"]["replay"], recorded["distill"]["objective"]["discount"]
+    run.config_path.write_text(json.dumps(recorded))
+    assert open_run(_config(tmp_path)).path == run.path
+    with pytest.raises(RunStateError, match=r"discount: 1\.0 -> 0\.9"):
+        open_run(_config(tmp_path, "distill.objective.discount=0.9"))
+
+
+def test_a_record_that_todays_models_refuse_is_compared_as_it_stands(tmp_path):
+    run = _start(tmp_path)
+    run.teacher_directory.mkdir()
+    recorded = json.loads(run.config_path.read_text())
+    recorded["distill"]["a_key_of_old"] = 3
+    run.config_path.write_text(json.dumps(recorded))
+    with pytest.raises(RunStateError, match="a_key_of_old: 3 -> None"):
+        open_run(_config(tmp_path))
