@@ -57,6 +57,13 @@ def check_models(config: RunConfig, tokenizer: Any) -> None:
             f"{rows['teacher']} in the teacher's embeddings and {rows['student']} in the "
             "student's: some families pad theirs by size. Choose two models of one number"
         )
+    for stream in ("off_policy", "on_policy"):
+        k = config.distill.objective.teacher_needs(stream).top_k
+        if k > rows["teacher"]:
+            raise ConfigError(
+                f"distill.objective.{stream}.k must be at most the teacher's vocabulary of "
+                f"{rows['teacher']}, got {k}"
+            )
 
 
 def check_data(config: RunConfig, data: RunData) -> None:

@@ -38,6 +38,16 @@ def test_models_that_fit_one_another_pass(configure: Configure) -> None:
     assert config.teacher.path != config.student.path, "two models, not one with itself"
 
 
+def test_more_of_the_teachers_tokens_than_there_are_is_refused(configure: Configure) -> None:
+    objective = "{type: token_matching, on_policy: {type: top_k, k: %d}}"
+    num_rows = len(build_tokenizer(configure(), None))
+    _check(configure(f"distill.objective={objective % num_rows}"))
+    with pytest.raises(
+        ConfigError, match=rf"on_policy\.k must be .* {num_rows}, got {num_rows + 1}"
+    ):
+        _check(configure(f"distill.objective={objective % (num_rows + 1)}"))
+
+
 @pytest.mark.parametrize(
     ("path", "local"),
     [
