@@ -6,11 +6,10 @@ the two objectives take turns, so that a busy machine slows both.
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -56,17 +55,14 @@ class StepCase:
     device: str
     threads: int
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
     @property
     def tokens(self) -> int:
         """Response tokens of one step."""
         return self.sequences * RESPONSE_TOKENS
 
 
-def measure(case: StepCase) -> dict[str, float]:
-    """Median seconds of a step under each objective, the first one of each left out."""
+def serve(case: StepCase, pipe: Connection) -> None:
+    """Send the median seconds of a step under each objective, the first one of each left out."""
     with tempfile.TemporaryDirectory() as folder:
         _save_teacher(folder, case.vocabulary)
         learners = {name: _build_learner(case, name, folder) for name in OBJECTIVES}
@@ -77,7 +73,7 @@ def measure(case: StepCase) -> dict[str, float]:
             chunks, totals, targets = batches[name]
             result = learner.step(step, chunks, totals, *targets)
             seconds[name].append(result.seconds)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    pipe.send({name: statistics.median(times[1:]) for name, times in seconds.items()})
 
 
 def _save_teacher(folder: str, vocabulary: int) -> None:
@@ -100,9 +96,7 @@ def _build_learner(case: StepCase, objective: str, teacher: str) -> Learner:
     return Learner(
         rank=0,
         world_size=1,
-        source=ModelSource(
-            architecture=STUDENT, vocab_size=case.vocabulary, teacher_path=teacher
-        ),
+        source=ModelSource(architecture=STUDENT, vocab_size=case.vocabulary, teacher_path=teacher),
         objective=model(**settings),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         config=LearnerConfig(
@@ -165,7 +159,3 @@ def _target(
         features=generator.standard_normal(shape, dtype=np.float32),
         expected_embedding=expected,
     )
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(StepCase(**json.loads(sys.argv[1])))))

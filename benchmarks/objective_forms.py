@@ -1,19 +1,18 @@
 """One objective in one of three forms, timed in this process: ours, dense, or TRL's.
 
-The parent (objectives.py) starts one process for each, so that the peak of memory is its own, and
-lets them run in turns: it writes a line, this process makes one forward and backward and answers
-with the seconds. At the end of the input it answers with the peak.
+objectives.py starts one process for each, so that the peak of memory is its own, and lets them take
+turns: at each message the process makes one forward and backward and answers with the seconds; at
+the last message it answers with its peak.
 
 Axes: N tokens, H student hidden size, F teacher feature size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from distill_system.objectives.vocabulary import (
 )
 
 SEED = 0
+STEP, STOP = "step", "stop"
 RESPONSE_TOKENS = 64
 TRL_BETAS = {"forward_kl": 0.0, "generalized_jsd": 0.5, "reverse_kl": 1.0}
 """Ours by name -> beta of TRL's ChunkedDivergenceFunction."""
@@ -52,9 +52,6 @@ class Case:
     device: str
     threads: int
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
 
 class DenseHeads(PolicyHeads):
@@ -147,9 +144,7 @@ class Problem:
 
     def _build_objective(self) -> Callable[[], Tensor]:
         config = build_config(self.case.objective, self.case.settings)
-        objective = build_objective(
-            config, max_response_tokens=RESPONSE_TOKENS, total_steps=1000
-        )
+        objective = build_objective(config, max_response_tokens=RESPONSE_TOKENS, total_steps=1000)
         heads = (DenseHeads if self.case.form == "dense" else PolicyHeads)(
             unembedding_VH=self.unembedding_VH,
             action_embeddings_VE=unit_rows(self._draw(self.case.vocabulary, self.case.features)),
@@ -242,29 +237,22 @@ class PeakMemory:
         return int(line.split()[1]) * 1024
 
 
-def serve(case: Case) -> None:
-    """Answer each line of the input with the seconds of one step, its end with the peak."""
+def serve(case: Case, pipe: Connection) -> None:
+    """Answer each STEP with the seconds of one, and the STOP with the peak of memory in bytes."""
     torch.set_num_threads(case.threads)
     problem = Problem(case)
     compute = problem.build_step()
     memory = PeakMemory(problem.device)
-    for _ in sys.stdin:
+    while pipe.recv() == STEP:
         problem.clear_gradients()
         _synchronise(problem.device)
         started = time.perf_counter()
-        loss = compute()
-        loss.backward()
+        compute().backward()
         _synchronise(problem.device)
-        seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "loss": float(loss.detach())}), flush=True)
-        del loss
-    print(json.dumps({"peak_bytes": memory.above_base()}), flush=True)
+        pipe.send(time.perf_counter() - started)
+    pipe.send(memory.above_base())
 
 
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-if __name__ == "__main__":
-    serve(Case(**json.loads(sys.argv[1])))

@@ -104,7 +104,7 @@ class LearnerConfig(ConfigModel):
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the distillation's forward and backward; weights and sums stay float32."""
-    vocabulary_chunk_tokens: PositiveInt = 1024
+    vocabulary_chunk_tokens: PositiveInt = 512
     """Tokens whose vocabulary-sized rows exist at once; memory is this x vocabulary x 4 bytes."""
     threads: PositiveInt = Field(default=1)
     """CPU threads of each rank."""

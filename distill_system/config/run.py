@@ -18,7 +18,12 @@ from pydantic import (
 from distill_system.config.base import ConfigModel
 from distill_system.config.data import DataConfig, PretrainedTokenizer, TokenizerConfig
 from distill_system.config.model import LearnerConfig, ModelConfig, OptimizerConfig
-from distill_system.config.objective import AmmdConfig, ObjectiveConfig, StreamName
+from distill_system.config.objective import (
+    AmmdConfig,
+    MinillmConfig,
+    ObjectiveConfig,
+    StreamName,
+)
 
 MetricName = Literal["exact_match", "rouge_l", "rouge_l_stemmed", "bleu", "accuracy"]
 
@@ -163,6 +168,14 @@ class DistillConfig(ConfigModel):
                     f"objective.type={self.objective.type} reads the {stream} stream: expected "
                     f"{'student' if stream == 'on_policy' else 'teacher'}_prompts_per_step > 0, "
                     "got 0"
+                )
+        if isinstance(self.objective, MinillmConfig) and self.off_policy_source == "dataset":
+            mixture = self.objective.teacher_mixture
+            if mixture > 0:
+                raise ValueError(
+                    "objective.teacher_mixture mixes in text that the teacher wrote: expected "
+                    "off_policy_source=teacher or teacher_mixture=0, got "
+                    f"off_policy_source=dataset and teacher_mixture={mixture}"
                 )
         both = self.objective.reads("on_policy") and self.objective.reads("off_policy")
         if self.replay is not None and not (both and self.off_policy_source == "dataset"):

@@ -81,3 +81,9 @@ def test_a_file_of_ones_own_is_taken_as_it_is(tmp_path):
 def test_replay_needs_rows_and_both_streams():
     with pytest.raises(ConfigError, match="off_policy_source=dataset, got"):
         _distill("kl_mixture", "distill.replay={}")
+
+
+def test_a_teacher_mixture_needs_the_teachers_text():
+    with pytest.raises(ConfigError, match=r"off_policy_source=teacher or teacher_mixture=0, got"):
+        _distill("minillm", "distill.off_policy_source=dataset")
+    assert _distill("minillm", "distill.objective.teacher_mixture=0").sequences("off_policy") == 0
