@@ -59,21 +59,23 @@ def compare(request: ComparisonRequest, *, say: Say) -> Path:
     shared = _with(base, name="shared", runs_directory=str(folder))
     start = train(shared, resume=True, stages=("sft",))
     configs = {name: _from_shared(config, shared, start) for name, config in configs.items()}
-    steps, value, failures = plan_steps(
+    seeds = tuple(range(request.seeds))
+    steps, value, failed = plan_steps(
         configs, folder, budget=request.budget, value=request.budget_value, say=say
     )
+    failures = {run_key(name, seed): said for name, said in failed.items() for seed in seeds}
     plan = Plan(
         name=base.name,
         config=base.model_dump(mode="json"),
         objectives=tuple(configs),
-        seeds=tuple(range(request.seeds)),
+        seeds=seeds,
         budget=request.budget,
         budget_value=value,
         steps=steps,
         failures=failures,
     )
     write_plan(folder, plan)
-    jobs = [_job(folder, configs[name], name, seed, steps) for seed in plan.seeds for name in steps]
+    jobs = [_job(folder, configs[name], name, seed, steps) for seed in seeds for name in steps]
     failures = failures | run_jobs(jobs, at_once=request.at_once, say=say)
     write_plan(folder, replace(plan, failures=failures))
     files = write_comparison(folder)

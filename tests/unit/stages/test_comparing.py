@@ -1,0 +1,119 @@
+"""Equal budgets from what pilots cost, and runs in processes of their own that may fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distill_system.config import load_config
+from distill_system.config.recipes import recipe_path
+from distill_system.errors import ConfigError
+from distill_system.observe import RunDirectory
+from distill_system.observe.run_directory import write_json, write_text
+from distill_system.stages.compare import ComparisonRequest, compare
+from distill_system.stages.pilot import PILOT_STEPS, plan_steps
+from distill_system.stages.processes import Job, run_jobs
+
+BROKEN = "data.held_out={type: jsonl, path: /no/where.jsonl}"
+QUICKSTART = str(Path(__file__).parents[3] / "configs/quickstart.yaml")
+
+
+def _config(tmp_path, name="ammd", *overrides):
+    return load_config([QUICKSTART, recipe_path(name)], [f"runs_directory={tmp_path}", *overrides])
+
+
+def _finish(run, **step_metrics):
+    """A run that is done, each of its steps with these metrics; the first three are slow."""
+    write_json(run.summary_path, {})
+    write_json(run.evaluation_path("after"), {})
+    lines = [{"stage": "distill", "step": 0, "metrics": {"held_out/cross_entropy": 1.0}}]
+    for step in range(1, PILOT_STEPS + 1):
+        slow = 100.0 if step <= 3 else 1.0
+        metrics = {name: value * slow for name, value in step_metrics.items()}
+        lines.append({"stage": "distill", "step": step, "metrics": metrics})
+    write_text(run.metrics_path, "\n".join(json.dumps(line) for line in lines))
+
+
+def _pilots(tmp_path):
+    costs = {
+        "ammd": (0.5, 600.0, 400.0),
+        "reverse_kl_on_policy": (0.25, 500.0, 0.0),
+        "sft": (0.1, 0.0, 0.0),
+    }
+    for name, (seconds, student, teacher) in costs.items():
+        _finish(
+            RunDirectory(tmp_path / "pilot" / name),
+            **{
+                "seconds/step": seconds,
+                "sampled_tokens/student": student,
+                "sampled_tokens/teacher": teacher,
+            },
+        )
+    return {name: _config(tmp_path, name, "distill.steps=100") for name in costs}
+
+
+def _plan(tmp_path, budget, value=None):
+    configs = _pilots(tmp_path)
+    steps, total, failed = plan_steps(configs, tmp_path, budget=budget, value=value, say=print)
+    assert failed == {}
+    return steps, total
+
+
+def test_equal_updates_are_the_same_steps_for_all(tmp_path):
+    steps, value = _plan(tmp_path, "updates")
+    assert set(steps.values()) == {100}
+    assert value == 100.0
+    assert set(_plan(tmp_path, "updates", 40)[0].values()) == {40}
+
+
+def test_equal_seconds_give_the_cheap_objective_more_steps(tmp_path):
+    steps, value = _plan(tmp_path, "seconds")
+    assert steps == {"ammd": 100, "reverse_kl_on_policy": 200, "sft": 500}
+    assert value == pytest.approx(50.0)
+
+
+def test_equal_tokens_leave_what_samples_nothing_with_its_own_steps(tmp_path):
+    steps, _ = _plan(tmp_path, "sampled_tokens", 30_000)
+    assert steps == {"ammd": 30, "reverse_kl_on_policy": 60, "sft": 100}
+
+
+def test_a_budget_of_less_than_a_step_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"0\.2 seconds pay for less than a step"):
+        _plan(tmp_path, "seconds", 0.2)
+
+
+def test_names_are_checked_before_anything_runs(tmp_path):
+    for names, said in ((["ammd", "amd"], "did you mean"), (["sft", "sft"], "differ from one")):
+        request = ComparisonRequest(
+            paths=[QUICKSTART], overrides=[f"runs_directory={tmp_path}"], objectives=names
+        )
+        with pytest.raises(ConfigError, match=said):
+            compare(request, say=print)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_is_told_and_what_is_done_is_skipped(tmp_path):
+    missing = _config(tmp_path, "ammd", "name=broken", BROKEN)
+    done = _config(tmp_path, "ammd", "name=done")
+    _finish(RunDirectory(tmp_path / "done"))
+    said = []
+    jobs = [Job(key="a/done", config=done), Job(key="a/broken", config=missing)]
+    failures = run_jobs(jobs, at_once=2, say=said.append)
+    assert said[0] == "2 runs, 1 of them done"
+    assert list(failures) == ["a/broken"]
+    assert "DataError" in failures["a/broken"]
+    assert "/no/where" in failures["a/broken"]
+    assert "exit code 1" in failures["a/broken"]
+    assert "DataError" in (tmp_path / "broken.log").read_text()
+    assert load_config([tmp_path / "broken.json"]) == missing
+
+
+def test_a_teachers_evaluation_is_taken_from_a_run_of_the_same_seed(tmp_path):
+    twin = RunDirectory(tmp_path / "twin")
+    write_json(twin.evaluation_path("teacher"), {"measured": True})
+    broken = _config(tmp_path, "ammd", "name=taker", BROKEN)
+    job = Job(key="a/taker", config=broken, same_teacher=(tmp_path / "none", twin.path))
+    run_jobs([job], at_once=1, say=print)
+    assert json.loads(job.run.evaluation_path("teacher").read_text()) == {"measured": True}
