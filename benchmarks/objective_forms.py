@@ -33,6 +33,8 @@ from distill_system.objectives.vocabulary import (
 
 SEED = 0
 STEP, STOP = "step", "stop"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Seconds that pass, or that this process has a processor: what a busy machine leaves as it is."""
 RESPONSE_TOKENS = 64
 TRL_BETAS = {"forward_kl": 0.0, "generalized_jsd": 0.5, "reverse_kl": 1.0}
 """Ours by name -> beta of TRL's ChunkedDivergenceFunction."""
@@ -51,6 +53,7 @@ class Case:
     chunk_tokens: int
     device: str
     threads: int
+    clock: str
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -240,16 +243,17 @@ class PeakMemory:
 def serve(case: Case, pipe: Connection) -> None:
     """Answer each STEP with the seconds of one, and the STOP with the peak of memory in bytes."""
     torch.set_num_threads(case.threads)
+    read_clock = CLOCKS[case.clock]
     problem = Problem(case)
     compute = problem.build_step()
     memory = PeakMemory(problem.device)
     while pipe.recv() == STEP:
         problem.clear_gradients()
         _synchronise(problem.device)
-        started = time.perf_counter()
+        started = read_clock()
         compute().backward()
         _synchronise(problem.device)
-        pipe.send(time.perf_counter() - started)
+        pipe.send(read_clock() - started)
     pipe.send(memory.above_base())
 
 

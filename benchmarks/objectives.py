@@ -1,11 +1,13 @@
 """Time and memory of every objective: ours, the dense form, and TRL's chunked divergence.
 
-    python benchmarks/objectives.py [--quick] [--device cuda] [--repeats 3] [--threads 2]
+    python benchmarks/objectives.py [--quick] [--device cuda] [--clock cpu --threads 1]
 
 Forward and backward on the same hidden states. Each form runs in a process of its own, one at a
 time and in turns, so that a neighbour on the machine slows all of them: the median of the repeats
-counts, after a first run that does not. Memory is the peak above what the process held before.
-Then whole steps of the learner, AMMD on both streams against on-policy reverse KL.
+counts, after a first run that does not. On a machine that others use, `--clock cpu --threads 1`
+counts the seconds of processor that the process itself had. Memory is the peak above what the
+process held before. Then whole steps of the learner, AMMD on both streams against on-policy
+reverse KL.
 """
 
 from __future__ import annotations
@@ -102,6 +104,7 @@ def _make_plan(arguments: argparse.Namespace) -> Plan:
         chunk_tokens=arguments.chunk_tokens,
         device=arguments.device,
         threads=arguments.threads,
+        clock=arguments.clock,
     )
     return Plan((small, large), small, step, repeats)
 
@@ -126,6 +129,7 @@ def _measure_objective(
         chunk_tokens=arguments.chunk_tokens,
         device=arguments.device,
         threads=arguments.threads,
+        clock=arguments.clock,
     )
     forms = ["ours", "dense", "trl"] if objective in TRL_BETAS else ["ours", "dense"]
     turns = repeats if objective in TRL_BETAS or objective == "ammd" else 1

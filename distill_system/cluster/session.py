@@ -62,7 +62,7 @@ class ClusterSession:
             with _signal_handlers_kept():
                 _connect(address, self.config)
         except BaseException:
-            ray.shutdown()  # what stands already of a local cluster
+            _shut_down()  # what stands already of a local cluster
             raise
         return self
 
@@ -74,7 +74,7 @@ class ClusterSession:
     ) -> None:
         # With its driver a session's workers and placements end too. To give them back one by one
         # would wait for a cluster that may be ending as well, as after SIGTERM to all processes.
-        ray.shutdown()
+        _shut_down()
 
     def start_workers(self, request: WorkerRequest) -> RayWorkers:
         """Place and start a pool; returns at once after placement, while the workers load.
@@ -186,9 +186,17 @@ def _require_answer(address: str) -> None:
         ) from error
 
 
+def _shut_down() -> None:
+    with _signal_handlers_kept():
+        ray.shutdown()
+
+
 @contextmanager
 def _signal_handlers_kept() -> Iterator[None]:
-    """Ray puts a SIGTERM handler of its own over ours, and leaves it there."""
+    """Ray puts a SIGTERM handler of its own over ours; as it ends it takes away even ours.
+
+    What Python then calls its handler is no longer the system's: it has to be set again.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

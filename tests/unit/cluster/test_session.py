@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,6 +21,7 @@ from distill_system.config.run import PoolConfig
 from distill_system.errors import ResourceError, WorkerError
 
 Start = Callable[..., RayWorkers]
+QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
 
 
 class Sitter:
@@ -100,6 +104,23 @@ def test_the_handler_of_sigterm_is_left_as_it_was(
 ) -> None:
     """Ray's own would end this process without a word."""
     assert signal.getsignal(signal.SIGTERM) is sigterm_handler
+
+
+def test_sigterm_is_heard_after_a_session_too() -> None:
+    """Ray's end would leave the system's own answer, which ends a process without a word."""
+    program = """
+import os, signal, sys
+from distill_system.cluster import ClusterSession
+from distill_system.config import load_config
+signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
+with ClusterSession(load_config([sys.argv[1]], ["cluster.dashboard=false"]), say=print):
+    pass
+os.kill(os.getpid(), signal.SIGTERM)
+print("alive", flush=True)
+"""
+    arguments = [sys.executable, "-c", program, str(QUICKSTART)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split()[-2:] == ["heard", "alive"], done.stderr
 
 
 def test_a_cluster_that_does_not_answer_is_told_at_once(
