@@ -49,10 +49,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. every_objective_at: the one size at which all objectives are."""
+    """What is measured: every objective at the small size, what TRL has and AMMD at the large."""
 
-    sizes: tuple[Size, ...]
-    every_objective_at: Size
+    small: Size
+    large: Size
     step: StepCase
     repeats: int
 
@@ -61,9 +61,14 @@ def main() -> None:
     arguments = _parse_arguments()
     plan = _make_plan(arguments)
     rows = []
-    for size in plan.sizes:
-        for objective in _objectives(everything=size == plan.every_objective_at):
-            rows.append(_measure_objective(objective, size, plan.repeats, arguments))
+    shared = [*TRL_BETAS, "ammd"]
+    for size, objectives, repeats in (
+        (plan.small, shared, plan.repeats),
+        (plan.small, _other_objectives(shared), 1),
+        (plan.large, shared, max(1, plan.repeats - 1)),
+    ):
+        for objective in objectives:
+            rows.append(_measure_objective(objective, size, repeats, arguments))
             print(json.dumps(rows[-1]), flush=True)
     seconds = _run_steps(plan.step)
     rows += [_step_row(name, plan.step, value) for name, value in seconds.items()]
@@ -80,8 +85,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes: a try of the script")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--clock", choices=list(objective_forms.CLOCKS), default="wall")
     parser.add_argument("--chunk-tokens", type=int, default=LearnerConfig().vocabulary_chunk_tokens)
     return parser.parse_args()
 
@@ -95,7 +101,7 @@ def _make_plan(arguments: argparse.Namespace) -> Plan:
         small, large = Size(32_000, 4096, 2048, 4096), Size(152_000, 4096, 2048, 4096)
         sequences, repeats = 64, arguments.repeats
     else:
-        small, large = Size(32_000, 2048, 512, 768), Size(152_000, 1024, 256, 384)
+        small, large = Size(32_000, 1536, 256, 384), Size(152_000, 1024, 256, 384)
         sequences, repeats = 32, arguments.repeats
     step = StepCase(
         vocabulary=small.vocabulary,
@@ -106,22 +112,20 @@ def _make_plan(arguments: argparse.Namespace) -> Plan:
         threads=arguments.threads,
         clock=arguments.clock,
     )
-    return Plan((small, large), small, step, repeats)
+    return Plan(small, large, step, repeats)
 
 
-def _objectives(*, everything: bool) -> list[str]:
-    """Those TRL has too and AMMD; or every token loss and every policy-gradient method."""
-    shared = [*TRL_BETAS, "ammd"]
+def _other_objectives(shared: Sequence[str]) -> list[str]:
+    """Every other token loss of the configuration, and MiniLLM."""
     models = get_args(get_args(TokenLossConfig)[0])
     losses = [get_args(model.model_fields["type"].annotation)[0] for model in models]
-    others = [name for name in [*losses, "minillm"] if name not in shared]
-    return shared + others if everything else shared
+    return [name for name in [*losses, "minillm"] if name not in shared]
 
 
 def _measure_objective(
     objective: str, size: Size, repeats: int, arguments: argparse.Namespace
 ) -> dict[str, object]:
-    """One row of the table. What TRL does not have is measured once, after the first run."""
+    """One row of the table."""
     case = Case(
         form="ours",
         objective=objective,
@@ -132,8 +136,7 @@ def _measure_objective(
         clock=arguments.clock,
     )
     forms = ["ours", "dense", "trl"] if objective in TRL_BETAS else ["ours", "dense"]
-    turns = repeats if objective in TRL_BETAS or objective == "ammd" else 1
-    measured = _take_turns([replace(case, form=form) for form in forms], turns)
+    measured = _take_turns([replace(case, form=form) for form in forms], repeats)
     seconds = {form: measured[form][0] for form in forms}
     peaks = {form: measured[form][1] / MIB for form in forms}
     return {
