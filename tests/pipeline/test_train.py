@@ -78,12 +78,13 @@ def _rows(run, stage="distill"):
 
 
 def _learned(run):
-    """What a step computed, without what the clock says."""
+    """What a step computed, without what the clock and the process's memory say."""
     return {
         row["step"]: {
             name: value
             for name, value in row["metrics"].items()
             if not name.startswith(("seconds/", "tokens_per_second/", "busy_share/"))
+            and name != "learner/peak_memory_bytes"
         }
         for row in _rows(run)
     }
