@@ -22,7 +22,7 @@ class Costs:
     step_seconds: wall clock of the steps alone.
     sampled_tokens: response tokens that student and teacher wrote to be trained on.
     learner_tokens: response tokens that the learner read, of both streams.
-    peak_memory_bytes: kind of worker (learner, scoring) -> the most that one of them held.
+    peak_memory_bytes: kind of worker (learner) -> the most that one of them held.
     """
 
     stage_seconds: float | None

@@ -28,10 +28,9 @@ COSTS: dict[str, tuple[str, float, int]] = {
     "steps": ("steps", 1, 0),
     "step_seconds": ("seconds of steps", 1, 1),
     "stage_seconds": ("seconds with evaluations", 1, 1),
-    "sampled_tokens": ("tokens sampled by the student", 1, 0),
+    "sampled_tokens": ("tokens sampled by both models", 1, 0),
     "learner_tokens": ("tokens learned from", 1, 0),
     "learner_peak_memory_bytes": ("peak memory of a learner, MiB", 2**20, 0),
-    "scoring_peak_memory_bytes": ("peak memory of a scorer, MiB", 2**20, 0),
 }
 """Cost -> its title, what it is divided by to be shown, and digits."""
 
@@ -65,7 +64,7 @@ def describe_budget(plan: Plan) -> str:
     """What every objective got as much of."""
     what = {
         "updates": "{:,.0f} student updates",
-        "sampled_tokens": "{:,.0f} tokens sampled by the student",
+        "sampled_tokens": "{:,.0f} tokens sampled by both models",
         "seconds": "{:,.0f} seconds of wall clock",
     }[plan.budget]
     runs = f"{len(plan.objectives)} objectives, {len(plan.seeds)} seeds"
