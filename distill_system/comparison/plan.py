@@ -12,7 +12,7 @@ from distill_system.errors import RunStateError
 from distill_system.observe.run_directory import RunDirectory, read_json, write_json
 
 Budget = Literal["updates", "sampled_tokens", "seconds"]
-"""What every objective gets as much of: student updates, tokens that both models sample, seconds."""
+"""What every objective gets as much of: updates, tokens that both models sample, seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

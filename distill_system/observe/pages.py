@@ -21,7 +21,7 @@ def render_page(
 
     Args:
         template: its path below the package, as observe/report.html; it extends observe/page.html,
-            which has the style; observe/chart.html has the macro that shows a chart.
+            which has the style; observe/chart.html has the macros for charts.
         values: everything that the template names.
         filters: more than number, signed, duration and metric_title.
 
