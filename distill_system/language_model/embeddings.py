@@ -1,0 +1,56 @@
+"""One matrix of a saved model, without the model.
+
+Axes: V rows (padded vocabularies included), E width.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distill_system.errors import ModelError
+
+
+def load_embedding(
+    path: str, *, which: Literal["input", "output"], trust_remote_code: bool = False
+) -> Tensor:
+    """The input embeddings or the unembedding alone of a saved model, float32 [V, E].
+
+    Reads one tensor from the safetensors files; the model itself is never built in memory.
+    Raises: ModelError if the folder holds no such tensor.
+    """
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        skeleton.tie_weights()
+    inputs, outputs = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    wanted = inputs if which == "input" else outputs
+    names = {parameter: name for name, parameter in skeleton.named_parameters()}
+    name = names[wanted.weight]
+    folder = _local_folder(path)
+    index = folder / "model.safetensors.index.json"
+    file = "model.safetensors"
+    if index.exists():
+        file = json.loads(index.read_text())["weight_map"].get(name, file)
+    if not (folder / file).exists():
+        raise ModelError(f"{path!r}: expected {file} with the tensor {name!r}, found no such file")
+    with safe_open(folder / file, framework="pt") as tensors:
+        # Some checkpoints leave out the base model's prefix.
+        stored = {name, name.split(".", 1)[-1]} & set(tensors.keys())
+        if not stored:
+            raise ModelError(f"{path!r}: {file} holds no tensor {name!r}")
+        return tensors.get_tensor(stored.pop()).float()
+
+
+def _local_folder(path: str) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
