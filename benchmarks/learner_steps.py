@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-from objective_forms import CLOCKS
+from objective_forms import ACTION_DIMENSION, CLOCKS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_system.config.model import ArchitectureConfig, LearnerConfig, OptimizerConfig
@@ -41,7 +41,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "on_policy_weight": 1.0,
     },
     "ammd": {"type": "ammd"},
-    "ammd, 128 action dimensions": {"type": "ammd", "action_dimension": 128},
+    "ammd, whole action embeddings": {"type": "ammd"},
 }
 
 
@@ -100,7 +100,12 @@ def _build_learner(case: StepCase, objective: str, teacher: str) -> Learner:
     return Learner(
         rank=0,
         world_size=1,
-        source=ModelSource(architecture=STUDENT, vocab_size=case.vocabulary, teacher_path=teacher),
+        source=ModelSource(
+            architecture=STUDENT,
+            vocab_size=case.vocabulary,
+            teacher_path=teacher,
+            action_dimension=_action_dimension(objective),
+        ),
         objective=model(**settings),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         config=LearnerConfig(
@@ -114,6 +119,10 @@ def _build_learner(case: StepCase, objective: str, teacher: str) -> Learner:
         uses_gpu=cuda,
         timeout_seconds=60.0,
     )
+
+
+def _action_dimension(objective: str) -> int | None:
+    return None if "whole" in objective else ACTION_DIMENSION
 
 
 def _make_batch(
@@ -131,7 +140,8 @@ def _make_batch(
             for index in range(number)
         )
         chunks.append(TrajectoryChunk(stream=stream, trajectories=trajectories))
-        targets.append([_target(generator, t, embedding=both) for t in trajectories])
+        width = min(TEACHER_HIDDEN, _action_dimension(objective) or TEACHER_HIDDEN) if both else 0
+        targets.append([_target(generator, t, width=width) for t in trajectories])
     totals = {chunk.stream: StreamTotals.of(chunk.trajectories) for chunk in chunks}
     return chunks, totals, targets
 
@@ -153,10 +163,12 @@ def _write(
 
 
 def _target(
-    generator: np.random.Generator, trajectory: Trajectory, *, embedding: bool
+    generator: np.random.Generator, trajectory: Trajectory, *, width: int
 ) -> TeacherTargets:
+    """width: of the expected embeddings; 0 leaves them out."""
     shape = (RESPONSE_TOKENS, TEACHER_HIDDEN)
-    expected = generator.standard_normal(shape, dtype=np.float32) / 30 if embedding else None
+    embeddings = generator.standard_normal((RESPONSE_TOKENS, width), dtype=np.float32) / 30
+    expected = embeddings if width else None
     return TeacherTargets(
         trajectory_id=trajectory.trajectory_id,
         num_tokens=RESPONSE_TOKENS,

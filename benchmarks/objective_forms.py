@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from distill_system.config.objective import AmmdConfig, MinillmConfig, TokenMatchingConfig
-from distill_system.objectives import PolicyHeads, TeacherRows, TokenRows, build_objective
+from distill_system.objectives import (
+    PolicyHeads,
+    TeacherRows,
+    TokenRows,
+    build_objective,
+    make_action_embeddings,
+)
 from distill_system.objectives.rows import TokenRows as Rows
 from distill_system.objectives.vocabulary import (
     ChunkLoss,
@@ -28,10 +34,11 @@ from distill_system.objectives.vocabulary import (
     VocabularyRows,
     VocabularySum,
     read_top_k,
-    unit_rows,
 )
 
 SEED = 0
+ACTION_DIMENSION = 256
+"""The default of distill.action_dimension."""
 STEP, STOP = "step", "stop"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """Seconds that pass, or that this process has a processor: what a busy machine leaves as it is."""
@@ -117,6 +124,9 @@ class Problem:
         self.unembedding_VH.requires_grad_()
         self.teacher_unembedding_VF = self._draw(case.vocabulary, case.features)
         self.teacher_unembedding_VF.div_(case.features**0.5)
+        self.action_embeddings_VE = make_action_embeddings(
+            self._draw(case.vocabulary, case.features), ACTION_DIMENSION
+        )
         self.token_ids_N = torch.randint(
             case.vocabulary, (case.tokens,), generator=self.generator, device=self.device
         )
@@ -150,7 +160,7 @@ class Problem:
         objective = build_objective(config, max_response_tokens=RESPONSE_TOKENS, total_steps=1000)
         heads = (DenseHeads if self.case.form == "dense" else PolicyHeads)(
             unembedding_VH=self.unembedding_VH,
-            action_embeddings_VE=unit_rows(self._draw(self.case.vocabulary, self.case.features)),
+            action_embeddings_VE=self.action_embeddings_VE,
             teacher_unembedding_VF=self.teacher_unembedding_VF,
             chunk_tokens=self.case.chunk_tokens,
         )
@@ -163,7 +173,7 @@ class Problem:
         return compute
 
     def _read_teacher(self, top_k: int) -> TeacherRows:
-        tokens, features = self.case.tokens, self.case.features
+        tokens, width = self.case.tokens, self.action_embeddings_VE.shape[1]
         ids_NK = logprobs_NK = None
         if top_k:
             ids_NK, logprobs_NK = read_top_k(
@@ -171,7 +181,7 @@ class Problem:
             )
         return TeacherRows(
             features_NF=self.features_NF.float(),
-            expected_embedding_NE=torch.full((tokens, features), 0.01, device=self.device),
+            expected_embedding_NE=torch.full((tokens, width), 0.01, device=self.device),
             logprobs_N=torch.full((tokens,), -10.0, device=self.device),
             top_k_ids_NK=ids_NK,
             top_k_logprobs_NK=logprobs_NK,

@@ -144,6 +144,10 @@ class DistillConfig(ConfigModel):
     every stream in every step."""
     objective: ObjectiveConfig = AmmdConfig()
     """What the student learns to match, and on which of the two streams."""
+    action_dimension: PositiveInt | None = 256
+    """Most dimensions in which critics see an action: wider action embeddings are read in a fixed
+    random subspace, a smaller class of critics at less cost in products, memory and bytes on the
+    wire; null takes them whole. Holds for the game and for the measured distances."""
     optimizer: OptimizerConfig
     measure_every: PositiveInt = 25
     """Steps between measurements of both distances on data.held_out."""

@@ -6,7 +6,6 @@ Axes: N response tokens, H student hidden size, V vocabulary, E action-embedding
 from __future__ import annotations
 
 import math
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -30,6 +29,7 @@ from distill_system.language_model import (
 )
 from distill_system.learner.checkpoint import load_checkpoint, save_checkpoint
 from distill_system.learner.collate import LearnerBatch, StreamTotals, collate
+from distill_system.learner.meeting_point import find_meeting_point
 from distill_system.learner.optimizer import (
     build_optimizers,
     clip_gradients,
@@ -40,8 +40,8 @@ from distill_system.learner.ranks import Ranks
 from distill_system.objectives import (
     PolicyHeads,
     build_objective,
+    make_action_embeddings,
     measure_stream,
-    unit_rows,
 )
 from distill_system.objectives.rows import ObjectiveOutput
 from distill_system.peak_memory import read_peak_memory_bytes
@@ -61,7 +61,8 @@ class ModelSource:
     """Where the learner's model comes from: a folder, or random weights of a shape.
 
     teacher_path: the teacher's folder, None for supervised fine-tuning. teacher_dtype: the
-        precision in which the scorers multiply by its unembedding.
+        precision in which the scorers multiply by its unembedding. action_dimension: the most
+        columns of action embeddings, as the scorers have them.
     """
 
     path: str | None = None
@@ -73,6 +74,7 @@ class ModelSource:
     trust_remote_code: bool = False
     teacher_path: str | None = None
     teacher_dtype: str = "float32"
+    action_dimension: int | None = None
 
 
 class Learner:
@@ -117,9 +119,7 @@ class Learner:
 
     def address(self) -> tuple[str, int]:
         """This rank's host address and a free port on it, for the others to meet at."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return _host_address(), probe.getsockname()[1]
+        return find_meeting_point()
 
     def connect(self, address: str, port: int) -> None:
         """Join the other ranks."""
@@ -265,13 +265,13 @@ class Learner:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=lower)
 
     def _load_actions(self, source: ModelSource) -> Tensor:
-        """Unit rows of the teacher's input embeddings; no columns where there is no teacher."""
+        """The teacher's, as its scorers have them; no columns where there is no teacher."""
         if source.teacher_path is None:
             return torch.zeros(unembedding(self.model).shape[0], 0, device=self.device)
         embeddings_VE = load_embedding(
             source.teacher_path, which="input", trust_remote_code=source.trust_remote_code
         )
-        return unit_rows(embeddings_VE).to(self.device)
+        return make_action_embeddings(embeddings_VE, source.action_dimension).to(self.device)
 
     def _load_teacher_unembedding(
         self, source: ModelSource, objective: ObjectiveConfig | None
@@ -336,13 +336,3 @@ def _rollout_shares(batch: LearnerBatch, output: ObjectiveOutput) -> dict[str, T
         "student_ended_share": torch.tensor(ended / totals.num_sequences),
         "logprob_gap": gap,
     }
-
-
-def _host_address() -> str:
-    """The address by which other machines reach this one; loopback without a network."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # a documentation address: nothing is sent
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"

@@ -8,22 +8,23 @@ from distill_system.config.objective import (
     ObjectiveConfig,
     TokenMatchingConfig,
 )
+from distill_system.objectives.action_space import make_action_embeddings
 from distill_system.objectives.ammd import Ammd, measure_stream
 from distill_system.objectives.minillm import Minillm
 from distill_system.objectives.rows import Objective, PolicyHeads, TeacherRows, TokenRows
 from distill_system.objectives.supervised import Supervised
 from distill_system.objectives.token_matching import TokenMatching
-from distill_system.objectives.vocabulary import read_top_k, read_vocabulary, unit_rows
+from distill_system.objectives.vocabulary import read_top_k, read_vocabulary
 
 __all__ = [
     "PolicyHeads",
     "TeacherRows",
     "TokenRows",
     "build_objective",
+    "make_action_embeddings",
     "measure_stream",
     "read_top_k",
     "read_vocabulary",
-    "unit_rows",
 ]
 
 

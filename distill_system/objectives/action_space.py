@@ -1,58 +1,37 @@
-"""What a critic sees of an action: its embedding, whole or in a fixed random subspace.
+"""What a critic sees of an action: a unit row of the teacher's input embeddings, narrowed.
 
 With P of orthonormal columns, f(s, y) = g(s)^T phi P^T e(y) is the critic phi P^T of the whole
 space: the same norms, the same bound |f| <= C, a smaller class. Its expectations need P^T ebar
-alone, and products with all action embeddings, AMMD's dearest, shrink from E to R columns.
+alone, so that the scorer ships R numbers a token instead of E, and the products with all action
+embeddings, AMMD's dearest, shrink from E to R columns.
 
-Axes: N tokens, V vocabulary, E action-embedding size, R dimensions that are kept.
+Axes: V vocabulary, E width of the teacher's input embeddings, R dimensions that are kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from distill_system.errors import ConfigError
-from distill_system.objectives.rows import PolicyHeads
 from distill_system.objectives.state_features import draw_gaussian
+from distill_system.objectives.vocabulary import unit_rows
 
 SEED = 0
 
 
-class ActionSpace:
-    """The subspace is drawn once, from a fixed seed: it is no state."""
+def make_action_embeddings(embeddings_VE: Tensor, dimension: int | None) -> Tensor:
+    """Float32 unit rows [V, E], or their part in a fixed random subspace [V, R] where R < E.
 
-    def __init__(self, dimension: int | None) -> None:
-        self.dimension = dimension
-        self._basis_ER: Tensor | None = None
-        self._embeddings_VR: Tensor | None = None
-
-    def narrow_heads(self, heads: PolicyHeads) -> PolicyHeads:
-        """The same heads with action embeddings [V, R]; made once, the embeddings are frozen.
-
-        Raises: ConfigError if R is not below E.
-        """
-        if self.dimension is None:
-            return heads
-        if self._embeddings_VR is None:
-            embeddings_VE = heads.action_embeddings_VE
-            self._basis_ER = _draw_basis(embeddings_VE.shape[1], self.dimension).to(embeddings_VE)
-            self._embeddings_VR = embeddings_VE @ self._basis_ER
-        return replace(heads, action_embeddings_VE=self._embeddings_VR)
-
-    def narrow(self, expected_NE: Tensor) -> Tensor:
-        """P^T ebar of each row, [N, R]; narrow_heads comes first."""
-        return expected_NE if self._basis_ER is None else expected_NE @ self._basis_ER
+    The subspace depends on E and R alone: scorer and learner ranks that make it for themselves
+    hold the same. dimension: R, the most columns wanted; None keeps all.
+    """
+    actions_VE = unit_rows(embeddings_VE.detach())
+    if dimension is None or dimension >= actions_VE.shape[1]:
+        return actions_VE
+    return actions_VE @ draw_basis(actions_VE.shape[1], dimension).to(actions_VE)
 
 
-def _draw_basis(size: int, dimension: int) -> Tensor:
-    """Orthonormal columns [E, R], signs made unique so that all ranks hold the same."""
-    if dimension >= size:
-        raise ConfigError(
-            f"action_dimension must be below the action embeddings' size {size}, got {dimension}; "
-            "set distill.objective.action_dimension=null to use them whole"
-        )
+def draw_basis(size: int, dimension: int) -> Tensor:
+    """Orthonormal columns, float64 [size, dimension], with the signs that make QR unique."""
     columns_ER, triangle_RR = torch.linalg.qr(draw_gaussian(size, dimension, SEED).double())
     return columns_ER * triangle_RR.diagonal().sign()

@@ -9,7 +9,7 @@
 | f1, phi1 | off_critic: f1(s, y) = g(h_theta)^T phi1 e(y) |
 | f2, phi2 | on_critic: f2(s, y) = g(h*)^T phi2 e(y) |
 | g(h) | state features (state_features.py): unit rows |
-| e(y) | action embedding: a unit row of the teacher's input embeddings (action_space.py) |
+| e(y) | action embedding (action_space.py): a unit row of the teacher's input embeddings |
 | ebar_pi(s) | expected embedding: sum_y pi(y | s) e(y) |
 | c_t | cost: f2's expectation under the teacher minus its value at the token written |
 
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from distill_system.config.objective import AmmdConfig, StreamName
-from distill_system.objectives.action_space import ActionSpace
 from distill_system.objectives.advantage import AdvantageRows, read_advantage
 from distill_system.objectives.critics import Critic, build_critic, moment_distance
 from distill_system.objectives.returns import compute_baseline, cost_to_go, future_cost_to_go
@@ -48,7 +47,6 @@ class Ammd:
     def __init__(self, config: AmmdConfig, *, max_response_tokens: int) -> None:
         self.config = config
         self.max_response_tokens = max_response_tokens
-        self.actions = ActionSpace(config.action_dimension)
         self.off_features = build_features(config.features)
         self.on_features = build_features(config.features)
         self.off_critic = build_critic(config.critic)
@@ -63,7 +61,6 @@ class Ammd:
     ) -> ObjectiveOutput:
         """(1 - beta) L_off + beta L_on; a stream of weight zero may be absent (None)."""
         beta = self.config.on_policy_weight
-        heads = self.actions.narrow_heads(heads)
         terms: list[ObjectiveOutput] = []
         if off_policy is not None and beta < 1.0:
             terms.append(self._off_policy_term(heads, off_policy, sum_over_ranks))
@@ -82,7 +79,7 @@ class Ammd:
                 rows.hidden_NH, rows.num_global_tokens, sum_over_ranks
             )
             if self.config.moment_target == "expected":
-                target_NE = self.actions.narrow(_teacher(rows)[1])
+                target_NE = _teacher(rows)[1]
             else:
                 target_NE = heads.action_embeddings_VE[rows.token_ids_N]
             gap_NE = target_NE - student.expected_embedding_NE
@@ -113,11 +110,10 @@ class Ammd:
         immediate = self.config.policy_gradient != "reward_to_go"
         advantage = self._read_advantage("on_policy", heads, rows, learns=immediate)
         with _full_precision(rows):
-            teacher_features_NF, teacher_NE = _teacher(rows)
+            teacher_features_NF, expected_NE = _teacher(rows)
             features_NF = self.on_features.extract(
                 teacher_features_NF, rows.num_global_tokens, sum_over_ranks
             )
-            expected_NE = self.actions.narrow(teacher_NE)
             gap_NE = expected_NE - student.expected_embedding_NE
             sampled_gap_NE = expected_NE - heads.action_embeddings_VE[rows.token_ids_N]
             expected = self.config.moment_target == "expected"

@@ -21,7 +21,7 @@ from distill_system.language_model import (
     read_hidden,
     unembedding,
 )
-from distill_system.objectives import read_top_k, read_vocabulary, unit_rows
+from distill_system.objectives import make_action_embeddings, read_top_k, read_vocabulary
 from distill_system.records import (
     FloatArray,
     TeacherTargets,
@@ -43,6 +43,7 @@ class TeacherScorer:
         config: ScoringConfig,
         vocabulary_chunk_tokens: int,
         uses_gpu: bool,
+        action_dimension: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         torch.set_num_threads(config.threads)
@@ -55,7 +56,9 @@ class TeacherScorer:
             device=self.device,
             trust_remote_code=trust_remote_code,
         ).requires_grad_(False)
-        self.action_embeddings_VE = unit_rows(self.model.get_input_embeddings().weight)
+        self.action_embeddings_VE = make_action_embeddings(
+            self.model.get_input_embeddings().weight, action_dimension
+        )
         self._work = WorkDone()
 
     def ready(self) -> None:

@@ -50,6 +50,7 @@ def open_pools(context: RunContext, *, student_path: str) -> Pools:
             trust_remote_code=config.student.trust_remote_code,
             teacher_path=context.teacher_path,
             teacher_dtype=config.scoring.dtype,
+            action_dimension=config.distill.action_dimension,
         ),
         objective=config.distill.objective,
         compute_dtype=config.learner.compute_dtype,
@@ -161,6 +162,7 @@ def _start_scorers(context: RunContext) -> RayWorkers:
         "config": config.scoring,
         "vocabulary_chunk_tokens": config.learner.vocabulary_chunk_tokens,
         "uses_gpu": pool.gpus > 0,
+        "action_dimension": config.distill.action_dimension,
         "trust_remote_code": config.teacher.trust_remote_code,
     }
     return context.cluster.start_workers(

@@ -105,9 +105,6 @@ class AmmdConfig(ConfigModel):
     """How the inner maximisation is played."""
     features: FeaturesConfig = UnitFeatures()
     """What the critics see of a state."""
-    action_dimension: PositiveInt | None = None
-    """Dimensions in which the critics see an action: a fixed random subspace of the action
-    embeddings, a smaller class of critics at less cost; null takes the embeddings whole."""
     advantage: AdvantageConfig = AdvantageConfig()
     """The widened critic class: one more action feature."""
     moment_target: Literal["expected", "sampled"] = "expected"

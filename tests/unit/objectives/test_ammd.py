@@ -199,7 +199,7 @@ def test_everything_is_zero_where_student_equals_teacher():
         {"on_policy_weight": 0.25, "language_model_weight": 0.5},
         {"policy_gradient": "reward_to_go", "baseline": "leave_one_out"},
         {"features": {"type": "whitened"}, "critic": ClosedFormCritic(average=0.5)},
-        {"features": {"type": "projected", "dimension": 2}, "action_dimension": 1},
+        {"features": {"type": "projected", "dimension": 2}},
     ],
     ids=["default", "ascent", "paper", "future", "joint", "others", "whitened", "projected"],
 )

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_system.config.objective import AmmdConfig, ClosedFormCritic, GradientCritic
-from distill_system.errors import ConfigError
 from distill_system.objectives.ammd import Ammd
 from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
 
@@ -21,7 +20,6 @@ OPTIONS = {
     "ascent": {"critic": GradientCritic(type="gradient_ascent", ball="spectral", steps=3)},
     "whitened": {"features": {"type": "whitened"}},
     "projected": {"features": {"type": "projected", "dimension": 3}},
-    "few_actions": {"action_dimension": 2},
     "soft_advantage": {"advantage": {"type": "soft_advantage", "weight": 0.5}},
     "log_ratio": {"advantage": {"type": "log_ratio", "clip": 2.0, "weight": 2.0}},
     "one_stream": {"advantage": {"type": "log_ratio", "streams": ("on_policy",)}},
@@ -29,7 +27,6 @@ OPTIONS = {
     "everything": {
         "critic": ClosedFormCritic(average=0.3, radius=2.0),
         "features": {"type": "whitened"},
-        "action_dimension": 3,
         "advantage": {"type": "soft_advantage"},
         "policy_gradient": "immediate_plus_future",
         "baseline": "leave_one_out",
@@ -193,26 +190,6 @@ def test_a_constant_added_to_the_soft_advantage_would_change_nothing():
     plain = ((teacher.exp() - student.exp()) * teacher).sum(-1)
     centred = ((teacher.exp() - student.exp()) * (teacher - teacher.mean(-1, True))).sum(-1)
     torch.testing.assert_close(plain, centred, atol=1e-5, rtol=1e-4)
-
-
-def test_a_critic_of_fewer_action_dimensions_is_a_critic_of_the_whole_space_of_the_same_norm():
-    """The narrow distance is that of the whole embeddings' moment times an orthonormal basis."""
-    streams = Streams(4)
-    objective = _ammd(action_dimension=2, on_policy_weight=1.0)
-    ours = streams.play(objective).metrics["on_policy_distance"]
-    features = torch.nn.functional.normalize(streams.teacher["on"], dim=-1)
-    gap = (streams.teacher["on"].softmax(-1) - streams.student["on"].softmax(-1)).detach()
-    moment = features.T @ (gap @ streams.actions_VE) / len(gap)
-    basis = objective.actions.narrow(torch.eye(4))
-    torch.testing.assert_close(basis.T @ basis, torch.eye(2), atol=1e-6, rtol=0)
-    assert ours == pytest.approx(float(torch.linalg.svdvals(moment @ basis).sum()), rel=1e-4)
-    whole = streams.play(_ammd(on_policy_weight=1.0)).metrics["on_policy_distance"]
-    assert ours < whole
-
-
-def test_more_action_dimensions_than_the_embeddings_have_are_refused():
-    with pytest.raises(ConfigError, match=r"below the action embeddings' size 4, got 4"):
-        Streams(0).play(_ammd(action_dimension=4))
 
 
 @pytest.mark.parametrize("name", ["averaged", "ascent", "whitened", "everything"])
