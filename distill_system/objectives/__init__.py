@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distill_system.config.objective import (
     AmmdConfig,
+    CrossEntropyConfig,
     MinillmConfig,
     ObjectiveConfig,
     TokenMatchingConfig,
@@ -12,7 +13,6 @@ from distill_system.objectives.action_space import make_action_embeddings
 from distill_system.objectives.ammd import Ammd, measure_stream
 from distill_system.objectives.minillm import Minillm
 from distill_system.objectives.rows import Objective, PolicyHeads, TeacherRows, TokenRows
-from distill_system.objectives.supervised import Supervised
 from distill_system.objectives.token_matching import TokenMatching
 from distill_system.objectives.vocabulary import read_top_k, read_vocabulary
 
@@ -27,17 +27,22 @@ __all__ = [
     "read_vocabulary",
 ]
 
+SUPERVISED = TokenMatchingConfig(
+    type="token_matching", off_policy=CrossEntropyConfig(type="cross_entropy"), on_policy_weight=0.0
+)
+"""Next-token loss on the responses of the data; asks nothing of a teacher."""
+
 
 def build_objective(
     config: ObjectiveConfig | None, *, max_response_tokens: int, total_steps: int
 ) -> Objective:
-    """The objective that the configuration names; None is supervised fine-tuning.
+    """The objective that the configuration names; None is supervised fine-tuning on data.
 
     max_response_tokens: no response is longer. total_steps: learner steps of the whole run.
     """
     match config:
         case None:
-            return Supervised()
+            return TokenMatching(SUPERVISED, total_steps=total_steps)
         case AmmdConfig():
             return Ammd(config, max_response_tokens=max_response_tokens)
         case MinillmConfig():

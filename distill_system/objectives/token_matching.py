@@ -18,6 +18,7 @@ from distill_system.objectives.rows import (
     PolicyHeads,
     SumOverRanks,
     TokenRows,
+    stream_mean,
 )
 from distill_system.objectives.terms import Term, build_term
 from distill_system.objectives.token_losses import bind_token_loss
@@ -68,6 +69,7 @@ class TokenMatching:
             loss_share=torch.stack(losses).sum(),
             metric_shares={
                 **{f"{name}_loss": part.total.detach() for name, part in sums.items()},
+                **_cross_entropy(off_policy, sums.get("off_policy")),
                 **{key: part.detach() for parts in terms.values() for key, part in parts.items()},
             },
             student_logprobs_N=sums["on_policy"].logprobs_N if "on_policy" in sums else None,
@@ -116,3 +118,10 @@ class TokenMatching:
         for stream, terms in self.terms.items():
             for index, term in enumerate(terms):
                 yield f"{stream}_term{index}_", term
+
+
+def _cross_entropy(rows: TokenRows | None, read: VocabularySum | None) -> dict[str, Tensor]:
+    """How likely the student finds the off-policy text, whatever its loss there is."""
+    if rows is None or read is None:
+        return {}
+    return {"cross_entropy": -stream_mean(read.logprobs_N, rows)}

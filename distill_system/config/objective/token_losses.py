@@ -103,7 +103,18 @@ class SkewReverseKlConfig(TokenLossModel):
     """alpha: the student's share of the mixture."""
 
 
-class TopKConfig(TokenLossModel):
+class TopTokensModel(TokenLossModel):
+    """What a loss on the teacher's most likely tokens has."""
+
+    k: PositiveInt
+
+    @property
+    def needs(self) -> TeacherNeeds:
+        """The k tokens and their log-probabilities."""
+        return TeacherNeeds(top_k=self.k)
+
+
+class TopKConfig(TopTokensModel):
     """A divergence between the teacher's k most likely tokens and one bucket for all others."""
 
     type: Literal["top_k"]
@@ -112,13 +123,8 @@ class TopKConfig(TokenLossModel):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """How the k + 1 buckets are compared; jsd mixes both policies half and half."""
 
-    @property
-    def needs(self) -> TeacherNeeds:
-        """The k tokens and their log-probabilities."""
-        return TeacherNeeds(top_k=self.k)
 
-
-class FirstConfig(TokenLossModel):
+class FirstConfig(TopTokensModel):
     """Cross-entropy to the teacher's renormalised, recalibrated top-k (FIRST)."""
 
     type: Literal["first"]
@@ -126,11 +132,6 @@ class FirstConfig(TokenLossModel):
     """Tokens that the target is made of."""
     recalibration_temperature: PositiveFloat = 1.0
     """The k log-probabilities are divided by it before they are renormalised."""
-
-    @property
-    def needs(self) -> TeacherNeeds:
-        """The k tokens and their log-probabilities."""
-        return TeacherNeeds(top_k=self.k)
 
 
 class SinkhornConfig(TokenLossModel):
