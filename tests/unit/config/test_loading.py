@@ -299,7 +299,7 @@ def test_no_file_at_all_is_refused() -> None:
 
 
 def test_every_configuration_of_the_repository_loads() -> None:
-    """Those of studies/ are layers over the quickstart; of paper/, see test_paper_configurations.py."""
+    """studies/ holds layers over the quickstart; for paper/ see test_paper_configurations.py."""
     configs = REPOSITORY / "configs"
     quickstart = configs / "quickstart.yaml"
     found = sorted(configs.rglob("*.yaml"))
