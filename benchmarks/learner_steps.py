@@ -102,7 +102,7 @@ def _build_learner(case: StepCase, objective: str, teacher: str) -> Learner:
         world_size=1,
         source=ModelSource(
             architecture=STUDENT,
-            vocab_size=case.vocabulary,
+            vocabulary_size=case.vocabulary,
             teacher_path=teacher,
             action_dimension=_action_dimension(objective),
         ),

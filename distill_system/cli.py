@@ -119,6 +119,25 @@ def compare(
 
 
 @app.command()
+def plan(
+    settings: Settings,
+    device_gib: Annotated[float, typer.Option(min=1.0, help="Memory of each GPU.")] = 80.0,
+) -> None:
+    """Predict each worker's memory and what travels, from the configuration; nothing is started.
+
+    Exit code 1 if a worker would not fit its GPU.
+    """
+    with _telling_errors():
+        from distill_system.config import load_config
+        from distill_system.planning import render_plan
+        from distill_system.stages.plan import plan_run
+
+        planned = plan_run(load_config(*_sort(settings)), device_gib=device_gib)
+    Console().print(render_plan(planned))
+    raise typer.Exit(int(not planned.fits))
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, what fits together, what hardware there is, and what to mend."""
     from distill_system.doctor import diagnose, exit_code, render

@@ -43,15 +43,16 @@ class Driver:
         if first == 0:
             self.ledger.write(0, self.measuring.evaluate_student("before", step=0))
         self.streams.ask_ahead(first)
-        for step in range(first, self.config.steps):
-            started = time.perf_counter()
-            result = self.step(step)
-            metrics = self.ledger.describe_step(result, time.perf_counter() - started)
-            measured = self._measure(step + 1)
-            self.streams.hear(measured)
-            self.ledger.write(step + 1, metrics | measured)
-            if self._is_due(step + 1, self.config.checkpoint_every):
-                self.ledger.checkpoint(step + 1)
+        with self.ledger.finished_on_failure():
+            for step in range(first, self.config.steps):
+                started = time.perf_counter()
+                result = self.step(step)
+                metrics = self.ledger.describe_step(result, time.perf_counter() - started)
+                measured = self._measure(step + 1)
+                self.streams.hear(measured)
+                self.ledger.write(step + 1, metrics | measured)
+                if self._is_due(step + 1, self.config.checkpoint_every):
+                    self.ledger.checkpoint(step + 1)
         self.ledger.close()
 
     def step(self, step: int) -> StepResult:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from heapq import heapreplace
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,21 @@ class TeacherTargets:
                 _require(good, self.trajectory_id, expected, array.shape)
 
 
+def deal_by_cost(costs: Sequence[int], count: int) -> list[list[int]]:
+    """Indices dealt to `count` hands of near-equal cost: dearest first, each to the cheapest hand.
+
+    Deterministic (ties go to the lower index and the earlier hand); hands may be empty. No hand
+    costs more than 4/3 of the best possible (Graham 1969, longest processing time first).
+    """
+    hands: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, seat) for seat in range(count)]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, seat = loads[0]
+        heapreplace(loads, (load + costs[index], seat))
+        hands[seat].append(index)
+    return hands
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryChunk:
     """Trajectories of one stream that are scored together and learned from by one learner rank."""
@@ -203,16 +219,13 @@ class TrajectoryChunk:
     def deal(
         cls, trajectories: Sequence[Trajectory], stream: Stream, count: int
     ) -> list[TrajectoryChunk]:
-        """At most `count` chunks of near-equal cost: longest first, back and forth over the chunks.
-
-        Deterministic; empty chunks are left out.
-        """
-        order = sorted(range(len(trajectories)), key=lambda i: (-trajectories[i].token_ids.size, i))
-        hands: list[list[Trajectory]] = [[] for _ in range(count)]
-        for turn, index in enumerate(order):
-            lap, seat = divmod(turn, count)
-            hands[seat if lap % 2 == 0 else count - 1 - seat].append(trajectories[index])
-        return [cls(stream=stream, trajectories=tuple(hand)) for hand in hands if hand]
+        """At most `count` chunks of near-equal numbers of tokens; empty chunks are left out."""
+        hands = deal_by_cost([int(t.token_ids.size) for t in trajectories], count)
+        return [
+            cls(stream=stream, trajectories=tuple(trajectories[i] for i in hand))
+            for hand in hands
+            if hand
+        ]
 
     @property
     def num_response_tokens(self) -> int:

@@ -11,26 +11,6 @@ import pytest
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
-
-
-def _save_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Words w4 w5 ... separated by blanks, after the four special tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = [*SPECIAL_TOKENS, *(f"w{index}" for index in range(len(SPECIAL_TOKENS), vocab_size))]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-    ).save_pretrained(folder)
-
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
@@ -66,6 +46,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         if key in made:
             return made[key]
         import torch
+        from tiny_families import save_tokenizer
         from transformers import LlamaConfig, LlamaForCausalLM
 
         folder = tmp_path_factory.mktemp("tiny_model")
@@ -86,7 +67,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             LlamaForCausalLM(config).save_pretrained(folder)
-        _save_tokenizer(folder, vocab_size)
+        save_tokenizer(folder, vocab_size)
         made[key] = folder
         return folder
 

@@ -167,7 +167,7 @@ def _connect(address: str | None, config: RunConfig) -> None:
             logging_level="ERROR",
             **({} if address else {"include_dashboard": config.cluster.dashboard}),
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of a cluster that did not stand in time Ray says no more
         what = f"join the cluster of RAY_ADDRESS={address}" if address else "start a local cluster"
         raise ResourceError(f"Ray could not {what}: {error}") from error
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from distill_system.config.base import ConfigModel
 from distill_system.config.templates import template_fields
@@ -165,6 +173,40 @@ Source = Annotated[
 ]
 
 
+class WeightedSource(ConfigModel):
+    """One source of a mixture."""
+
+    source: Source
+    """What is read."""
+    weight: PositiveFloat = 1.0
+    """Prompts taken of it for each one taken of a source of weight 1."""
+
+
+class MixtureSource(ConfigModel):
+    """Sources that take turns by their weights, without chance; each walks epochs of its own."""
+
+    type: Literal["mixture"]
+    sources: dict[str, WeightedSource]
+    """Sources by name; a prompt carries the name in its id."""
+
+    @field_validator("sources")
+    @classmethod
+    def _check(cls, sources: dict[str, WeightedSource]) -> dict[str, WeightedSource]:
+        odd = [name for name in sources if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]
+        if odd or not sources:
+            raise ValueError(
+                "sources needs at least one source, each named by letters, digits, '_' and '-', "
+                f"got {odd or 'none'}"
+            )
+        return sources
+
+
+PromptSource = Annotated[
+    EmbeddedSource | JsonlSource | ParquetSource | DatasetsSource | MixtureSource,
+    Field(discriminator="type"),
+]
+
+
 class EmbeddedTokenizer(ConfigModel):
     """The closed word-level vocabulary of the embedded tasks."""
 
@@ -207,8 +249,9 @@ class DataConfig(ConfigModel):
     """Rows that the teacher is fine-tuned on."""
     student_sft: Source | None = None
     """Rows that the student is fine-tuned on before distillation."""
-    prompts: Source
-    """Prompts of the distillation; answers in it are not read."""
+    prompts: PromptSource
+    """Prompts of the distillation, of one source or of a weighted mixture; answers in it are not
+    read."""
     held_out: Source
     """Prompts on which both moment-matching distances are measured."""
     evaluation: dict[str, Source]
@@ -222,11 +265,28 @@ class DataConfig(ConfigModel):
             )
         if not self.evaluation:
             raise ValueError("evaluation needs at least one named split")
-        for name in ("prompts", "held_out"):
-            source = getattr(self, name)
+        unread = {**self.prompt_sources, "held_out": self.held_out}
+        for name, source in unread.items():
             if isinstance(source, RowSource) and source.bounds_responses:
                 raise ValueError(
                     f"{name}: answers are not read here, so min_response_tokens and "
                     "max_response_tokens cannot be; remove them"
                 )
         return self
+
+    @property
+    def prompt_sources(self) -> dict[str, Source]:
+        """The sources of the prompts by their place under `data`."""
+        if not isinstance(self.prompts, MixtureSource):
+            return {"prompts": self.prompts}
+        return {
+            f"prompts.sources.{name}.source": weighted.source
+            for name, weighted in self.prompts.sources.items()
+        }
+
+    @property
+    def prompt_weights(self) -> dict[str, float]:
+        """The weights of the prompts' sources in the same order, by what their prompts carry."""
+        if not isinstance(self.prompts, MixtureSource):
+            return {"prompts": 1.0}
+        return {f"prompts.{name}": each.weight for name, each in self.prompts.sources.items()}

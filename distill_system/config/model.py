@@ -64,6 +64,31 @@ class OptimizerConfig(ConfigModel):
     """Gradients of larger global norm are scaled down to it."""
 
 
+class FullUpdate(ConfigModel):
+    """Every weight of the student learns."""
+
+    type: Literal["full"] = "full"
+
+
+class LoraUpdate(ConfigModel):
+    """Low-rank adapters beside the student's linear layers learn, all else is frozen (LoRA,
+    arXiv 2106.09685). Rollout workers get, and the run exports, the merged weights."""
+
+    type: Literal["lora"]
+    rank: PositiveInt = 16
+    """Rank r of each adapter: it adds alpha / r x B A to a layer's weight."""
+    alpha: PositiveFloat = 32.0
+    """Scale of the adapters, before it is divided by the rank."""
+    target_modules: tuple[str, ...] | None = None
+    """Linear layers that get an adapter, by the last part of their names, such as q_proj; null
+    gives one to every linear layer of the student's blocks."""
+    save_adapter: bool = False
+    """Write the adapters alone, too, in peft's form: `adapter/` in the exported student."""
+
+
+UpdateConfig = Annotated[FullUpdate | LoraUpdate, Field(discriminator="type")]
+
+
 class SupervisedConfig(ConfigModel):
     """Supervised fine-tuning: next-token loss on the responses of the data."""
 
@@ -108,3 +133,23 @@ class LearnerConfig(ConfigModel):
     """Tokens whose vocabulary-sized rows exist at once; memory is this x vocabulary x 4 bytes."""
     threads: PositiveInt = Field(default=1)
     """CPU threads of each rank."""
+    shard_ranks: PositiveInt | Literal["all"] = 1
+    """Ranks that share one copy of parameters, gradients and optimizer state, each holding a part;
+    pools.learner.count must be a multiple of it. 1 gives every rank a copy of its own."""
+    max_tokens_per_microbatch: PositiveInt | None = None
+    """Most tokens, prompts included, whose activations a rank holds at once; a longer sequence
+    stands alone. More are read twice, a microbatch at a time, with the same gradient. null reads a
+    step's tokens in one."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each transformer block, and run the block again in backward: less
+    memory for about a third more computation."""
+    offload: bool = False
+    """Keep parameters, gradients and optimizer state in CPU memory; a GPU holds one block at a
+    time, and the optimizer runs on the CPU."""
+    compile: bool = False
+    """Compile each transformer block with torch.compile. For GPUs: a CPU needs a C++ compiler, and
+    compiles anew for sequences of other lengths, for minutes."""
+
+    def shard_size(self, num_ranks: int) -> int:
+        """Ranks of a learner of num_ranks that share one copy of the model."""
+        return num_ranks if self.shard_ranks == "all" else self.shard_ranks

@@ -17,7 +17,13 @@ from pydantic import (
 
 from distill_system.config.base import ConfigModel
 from distill_system.config.data import DataConfig, PretrainedTokenizer, TokenizerConfig
-from distill_system.config.model import LearnerConfig, ModelConfig, OptimizerConfig
+from distill_system.config.model import (
+    FullUpdate,
+    LearnerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    UpdateConfig,
+)
 from distill_system.config.objective import (
     AmmdConfig,
     MinillmConfig,
@@ -72,7 +78,7 @@ class ScoringConfig(ConfigModel):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the teacher's forward pass. bfloat16 ships its features as float16."""
     max_tokens_per_batch: PositiveInt = 8192
-    """Padded tokens of one forward pass."""
+    """Most tokens of one forward pass, prompts included; sequences are packed, not padded."""
     threads: PositiveInt = 1
     """CPU threads of each scorer."""
 
@@ -126,6 +132,18 @@ class ReplayConfig(ConfigModel):
     """A rise by no more than this counts as none, in nats per token."""
 
 
+class BestConfig(ConfigModel):
+    """Which checkpoints stay beside the newest ones: the best by a metric of held-out data."""
+
+    metric: Annotated[str, Field(pattern=r"^(held_out|evaluation)/.+$")]
+    """Name of the metric, as in docs/metrics.md; a checkpoint counts with what was last measured
+    before it."""
+    mode: Literal["min", "max"]
+    """Whether less is better, or more."""
+    count: PositiveInt = 1
+    """How many stay."""
+
+
 class DistillConfig(ConfigModel):
     """The distillation: objective, streams, optimizer, and when it is looked at."""
 
@@ -144,6 +162,8 @@ class DistillConfig(ConfigModel):
     every stream in every step."""
     objective: ObjectiveConfig = AmmdConfig()
     """What the student learns to match, and on which of the two streams."""
+    update: UpdateConfig = FullUpdate()
+    """What of the student learns: all of it, or adapters."""
     action_dimension: PositiveInt | None = 256
     """Most dimensions in which critics see an action: wider action embeddings are read in a fixed
     random subspace, a smaller class of critics at less cost in products, memory and bytes on the
@@ -157,7 +177,9 @@ class DistillConfig(ConfigModel):
     checkpoint_every: PositiveInt = 100
     """Steps between checkpoints."""
     keep_checkpoints: PositiveInt = 2
-    """Checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk."""
+    keep_best: BestConfig | None = None
+    """Checkpoints that stay beside them; null keeps the newest alone."""
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
@@ -273,6 +295,16 @@ class RunConfig(ConfigModel):
                     f"each step's {stream} stream must have at least pools.learner.count={ranks} "
                     f"sequences, so that every rank has a share, got {count}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_shards(self) -> RunConfig:
+        ranks, share = self.pools.learner.count, self.learner.shard_ranks
+        if ranks % self.learner.shard_size(ranks):
+            raise ValueError(
+                "learner.shard_ranks ranks share one copy of the model: expected a divisor of "
+                f'pools.learner.count={ranks} or "all", got {share}'
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,79 +1,192 @@
-"""Which prompts come next: a deterministic walk over shuffles, one per epoch.
+"""Which prompts come next: a deterministic walk over shuffles, one per source and epoch.
 
-In: the number of prompts and a seed.  Out: indices; the position is a few numbers that a
-checkpoint keeps.
+In: the number of prompts of each source, weights and a seed.  Out: indices; the position is a few
+numbers that a checkpoint keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from itertools import accumulate, groupby
+from math import lcm
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from distill_system.errors import DataError, RunStateError
+from distill_system.records import Prompt
 from distill_system.seeds import derive_seed
 
 
+class SourceShare(NamedTuple):
+    """A source's prompts among all: so many indices in a row, and its weight beside the others."""
+
+    name: str
+    num_prompts: int
+    weight: float = 1.0
+
+
+def source_shares(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> list[SourceShare]:
+    """The sources of prompts that stand source by source; weights by name, by default 1."""
+    counts = ((name, len(list(rows))) for name, rows in groupby(prompts, lambda p: p.source))
+    return [SourceShare(name, count, weights.get(name, 1.0)) for name, count in counts]
+
+
 class PromptFrontier:
-    """Hands out prompt indices; each epoch holds every index once, in an order of its own.
+    """Hands out prompt indices; each epoch of a source holds each of its prompts once.
+
+    Sources take turns by their weights without chance: after k prompts a source of share w has
+    handed out within 1 of k w. Each walks its own epochs, in orders of its own.
 
     Args:
-        num_prompts: indices run over [0, num_prompts).
+        prompts: the number of prompts, or the sources, whose indices follow one another.
         seed: the run's seed.
         purpose: what the walk is for; two purposes walk in unrelated orders.
 
     Raises:
-        DataError: num_prompts is not positive.
+        DataError: a source has no prompts, or there is none.
     """
 
-    def __init__(self, num_prompts: int, seed: int, purpose: str) -> None:
-        if num_prompts < 1:
-            raise DataError(f"{purpose}: expected at least one prompt to draw, got {num_prompts}")
-        self._num_prompts = num_prompts
-        self._seed = seed
+    def __init__(self, prompts: int | Sequence[SourceShare], seed: int, purpose: str) -> None:
+        shares = [SourceShare(purpose, prompts)] if isinstance(prompts, int) else list(prompts)
+        counts = [share.num_prompts for share in shares]
+        if not shares or min(counts) < 1:
+            raise DataError(f"{purpose}: expected at least one prompt to draw, got {counts}")
         self._purpose = purpose
-        self._epoch = 0
-        self._position = 0
-        self._order = self._shuffle(0)
+        alone = len(shares) == 1
+        self._walks = {
+            share.name: _Walk(share.num_prompts, first, seed, purpose, "" if alone else share.name)
+            for share, first in zip(shares, accumulate([0, *counts]), strict=False)
+        }
+        assert len(self._walks) == len(shares), f"{purpose}: two sources of one name"
+        self._turns = _Turns([share.weight for share in shares])
+        self._returned: deque[int] = deque()
 
     def take(self, count: int) -> list[int]:
-        """The next count indices; they may cross into the next epoch."""
-        taken: list[int] = []
-        while len(taken) < count:
-            if self._position == self._num_prompts:
-                self._move_to(self._epoch + 1, 0)
-            end = min(self._num_prompts, self._position + count - len(taken))
-            taken.extend(self._order[self._position : end].tolist())
-            self._position = end
-        return taken
+        """The next count indices: what was given back first, then new ones, over epochs' ends."""
+        return [self._next() for _ in range(count)]
 
-    def state(self) -> dict[str, int]:
+    def give_back(self, indices: Sequence[int]) -> None:
+        """Put back what was taken and not trained on, as when a trajectory is dropped.
+
+        It comes again, in this order, before anything new.
+        """
+        for index in indices:
+            taken = any(walk.has_handed_out(index) for walk in self._walks.values())
+            assert taken, f"{self._purpose}: prompt {index} was not taken"
+        self._returned.extend(indices)
+
+    def state(self) -> dict[str, Any]:
         """The position, as JSON can keep it."""
         return {
-            "epoch": self._epoch,
-            "position": self._position,
-            "num_prompts": self._num_prompts,
+            "sources": {name: walk.state() for name, walk in self._walks.items()},
+            "returned": list(self._returned),
         }
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a position that `state` returned.
 
         Raises:
-            RunStateError: the position belongs to another number of prompts.
+            RunStateError: the position belongs to other sources or another number of prompts.
         """
-        if state["num_prompts"] != self._num_prompts:
+        there = {name: position["num_prompts"] for name, position in state["sources"].items()}
+        here = {name: walk.num_prompts for name, walk in self._walks.items()}
+        if list(there.items()) != list(here.items()):
             raise RunStateError(
-                f"{self._purpose}: the checkpoint walks over {state['num_prompts']} prompts, the "
-                f"data now holds {self._num_prompts}; resume with the data the run began with"
+                f"{self._purpose}: the checkpoint walks over {_counts(there)} prompts, the data "
+                f"now holds {_counts(here)}; resume with the data the run began with"
             )
-        self._move_to(state["epoch"], state["position"])
+        for name, position in state["sources"].items():
+            self._walks[name].move_to(position["epoch"], position["position"])
+        self._returned = deque(state["returned"])
 
-    def _move_to(self, epoch: int, position: int) -> None:
+    def _next(self) -> int:
+        if self._returned:
+            return self._returned.popleft()
+        walks = list(self._walks.values())
+        return walks[self._turns.next([walk.num_taken for walk in walks])].take()
+
+
+class _Walk:
+    """One source: a shuffle of its indices per epoch."""
+
+    def __init__(self, num_prompts: int, first: int, seed: int, purpose: str, name: str) -> None:
+        self.num_prompts = num_prompts
+        self._first = first
+        self._seed = seed
+        self._purpose = (purpose, name) if name else (purpose,)
+        self.move_to(0, 0)
+
+    @property
+    def num_taken(self) -> int:
+        """Prompts handed out, over all epochs."""
+        return self._epoch * self.num_prompts + self._position
+
+    def take(self) -> int:
+        """The next index."""
+        if self._position == self.num_prompts:
+            self.move_to(self._epoch + 1, 0)
+        self._position += 1
+        return self._first + int(self._order[self._position - 1])
+
+    def has_handed_out(self, index: int) -> bool:
+        """Whether this index is of this source and was taken at least once."""
+        at = index - self._first
+        if not 0 <= at < self.num_prompts:
+            return False
+        return self._epoch > 0 or at in self._order[: self._position]
+
+    def state(self) -> dict[str, int]:
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "num_prompts": self.num_prompts,
+        }
+
+    def move_to(self, epoch: int, position: int) -> None:
         self._epoch = epoch
         self._position = position
         self._order = self._shuffle(epoch)
 
     def _shuffle(self, epoch: int) -> npt.NDArray[np.int64]:
-        generator = np.random.default_rng(derive_seed(self._seed, self._purpose, epoch))
-        return generator.permutation(self._num_prompts)
+        purpose, *name = self._purpose
+        generator = np.random.default_rng(derive_seed(self._seed, purpose, *name, epoch))
+        return generator.permutation(self.num_prompts)
+
+
+class _Turns:
+    """Whose turn it is among weighted sources; whole numbers throughout, so that none is rounded.
+
+    Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980). Of the
+    sources far enough behind their share, the one whose next turn is due first: with n sources none
+    is ever further than 1 - 1/(2n - 2) from its share.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        exact = [Fraction(weight) for weight in weights]
+        unit = lcm(*(weight.denominator for weight in exact))
+        self._weights = [int(weight * unit) for weight in exact]
+        self._total = sum(self._weights)
+        self._slack = max(1, 2 * len(weights) - 2)
+
+    def next(self, taken: Sequence[int]) -> int:
+        """The source whose turn comes after each has had so many."""
+        if len(taken) == 1:
+            return 0
+        turn = sum(taken) + 1
+        due = [
+            (Fraction(self._slack * (count + 1) - 1, weight), source)
+            for source, (count, weight) in enumerate(zip(taken, self._weights, strict=True))
+            if self._slack * (weight * turn - count * self._total) >= self._total
+        ]
+        return min(due)[1]
+
+
+def _counts(sources: Mapping[str, int]) -> str:
+    """One number where there is one source, otherwise each by its name."""
+    if len(sources) == 1:
+        return str(next(iter(sources.values())))
+    return ", ".join(f"{count} of {name}" for name, count in sources.items())

@@ -50,8 +50,9 @@ def load_run_data(
 ) -> RunData:
     """Load, render and tokenise the sets of a run.
 
-    Ids are "<set>:<index>", e.g. "prompts:17" or "evaluation.paraphrase:3"; the index counts the
-    rows of the source, so that ids do not move when other rows are removed.
+    Ids are "<set>:<index>", e.g. "prompts:17", "evaluation.paraphrase:3", or "prompts.code:17" of
+    the mixture's source `code`; the index counts the rows of the source, so that ids do not move
+    when other rows are removed. Prompts stand source by source, in the mixture's order.
 
     Args:
         config: the run.
@@ -70,23 +71,33 @@ def load_run_data(
     blocked = {row.text for row in chain.from_iterable(measured_rows.values())}
     num_removed: dict[str, int] = {}
 
-    def unblocked(name: SetName, source: Source | None, with_answers: bool) -> list[Row]:
-        if source is None or name not in sets:
+    def unblocked(name: str, source: Source | None, with_answers: bool, key: str) -> list[Row]:
+        if source is None:
             return []
-        rows = reader.rows(name, source, with_answers)
+        rows = reader.rows(name, source, with_answers, key=f"data.{key}")
         kept = [row for row in rows if row.text not in blocked]
         num_removed[name] = len(rows) - len(kept)
         if not kept:
             raise DataError(
-                f"data.{name}: each of its {len(rows)} prompts also stands in data.held_out or "
+                f"data.{key}: each of its {len(rows)} prompts also stands in data.held_out or "
                 "data.evaluation, where training may not see it; give other rows"
             )
         return kept
 
+    def supervised(name: SetName, source: Source | None) -> tuple[Trajectory, ...]:
+        wanted = source if name in sets else None
+        return reader.trajectories(unblocked(name, wanted, True, name))
+
+    def prompts() -> Iterator[Prompt]:
+        for name, (key, source) in zip(
+            data.prompt_weights, data.prompt_sources.items(), strict=True
+        ):
+            yield from reader.prompts(name, unblocked(name, source, False, key))
+
     return RunData(
-        teacher_sft=reader.trajectories(unblocked("teacher_sft", data.teacher_sft, True)),
-        student_sft=reader.trajectories(unblocked("student_sft", data.student_sft, True)),
-        prompts=reader.prompts("prompts", unblocked("prompts", data.prompts, False)),
+        teacher_sft=supervised("teacher_sft", data.teacher_sft),
+        student_sft=supervised("student_sft", data.student_sft),
+        prompts=tuple(prompts()) if "prompts" in sets else (),
         held_out=reader.prompts(
             "held_out", measured_rows["held_out"] if "held_out" in sets else []
         ),

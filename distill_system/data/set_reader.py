@@ -47,15 +47,22 @@ class SetReader:
         self._start_ids: list[int] = [bos] if adds_bos else []
         self.num_out_of_bounds: dict[str, int] = {}
 
-    def rows(self, name: str, source: Source, with_answers: bool) -> list[Row]:
-        """The rows of a set, rendered; those outside of the source's token bounds are left out."""
-        key = f"data.{name}"
+    def rows(
+        self, name: str, source: Source, with_answers: bool, *, key: str | None = None
+    ) -> list[Row]:
+        """The rows of a set, rendered; those outside of the source's token bounds are left out.
+
+        key: where the source stands in the configuration; data.<name> unless given.
+        """
+        key = key or f"data.{name}"
         examples = load_examples(source, self._data, key=key, with_answers=with_answers)
         rows = [
             Row(f"{name}:{index}", self._render(example, key), example)
             for index, example in enumerate(examples)
         ]
-        return self._within_bounds(name, rows, source) if isinstance(source, RowSource) else rows
+        if isinstance(source, RowSource):
+            return self._within_bounds(name, rows, source, key)
+        return rows
 
     def prompts(self, name: str, rows: Sequence[Row]) -> tuple[Prompt, ...]:
         """Rows as prompts, with the references they have."""
@@ -91,7 +98,7 @@ class SetReader:
             )
         )
 
-    def _within_bounds(self, name: str, rows: list[Row], source: RowSource) -> list[Row]:
+    def _within_bounds(self, name: str, rows: list[Row], source: RowSource, key: str) -> list[Row]:
         kept = rows
         if source.max_prompt_tokens is not None:
             longest = source.max_prompt_tokens
@@ -104,7 +111,7 @@ class SetReader:
             kept = [row for row, n in zip(kept, lengths, strict=True) if shortest <= n <= longest]
         if not kept:
             raise DataError(
-                f"data.{name}: none of its {len(rows)} rows is within max_prompt_tokens="
+                f"{key}: none of its {len(rows)} rows is within max_prompt_tokens="
                 f"{source.max_prompt_tokens}, min_response_tokens={source.min_response_tokens} and "
                 f"max_response_tokens={source.max_response_tokens}; widen them or give other rows"
             )

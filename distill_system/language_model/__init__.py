@@ -5,27 +5,43 @@ teacher and the learner reads the student through the same functions.
 """
 
 from distill_system.language_model.embeddings import load_embedding
+from distill_system.language_model.families import choose_linear_modules, find_family
 from distill_system.language_model.models import (
     LanguageModel,
     build_language_model,
     check_linear_read,
+    check_packed_read,
+    cut_rows,
     load_language_model,
     unembedding,
 )
+from distill_system.language_model.packed_attention import PACKED_ATTENTION
 from distill_system.language_model.sequences import (
+    PackedPart,
     SequenceBatch,
-    group_by_length,
+    count_parts,
     read_hidden,
+    read_part,
 )
+from distill_system.language_model.streaming import build_empty_model, read_weights
 
 __all__ = [
+    "PACKED_ATTENTION",
     "LanguageModel",
+    "PackedPart",
     "SequenceBatch",
+    "build_empty_model",
     "build_language_model",
     "check_linear_read",
-    "group_by_length",
+    "check_packed_read",
+    "choose_linear_modules",
+    "count_parts",
+    "cut_rows",
+    "find_family",
     "load_embedding",
     "load_language_model",
     "read_hidden",
+    "read_part",
+    "read_weights",
     "unembedding",
 ]

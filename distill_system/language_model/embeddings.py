@@ -1,6 +1,6 @@
 """One matrix of a saved model, without the model.
 
-Axes: V rows (padded vocabularies included), E width.
+Axes: V tokens, E width.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from distill_system.errors import ModelError
 
 
 def load_embedding(
-    path: str, *, which: Literal["input", "output"], trust_remote_code: bool = False
+    path: str,
+    *,
+    which: Literal["input", "output"],
+    vocabulary_size: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Tensor:
     """The input embeddings or the unembedding alone of a saved model, float32 [V, E].
 
     Reads one tensor from the safetensors files; the model itself is never built in memory.
+    vocabulary_size: V, if the model has more rows than there are tokens; None: every row.
     Raises: ModelError if the folder holds no such tensor.
     """
     with torch.device("meta"):
@@ -33,7 +38,7 @@ def load_embedding(
     wanted = inputs if which == "input" else outputs
     names = {parameter: name for name, parameter in skeleton.named_parameters()}
     name = names[wanted.weight]
-    folder = _local_folder(path)
+    folder = local_folder(path)
     index = folder / "model.safetensors.index.json"
     file = "model.safetensors"
     if index.exists():
@@ -45,10 +50,11 @@ def load_embedding(
         stored = {name, name.split(".", 1)[-1]} & set(tensors.keys())
         if not stored:
             raise ModelError(f"{path!r}: {file} holds no tensor {name!r}")
-        return tensors.get_tensor(stored.pop()).float()
+        return tensors.get_slice(stored.pop())[:vocabulary_size].float()
 
 
-def _local_folder(path: str) -> Path:
+def local_folder(path: str) -> Path:
+    """The folder itself, or where a model of the hub lies on this machine."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download

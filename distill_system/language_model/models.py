@@ -1,6 +1,6 @@
 """Make, load and check a causal language model.
 
-Axes: V rows of the unembedding (padded vocabularies included), H hidden size, L length.
+Axes: V tokens, H hidden size, L length.
 """
 
 from __future__ import annotations
@@ -9,10 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
+from distill_system.language_model.families import find_family
+from distill_system.language_model.packed_attention import (
+    PACKED_ATTENTION,
+    PackedLayout,
+    read_line,
+)
 
 LanguageModel = Any
 """A transformers PreTrainedModel for causal language modelling; the library ships no types."""
@@ -20,10 +26,22 @@ LanguageModel = Any
 LINEAR_READ_TOLERANCE = 1e-3
 """Largest difference between the model's own logits and hidden state x unembedding, relative."""
 
+PACKED_READ_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Largest difference between a sequence read alone and in a packed line, relative, by precision."""
 
-def unembedding(model: LanguageModel) -> Tensor:
-    """The matrix that turns a final hidden state into logits, [V, H]."""
-    return model.get_output_embeddings().weight
+
+def unembedding(model: LanguageModel, vocabulary_size: int | None = None) -> Tensor:
+    """The matrix that turns a final hidden state into logits, [V, H].
+
+    vocabulary_size: V, if the model has more rows than there are tokens; a gradient of the rows
+    behind it is zero. None: every row.
+    """
+    return cut_rows(model.get_output_embeddings().weight, vocabulary_size)
+
+
+def cut_rows(matrix: Tensor, vocabulary_size: int | None) -> Tensor:
+    """The first rows of a padded matrix, without a copy; the matrix itself if there is no more."""
+    return matrix if vocabulary_size in (None, matrix.shape[0]) else matrix[:vocabulary_size]
 
 
 def build_language_model(
@@ -48,6 +66,7 @@ def build_language_model(
         pad_token_id=pad_token_id,
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
+        attn_implementation=PACKED_ATTENTION,
     )
     torch.manual_seed(seed)
     return LlamaForCausalLM(config)
@@ -58,12 +77,18 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a pretrained causal language model in evaluation mode (no dropout).
 
-    Raises: ModelError if it cannot be loaded, or is read otherwise than final hidden state times
-        unembedding (logit scaling, soft caps, biases), which moment matching relies on.
+    Raises: ModelError if it is of no supported family, cannot be loaded or read in packed lines, or
+        is read otherwise than final hidden state times unembedding (logit scaling, soft caps,
+        biases), which moment matching relies on.
     """
     try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        find_family(config, repr(path))
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=PACKED_ATTENTION,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
@@ -72,6 +97,7 @@ def load_language_model(
         ) from error
     model = model.to(device).eval()
     check_linear_read(model, path)
+    check_packed_read(model, path)
     return model
 
 
@@ -98,4 +124,30 @@ def check_linear_read(model: LanguageModel, path: str) -> None:
             f"{path!r} ({type(model).__name__}): expected logits = final hidden state x "
             f"unembedding, got a relative difference of {difference:.2e}. Models with logit "
             "scaling, soft caps or output biases are not supported yet"
+        )
+
+
+@torch.no_grad()
+def check_packed_read(model: LanguageModel, path: str) -> None:
+    """Refuse a model that reads a sequence otherwise in a packed line than alone.
+
+    Raises: ModelError, with the difference seen.
+    """
+    name = f"{path!r} ({type(model).__name__})"
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ModelError(
+            f"{name}: expected a model whose attention can be replaced, got one that computes it "
+            "by itself. Its family cannot be read packed; choose a model of a supported family"
+        )
+    device = unembedding(model).device
+    line_1T = torch.tensor([[9, 8, 7, *range(3, 11)]], device=device) % unembedding(model).shape[0]
+    hidden_TH = read_line(model, line_1T, PackedLayout.build([3, 8], device))
+    alone_LH = model.base_model(input_ids=line_1T[:, 3:], use_cache=False).last_hidden_state[0]
+    difference = float((hidden_TH[3:] - alone_LH).abs().max() / alone_LH.abs().max())
+    if difference > PACKED_READ_TOLERANCE.get(alone_LH.dtype, 5e-2):
+        raise ModelError(
+            f"{name}: expected a sequence's hidden states to be the same in a packed line as "
+            f"alone, got a relative difference of {difference:.2e}. Its family carries something "
+            "from one sequence to the next (a recurrent state, positions of its own); choose a "
+            "model of a supported family"
         )

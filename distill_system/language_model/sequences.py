@@ -1,10 +1,12 @@
-"""Trajectories as batches that a model reads, and the rows that are read of them.
+"""Trajectories as packed lines that a model reads, and the rows that are read of them.
 
-Axes: B sequences, L padded length, N response tokens of all sequences in order, H hidden size.
+Axes: T tokens of one part, n response tokens of one part, N response tokens of all sequences in
+order, H hidden size.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,34 +15,34 @@ import torch
 from torch import Tensor
 
 from distill_system.language_model.models import LanguageModel
-from distill_system.records import Trajectory
-
-MIN_GROUP, MAX_STRETCH = 16, 2.0
-"""Fewest sequences of a group that ends for its padding, and how much longer its longest may be."""
+from distill_system.language_model.packed_attention import PackedLayout, read_line
+from distill_system.records import Trajectory, deal_by_cost
 
 
 @dataclass(frozen=True, slots=True)
-class PaddedGroup:
-    """Sequences of similar length, right-padded; right padding with causal attention needs no mask.
+class PackedPart:
+    """What one forward pass reads: sequences one after another in one line, without padding.
 
-    input_ids_BL int64; lines_n and columns_n: where the hidden states stand that predict this
-    group's response tokens.
+    input_ids_1T int64; layout: where the sequences end; columns_n: where the hidden states stand
+    that predict this part's response tokens; rows_n: which rows of the batch those are (int64).
+    A part without sequences holds one token, of which nothing is read.
     """
 
-    input_ids_BL: Tensor
-    lines_n: Tensor
+    input_ids_1T: Tensor
+    layout: PackedLayout
     columns_n: Tensor
+    rows_n: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceBatch:
-    """Trajectories as padded groups, and their N response tokens as flat rows in order.
+    """Trajectories as packed parts, and their N response tokens as flat rows in order.
 
     sequence_ids_N: which trajectory; positions_N: place in its response; token_ids_N: the token;
-    order_N: which row of the groups, read one after another, is row n (all int64).
+    order_N: which row of the parts, read one after another, is row n (all int64).
     """
 
-    groups: tuple[PaddedGroup, ...]
+    parts: tuple[PackedPart, ...]
     sequence_ids_N: Tensor
     positions_N: Tensor
     token_ids_N: Tensor
@@ -53,59 +55,81 @@ class SequenceBatch:
         device: torch.device,
         *,
         max_tokens: int | None = None,
+        num_parts: int | None = None,
     ) -> SequenceBatch:
-        """Group by length, pad each group to its longest; a group has at most max_tokens tokens."""
-        lengths = np.array([trajectory.num_response_tokens for trajectory in trajectories])
-        first_rows = np.cumsum(lengths) - lengths
-        sequence_ids = np.repeat(np.arange(len(trajectories)), lengths)
-        positions = np.arange(lengths.sum()) - first_rows[sequence_ids]
-        token_ids = np.concatenate([t.response_ids for t in trajectories]).astype(np.int64)
-        members = group_by_length([int(t.token_ids.size) for t in trajectories], max_tokens)
-        read_order = np.concatenate(
-            [first_rows[i] + np.arange(lengths[i]) for group in members for i in group]
+        """Deal the trajectories to parts of near-equal tokens.
+
+        max_tokens: most tokens of a part, prompts included; a longer sequence stands alone.
+        num_parts: make exactly so many parts, whatever they hold (some may be empty); without it,
+            as few as max_tokens allows, or one.
+        """
+        lengths = [int(trajectory.token_ids.size) for trajectory in trajectories]
+        if num_parts is None:
+            num_parts = max(1, count_parts(lengths, max_tokens))
+        responses = np.array([t.num_response_tokens for t in trajectories], dtype=np.int64)
+        first_rows = np.cumsum(responses) - responses
+        sequence_ids = np.repeat(np.arange(len(trajectories)), responses)
+        positions = np.arange(responses.sum()) - first_rows[sequence_ids]
+        token_ids = np.concatenate([t.response_ids for t in trajectories] or [positions])
+        parts = tuple(
+            _pack([(trajectories[i], int(first_rows[i])) for i in hand], device)
+            for hand in deal_by_cost(lengths, num_parts)
         )
-        arrays = (sequence_ids, positions, token_ids, np.argsort(read_order))
-        return cls(
-            tuple(_pad([trajectories[i] for i in group], device) for group in members),
-            *(torch.from_numpy(array).to(device) for array in arrays),
+        order_N = torch.cat([part.rows_n for part in parts]).argsort()
+        arrays = (sequence_ids, positions, token_ids.astype(np.int64))
+        sequence_ids_N, positions_N, token_ids_N = (
+            torch.from_numpy(array).to(device) for array in arrays
         )
+        return cls(parts, sequence_ids_N, positions_N, token_ids_N, order_N)
 
 
-def group_by_length(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:
-    """Indices in ascending length, cut where a group would waste too much or hold too much.
+def count_parts(lengths: Sequence[int], max_tokens: int | None) -> int:
+    """How many parts collate makes of sequences of these lengths; 0 of none.
 
-    A group of at least MIN_GROUP sequences ends where the next is more than MAX_STRETCH times as
-    long as its first; any group ends where padding it to the next would pass max_tokens.
+    Parts balanced by deal_by_cost hold at most max_tokens each; a longer sequence stands alone.
     """
-    groups: list[list[int]] = [[]]
-    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        group = groups[-1]
-        stretched = len(group) >= MIN_GROUP and lengths[index] > MAX_STRETCH * lengths[group[0]]
-        full = max_tokens is not None and (len(group) + 1) * lengths[index] > max_tokens
-        if group and (stretched or full):
-            groups.append([])
-        groups[-1].append(index)
-    return groups
+    if max_tokens is None or not lengths:
+        return min(1, len(lengths))
+
+    def fits(num_parts: int) -> bool:
+        hands = deal_by_cost(lengths, num_parts)
+        return all(len(hand) == 1 or sum(lengths[i] for i in hand) <= max_tokens for hand in hands)
+
+    # More parts never make the fullest one fuller, so the first number that fits can be bisected.
+    fewest = -(-sum(min(length, max_tokens) for length in lengths) // max_tokens)
+    candidates = range(fewest, len(lengths) + 1)
+    return candidates[bisect_left(candidates, True, key=fits)]
 
 
-def _pad(trajectories: Sequence[Trajectory], device: torch.device) -> PaddedGroup:
-    longest = max(trajectory.token_ids.size for trajectory in trajectories)
-    ids_BL = np.zeros((len(trajectories), longest), dtype=np.int64)
-    lines, columns = [], []
-    for line, trajectory in enumerate(trajectories):
-        ids_BL[line, : trajectory.token_ids.size] = trajectory.token_ids
-        lines.append(np.full(trajectory.num_response_tokens, line))
-        columns.append(np.arange(trajectory.num_prompt_tokens - 1, trajectory.token_ids.size - 1))
-    arrays = (ids_BL, np.concatenate(lines), np.concatenate(columns))
-    return PaddedGroup(*(torch.from_numpy(array).to(device) for array in arrays))
+def _pack(members: Sequence[tuple[Trajectory, int]], device: torch.device) -> PackedPart:
+    """members: each trajectory with the batch's row of its first response token."""
+    if not members:
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        return PackedPart(token, PackedLayout.build([1], device), nothing, nothing)
+    # Neighbours of similar length spare padding where attention lays them out as rectangles.
+    members = sorted(members, key=lambda member: member[0].token_ids.size)
+    lengths = [int(trajectory.token_ids.size) for trajectory, _ in members]
+    columns, rows = [], []
+    for (trajectory, first_row), end in zip(members, np.cumsum(lengths), strict=True):
+        count = trajectory.num_response_tokens
+        columns.append(np.arange(end - count - 1, end - 1))
+        rows.append(np.arange(first_row, first_row + count))
+    ids_1T = np.concatenate([t.token_ids for t, _ in members]).astype(np.int64)[None]
+    arrays = (ids_1T, np.concatenate(columns), np.concatenate(rows))
+    input_ids_1T, columns_n, rows_n = (torch.from_numpy(array).to(device) for array in arrays)
+    return PackedPart(input_ids_1T, PackedLayout.build(lengths, device), columns_n, rows_n)
+
+
+def read_part(model: LanguageModel, part: PackedPart) -> Tensor:
+    """The final hidden state (after the last norm) before each response token of a part, [n, H].
+
+    An empty part gives [0, H] that still hangs on the model: a rank without sequences runs the
+    same forward and backward passes as the others.
+    """
+    return read_line(model, part.input_ids_1T, part.layout).index_select(0, part.columns_n)
 
 
 def read_hidden(model: LanguageModel, batch: SequenceBatch) -> Tensor:
     """The final hidden state (after the last norm) before each response token, [N, H]."""
-    rows_nH = [
-        model.base_model(input_ids=group.input_ids_BL, use_cache=False).last_hidden_state[
-            group.lines_n, group.columns_n
-        ]
-        for group in batch.groups
-    ]
-    return torch.cat(rows_nH)[batch.order_N]
+    return torch.cat([read_part(model, part) for part in batch.parts])[batch.order_N]

@@ -67,9 +67,12 @@ def collate(
     targets: Sequence[Sequence[TeacherTargets] | None],
     totals: Mapping[Stream, StreamTotals],
     device: torch.device,
+    *,
+    num_parts: int = 1,
 ) -> LearnerBatch:
     """Join this rank's chunks; targets[i] belongs to chunks[i], None where no teacher read.
 
+    num_parts: in how many parts the model reads them.
     Raises: RecordError if a trajectory and its targets disagree.
     """
     trajectories: dict[Stream, tuple[Trajectory, ...]] = {}
@@ -84,7 +87,7 @@ def collate(
             teacher[stream] = _teacher_rows(trajectories[stream], said, device)
     every = [t for stream_trajectories in trajectories.values() for t in stream_trajectories]
     return LearnerBatch(
-        sequences=SequenceBatch.collate(every, device),
+        sequences=SequenceBatch.collate(every, device, num_parts=num_parts),
         trajectories=trajectories,
         teacher=teacher,
         totals=totals,

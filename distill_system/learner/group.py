@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from distill_system.learner.checkpoint_files import FileRecord
 from distill_system.learner.collate import StreamTotals
 from distill_system.records import StepResult, Stream, Trajectory, TrajectoryChunk, WeightVersion
 from distill_system.workers import Reference, Workers
@@ -28,12 +29,13 @@ class LearnerGroup:
 
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
+        self._saving: list[Reference] = []
 
     def connect(self) -> None:
         """Let the ranks find one another; returns when every model is loaded."""
         self._all("ready", what="learner ranks to load their model")
         [(address, port)] = self._finish([self.workers.start(0, "address")], "rank 0's address")
-        self._all("connect", address, port, what="learner ranks to meet")
+        self._all("connect", address, port, what="learner ranks to meet and load their shares")
 
     def learn(self, step: int, scored: Sequence[ScoredChunk]) -> StepResult:
         """One update from scored chunks of both streams; targets go from scorer to rank."""
@@ -68,9 +70,35 @@ class LearnerGroup:
         """Send rank 0's weights to every rollout worker."""
         return self._all("publish", version, what=f"weight version {version}")[0]
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint's learner part into a folder that all ranks see."""
-        self._all("save", str(folder), what="the learner's checkpoint")
+    def start_save(self, folder: Path) -> None:
+        """Begin a checkpoint's learner part, in a folder that all ranks see; nobody waits here.
+
+        It holds the state after the calls before this one; the calls to come run beside its write.
+        """
+        self._saving = [
+            self.workers.start(rank, "start_save", str(folder))
+            for rank in range(self.workers.count)
+        ]
+
+    def finish_save(self, *, wait: bool) -> dict[str, FileRecord] | None:
+        """All files of the checkpoint under way; None if a rank still writes and wait is False."""
+        self._finish(self._saving, "the learner to copy its state")
+        self._saving = []
+        parts = self._all("finish_save", wait, what="the learner's checkpoint")
+        if any(part is None for part in parts):
+            return None
+        return {name: record for part in parts for name, record in part.items()}
+
+    def find_alterations(self, folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
+        """What is missing, truncated or altered of a checkpoint; the ranks share the reading."""
+        count = self.workers.count
+        largest_first = sorted(files, key=lambda name: (-files[name].num_bytes, name))
+        shares = [{name: files[name] for name in largest_first[at::count]} for at in range(count)]
+        calls = [
+            self.workers.start(rank, "find_alterations", str(folder), share)
+            for rank, share in enumerate(shares)
+        ]
+        return sorted(sum(self._finish(calls, "the learner to read its checkpoint through"), []))
 
     def load(self, folder: Path) -> None:
         """Take a checkpoint's learner part back."""

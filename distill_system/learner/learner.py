@@ -1,6 +1,6 @@
 """One learner rank: collate -> forward -> critics up -> student down -> optimizer.
 
-Axes: N response tokens, H student hidden size, V vocabulary, E action-embedding size.
+Axes: N response tokens, H student hidden size.
 """
 
 from __future__ import annotations
@@ -8,28 +8,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from distill_system.config.model import ArchitectureConfig, LearnerConfig, OptimizerConfig
+from distill_system.config.model import LearnerConfig, LoraUpdate, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.errors import NonFiniteError
-from distill_system.language_model import (
-    LanguageModel,
-    build_language_model,
-    load_embedding,
-    load_language_model,
-    read_hidden,
-    unembedding,
-)
-from distill_system.learner.checkpoint import load_checkpoint, save_checkpoint
+from distill_system.language_model import count_parts, unembedding
+from distill_system.learner.adapters import MergedSource, export_merged
+from distill_system.learner.checkpoint import CheckpointWriter, load_checkpoint
+from distill_system.learner.checkpoint_files import FileRecord, find_alterations
 from distill_system.learner.collate import LearnerBatch, StreamTotals, collate
 from distill_system.learner.meeting_point import find_meeting_point
+from distill_system.learner.microbatches import Microbatches
 from distill_system.learner.optimizer import (
     build_optimizers,
     clip_gradients,
@@ -37,16 +30,19 @@ from distill_system.learner.optimizer import (
     set_learning_rate,
 )
 from distill_system.learner.ranks import Ranks
-from distill_system.objectives import (
-    PolicyHeads,
-    build_objective,
-    make_action_embeddings,
-    measure_stream,
+from distill_system.learner.rollout_shares import rollout_shares
+from distill_system.learner.sharding import (
+    Policy,
+    build_mesh,
+    gather_weights,
+    prepare_blocks,
+    shard_policy,
 )
-from distill_system.objectives.rows import ObjectiveOutput
+from distill_system.learner.student import ModelSource, build_student, fill_student
+from distill_system.learner.teacher_matrices import TeacherMatrices
+from distill_system.objectives import PolicyHeads, build_objective, measure_stream
 from distill_system.peak_memory import read_peak_memory_bytes
 from distill_system.records import (
-    Finish,
     StepResult,
     Stream,
     TeacherTargets,
@@ -54,27 +50,6 @@ from distill_system.records import (
     WeightVersion,
 )
 from distill_system.weights import WeightPublisher
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSource:
-    """Where the learner's model comes from: a folder, or random weights of a shape.
-
-    teacher_path: the teacher's folder, None for supervised fine-tuning. teacher_dtype: the
-        precision in which the scorers multiply by its unembedding. action_dimension: the most
-        columns of action embeddings, as the scorers have them.
-    """
-
-    path: str | None = None
-    architecture: ArchitectureConfig | None = None
-    vocab_size: int = 0
-    pad_token_id: int = 0
-    bos_token_id: int | None = None
-    eos_token_id: int = 0
-    trust_remote_code: bool = False
-    teacher_path: str | None = None
-    teacher_dtype: str = "float32"
-    action_dimension: int | None = None
 
 
 class Learner:
@@ -101,20 +76,26 @@ class Learner:
         self.total_steps = total_steps
         self.device = torch.device("cuda" if uses_gpu else "cpu")
         self.ranks = Ranks(
-            rank=rank, world_size=world_size, device=self.device, timeout_seconds=timeout_seconds
+            rank=rank,
+            world_size=world_size,
+            device=self.device,
+            timeout_seconds=timeout_seconds,
+            alone=world_size == 1 and not config.offload,
         )
-        self.model = _build_model(source, seed=seed, device=self.device)
-        embeddings = [self.model.get_input_embeddings().weight, unembedding(self.model)]
-        self.optimizers = build_optimizers(self.model, embeddings, optimizer)
+        self.source, self.objective_config, self.seed = source, objective, seed
+        self.model = build_student(
+            source, seed=seed, device=self.device, empty=not self.ranks.alone
+        )
         self.objective = build_objective(
             objective, max_response_tokens=max_response_tokens, total_steps=total_steps
         )
-        self.action_embeddings_VE = self._load_actions(source)
-        self.teacher_unembedding_VF = self._load_teacher_unembedding(source, objective)
         self.publisher: WeightPublisher | None = None
+        self.writer = CheckpointWriter(rank=rank, timeout=self.ranks.timeout)
+        if self.ranks.alone:
+            self._prepare()
 
     def ready(self) -> int:
-        """Return the number of parameters once the model is loaded."""
+        """Return the number of parameters once the model is built."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def address(self) -> tuple[str, int]:
@@ -122,8 +103,32 @@ class Learner:
         return find_meeting_point()
 
     def connect(self, address: str, port: int) -> None:
-        """Join the other ranks."""
+        """Join the other ranks, and share the model with them."""
         self.ranks.connect(address, port)
+        if not self.ranks.alone:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """What follows the model, and where ranks share it what needs them to have met."""
+        config, source = self.config, self.source
+        self.policy = Policy(self.model, device=self.device, compute_dtype=config.compute_dtype)
+        prepare_blocks(self.model, config)
+        mesh = None
+        if not self.ranks.alone:
+            count = self.ranks.world_size
+            mesh = build_mesh(self.device, num_ranks=count, shard_ranks=config.shard_size(count))
+            shard_policy(self.policy, mesh, config)
+            rest = torch.device("cpu") if config.offload else self.device
+            fill_student(self.policy, source, seed=self.seed, device=rest)
+        embeddings = [self.model.get_input_embeddings().weight, unembedding(self.model)]
+        self.optimizers = build_optimizers(self.model, embeddings, self.optimizer_config)
+        self.teacher = TeacherMatrices(
+            source,
+            self.objective_config,
+            vocabulary_size=source.vocabulary_size or unembedding(self.model).shape[0],
+            device=self.device,
+            mesh=mesh,
+        )
 
     def step(
         self,
@@ -138,9 +143,10 @@ class Learner:
         Raises: NonFiniteError before any weight has changed.
         """
         started = time.perf_counter()
-        batch = collate(chunks, targets, totals, self.device)
-        with self._autocast():
-            hidden_NH = read_hidden(self.model, batch.sequences)
+        batch = self._collate(chunks, targets, totals)
+        microbatches = Microbatches(self.policy, batch.sequences)
+        hidden_NH = microbatches.read()
+        with self.policy.precision():
             output = self.objective.compute_loss(
                 self._heads(),
                 batch.stream_rows(Stream.OFF_POLICY, hidden_NH),
@@ -148,10 +154,10 @@ class Learner:
                 self.ranks.sum,
             )
         sums = self.ranks.sum_scalars(
-            {"loss": output.loss_share, **output.metric_shares, **_rollout_shares(batch, output)}
+            {"loss": output.loss_share, **output.metric_shares, **rollout_shares(batch, output)}
         )
         self._require_finite(sums["loss"], step)
-        output.loss_share.backward()
+        microbatches.backward(output.loss_share)
         gradient_norm, rate = self._update(step)
         num_tokens = sum(total.num_tokens for total in totals.values())
         metrics = {
@@ -161,6 +167,8 @@ class Learner:
             "learning_rate": rate,
             "response_tokens": num_tokens,
         }
+        if self.config.max_tokens_per_microbatch is not None:
+            metrics["microbatches"] = len(batch.sequences.parts)
         return StepResult(
             step=step,
             metrics={f"learner/{name}": value for name, value in metrics.items()},
@@ -170,8 +178,7 @@ class Learner:
         )
 
     def _update(self, step: int) -> tuple[float, float]:
-        """Sum gradients over ranks, clip, step every optimizer; returns gradient norm and rate."""
-        self.ranks.sum_gradients(self.model.parameters())
+        """Clip gradients, step every optimizer; returns the gradient's norm before and the rate."""
         norm = clip_gradients(self.model, self.optimizer_config.max_gradient_norm, step=step)
         rate = learning_rate_at(step, config=self.optimizer_config, total_steps=self.total_steps)
         set_learning_rate(self.optimizers, rate)
@@ -191,16 +198,18 @@ class Learner:
 
         Keyed off_policy_distance, on_policy_distance, and cross_entropy (of the teacher's text).
         """
-        batch = collate(chunks, targets, totals, self.device)
-        hidden_NH = read_hidden(self.model, batch.sequences)
+        batch = self._collate(chunks, targets, totals)
+        hidden_NH = Microbatches(self.policy, batch.sequences).read()
+        heads = self._heads()
         measures: dict[str, float] = {}
         for stream in totals:
             rows = batch.stream_rows(stream, hidden_NH)
             assert rows is not None, "every rank holds a part of every stream"
-            measured = measure_stream(self._heads(), rows, self.ranks.sum, stream=stream.value)
+            measured = measure_stream(heads, rows, self.ranks.sum, stream=stream.value)
             measures[f"{stream.value}_distance"] = measured.distance
             if stream is Stream.OFF_POLICY:
                 measures["cross_entropy"] = measured.cross_entropy
+        self.policy.release()
         return measures
 
     def connect_rollouts(
@@ -213,8 +222,9 @@ class Learner:
         timeout_seconds: float,
     ) -> None:
         """Open the weight-transfer group with the rollout workers; rank 0 sends."""
+        as_they_are = not (isinstance(self.source.update, LoraUpdate) or self.config.offload)
         self.publisher = WeightPublisher(
-            self.model,
+            self.model if as_they_are else MergedSource(self.model, self.device),
             backend=backend,
             client=client,
             master_address=address,
@@ -229,11 +239,21 @@ class Learner:
         assert self.publisher is not None, "connect_rollouts comes before publish"
         return self.publisher.publish(version)
 
-    def save(self, folder: str) -> None:
-        """Write this rank's part of a checkpoint."""
-        save_checkpoint(
-            Path(folder), self.model, self.optimizers, self.objective, rank=self.ranks.rank
-        )
+    def start_save(self, folder: str) -> None:
+        """Begin this rank's part of a checkpoint; returns once the state is copied."""
+        self.policy.release()  # a shard is saved by the rank that has it
+        self.writer.start(Path(folder), self.model, self.optimizers, self.objective)
+
+    def finish_save(self, wait: bool) -> dict[str, FileRecord] | None:
+        """The files of this rank's part, by their paths in the folder; None if not yet written.
+
+        wait: return only when they are.
+        """
+        return self.writer.finish(wait=wait)
+
+    def find_alterations(self, folder: str, files: Mapping[str, FileRecord]) -> list[str]:
+        """Read files of a checkpoint through; those that are not as they were written, and why."""
+        return find_alterations(Path(folder), files)
 
     def load(self, folder: str) -> None:
         """Take back a checkpoint."""
@@ -243,48 +263,39 @@ class Learner:
 
     def export(self, folder: str) -> None:
         """Write the model in Hugging Face form (safetensors, config, generation config); rank 0."""
-        if self.ranks.rank == 0:
-            self.model.save_pretrained(folder)
+        writes, update = self.ranks.rank == 0, self.source.update
+        if isinstance(update, LoraUpdate):
+            export_merged(self.model, Path(folder), update, writes=writes)
+            return
+        weights = None if self.ranks.alone else gather_weights(self.model)
+        if writes:
+            self.model.save_pretrained(folder, state_dict=weights)
 
     def close(self) -> None:
-        """Leave both groups."""
+        """Finish a checkpoint under way, then leave both groups."""
+        self.writer.close()
         if self.publisher is not None:
             self.publisher.close()
         self.ranks.close()
 
+    def _collate(
+        self,
+        chunks: Sequence[TrajectoryChunk],
+        targets: Sequence[Sequence[TeacherTargets] | None],
+        totals: Mapping[Stream, StreamTotals],
+    ) -> LearnerBatch:
+        """This rank's batch, in as many parts as the rank that needs most: they go in step."""
+        limit, num_parts = self.config.max_tokens_per_microbatch, 1
+        if limit is not None:
+            lengths = [int(t.token_ids.size) for chunk in chunks for t in chunk.trajectories]
+            num_parts = self.ranks.max(count_parts(lengths, limit))
+        return collate(chunks, targets, totals, self.device, num_parts=num_parts)
+
     def _heads(self) -> PolicyHeads:
-        return PolicyHeads(
-            unembedding_VH=unembedding(self.model),
-            action_embeddings_VE=self.action_embeddings_VE,
-            teacher_unembedding_VF=self.teacher_unembedding_VF,
+        return self.teacher.build_heads(
+            unembedding(self.model, self.source.vocabulary_size),
             chunk_tokens=self.config.vocabulary_chunk_tokens,
         )
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        lower = self.config.compute_dtype == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=lower)
-
-    def _load_actions(self, source: ModelSource) -> Tensor:
-        """The teacher's, as its scorers have them; no columns where there is no teacher."""
-        if source.teacher_path is None:
-            return torch.zeros(unembedding(self.model).shape[0], 0, device=self.device)
-        embeddings_VE = load_embedding(
-            source.teacher_path, which="input", trust_remote_code=source.trust_remote_code
-        )
-        return make_action_embeddings(embeddings_VE, source.action_dimension).to(self.device)
-
-    def _load_teacher_unembedding(
-        self, source: ModelSource, objective: ObjectiveConfig | None
-    ) -> Tensor | None:
-        """The teacher's own, where the objective rebuilds the teacher's distribution."""
-        if source.teacher_path is None or objective is None:
-            return None
-        if not objective.needs_teacher_distribution:
-            return None
-        unembedding_VF = load_embedding(
-            source.teacher_path, which="output", trust_remote_code=source.trust_remote_code
-        )
-        return unembedding_VF.to(self.device, getattr(torch, source.teacher_dtype))
 
     def _require_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
@@ -293,46 +304,3 @@ class Learner:
                 "Start a run of another name with a lower learning rate or with "
                 "learner.compute_dtype=float32"
             )
-
-
-def _build_model(source: ModelSource, *, seed: int, device: torch.device) -> LanguageModel:
-    """Float32 master weights, in evaluation mode: dropout would part learner from sampler."""
-    if source.path is not None:
-        return load_language_model(
-            source.path,
-            dtype=torch.float32,
-            device=device,
-            trust_remote_code=source.trust_remote_code,
-        )
-    assert source.architecture is not None, "the configuration gives a path or an architecture"
-    model = build_language_model(
-        source.architecture,
-        vocab_size=source.vocab_size,
-        pad_token_id=source.pad_token_id,
-        bos_token_id=source.bos_token_id,
-        eos_token_id=source.eos_token_id,
-        seed=seed,
-    )
-    return model.to(device).eval()
-
-
-def _rollout_shares(batch: LearnerBatch, output: ObjectiveOutput) -> dict[str, Tensor]:
-    """What the on-policy stream looks like: lengths, ends, and sampler against learner.
-
-    logprob_gap is comparable where sampling is neither truncated nor tempered.
-    """
-    trajectories = batch.trajectories.get(Stream.ON_POLICY)
-    if trajectories is None or output.student_logprobs_N is None:
-        return {}
-    totals = batch.totals[Stream.ON_POLICY]
-    ended = sum(trajectory.finish is Finish.STOP for trajectory in trajectories)
-    tokens = sum(trajectory.num_response_tokens for trajectory in trajectories)
-    behaviour_N = torch.cat(
-        [torch.from_numpy(trajectory.behaviour_logprobs.copy()) for trajectory in trajectories]
-    )
-    gap = (output.student_logprobs_N.cpu() - behaviour_N).abs().sum() / totals.num_tokens
-    return {
-        "mean_student_response_tokens": torch.tensor(tokens / totals.num_sequences),
-        "student_ended_share": torch.tensor(ended / totals.num_sequences),
-        "logprob_gap": gap,
-    }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distill_system.config.model import OptimizerConfig
 from distill_system.errors import NonFiniteError
+from distill_system.learner.sharding import gather
 
 
 def learning_rate_at(step: int, *, config: OptimizerConfig, total_steps: int) -> float:
@@ -60,7 +61,7 @@ def clip_gradients(model: nn.Module, max_norm: float, *, step: int) -> float:
 
     Raises: NonFiniteError, before any weight has changed.
     """
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    norm = float(gather(nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
     if not math.isfinite(norm):
         raise NonFiniteError(
             f"the gradient's norm must be finite, got {norm} at step {step}; no weight was "

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Ranks:
-    """This rank's membership of the group; one rank alone needs no process group."""
+    """This rank's membership of the group.
+
+    alone: one rank that needs no process group.
+    """
 
     def __init__(
-        self, *, rank: int, world_size: int, device: torch.device, timeout_seconds: float
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        timeout_seconds: float,
+        alone: bool,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.device = device
         self.timeout = timedelta(seconds=timeout_seconds)
+        self.alone = alone
 
     def connect(self, address: str, port: int) -> None:
         """Rendezvous with the other ranks at rank 0's address; gloo on CPU, NCCL on CUDA."""
-        if self.world_size == 1:
+        if self.alone:
             return
         dist.init_process_group(
-            backend="nccl" if self.device.type == "cuda" else "gloo",
+            # What is offloaded is summed on the CPU, on machines with GPUs too.
+            backend="cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             init_method=f"tcp://{address}:{port}",
             rank=self.rank,
             world_size=self.world_size,
@@ -45,22 +55,20 @@ class Ranks:
         """The sums over ranks of named scalars, in one transfer."""
         if not values:
             return {}
-        shares = torch.stack([value.detach().double().reshape(()) for value in values.values()])
+        shares = torch.stack(
+            [value.detach().to(self.device, torch.float64).reshape(()) for value in values.values()]
+        )
         return dict(zip(values, self.sum(shares).tolist(), strict=True))
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its sum over ranks, in one flat transfer."""
+    def max(self, value: int) -> int:
+        """The largest of the ranks' values."""
         if self.world_size == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, total in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(total.view_as(gradient))
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def close(self) -> None:
         """Leave the group."""
-        if self.world_size > 1 and dist.is_initialized():
+        if not self.alone and dist.is_initialized():
             dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from distill_system.observe.environment import write_environment
 from distill_system.observe.live import LiveView
 from distill_system.observe.metrics import MetricLog
+from distill_system.observe.prompt_log import PromptLog
 from distill_system.observe.report import write_report
 from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.summary import write_evaluation, write_summary
@@ -11,6 +12,7 @@ from distill_system.observe.timings import Timings
 __all__ = [
     "LiveView",
     "MetricLog",
+    "PromptLog",
     "RunDirectory",
     "Timings",
     "write_environment",

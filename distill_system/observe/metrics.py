@@ -13,7 +13,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from distill_system.errors import RunStateError
-from distill_system.observe.run_directory import RunDirectory, without_non_finite, write_text
+from distill_system.observe.run_directory import (
+    RunDirectory,
+    drop_half_line,
+    without_non_finite,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -44,7 +49,7 @@ class MetricLog:
         self._purge_steps: dict[str, int] = {}
         self._gauges: dict[str, Any] = {}
         run.path.mkdir(parents=True, exist_ok=True)
-        _drop_half_line(run)
+        drop_half_line(run.metrics_path)
         self._file = run.metrics_path.open("a", encoding="utf-8")
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -163,10 +168,3 @@ def _to_row(run: RunDirectory, number: int, line: str) -> MetricRow:
 def _to_line(row: MetricRow) -> str:
     fields = {"time": row.time, "stage": row.stage, "step": row.step, "metrics": row.metrics}
     return json.dumps(fields, allow_nan=False) + "\n"
-
-
-def _drop_half_line(run: RunDirectory) -> None:
-    if not run.metrics_path.exists():
-        return
-    with run.metrics_path.open("r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)

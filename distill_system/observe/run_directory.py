@@ -37,6 +37,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def prompts_path(self) -> Path:
+        """Which prompts each step was trained on, one JSON object a line."""
+        return self.path / "prompts.jsonl"
+
+    @property
     def tensorboard_directory(self) -> Path:
         """The same metrics for TensorBoard, a folder per stage."""
         return self.path / "tensorboard"
@@ -107,16 +112,24 @@ def write_text(path: Path, text: str) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """The rename itself is on the disk only when its folder is."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def drop_half_line(path: Path) -> None:
+    """Cut off a last line without its end, which a crash left; nothing where there is no file."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -31,6 +31,7 @@ _WORKER_EXTENSIONS: dict[TransferBackend | None, str] = {
     "nccl": "",
     None: "",
 }
+_PADDING_MASK = "distill_system.rollout.padding_mask:PaddingMask"
 # Without a size vLLM would take nearly all of the machine's memory for each engine on a CPU, and
 # run the model once to find out what remains. Filling the cache with zeros takes 2 s per GiB.
 _CPU_KV_CACHE_MEBIBYTES = 256
@@ -43,6 +44,8 @@ class EngineSpecification:
     config_key: where `config` stands in the configuration, for error messages.
     max_model_length: longest sequence in tokens, prompt and response together.
     weight_transfer_backend: how new weights arrive; None for a model that never changes.
+    vocabulary_size: only token ids below it are sampled; None: every row of the model.
+    stop_token_ids: a response ends with the first of them, beside those of the model's folder.
     """
 
     model_path: str
@@ -53,13 +56,15 @@ class EngineSpecification:
     tensor_parallel_size: int
     weight_transfer_backend: TransferBackend | None
     trust_remote_code: bool
+    vocabulary_size: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """One sampled response.
 
-    token_ids: int32 [T], the end-of-sequence token included.  logprobs: float32 [T], nats, of the
+    token_ids: int32 [T], the token that ended it included.  logprobs: float32 [T], nats, of the
     distribution that was sampled from.  finish_reason: vLLM's word.
     version_spans: (version, start, end), covering [0, T).
     """
@@ -86,7 +91,9 @@ class GenerationEngine:
             self._engine = _build_engine(specification)
         self.import_seconds = imported - begin
         self.start_seconds = time.perf_counter() - imported
-        self.vocabulary_size: int = self._engine.model_config.get_vocab_size()
+        num_rows: int = self._engine.model_config.get_vocab_size()
+        self.vocabulary_size = specification.vocabulary_size or num_rows
+        self._stop_token_ids = list(specification.stop_token_ids)
         self.commit_version(0)
 
     def complete(
@@ -102,7 +109,7 @@ class GenerationEngine:
         try:
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                 prompt_input = {"prompt_token_ids": prompt.tolist()}
-                params = _sampling_params(sampling, seed)
+                params = _sampling_params(sampling, seed, self._stop_token_ids)
                 request_ids.append(self._engine.add_request(str(index), prompt_input, params))
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
@@ -193,9 +200,22 @@ def _engine_args(specification: EngineSpecification) -> Any:  # vllm's EngineArg
         distributed_executor_backend="uni" if specification.tensor_parallel_size == 1 else "mp",
         weight_transfer_config=None if backend is None else WeightTransferConfig(backend=backend),
         worker_extension_cls=_WORKER_EXTENSIONS[backend],
+        # Only where it is needed: with a processor vLLM copies each sequence's tokens every step.
+        logits_processors=[_PADDING_MASK] if _is_padded(specification) else None,
+        additional_config={"vocabulary_size": specification.vocabulary_size},
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )
+
+
+def _is_padded(specification: EngineSpecification) -> bool:
+    """Whether the model has more rows than there are tokens."""
+    from vllm.transformers_utils.config import get_config
+
+    if specification.vocabulary_size is None:
+        return False
+    config = get_config(specification.model_path, specification.trust_remote_code)
+    return bool(config.get_text_config().vocab_size > specification.vocabulary_size)
 
 
 def translate_start_error(specification: EngineSpecification, error: Exception) -> DistillError:
@@ -226,7 +246,7 @@ def translate_start_error(specification: EngineSpecification, error: Exception) 
     )
 
 
-def _sampling_params(sampling: Sampling, seed: int) -> Any:  # vllm's SamplingParams
+def _sampling_params(sampling: Sampling, seed: int, stop_token_ids: list[int]) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -234,6 +254,7 @@ def _sampling_params(sampling: Sampling, seed: int) -> Any:  # vllm's SamplingPa
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         max_tokens=sampling.max_response_tokens,
+        stop_token_ids=stop_token_ids,
         seed=seed,
         logprobs=0,  # of the sampled token alone
         detokenize=False,

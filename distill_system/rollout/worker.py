@@ -41,6 +41,8 @@ class RolloutWorker:
     max_model_length: longest sequence in tokens, prompt and response together.
     tensor_parallel_size: GPUs that share the model; 1 without a GPU.
     weight_transfer_backend: None for a model that never changes.
+    vocabulary_size: only token ids below it are sampled; None: every row of the model.
+    stop_token_ids: a response ends with the first of them.
 
     The process must have been started with engine_environment().  The first call builds the engine.
     """
@@ -57,6 +59,8 @@ class RolloutWorker:
         tensor_parallel_size: int = 1,
         weight_transfer_backend: TransferBackend | None = None,
         trust_remote_code: bool = False,
+        vocabulary_size: int | None = None,
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
         self._name = name
         self._author = author
@@ -72,6 +76,8 @@ class RolloutWorker:
             tensor_parallel_size=tensor_parallel_size,
             weight_transfer_backend=weight_transfer_backend,
             trust_remote_code=trust_remote_code,
+            vocabulary_size=vocabulary_size,
+            stop_token_ids=tuple(stop_token_ids),
         )
 
     @cached_property

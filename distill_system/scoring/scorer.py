@@ -17,6 +17,7 @@ from distill_system.config.run import ScoringConfig
 from distill_system.errors import NonFiniteError
 from distill_system.language_model import (
     SequenceBatch,
+    cut_rows,
     load_language_model,
     read_hidden,
     unembedding,
@@ -34,7 +35,10 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 class TeacherScorer:
-    """Reads trajectories with the frozen teacher, batched by length under a token budget."""
+    """Reads trajectories with the frozen teacher, batched by length under a token budget.
+
+    vocabulary_size: V, the tokens that its policy is a distribution over; None: every row.
+    """
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class TeacherScorer:
         config: ScoringConfig,
         vocabulary_chunk_tokens: int,
         uses_gpu: bool,
+        vocabulary_size: int | None = None,
         action_dimension: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -56,9 +61,9 @@ class TeacherScorer:
             device=self.device,
             trust_remote_code=trust_remote_code,
         ).requires_grad_(False)
-        self.action_embeddings_VE = make_action_embeddings(
-            self.model.get_input_embeddings().weight, action_dimension
-        )
+        self.unembedding_VH = unembedding(self.model, vocabulary_size)
+        embeddings_VE = cut_rows(self.model.get_input_embeddings().weight, vocabulary_size)
+        self.action_embeddings_VE = make_action_embeddings(embeddings_VE, action_dimension)
         self._work = WorkDone()
 
     def ready(self) -> None:
@@ -110,7 +115,7 @@ class TeacherScorer:
             rows = read_vocabulary(
                 hidden_NH,
                 token_ids_N,
-                unembedding(self.model),
+                self.unembedding_VH,
                 actions_VE if needs.expected_embedding else actions_VE[:, :0],
                 chunk_tokens=self.chunk_tokens,
             )
@@ -120,7 +125,7 @@ class TeacherScorer:
                 fields["logprobs"] = rows.logprobs_N.cpu().numpy()
         if needs.top_k:
             ids_NK, logprobs_NK = read_top_k(
-                hidden_NH, unembedding(self.model), k=needs.top_k, chunk_tokens=self.chunk_tokens
+                hidden_NH, self.unembedding_VH, k=needs.top_k, chunk_tokens=self.chunk_tokens
             )
             fields["top_k_ids"] = ids_NK.int().cpu().numpy()
             fields["top_k_logprobs"] = logprobs_NK.cpu().numpy()

@@ -9,7 +9,7 @@ from typing import Any
 from distill_system.cluster import ClusterSession
 from distill_system.config import RunConfig
 from distill_system.data import RunData
-from distill_system.observe import LiveView, MetricLog, RunDirectory, Timings
+from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,7 @@ class RunContext:
     tokenizer: Any
     data: RunData
     log: MetricLog
+    prompts: PromptLog
     timings: Timings
     view: LiveView
     resume: bool

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
+from distill_system.errors import ConfigError
 from distill_system.records import StepResult, WorkDone
 from distill_system.stages.checkpoints import CheckpointStore, resume_point
 from distill_system.stages.context import RunContext
@@ -22,6 +24,13 @@ SHOWN = {
 """Metrics of the live view and their names there; a distance stays until it is measured again."""
 
 
+MEASURED = ("held_out/", "evaluation/")
+"""Metrics that a checkpoint can be best by begin so."""
+
+TIMINGS_SECONDS = 2.0
+"""Between two saves of the run's clock."""
+
+
 class Ledger:
     """Keeps a run's books, so that the driver can tell its story without them."""
 
@@ -31,31 +40,42 @@ class Ledger:
         self.streams = streams
         config = context.config.distill
         folder = context.run.checkpoints_directory / STAGE
-        self.store = CheckpointStore(folder, keep=config.keep_checkpoints)
+        self.store = CheckpointStore(folder, keep=config.keep_checkpoints, best=config.keep_best)
+        self._last: dict[str, float | None] = {}
         self._shown: dict[str, float] = {}
         self._work: dict[str, WorkDone] = {}
         self._work_since = time.perf_counter()
+        self._timings_saved = 0.0
 
     def open(self) -> int:
         """Take back the newest checkpoint, if the run is resumed; returns the steps done."""
         checkpoint = resume_point(self.store, resume=self.context.resume, stage=STAGE)
-        done = 0 if checkpoint is None else checkpoint.step
-        if checkpoint is None:
-            self.context.log.truncate_after(STAGE, -1)
-            self.context.timings.restart(STAGE)
-        else:
-            self.pools.learner.load(checkpoint.folder)
+        done = -1 if checkpoint is None else checkpoint.step
+        self.context.log.truncate_after(STAGE, done)
+        self.context.prompts.truncate_after(STAGE, done)
+        if checkpoint is not None:
+            self.store.load(checkpoint, self.pools.learner)
             self.streams.restore(checkpoint.state["streams"])
-            self.context.log.truncate_after(STAGE, done)
+            self._last = dict(checkpoint.metrics)
             self.context.view.note(f"resuming {STAGE} after step {done}")
+        elif not self.context.resume:
+            self.context.timings.restart(STAGE)
+        self.context.timings.save()
+        done = max(done, 0)
         self.task = self.context.view.start(
             STAGE, self.context.config.distill.steps, first_step=done
         )
         return done
 
     def write(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of `done` steps, to every place where somebody looks."""
+        """Metrics of `done` steps, to every place where somebody looks; what they trained on."""
         self.context.log.log(STAGE, done, metrics)
+        if prompt_ids := self.streams.pop_prompts():
+            self.context.prompts.log(STAGE, done, prompt_ids)
+        self._last |= metrics
+        self._require_best_metric()
+        self._save_timings()
+        self.store.finish(self.pools.learner, wait=False)
         self._shown |= {SHOWN[name]: metrics[name] for name in SHOWN if name in metrics}
         self.task.update(done, self._shown)
 
@@ -90,13 +110,17 @@ class Ledger:
         return metrics
 
     def checkpoint(self, done: int) -> None:
-        """Write everything that the steps to come depend on."""
+        """Begin to write everything that the steps to come depend on; they go on beside it."""
         state = {"streams": self.streams.state(), "weight_version": done}
-        self.store.save(done, state, self.pools.learner.save)
-        self.context.timings.save()
+        self.store.start(done, state, self.pools.learner, metrics=self._last)
+
+    def finished_on_failure(self) -> AbstractContextManager[None]:
+        """A block whose failure leaves the checkpoint under way behind as a whole one."""
+        return self.store.finished_on_failure(self.pools.learner)
 
     def close(self) -> None:
-        """Export the final student."""
+        """Finish the last checkpoint and export the final student."""
+        self.store.finish(self.pools.learner, wait=True)
         config = self.context.config.distill
         facts = {
             "teacher": self.context.teacher_path,
@@ -110,3 +134,20 @@ class Ledger:
         folder = self.context.run.student_directory
         export_model(self.context, self.pools.learner, folder, facts=facts)
         self.task.finish()
+
+    def _save_timings(self) -> None:
+        """Now and then, so that a run that is killed loses seconds of its clock and no more."""
+        now = time.perf_counter()
+        if now - self._timings_saved >= TIMINGS_SECONDS:
+            self.context.timings.save()
+            self._timings_saved = now
+
+    def _require_best_metric(self) -> None:
+        """At once, and not when the first checkpoint is chosen by it hours later."""
+        best = self.context.config.distill.keep_best
+        if best is not None and best.metric not in self._last:
+            known = sorted(name for name in self._last if name.startswith(MEASURED))
+            raise ConfigError(
+                f"distill.keep_best.metric: this run measures no {best.metric!r}; choose one of "
+                f"{', '.join(known)}"
+            )

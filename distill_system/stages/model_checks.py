@@ -13,11 +13,13 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
 from distill_system.config import RunConfig
 from distill_system.config.data import PretrainedTokenizer
-from distill_system.config.model import ModelConfig
+from distill_system.config.model import LoraUpdate, ModelConfig
 from distill_system.data import RunData
 from distill_system.errors import ConfigError, DataError, ModelError
+from distill_system.language_model import choose_linear_modules, find_family
 from distill_system.records import Trajectory
 from distill_system.stages.context import max_model_length
+from distill_system.stages.vocabulary import check_exportable, stop_token_ids, vocabulary_size
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes of an attention head that vLLM's attention on a CPU computes; another one starts and then
@@ -50,19 +52,16 @@ def check_models(config: RunConfig, tokenizer: Any) -> None:
 
     Raises: ModelError or ConfigError, naming the model and the key to change.
     """
-    rows = {role: _check_model(role, model, tokenizer, config) for role, model in _models(config)}
-    if rows["teacher"] != rows["student"]:
-        raise ModelError(
-            f"teacher and student must have the same number of vocabulary rows, got "
-            f"{rows['teacher']} in the teacher's embeddings and {rows['student']} in the "
-            "student's: some families pad theirs by size. Choose two models of one number"
-        )
+    for role, model in _models(config):
+        _check_model(role, model, tokenizer, config)
+    _check_update(config)
+    stop_token_ids(config, tokenizer)
+    size = vocabulary_size(tokenizer)
     for stream in ("off_policy", "on_policy"):
         k = config.distill.objective.teacher_needs(stream).top_k
-        if k > rows["teacher"]:
+        if k > size:
             raise ConfigError(
-                f"distill.objective.{stream}.k must be at most the teacher's vocabulary of "
-                f"{rows['teacher']}, got {k}"
+                f"distill.objective.{stream}.k must be at most the vocabulary of {size}, got {k}"
             )
 
 
@@ -98,12 +97,11 @@ def _require_files(key: str, path: str, *patterns: str) -> None:
         )
 
 
-def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfig) -> int:
-    """Check one model; returns the rows of its vocabulary."""
+def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfig) -> None:
     shape = _shape(role, model)
     _check_head_size(role, model, shape, config)
     if model.path is None:
-        return len(tokenizer)
+        return
     _check_vocabulary(role, model, shape.vocab_size, tokenizer)
     limit, longest = _context_limit(shape), max_model_length(config)
     if limit is not None and limit < longest:
@@ -112,7 +110,15 @@ def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfi
             f"data.max_prompt_tokens + rollout.sampling.max_response_tokens = {longest}; lower one "
             "of the two, or choose a model of longer context"
         )
-    return int(shape.vocab_size)
+    if role == "student" or model.sft is not None:
+        check_exportable(role, model)
+
+
+def _check_update(config: RunConfig) -> None:
+    """Refuse adapters for layers that the student does not have."""
+    if isinstance(config.distill.update, LoraUpdate):
+        family = find_family(_shape("student", config.student), "student")
+        choose_linear_modules(family, config.distill.update.target_modules)
 
 
 def _check_vocabulary(role: str, model: ModelConfig, num_rows: int, tokenizer: Any) -> None:
@@ -124,11 +130,11 @@ def _check_vocabulary(role: str, model: ModelConfig, num_rows: int, tokenizer: A
             f"run's tokenizer of {len(ours)} in {len(differing)} tokens, such as "
             f"{differing[:3]}. Teacher and student must share one vocabulary"
         )
-    if num_rows < len(tokenizer):
+    if num_rows < vocabulary_size(tokenizer):
         raise ModelError(
             f"{role}.path={model.path!r}: its vocabulary of {num_rows} rows is smaller than its "
-            f"tokenizer of {len(tokenizer)} tokens: the two do not belong together. Give the "
-            "folder that model and tokenizer were saved to together"
+            f"tokenizer of {vocabulary_size(tokenizer)} tokens: the two do not belong together. "
+            "Give the folder that model and tokenizer were saved to together"
         )
 
 
@@ -161,9 +167,14 @@ def _context_limit(shape: Any) -> int | None:
 
 
 def _shape(role: str, model: ModelConfig) -> Any:
-    """What transformers calls the configuration of the text model."""
+    """What transformers calls the configuration of the text model.
+
+    Raises: ModelError for a model of no supported family.
+    """
     if model.architecture is None:
-        return _read(AutoConfig, role, model).get_text_config()
+        config = _read(AutoConfig, role, model)
+        find_family(config, f"{role}.path={model.path!r}")
+        return config
     return LlamaConfig(
         hidden_size=model.architecture.hidden_size,
         num_attention_heads=model.architecture.num_heads,

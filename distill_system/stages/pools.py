@@ -15,6 +15,7 @@ from distill_system.rollout import RolloutPool, RolloutWorker, engine_environmen
 from distill_system.scoring import ScoringPool, TeacherScorer
 from distill_system.seeds import derive_seed
 from distill_system.stages.context import RunContext
+from distill_system.stages.vocabulary import stop_token_ids, vocabulary_size
 from distill_system.weights import FanOutClient
 
 
@@ -50,6 +51,8 @@ def open_pools(context: RunContext, *, student_path: str) -> Pools:
             trust_remote_code=config.student.trust_remote_code,
             teacher_path=context.teacher_path,
             teacher_dtype=config.scoring.dtype,
+            vocabulary_size=vocabulary_size(context.tokenizer),
+            update=config.distill.update,
             action_dimension=config.distill.action_dimension,
         ),
         objective=config.distill.objective,
@@ -114,7 +117,7 @@ def model_source(context: RunContext, model: ModelConfig) -> ModelSource:
     return ModelSource(
         path=model.path,
         architecture=model.architecture,
-        vocab_size=len(tokenizer),
+        vocabulary_size=vocabulary_size(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -141,6 +144,8 @@ def start_rollouts(context: RunContext, author: Author, path: str) -> RayWorkers
             "tensor_parallel_size": _tensor_parallel_size(pool),
             "weight_transfer_backend": _transfer_backend(context) if is_student else None,
             "trust_remote_code": getattr(config, author).trust_remote_code,
+            "vocabulary_size": vocabulary_size(context.tokenizer),
+            "stop_token_ids": stop_token_ids(config, context.tokenizer),
         }
         for index in range(pool.count)
     ]
@@ -162,6 +167,7 @@ def _start_scorers(context: RunContext) -> RayWorkers:
         "config": config.scoring,
         "vocabulary_chunk_tokens": config.learner.vocabulary_chunk_tokens,
         "uses_gpu": pool.gpus > 0,
+        "vocabulary_size": vocabulary_size(context.tokenizer),
         "action_dimension": config.distill.action_dimension,
         "trust_remote_code": config.teacher.trust_remote_code,
     }

@@ -21,13 +21,19 @@ MAY_CHANGE = (
     "pools",
     "cluster",
     "evaluation",
+    "learner.activation_checkpointing",
+    "learner.max_tokens_per_microbatch",
+    "learner.offload",
+    "learner.shard_ranks",
     "runs_directory",
     "distill.measure_every",
     "distill.evaluate_every",
     "distill.checkpoint_every",
     "distill.keep_checkpoints",
+    "distill.keep_best",
 )
-"""Keys that a run's second start may set otherwise: none of them changes what is learned."""
+"""Keys that a run's second start may set otherwise: none of them changes what is learned, but for
+the last bits of a sum."""
 
 
 def open_run(config: RunConfig) -> RunDirectory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_system.data import PromptFrontier, RunData
+from distill_system.data import PromptFrontier, RunData, source_shares
 from distill_system.records import Prompt, Trajectory
 from distill_system.rollout import PendingRollouts, Sampling
 from distill_system.stages.context import RunContext
@@ -26,18 +26,20 @@ class Streams:
         self.config = context.config
         self.pools = pools
         self.data = data
-        seed, num_prompts = context.config.seed, len(data.prompts)
-        self.student = PromptFrontier(num_prompts, seed, "student_prompts")
+        seed = context.config.seed
+        shares = source_shares(data.prompts, self.config.data.prompt_weights)
+        self.student = PromptFrontier(shares, seed, "student_prompts")
         reads_rows = self.config.distill.off_policy_source == "dataset"
         self.teacher = (
             PromptFrontier(len(data.student_sft), seed, "dataset_rows")
             if reads_rows
-            else PromptFrontier(num_prompts, seed, "teacher_prompts")
+            else PromptFrontier(shares, seed, "teacher_prompts")
         )
         self.reads_rows = reads_rows
         self._teacher_before = self.teacher.state()
         self._teacher_writing: PendingRollouts | None = None
         self._sampled = {"student": 0, "teacher": 0}
+        self._fed: dict[str, list[str]] = {}
         distill = self.config.distill
         self.replay = (
             AdaptiveReplay(distill.replay, seed=seed, total_steps=distill.steps)
@@ -55,6 +57,13 @@ class Streams:
 
     def off_policy(self, step: int) -> Sequence[Trajectory]:
         """The step's rows of data, or what the teacher was asked for last."""
+        return self._feed("off_policy", self._off_policy(step))
+
+    def on_policy(self, step: int) -> Sequence[Trajectory]:
+        """What the student writes now, under its newest weights; or wrote, if there is replay."""
+        return self._feed("on_policy", self._on_policy(step))
+
+    def _off_policy(self, step: int) -> Sequence[Trajectory]:
         if not self.reads_rows:
             assert self._teacher_writing is not None, "the teacher is asked one step ahead"
             return self._count("teacher", self.pools.teachers.finish(self._teacher_writing))
@@ -63,8 +72,7 @@ class Streams:
         taken = self.teacher.take(self.config.distill.sequences("off_policy"))
         return [self.data.student_sft[index] for index in taken]
 
-    def on_policy(self, step: int) -> Sequence[Trajectory]:
-        """What the student writes now, under its newest weights; or wrote, if there is replay."""
+    def _on_policy(self, step: int) -> Sequence[Trajectory]:
         count = self.config.distill.sequences("on_policy")
         kind = StepKind.WRITE if self.replay is None else self.replay.choose(step)
         if self.replay is not None and kind is StepKind.REPLAY:
@@ -81,6 +89,11 @@ class Streams:
         """Response tokens that each model sampled since this was last asked, as metrics."""
         counts, self._sampled = self._sampled, {"student": 0, "teacher": 0}
         return {f"sampled_tokens/{author}": float(count) for author, count in counts.items()}
+
+    def pop_prompts(self) -> dict[str, list[str]]:
+        """Prompt ids of each stream that was fed since this was last asked: one step's."""
+        fed, self._fed = self._fed, {}
+        return fed
 
     def hear(self, measured: Mapping[str, float]) -> None:
         """Take in what was measured on held-out data, where the schedule depends on it."""
@@ -99,6 +112,10 @@ class Streams:
         self._teacher_before = self.teacher.state()
         if self.replay is not None:
             self.replay.restore(state["replay"])
+
+    def _feed(self, stream: str, fed: Sequence[Trajectory]) -> Sequence[Trajectory]:
+        self._fed.setdefault(stream, []).extend(trajectory.prompt_id for trajectory in fed)
+        return fed
 
     def _count(self, author: str, written: list[Trajectory]) -> list[Trajectory]:
         self._sampled[author] += sum(trajectory.num_response_tokens for trajectory in written)

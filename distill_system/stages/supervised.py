@@ -95,53 +95,62 @@ class FineTuning:
         """
         first = self._resume()
         task = self.context.view.start(self.stage, self.config.steps, first_step=first)
-        for result in self._results(first, stop):
-            self.context.log.log(self.stage, result.step, result.metrics)
-            task.update(
-                result.step + 1,
-                {
-                    "loss": result.metrics["learner/loss"],
-                    "tok/s": result.num_response_tokens / result.seconds,
-                },
-            )
+        with self.store.finished_on_failure(self.learner):
+            for result, prompt_ids in self._results(first, stop):
+                self.context.log.log(self.stage, result.step, result.metrics)
+                self.context.prompts.log(self.stage, result.step, {"off_policy": prompt_ids})
+                task.update(
+                    result.step + 1,
+                    {
+                        "loss": result.metrics["learner/loss"],
+                        "tok/s": result.num_response_tokens / result.seconds,
+                    },
+                )
+            self.store.finish(self.learner, wait=True)
         if task.step < self.config.steps:
             return False
         task.finish()
         return True
 
-    def _results(self, first: int, stop: threading.Event) -> Iterator[StepResult]:
-        """Results in order; between checkpoints, STEPS_IN_FLIGHT updates are under way."""
-        in_flight: deque[list[Reference]] = deque()
+    def _results(self, first: int, stop: threading.Event) -> Iterator[tuple[StepResult, list[str]]]:
+        """Results in order, each with the ids of its rows.
+
+        Between checkpoints STEPS_IN_FLIGHT updates are under way; before one is begun all are in
+        the log.
+        """
+        in_flight: deque[tuple[list[Reference], list[str]]] = deque()
         for step in range(first, self.config.steps):
             if stop.is_set():
                 return
             batch = [self.rows[i] for i in self.frontier.take(self.config.batch_size)]
-            in_flight.append(self.learner.start_supervised(step, batch))
+            asked = self.learner.start_supervised(step, batch)
+            in_flight.append((asked, [row.prompt_id for row in batch]))
             saves = (step + 1) % self.config.checkpoint_every == 0
             while len(in_flight) > (0 if saves else STEPS_IN_FLIGHT):
-                yield self._finish(in_flight.popleft())
+                yield self._finish(*in_flight.popleft())
+            self.store.finish(self.learner, wait=False)
             if saves:
-                self._save(step + 1)
+                self.store.start(step + 1, {"frontier": self.frontier.state()}, self.learner)
+                self.context.timings.save()
         while in_flight:
-            yield self._finish(in_flight.popleft())
+            yield self._finish(*in_flight.popleft())
 
-    def _finish(self, references: list[Reference]) -> StepResult:
+    def _finish(
+        self, references: list[Reference], prompt_ids: list[str]
+    ) -> tuple[StepResult, list[str]]:
         with self.context.timings.phase("learner", stage=self.stage):
             result = self.learner.finish_supervised(references)
         self.context.timings.add_work(self.stage, result.work)
-        return result
-
-    def _save(self, step: int) -> None:
-        state = {"frontier": self.frontier.state()}
-        self.store.save(step, state, self.learner.save)
+        return result, prompt_ids
 
     def _resume(self) -> int:
         checkpoint = resume_point(self.store, resume=self.context.resume, stage=self.stage)
-        if checkpoint is None:
-            self.context.log.truncate_after(self.stage, -1)
+        done = 0 if checkpoint is None else checkpoint.step
+        self.context.log.truncate_after(self.stage, done - 1)
+        self.context.prompts.truncate_after(self.stage, done - 1)
+        if checkpoint is not None:
+            self.store.load(checkpoint, self.learner)
+            self.frontier.restore(checkpoint.state["frontier"])
+        elif not self.context.resume:
             self.context.timings.restart(self.stage)
-            return 0
-        self.learner.load(checkpoint.folder)
-        self.frontier.restore(checkpoint.state["frontier"])
-        self.context.log.truncate_after(self.stage, checkpoint.step - 1)
-        return checkpoint.step
+        return done

@@ -14,6 +14,7 @@ from distill_system.errors import RunStateError
 from distill_system.observe import (
     LiveView,
     MetricLog,
+    PromptLog,
     RunDirectory,
     Timings,
     write_report,
@@ -131,6 +132,7 @@ def open_context(
         view = stack.enter_context(LiveView(config.name))
         _tell_removed(view, data)
         log = stack.enter_context(MetricLog(run, run_name=config.name))
+        prompts = stack.enter_context(PromptLog(run))
         cluster = stack.enter_context(ClusterSession(config, say=view.note))
         yield RunContext(
             config=config,
@@ -139,6 +141,7 @@ def open_context(
             tokenizer=tokenizer,
             data=data,
             log=log,
+            prompts=prompts,
             timings=Timings(run),
             view=view,
             resume=resume,

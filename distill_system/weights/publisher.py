@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -23,13 +23,24 @@ from distill_system.weights.client import WeightSyncClient
 _BUFFER_BYTES = 256 << 20
 
 
+class WeightTensors(Protocol):
+    """Tensors to send that are not a module's parameters as they stand."""
+
+    def metadata(self) -> list[Any]:
+        """vLLM's ParamMeta of each, in order, without gathering any."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and whole tensor of each; every rank goes through all of them."""
+
+
 class WeightPublisher:
     """Sends a model's parameters to every rollout worker.
 
     Made on every learner rank, with the same arguments but rank; rank 0 sends, the others join in
-    gathering sharded parameters.  Names and shapes must be those of the model's Hugging Face
-    checkpoint, so pass the bare model, not a wrapper of it.
+    gathering sharded parameters.
 
+    weights: what to send, under the names and in the shapes of the model's Hugging Face checkpoint:
+        the bare model, not a wrapper of it, or a source of such tensors.
     client: reaches every worker; only rank 0 calls it.
     master_address, master_port: where rank 0 listens for the workers; the port must be free.
     num_receivers: rollout workers x their tensor-parallel size.
@@ -40,7 +51,7 @@ class WeightPublisher:
 
     def __init__(
         self,
-        model: nn.Module,
+        weights: nn.Module | WeightTensors,
         *,
         backend: Literal["gloo", "nccl"],
         client: WeightSyncClient,
@@ -57,7 +68,7 @@ class WeightPublisher:
         self._client = client
         self._is_sender = rank == 0
         self._num_receivers = num_receivers
-        self._source = ModuleSource(model)
+        self._source = ModuleSource(weights) if isinstance(weights, nn.Module) else weights
         fields: dict[str, Any] = {
             "master_address": master_address,
             "master_port": master_port,

@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "evaluation": RECORDS | {"workers", "standard_errors", "rollout"},
     "cluster": RECORDS | {"workers"},
     "observe": RECORDS | {"standard_errors"},
+    "planning": RECORDS,
     # reads what runs left behind
     "comparison": RECORDS | {"observe", "standard_errors"},
     # what joins the rooms

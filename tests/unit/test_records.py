@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from dataclasses import replace
@@ -17,6 +18,7 @@ from distill_system.records import (
     TeacherTargets,
     TrajectoryChunk,
     VersionSpan,
+    deal_by_cost,
     trajectory_from_plain,
     trajectory_to_plain,
 )
@@ -94,6 +96,27 @@ def test_dealing_keeps_every_trajectory_and_balances_tokens(count):
     assert sum(chunk.num_response_tokens for chunk in chunks) == sum(
         t.num_response_tokens for t in trajectories
     )
+
+
+def test_ragged_trajectories_are_dealt_evenly():
+    generator = np.random.default_rng(0)
+    lengths = generator.lognormal(5.0, 0.8, size=256).astype(int) + 1
+    trajectories = [make_trajectory(index, 1, int(n)) for index, n in enumerate(lengths)]
+    sizes = [c.num_tokens for c in TrajectoryChunk.deal(trajectories, Stream.ON_POLICY, 8)]
+    assert max(sizes) < 1.01 * sum(sizes) / 8
+
+
+def test_no_hand_costs_more_than_four_thirds_of_the_best_deal():
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        costs = generator.lognormal(3.0, 1.0, size=7).astype(int).tolist()
+        best = min(
+            np.bincount(seats, weights=costs).max()
+            for seats in itertools.product(range(3), repeat=7)
+        )
+        dealt = deal_by_cost(costs, 3)
+        assert sorted(index for hand in dealt for index in hand) == list(range(7))
+        assert best <= max(sum(costs[i] for i in hand) for hand in dealt) <= best * 4 / 3
 
 
 def test_every_error_survives_pickling_and_is_drawn_in_the_tree():

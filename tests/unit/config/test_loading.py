@@ -190,7 +190,10 @@ def test_all_problems_are_told_at_once_without_pydantic_noise(
     [
         ("data.prompts.splitt=train", "unknown key; did you mean 'split'?"),
         ("data.prompts.zzz=1", "unknown key; valid keys here: type, split, num_examples, seed"),
-        ("data.prompts.type=jsnl", "expected 'embedded', 'jsonl', 'parquet' or 'datasets', got 'j"),
+        (
+            "data.prompts.type=jsnl",
+            "expected 'embedded', 'jsonl', 'parquet', 'datasets' or 'mixture', got 'j",
+        ),
         ("data.prompts.type=jsnl", "did you mean 'jsonl'?"),
         ("data.prompts.split=tran", "expected 'train', 'in_distribution', 'paraphrase'"),
         ("data.prompts=rows.jsonl", "expected a mapping with type 'embedded', 'jsonl', 'parquet'"),

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from tokenizers import processors
 
 from distill_system.data import build_tokenizer, load_run_data, tokenizer_texts
@@ -221,3 +222,65 @@ def test_messages_that_the_chat_template_refuses_are_named(
     config = build_config(tokenizer=TRAINED, data={"prompts": prompts})
     with pytest.raises(DataError, match=r"data\.prompts: chats\.jsonl:1: .* refused .*no tools"):
         load_run_data(config, bos_tokenizer)
+
+
+def mixture(**sources):
+    return {"type": "mixture", "sources": sources}
+
+
+def test_the_prompts_of_a_mixture_carry_their_source(build_config, write_jsonl):
+    rows = [{"prompt": f"ask {i}"} for i in range(6)]
+    test = write_jsonl("test.jsonl", [{"prompt": "ask 4", "response": "say 4"}])
+    config = build_config(
+        data={
+            "teacher_sft": jsonl(write_jsonl("sft.jsonl", [{"prompt": "a", "response": "b"}])),
+            "prompts": mixture(
+                few={"source": jsonl(write_jsonl("few.jsonl", rows[:2])), "weight": 2.5},
+                many={"source": jsonl(write_jsonl("many.jsonl", rows[2:]))},
+            ),
+            "evaluation": {"test": jsonl(test)},
+        },
+        tokenizer=TRAINED,
+    )
+    tokenizer = build_tokenizer(config, tokenizer_texts(config))
+    data = load_run_data(config, tokenizer, sets=["prompts"])
+    assert [(p.prompt_id, p.source, p.text) for p in data.prompts] == [
+        ("prompts.few:0", "prompts.few", "ask 0"),
+        ("prompts.few:1", "prompts.few", "ask 1"),
+        ("prompts.many:0", "prompts.many", "ask 2"),
+        ("prompts.many:1", "prompts.many", "ask 3"),
+        ("prompts.many:3", "prompts.many", "ask 5"),
+    ]
+    assert data.num_removed == {"prompts.few": 0, "prompts.many": 1}
+    assert config.data.prompt_weights == {"prompts.few": 2.5, "prompts.many": 1.0}
+
+
+def test_what_is_wrong_with_a_source_of_a_mixture_names_its_key(build_config, write_jsonl):
+    rows = [{"prompt": "ask"}]
+    held_out = write_jsonl("held_out.jsonl", rows)
+    test = write_jsonl("test.jsonl", [{"prompt": "ask", "response": "say"}])
+
+    def load(**source):
+        config = build_config(
+            data={
+                "teacher_sft": jsonl(write_jsonl("sft.jsonl", [{"prompt": "a", "response": "b"}])),
+                "prompts": mixture(code={"source": source}),
+                "held_out": jsonl(held_out),
+                "evaluation": {"test": jsonl(test)},
+            },
+            tokenizer=TRAINED,
+        )
+        load_run_data(config, build_tokenizer(config, tokenizer_texts(config)), sets=["prompts"])
+
+    with pytest.raises(DataError, match=r"^data\.prompts\.sources\.code\.source\.path='no\.jsonl'"):
+        load(**jsonl("no.jsonl"))
+    with pytest.raises(DataError, match=r"^data\.prompts\.sources\.code\.source: each of its 1"):
+        load(**jsonl(held_out))
+    with pytest.raises(ValidationError, match=r"sources\.code\.source: answers are not read here"):
+        load(**jsonl(held_out, min_response_tokens=1))
+
+
+@pytest.mark.parametrize("sources", [{}, {"a b": {"source": {"type": "jsonl", "path": "x"}}}])
+def test_a_mixture_needs_sources_with_names_that_ids_can_carry(build_config, sources):
+    with pytest.raises(ValidationError, match="each named by letters, digits"):
+        build_config(data={"prompts": mixture(**sources)})

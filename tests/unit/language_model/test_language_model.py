@@ -2,19 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from trajectories import make_trajectories
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
 from distill_system.language_model import (
-    SequenceBatch,
     build_language_model,
     check_linear_read,
-    group_by_length,
     load_embedding,
     load_language_model,
-    read_hidden,
     unembedding,
 )
 
@@ -25,29 +21,6 @@ def _load(folder):
     return load_language_model(str(folder), dtype=torch.float32, device=CPU)
 
 
-@pytest.mark.parametrize("max_tokens", [None, 40])
-def test_hidden_rows_equal_those_of_each_sequence_read_alone(tiny_model_folder, max_tokens):
-    model = _load(tiny_model_folder())
-    trajectories = make_trajectories(20)
-    batch = SequenceBatch.collate(trajectories, CPU, max_tokens=max_tokens)
-    assert len(batch.groups) > 1
-    with torch.no_grad():
-        hidden = read_hidden(model, batch)
-        start = 0
-        for trajectory in trajectories:
-            ids = torch.from_numpy(trajectory.token_ids).long()[None]
-            alone = model.base_model(input_ids=ids).last_hidden_state[0]
-            count, prompt = trajectory.num_response_tokens, trajectory.num_prompt_tokens
-            rows = slice(start, start + count)
-            torch.testing.assert_close(hidden[rows], alone[prompt - 1 : -1], atol=1e-5, rtol=1e-5)
-            assert batch.token_ids_N[rows].tolist() == trajectory.response_ids.tolist()
-            assert batch.positions_N[rows].tolist() == list(range(count))
-            start += count
-    assert start == len(hidden)
-    lengths = [trajectory.num_response_tokens for trajectory in trajectories]
-    assert torch.bincount(batch.sequence_ids_N).tolist() == lengths
-
-
 def test_hidden_rows_times_unembedding_are_the_models_own_logits(tiny_model_folder):
     for tied in (True, False):
         model = _load(tiny_model_folder(tie_word_embeddings=tied))
@@ -56,14 +29,6 @@ def test_hidden_rows_times_unembedding_are_the_models_own_logits(tiny_model_fold
             hidden = model.base_model(input_ids=ids).last_hidden_state
             ours = hidden @ unembedding(model).T
             torch.testing.assert_close(ours, model(input_ids=ids).logits)
-
-
-def test_groups_keep_every_sequence_and_their_bounds():
-    lengths = [5, 50, 7, 6, 44, 5, 9, 8, 41, 5, 5, 6, 7, 30, 12, 5, 5, 5]
-    groups = group_by_length(lengths, max_tokens=60)
-    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    for group in groups:
-        assert len(group) * max(lengths[i] for i in group) <= 60 or len(group) == 1
 
 
 def test_a_model_that_scales_its_logits_is_refused(tiny_model_folder):

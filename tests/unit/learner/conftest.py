@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+from forked_workers import ForkedWorkers
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig
 from distill_system.config.objective import AmmdConfig
 from distill_system.config.run import ScoringConfig
-from distill_system.learner import Learner, ModelSource
+from distill_system.learner import Learner, LearnerGroup, ModelSource
 from distill_system.scoring import TeacherScorer
 
 
@@ -35,6 +38,24 @@ def make_learner(tiny_model_folder):
         return Learner(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture
+def make_ranks(make_learner):
+    """Learner ranks in processes of their own, which have met; ended with the test."""
+    made = []
+
+    def make(count, **changes):
+        makers = [
+            partial(make_learner, rank=rank, world_size=count, **changes) for rank in range(count)
+        ]
+        made.append(ForkedWorkers(makers))
+        LearnerGroup(made[-1]).connect()
+        return made[-1]
+
+    yield make
+    for workers in made:
+        workers.stop()
 
 
 @pytest.fixture

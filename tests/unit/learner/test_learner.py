@@ -12,12 +12,13 @@ from distill_system.config.model import LearnerConfig, OptimizerConfig
 from distill_system.config.objective import MOMENTS, AmmdConfig, GradientCritic
 from distill_system.errors import NonFiniteError, RecordError, RunStateError
 from distill_system.learner import LearnerGroup
+from distill_system.learner.sharding import gather
 from distill_system.records import Author, Stream
 from distill_system.scoring import ScoringPool
 
 
 def _weights(learner):
-    return torch.cat([p.detach().reshape(-1) for p in learner.model.parameters()])
+    return torch.cat([gather(p.detach()).reshape(-1) for p in learner.model.parameters()])
 
 
 def _scored(scorer, *, shares, count=12):
@@ -94,7 +95,7 @@ def test_the_first_steps_loss_is_the_mix_of_both_distances(make_learner, scorer)
     ],
     ids=["closed_form", "paper_form"],
 )
-def test_two_ranks_make_the_update_of_one(make_learner, scorer, optimizer, objective, gloo_pair):
+def test_two_ranks_make_the_update_of_one(make_learner, make_ranks, scorer, optimizer, objective):
     """Real gloo between two processes against one rank with everything."""
     config = OptimizerConfig(type=optimizer, learning_rate=1e-2, warmup_steps=0)
     alone = make_learner(objective=objective, optimizer=config)
@@ -103,7 +104,8 @@ def test_two_ranks_make_the_update_of_one(make_learner, scorer, optimizer, objec
     metrics = [group.learn(step, scored).metrics for step in range(3)]
     expected = _weights(alone)
 
-    pair_metrics, pair_weights = gloo_pair(objective, config, scored, steps=3)
+    pair = make_ranks(2, objective=objective, optimizer=config)
+    pair_metrics = [LearnerGroup(pair).learn(step, scored).metrics for step in range(3)]
     for ours, theirs in zip(pair_metrics, metrics, strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:
@@ -112,7 +114,9 @@ def test_two_ranks_make_the_update_of_one(make_learner, scorer, optimizer, objec
     assert moved > 0.1
     # torch's Muon orthogonalises in bfloat16, which turns a rounding of the gradient into 2^-8.
     tolerance = 1e-3 if optimizer == "adamw" else 3e-2
-    assert (pair_weights - expected).norm() < tolerance * moved
+    pair_weights = pair.ask(_weights)
+    assert torch.equal(*pair_weights)
+    assert (pair_weights[0] - expected).norm() < tolerance * moved
 
 
 def test_supervised_updates_learn_the_rows(make_learner):
@@ -136,7 +140,10 @@ def test_a_checkpoint_continues_to_the_bit(make_learner, scorer, tmp_path):
     unbroken = make_learner(**settings)
     for step in range(3):
         _group(unbroken).learn(step, scored)
-    _group(unbroken).save(tmp_path / "checkpoint")
+    group = _group(unbroken)
+    group.start_save(tmp_path / "checkpoint")
+    files = group.finish_save(wait=True)
+    assert group.find_alterations(tmp_path / "checkpoint", files) == []
     resumed = make_learner(**settings)
     _group(resumed).load(tmp_path / "checkpoint")
     assert torch.equal(_weights(resumed), _weights(unbroken))
@@ -149,8 +156,11 @@ def test_a_checkpoint_continues_to_the_bit(make_learner, scorer, tmp_path):
 
 def test_a_truncated_checkpoint_is_named(make_learner, tmp_path):
     folder = tmp_path / "checkpoint"
-    _group(make_learner()).save(folder)
-    largest = max(folder.iterdir(), key=lambda path: path.stat().st_size)
+    group = _group(make_learner())
+    group.start_save(folder)
+    group.finish_save(wait=True)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
     with pytest.raises(RunStateError, match="checkpoint"):
         _group(make_learner()).load(folder)
@@ -200,72 +210,3 @@ def test_bfloat16_compute_keeps_float32_weights_and_close_losses(make_learner, s
         assert all(p.dtype == torch.float32 for p in learner.model.parameters())
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
     assert losses["bfloat16"] != losses["float32"]
-
-
-@pytest.fixture
-def gloo_pair(make_learner):
-    """Two ranks in two threads of one process would share torch.distributed: use processes."""
-    import multiprocessing
-
-    def run(objective, optimizer, scored, *, steps):
-        context = multiprocessing.get_context("fork")
-        address, port = make_learner().address()
-        pipes = [context.Pipe() for _ in range(2)]
-
-        def rank_main(rank, pipe):
-            learner = make_learner(
-                rank=rank, world_size=2, objective=objective, optimizer=optimizer
-            )
-            learner.connect(address, port)
-            totals_group = _RecordingGroup(learner, rank)
-            metrics = [totals_group.learn(step, scored) for step in range(steps)]
-            pipe.send((metrics, _weights(learner).numpy()))
-            learner.close()
-
-        processes = [
-            context.Process(target=rank_main, args=(rank, pipes[rank][1])) for rank in range(2)
-        ]
-        for process in processes:
-            process.start()
-        results = []
-        for pipe, _ in pipes:
-            assert pipe.poll(120), "a rank did not answer within 120 s"
-            results.append(pipe.recv())
-        for process in processes:
-            process.join(30)
-            assert process.exitcode == 0
-        np.testing.assert_array_equal(results[0][1], results[1][1])
-        assert results[0][0] == results[1][0]
-        return results[0][0], torch.from_numpy(results[0][1])
-
-    return run
-
-
-class _RecordingGroup:
-    """Asks LearnerGroup what each rank would be sent, and runs this process's part of it."""
-
-    def __init__(self, learner, rank):
-        self.learner = learner
-        self.rank = rank
-
-    def learn(self, step, scored):
-        sent = _Sent(2)
-        LearnerGroup(sent).learn(step, scored)
-        method, arguments = sent.by_rank[self.rank]
-        assert method == "step"
-        resolved = [getattr(argument, "value", argument) for argument in arguments]
-        return self.learner.step(*resolved).metrics
-
-
-class _Sent:
-    def __init__(self, count):
-        self.count = count
-        self.by_rank = {}
-
-    def start(self, worker, method, *arguments):
-        self.by_rank[worker] = (method, arguments)
-        return worker
-
-    def finish(self, references, *, what, fetch=True):
-        assert what
-        return list(references)

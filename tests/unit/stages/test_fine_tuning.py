@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,9 @@ from trajectories import make_trajectories
 from distill_system.config.model import LearnerConfig, OptimizerConfig, SupervisedConfig
 from distill_system.errors import RunStateError
 from distill_system.learner import Learner, LearnerGroup, ModelSource
-from distill_system.observe import LiveView, MetricLog, RunDirectory, Timings
+from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
 from distill_system.observe.metrics import read_metrics
+from distill_system.observe.prompt_log import read_prompts
 from distill_system.records import Author
 from distill_system.stages.supervised import FineTuning
 
@@ -65,11 +67,12 @@ def fine_tune(tiny_model_folder, tmp_path):
         )
         directory = RunDirectory(tmp_path / name)
         stop = threading.Event()
-        with MetricLog(directory, run_name=name) as log:
+        with MetricLog(directory, run_name=name) as log, PromptLog(directory) as prompts:
             context = SimpleNamespace(
                 config=SimpleNamespace(seed=3),
                 run=directory,
                 log=log,
+                prompts=prompts,
                 timings=Timings(directory),
                 view=_StoppingView(stop, stop_after),
                 resume=resume,
@@ -78,21 +81,26 @@ def fine_tune(tiny_model_folder, tmp_path):
             finished = FineTuning(context, "sft_student", CONFIG, group, ROWS).run(stop)
         losses = {row.step: row.metrics["learner/loss"] for row in read_metrics(directory)}
         weights = torch.cat([p.detach().reshape(-1) for p in learner.model.parameters()])
-        return finished, losses, weights
+        return finished, losses, weights, read_prompts(directory)
 
     return run
 
 
 def test_a_stopped_fine_tuning_resumes_to_the_bit(fine_tune):
-    finished, losses, weights = fine_tune("unbroken")
+    finished, losses, weights, prompts = fine_tune("unbroken")
     assert finished
     assert list(losses) == list(range(8))
     assert losses[7] < losses[0]
-    stopped, _, _ = fine_tune("stopped", stop_after=5)
+    trained = Counter(at for row in prompts for at in row.prompt_ids["off_policy"])
+    assert sum(trained.values()) == 8 * 6
+    assert trained.keys() == {row.prompt_id for row in ROWS}
+    assert {*trained.values()} == {2, 3}, "48 rows of 20: two epochs and a part of the third"
+    stopped, _, _, _ = fine_tune("stopped", stop_after=5)
     assert not stopped
     with pytest.raises(RunStateError, match="add --resume"):
         fine_tune("stopped")
-    finished, resumed_losses, resumed_weights = fine_tune("stopped", resume=True)
+    finished, resumed_losses, resumed_weights, resumed_prompts = fine_tune("stopped", resume=True)
     assert finished
     assert resumed_losses == losses
+    assert resumed_prompts == prompts
     assert torch.equal(resumed_weights, weights)

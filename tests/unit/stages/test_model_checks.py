@@ -120,16 +120,6 @@ def test_a_tokenizer_larger_than_its_own_model_is_told(
         _check(configure(*both))
 
 
-def test_vocabularies_padded_to_different_sizes_are_told(
-    configure: Configure, tiny_model_folder: MakeFolder, tmp_path: Path
-) -> None:
-    shutil.copytree(tiny_model_folder(), tmp_path / "model")
-    shape = json.loads((tmp_path / "model/config.json").read_text())
-    (tmp_path / "model/config.json").write_text(json.dumps({**shape, "vocab_size": 128}))
-    with pytest.raises(ModelError, match=r"128 in the teacher's .* 64 in the student's"):
-        _check(configure(f"teacher.path={tmp_path / 'model'}"))
-
-
 def test_a_context_that_is_too_short_is_told_with_both_keys(
     configure: Configure, tiny_model_folder: MakeFolder
 ) -> None:

@@ -9,6 +9,7 @@ import ray
 
 from distill_system.config import load_config
 from distill_system.errors import DataError, RunStateError
+from distill_system.learner import describe_file
 from distill_system.observe import RunDirectory
 from distill_system.stages.train import STAGES, train
 
@@ -51,7 +52,9 @@ def test_a_report_of_nothing_is_refused_and_makes_no_folder(configure, tmp_path)
 def test_a_checkpoint_that_nobody_wants_to_resume_is_told_at_once(configure):
     config = configure()
     step = _made(config, "checkpoints/distill/step_000005").path / "checkpoints/distill/step_000005"
-    (step / "state.json").write_text('{"step": 5}')
+    (step / "state.json").write_text('{"step": 5, "state": {}, "metrics": {}}')
+    files = {"state.json": describe_file(step / "state.json")._asdict()}
+    (step / "manifest.json").write_text(json.dumps({"files": files}))
     with pytest.raises(RunStateError, match=r"distill has a checkpoint at step 5 .*--resume"):
         train(config)
 

@@ -1,0 +1,367 @@
+"""The memory formula: measured against predicted, and what fits where by it.
+
+    python benchmarks/memory_plan.py [--quick] [--only-tables]
+
+First steps of the real learner (AMMD on both streams, float32, one rank) at three sizes of student
+and with each key that lowers memory, each in a process of its own: the peak of resident memory above
+what the process held once its libraries were warm, against `learner_memory`. Then the tables of
+docs/scaling.md, predicted for GPUs of 80 and 141 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from learner_case import SEED, Case, begin_memory, deal_steps
+from learner_ours import to_trajectory
+from record import write_result
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from distill_system.config.model import FullUpdate, LearnerConfig, LoraUpdate, OptimizerConfig
+from distill_system.config.objective import AmmdConfig
+from distill_system.learner import Learner, ModelSource
+from distill_system.learner.collate import StreamTotals
+from distill_system.planning import (
+    LearnerLoad,
+    Memory,
+    ModelShape,
+    ScorerLoad,
+    architecture_shape,
+    learner_memory,
+    measure_shape,
+    scorer_memory,
+)
+from distill_system.planning.memory import GIB, PROCESS_BYTES
+from distill_system.records import Stream, TeacherTargets, Trajectory, TrajectoryChunk
+
+MIB = 2**20
+PROCESSES = multiprocessing.get_context("spawn")
+TEACHER_HIDDEN, ACTION_COLUMNS, CHUNK_TOKENS = 512, 256, 256
+DEVICES = (80, 141)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One process: a student's size and batch, and what is asked of the learner."""
+
+    name: str
+    case: Case
+    checkpointing: bool = False
+    microbatch_tokens: int | None = None
+    lora_rank: int = 0
+    optimizer: str = "adamw"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the smallest size alone")
+    parser.add_argument("--only-tables", action="store_true", help="print the predictions alone")
+    arguments = parser.parse_args()
+    if not arguments.only_tables:
+        trials = list(_trials())
+        rows = [_compare(trial) for trial in (trials[:1] if arguments.quick else trials)]
+        errors = [abs(float(row["error"])) for row in rows]
+        write_result("memory_plan", rows, {"largest_error": max(errors)}, seeds={"seed": SEED})
+    for title, table in (("Students", _student_rows()), ("Teachers", _teacher_rows())):
+        print(f"\n{title}\n{_markdown(table)}")
+
+
+def _trials() -> Iterable[Trial]:
+    sizes = {
+        "8 M": (256, 8, 8_000, 64, 256),
+        "55 M": (512, 12, 32_000, 24, 256),
+        "185 M": (1024, 12, 32_000, 8, 256),
+    }
+    for name, (hidden, layers, vocabulary, sequences, longest) in sizes.items():
+        case = Case(
+            form="packed",
+            longest=longest,
+            sequences=sequences,
+            steps=1,
+            hidden_size=hidden,
+            num_layers=layers,
+            vocabulary=vocabulary,
+            dtype="float32",
+            device="cpu",
+            threads=1,
+            clock="wall",
+        )
+        yield Trial(name=name, case=case)
+        if name == "8 M":
+            yield Trial(name=f"{name}, activation checkpointing", case=case, checkpointing=True)
+            yield Trial(name=f"{name}, microbatches", case=case, microbatch_tokens=1024)
+        if name == "55 M":
+            yield Trial(name=f"{name}, Muon", case=case, optimizer="muon")
+            yield Trial(name=f"{name}, LoRA of rank 16", case=case, lora_rank=16)
+
+
+def _compare(trial: Trial) -> dict[str, Any]:
+    ours, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=_serve, args=(trial, theirs))
+    process.start()
+    theirs.close()
+    measured, load = ours.recv()
+    process.join()
+    predicted = learner_memory(load)
+    row = {
+        "student": trial.name,
+        "parameters": load.num_held,
+        "tokens_at_once": load.part_tokens,
+        "measured_mib": measured / MIB,
+        "predicted_mib": predicted.num_bytes / MIB,
+        "error": predicted.num_bytes / measured - 1.0,
+        "moment": predicted.moment,
+        "largest": predicted.largest.name,
+    }
+    print(row, flush=True)
+    return row
+
+
+def _serve(trial: Trial, pipe: Connection) -> None:
+    """Two steps; send the peak above the base, and what a prediction needs to know."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    case = trial.case
+    with tempfile.TemporaryDirectory() as folder:
+        _save_teacher(folder, case.vocabulary)
+        _take_steps(replace(trial, case=case.alone_and_tiny, microbatch_tokens=None), None)
+        batch = _make_batch(case, teacher=True)
+        memory = begin_memory(case)
+        learner = _build(trial, folder)
+        memory_base, memory = memory.base_bytes, begin_memory(case)
+        memory.base_bytes = memory_base  # building holds things that no step does
+        for step in range(2):
+            learner.step(step, *batch)
+    pipe.send((memory.above_base(), _load(trial, learner)))
+
+
+def _take_steps(trial: Trial, folder: str | None) -> None:
+    learner = _build(trial, folder)
+    for step in range(2):
+        learner.step(step, *_make_batch(trial.case, teacher=folder is not None))
+
+
+def _build(trial: Trial, folder: str | None) -> Learner:
+    update = (
+        LoraUpdate(type="lora", rank=trial.lora_rank) if trial.lora_rank and folder else FullUpdate()
+    )
+    return Learner(
+        rank=0,
+        world_size=1,
+        source=ModelSource(
+            architecture=trial.case.architecture,
+            vocabulary_size=trial.case.vocabulary,
+            teacher_path=folder,
+            action_dimension=ACTION_COLUMNS,
+            update=update,
+        ),
+        objective=None if folder is None else AmmdConfig(),
+        optimizer=OptimizerConfig(type=trial.optimizer, learning_rate=1e-4),
+        config=LearnerConfig(
+            vocabulary_chunk_tokens=CHUNK_TOKENS,
+            max_tokens_per_microbatch=trial.microbatch_tokens,
+            activation_checkpointing=trial.checkpointing,
+        ),
+        total_steps=10,
+        max_response_tokens=trial.case.longest,
+        seed=SEED,
+        uses_gpu=False,
+        timeout_seconds=60.0,
+    )
+
+
+def _make_batch(case: Case, *, teacher: bool) -> tuple[Any, ...]:
+    """The sequences of one step, half of them in each stream, and what the teacher says of them."""
+    generator = np.random.default_rng(SEED)
+    trajectories = [to_trajectory(s, str(i)) for i, s in enumerate(deal_steps(case)[0])]
+    half = len(trajectories) // 2
+    streams = {
+        Stream.OFF_POLICY: tuple(trajectories[:half]),
+        Stream.ON_POLICY: tuple(_sampled(t) for t in trajectories[half:]),
+    }
+    if not teacher:
+        streams = {Stream.OFF_POLICY: tuple(trajectories)}
+    chunks = [TrajectoryChunk(stream=s, trajectories=each) for s, each in streams.items()]
+    totals = {s: StreamTotals.of(each) for s, each in streams.items()}
+    targets = [[_target(generator, t) for t in chunk.trajectories] for chunk in chunks]
+    return chunks, totals, *(targets if teacher else ())
+
+
+def _sampled(trajectory: Trajectory) -> Trajectory:
+    """The same as if the student had written it."""
+    logprobs = np.full(trajectory.num_response_tokens, -9.0, dtype=np.float32)
+    names = (name for name in Trajectory.__slots__ if name not in ("author", "behaviour_logprobs"))
+    fields = {name: getattr(trajectory, name) for name in names}
+    return Trajectory(**fields, author="student", behaviour_logprobs=logprobs)
+
+
+def _target(generator: np.random.Generator, trajectory: Trajectory) -> TeacherTargets:
+    tokens = trajectory.num_response_tokens
+    return TeacherTargets(
+        trajectory_id=trajectory.trajectory_id,
+        num_tokens=tokens,
+        features=generator.standard_normal((tokens, TEACHER_HIDDEN), dtype=np.float32),
+        expected_embedding=generator.standard_normal((tokens, ACTION_COLUMNS), dtype=np.float32),
+    )
+
+
+def _save_teacher(folder: str, vocabulary: int) -> None:
+    """One block: the learner reads its embeddings alone."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=TEACHER_HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def _load(trial: Trial, learner: Learner) -> LearnerLoad:
+    """What was measured, in the formula's terms; tokens as they were, not at their limits."""
+    case = trial.case
+    sequences = deal_steps(case)[0]
+    tokens = sum(len(sequence.token_ids) for sequence in sequences)
+    shape = architecture_shape(case.architecture, vocabulary=case.vocabulary)
+    adapters = sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
+    parts = -(-tokens // trial.microbatch_tokens) if trial.microbatch_tokens else 1
+    return LearnerLoad(
+        student=shape,
+        optimizer=trial.optimizer,
+        step_tokens=sum(sequence.num_response_tokens for sequence in sequences),
+        part_tokens=-(-tokens // parts),
+        num_parts=parts,
+        chunk_tokens=CHUNK_TOKENS,
+        feature_columns=TEACHER_HIDDEN,
+        action_columns=ACTION_COLUMNS,
+        softmax_reads=2,
+        num_adapter=adapters if trial.lora_rank else 0,
+        checkpointing=trial.checkpointing,
+    )
+
+
+def _shapes() -> dict[str, ModelShape]:
+    """Llama-shaped models with the sizes of well-known ones."""
+    sizes = {
+        "1B": (2048, 8192, 16, 32, 8, True),
+        "3B": (3072, 8192, 28, 24, 8, True),
+        "8B": (4096, 14336, 32, 32, 8, False),
+        "14B": (5120, 13824, 48, 40, 8, False),
+        "32B": (5120, 27648, 64, 40, 8, False),
+        "70B": (8192, 28672, 80, 64, 8, False),
+    }
+    return {
+        name: measure_shape(
+            LlamaConfig(
+                vocab_size=128_256,
+                hidden_size=hidden,
+                intermediate_size=inner,
+                num_hidden_layers=blocks,
+                num_attention_heads=heads,
+                num_key_value_heads=key_heads,
+                tie_word_embeddings=tied,
+            ),
+            name=name,
+        )
+        for name, (hidden, inner, blocks, heads, key_heads, tied) in sizes.items()
+    }
+
+
+def _student_rows() -> list[dict[str, str]]:
+    """GiB of a learner rank: bfloat16, activation checkpointing, 8,192 tokens at once, AMMD.
+
+    64 sequences of 512 + 512 tokens a step; the teacher's hidden size is 8,192.
+    """
+    rows = []
+    for name, shape in _shapes().items():
+        row = {"student": name}
+        for ranks in (1, 8):
+            row[f"full, {ranks} GPU"] = _gib(_learner(shape, ranks, 0))
+        row["LoRA, 1 GPU"] = _gib(_learner(shape, 1, 16))
+        for device in DEVICES:
+            row[f"fewest GPUs of {device} GiB, full"] = _fewest(shape, device, 0)
+            row[f"and LoRA ({device})"] = _fewest(shape, device, 16)
+        rows.append(row)
+    return rows
+
+
+def _learner(shape: ModelShape, ranks: int, lora_rank: int) -> Memory:
+    sequences = max(1, 64 // ranks)
+    return learner_memory(
+        LearnerLoad(
+            student=shape,
+            compute_dtype="bfloat16",
+            num_ranks=ranks,
+            shard_ranks=ranks,
+            step_tokens=512 * sequences,
+            part_tokens=min(8192, 1024 * sequences),
+            num_parts=max(1, sequences // 8),
+            chunk_tokens=LearnerConfig().vocabulary_chunk_tokens,
+            feature_columns=8192,
+            action_columns=256,
+            softmax_reads=2,
+            num_adapter=lora_rank * sum(shape.adapter_rows.values()),
+            checkpointing=True,
+            on_gpu=True,
+        )
+    )
+
+
+def _fewest(shape: ModelShape, device: int, lora_rank: int) -> str:
+    for ranks in (1, 2, 4, 8, 16, 32, 64):
+        if _learner(shape, ranks, lora_rank).num_bytes + PROCESS_BYTES["cuda"] <= device * GIB:
+            return str(ranks)
+    return "more than 64"
+
+
+def _teacher_rows() -> list[dict[str, str]]:
+    """GiB of a scorer, which is one GPU; GPUs of one rollout engine with 8 GiB of cache each."""
+    rows = []
+    for name, shape in _shapes().items():
+        scorer = scorer_memory(
+            ScorerLoad(
+                teacher=shape,
+                number_bytes=2,
+                batch_tokens=8192,
+                row_tokens=32 * 512,
+                chunk_tokens=512,
+                action_columns=256,
+                reads_vocabulary=True,
+            )
+        )
+        row = {"teacher": name, "scorer": _gib(scorer)}
+        for device in DEVICES:
+            fits = scorer.num_bytes + PROCESS_BYTES["cuda"] <= device * GIB
+            row[f"scorer on {device} GiB"] = "yes" if fits else "no"
+        for device in DEVICES:
+            row[f"GPUs of {device} GiB for an engine"] = _engine_gpus(shape, device)
+        rows.append(row)
+    return rows
+
+
+def _engine_gpus(shape: ModelShape, device: int) -> str:
+    room = 0.9 * device * GIB - PROCESS_BYTES["cuda"] - 8 * GIB
+    return next(str(g) for g in (1, 2, 4, 8) if 2 * shape.num_parameters / g <= room)
+
+
+def _gib(memory: Memory) -> str:
+    return f"{(memory.num_bytes + PROCESS_BYTES['cuda']) / GIB:.0f}"
+
+
+def _markdown(rows: Sequence[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Models too large to hold whole: made without weights, then filled part by part from their files.
+
+A folder or hub name in -> an empty model out; a model whose parameters may be sharded in -> the
+same model, every rank having read its own rows of each matrix and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from distill_system.errors import ModelError
+from distill_system.language_model.embeddings import local_folder
+from distill_system.language_model.families import find_family
+from distill_system.language_model.models import LanguageModel
+from distill_system.language_model.packed_attention import PACKED_ATTENTION
+
+Rename = Callable[[str], str | None]
+"""A parameter's name in the model -> its name in the files, None if it is not in them."""
+
+
+def build_empty_model(path: str, *, trust_remote_code: bool = False) -> LanguageModel:
+    """The model of a folder in evaluation mode: float32 parameters on the meta device, no weights.
+
+    Buffers (rotary frequencies among them) are real: they are computed, not stored.
+    Raises: ModelError if the folder holds no model of a supported family.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        find_family(config, repr(path))
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=PACKED_ATTENTION,
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"cannot build a causal language model from {path!r}: {error}. Give a folder with "
+            "config.json and *.safetensors, or a model name of the Hugging Face hub"
+        ) from error
+    model.tie_weights()
+    folder = local_folder(path)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def read_weights(
+    model: LanguageModel, path: str, *, rename: Rename = lambda name: name, everyone: bool = True
+) -> None:
+    """Fill the model's parameters from the safetensors files of a folder, cast to their dtype.
+
+    Each rank reads its own part of every sharded parameter. everyone: all ranks of the default
+    process group call this together; False reads without any group.
+    Raises: ModelError if a parameter is missing from the files or has another shape there.
+    """
+    reader = HuggingFaceStorageReader(str(local_folder(path)))
+    stored = reader.read_metadata().state_dict_metadata
+    targets: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for names, parameter in _named_parameters(model):
+        wanted = [name for name in map(rename, names) if name is not None]
+        if not wanted:
+            continue
+        name = next((name for name in _spellings(model, wanted) if name in stored), None)
+        if name is None:
+            problems.append(f"{wanted[0]} is missing")
+            continue
+        entry = stored[name]
+        assert isinstance(entry, TensorStorageMetadata), "safetensors files hold tensors alone"
+        if entry.size != parameter.shape:
+            problems.append(f"{name} has {list(entry.size)}, expected {list(parameter.shape)}")
+        targets[name] = parameter.detach()
+    if problems:
+        raise ModelError(
+            f"{path!r}: its *.safetensors files do not hold the weights of {type(model).__name__}: "
+            f"{'; '.join(problems[:5])} ({len(problems)} in all). Load the model in transformers "
+            "and save it again, or run with one learner rank"
+        )
+    load(targets, storage_reader=reader, no_dist=not everyone)
+
+
+def _named_parameters(model: LanguageModel) -> list[tuple[list[str], Tensor]]:
+    """Every parameter once, with all its names: tied ones have several."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [(every, parameter) for parameter, every in names.items()]
+
+
+def _spellings(model: LanguageModel, names: list[str]) -> list[str]:
+    """The names as files may have them: some leave out the prefix of the base model."""
+    prefix = f"{model.base_model_prefix}."
+    return [*names, *(name.removeprefix(prefix) for name in names)]

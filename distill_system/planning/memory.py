@@ -1,0 +1,374 @@
+"""Bytes of one worker of each kind, from the sizes of its models and of its batches.
+
+    learner rank = weights + optimizer + frozen matrices, at rest, and the largest of
+        reading     activations of one part + rows of the step + a chunk over the vocabulary
+                    + gradients of the unembedding
+        backward    gradients + activations of one part + rows of the step
+        optimizer   gradients + what the optimizer makes on the way
+    scorer = weights + action embeddings + a forward pass + rows + a chunk
+    engine = weights + key-value cache, or the share of the GPU that it is given
+
+P parameters, V vocabulary, H student and F teacher hidden size, R action columns, S shard ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from distill_system.planning.activations import (
+    BFLOAT16,
+    FLOAT32,
+    Arithmetic,
+    activation_bytes,
+    backward_bytes_per_token,
+    block_bytes_per_token,
+    reading_bytes_per_token,
+)
+from distill_system.planning.shapes import ModelShape
+
+GIB = 2**30
+PROCESS_BYTES = {"cpu": 0.6 * GIB, "cuda": 1.0 * GIB}
+"""What a worker holds before it has a model: on a CPU Python with torch and transformers, as the
+system counts its pages; on a GPU the CUDA context and NCCL's buffers (an assumption)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPart:
+    """One line of a worker's account. lowered_by: what to change in the configuration."""
+
+    name: str
+    num_bytes: float
+    lowered_by: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """The moment at which a worker holds most. host_bytes: what it keeps in CPU memory instead."""
+
+    moment: str
+    parts: tuple[MemoryPart, ...]
+    host_bytes: float = 0.0
+
+    @property
+    def num_bytes(self) -> float:
+        """All parts together, the process itself left out."""
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def largest(self) -> MemoryPart:
+        """What dominates."""
+        return max(self.parts, key=lambda part: part.num_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerLoad:
+    """What one learner rank holds and reads.
+
+    step_tokens: response tokens of the rank's step, N. part_tokens: tokens, prompts included, whose
+    activations are held at once. num_parts: of a step. feature_columns, action_columns: F and R of
+    what the teacher sends, 0 if it sends none. softmax_reads: streams whose expected embeddings are
+    read (AMMD). token_sums: streams with a token loss. teacher_columns: of the teacher's
+    unembedding, 0 where the objective does without. num_adapter: parameters of adapters, 0 if all
+    weights learn.
+    """
+
+    student: ModelShape
+    compute_dtype: str = "float32"
+    optimizer: str = "adamw"
+    num_ranks: int = 1
+    shard_ranks: int = 1
+    step_tokens: int
+    part_tokens: int
+    num_parts: int = 1
+    chunk_tokens: int
+    feature_columns: int = 0
+    action_columns: int = 0
+    softmax_reads: int = 0
+    token_sums: int = 0
+    teacher_columns: int = 0
+    teacher_number_bytes: int = FLOAT32
+    num_adapter: int = 0
+    checkpointing: bool = False
+    offload: bool = False
+    on_gpu: bool = False
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether FSDP2 gathers the model; a rank alone without offload wraps nothing."""
+        return self.num_ranks > 1 or self.offload
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """A wrapped model is gathered in bfloat16, another is cast by autocast."""
+        if self.compute_dtype == "float32":
+            return Arithmetic.FLOAT32
+        return Arithmetic.BFLOAT16 if self.is_wrapped else Arithmetic.AUTOCAST
+
+    @property
+    def num_learning(self) -> int:
+        """Parameters with a gradient."""
+        return self.num_adapter or self.student.num_parameters
+
+    @property
+    def num_held(self) -> int:
+        """All parameters, adapters included."""
+        return self.student.num_parameters + self.num_adapter
+
+
+def learner_memory(load: LearnerLoad) -> Memory:
+    """The fullest moment of a learner rank's step."""
+    at_rest = _at_rest(load)
+    gradients = _gradients(load)
+    rows = _rows(load)
+    reading = [_activations(load), *rows, *_vocabulary(load)]
+    if load.num_parts > 1 or not load.is_wrapped:
+        part = _activations(load) if load.num_parts > 1 else _last_block(load)
+    else:
+        part = _last_block(load)
+    backward = [*gradients, part, *rows, _embedding_gradient(load)]
+    stepping = [*gradients, _optimizer_workspace(load)]
+    moments = {"reading": reading, "backward": backward, "optimizer": stepping}
+    fullest = max(moments, key=lambda name: sum(p.num_bytes for p in moments[name]))
+    return _settle(load, fullest, [*at_rest, *moments[fullest]])
+
+
+def _settle(load: LearnerLoad, moment: str, parts: Iterable[MemoryPart]) -> Memory:
+    """With offload, what rests in CPU memory leaves the device."""
+    kept = tuple(part for part in parts if part.num_bytes)
+    if not load.offload:
+        return Memory(moment=moment, parts=kept)
+    resting = {"weights", "optimizer state", "gradients"}
+    host = sum(part.num_bytes for part in kept if part.name in resting)
+    if not load.on_gpu:  # the same memory: nothing is gained
+        return Memory(moment=moment, parts=kept)
+    return Memory(
+        moment=moment, parts=tuple(p for p in kept if p.name not in resting), host_bytes=host
+    )
+
+
+def _at_rest(load: LearnerLoad) -> list[MemoryPart]:
+    """Between two steps: float32 weights and moments, a part of each on every rank of a shard."""
+    student, shards = load.student, load.shard_ranks
+    # Muon keeps one moment of each matrix (an adapter's factors are all matrices), AdamW two.
+    matrices = load.num_adapter or student.num_matrix_parameters
+    states = 2 * load.num_learning - (matrices if load.optimizer == "muon" else 0)
+    sharing = "learner.shard_ranks, learner.offload"
+    actions = student.vocabulary * load.action_columns * FLOAT32 / shards
+    teacher = student.vocabulary * load.teacher_columns * load.teacher_number_bytes / shards
+    return [
+        MemoryPart(name="weights", num_bytes=FLOAT32 * load.num_held / shards, lowered_by=sharing),
+        MemoryPart(
+            name="optimizer state",
+            num_bytes=FLOAT32 * states / shards,
+            lowered_by=f"{sharing}, distill.optimizer.type=muon, distill.update.type=lora",
+        ),
+        MemoryPart(
+            name="action embeddings", num_bytes=actions, lowered_by="distill.action_dimension"
+        ),
+        MemoryPart(
+            name="teacher unembedding",
+            num_bytes=teacher,
+            lowered_by="scoring.dtype=bfloat16, learner.shard_ranks",
+        ),
+        *_gathered(load, actions, teacher),
+    ]
+
+
+def _gathered(load: LearnerLoad, actions: float, teacher: float) -> list[MemoryPart]:
+    """What ranks of a shard bring together: two blocks at a time; the rest for a whole step."""
+    if not load.is_wrapped:
+        if load.arithmetic is not Arithmetic.AUTOCAST:
+            return []
+        # Kept by the layers that multiplied by them; the unembedding's is made when it is read.
+        copies = BFLOAT16 * load.student.num_parameters
+        return [MemoryPart(name="bfloat16 copies of the weights", num_bytes=copies)]
+    number, student = load.arithmetic.num_bytes, load.student
+    blocks = 2 * number * student.num_block_parameters
+    ends = number * student.num_embedding_parameters
+    # A block's gradient is brought into float32 before it is summed and given back.
+    reduced = FLOAT32 * student.num_block_parameters * (not load.num_adapter)
+    frozen = (actions + teacher) * (load.shard_ranks - 1)
+    return [
+        MemoryPart(name="gathered blocks", num_bytes=blocks + reduced),
+        MemoryPart(name="gathered embeddings", num_bytes=ends),
+        MemoryPart(
+            name="gathered frozen matrices",
+            num_bytes=frozen,
+            lowered_by="distill.action_dimension, scoring.dtype=bfloat16",
+        ),
+    ]
+
+
+def _activations(load: LearnerLoad) -> MemoryPart:
+    return MemoryPart(
+        name="activations",
+        num_bytes=activation_bytes(
+            load.student,
+            load.arithmetic,
+            num_tokens=load.part_tokens,
+            checkpointing=load.checkpointing,
+            in_rectangles=not load.on_gpu,
+        ),
+        lowered_by="learner.max_tokens_per_microbatch, learner.activation_checkpointing",
+    )
+
+
+def _last_block(load: LearnerLoad) -> MemoryPart:
+    """When backward arrives at the first block, the others' activations are gone."""
+    kept = block_bytes_per_token(load.student, load.arithmetic, in_rectangles=not load.on_gpu)
+    working = backward_bytes_per_token(load.student, load.arithmetic)
+    return MemoryPart(
+        name="activations",
+        num_bytes=load.part_tokens * (kept + working),
+        lowered_by="learner.max_tokens_per_microbatch",
+    )
+
+
+def _rows(load: LearnerLoad) -> list[MemoryPart]:
+    """Of all response tokens of the step: hidden rows as read and in order, with their gradients;
+    the teacher's, and what the critics make of them."""
+    hidden = 4 * load.student.row_size
+    features = (2 if load.softmax_reads else 1) * load.feature_columns
+    actions = 5 * load.action_columns if load.softmax_reads else 0
+    fewer = "distill.student_prompts_per_step, distill.teacher_prompts_per_step, more ranks"
+    return [
+        MemoryPart(
+            name="rows of the step",
+            num_bytes=FLOAT32 * load.step_tokens * (hidden + features + actions),
+            lowered_by=fewer,
+        )
+    ]
+
+
+def _vocabulary(load: LearnerLoad) -> list[MemoryPart]:
+    """A chunk's logits, and the unembedding's gradients: one of each stream that is read."""
+    tokens = min(load.chunk_tokens, load.step_tokens)
+    copies = 2.0 if load.softmax_reads else 1.0 + bool(load.teacher_columns)
+    copies += 0.5 * (load.arithmetic is not Arithmetic.FLOAT32)
+    # Elementwise work sees a few rows of a chunk at a time, in about six temporaries.
+    blocks = 6 * FLOAT32 * (2**24 if load.on_gpu else 2**20)
+    streams = 0 if load.num_adapter else max(1, load.softmax_reads + load.token_sums)
+    return [
+        MemoryPart(
+            name="chunk over the vocabulary",
+            num_bytes=copies * FLOAT32 * tokens * load.student.vocabulary + blocks,
+            lowered_by="learner.vocabulary_chunk_tokens",
+        ),
+        MemoryPart(
+            name="gradients of the unembedding",
+            num_bytes=streams * FLOAT32 * load.student.vocabulary * load.student.row_size,
+        ),
+    ]
+
+
+def _gradients(load: LearnerLoad) -> list[MemoryPart]:
+    return [
+        MemoryPart(
+            name="gradients",
+            num_bytes=FLOAT32 * load.num_learning / load.shard_ranks,
+            lowered_by="learner.shard_ranks, learner.offload, distill.update.type=lora",
+        )
+    ]
+
+
+def _embedding_gradient(load: LearnerLoad) -> MemoryPart:
+    """The input embeddings' is as large as they are, and joins the unembedding's if tied."""
+    student = load.student
+    held = 0 if load.num_adapter else student.vocabulary * student.embedding_size
+    return MemoryPart(name="gradient of the embeddings", num_bytes=FLOAT32 * float(held))
+
+
+def _optimizer_workspace(load: LearnerLoad) -> MemoryPart:
+    """On a GPU AdamW updates all weights at once and makes one more of each on the way; on a CPU
+    one matrix after another, the embeddings being the largest."""
+    student = load.student
+    at_once = float(load.num_learning) / load.shard_ranks
+    if not load.on_gpu or load.offload:
+        largest = student.vocabulary * max(student.row_size, student.embedding_size)
+        at_once = min(at_once, 2.0 * largest / load.shard_ranks)
+    return MemoryPart(name="optimizer's workspace", num_bytes=FLOAT32 * at_once)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorerLoad:
+    """What one scorer holds and reads.
+
+    row_tokens: response tokens of one call. batch_tokens: of one forward pass, prompts included.
+    """
+
+    teacher: ModelShape
+    number_bytes: int
+    batch_tokens: int
+    row_tokens: int
+    chunk_tokens: int
+    action_columns: int
+    reads_vocabulary: bool
+
+
+def scorer_memory(load: ScorerLoad) -> Memory:
+    """A scorer in the middle of a call."""
+    teacher = load.teacher
+    chunk = min(load.chunk_tokens, load.row_tokens) * teacher.vocabulary * load.reads_vocabulary
+    copies = FLOAT32 + (BFLOAT16 if load.number_bytes == BFLOAT16 else 0)
+    rows = 2 * load.number_bytes * teacher.row_size + FLOAT32 * load.action_columns
+    parts = (
+        MemoryPart(
+            name="weights",
+            num_bytes=load.number_bytes * teacher.num_parameters,
+            lowered_by="scoring.dtype=bfloat16",
+        ),
+        MemoryPart(
+            name="action embeddings",
+            num_bytes=FLOAT32 * teacher.vocabulary * load.action_columns,
+            lowered_by="distill.action_dimension",
+        ),
+        MemoryPart(
+            name="a forward pass",
+            num_bytes=load.batch_tokens * reading_bytes_per_token(teacher, load.number_bytes),
+            lowered_by="scoring.max_tokens_per_batch",
+        ),
+        MemoryPart(
+            name="rows of a call",
+            num_bytes=float(load.row_tokens * rows),
+            lowered_by="pools.teacher_scoring.count",
+        ),
+        MemoryPart(
+            name="chunk over the vocabulary",
+            num_bytes=float(copies * chunk),
+            lowered_by="learner.vocabulary_chunk_tokens",
+        ),
+    )
+    return Memory(moment="scoring", parts=tuple(part for part in parts if part.num_bytes))
+
+
+def engine_memory(
+    shape: ModelShape,
+    *,
+    number_bytes: int,
+    tensor_parallel_size: int,
+    cache_bytes: float,
+    key: str,
+) -> Memory:
+    """A rollout engine: its share of the weights, and the key-value cache that it is given."""
+    weights = number_bytes * shape.num_parameters / tensor_parallel_size
+    return Memory(
+        moment="generating",
+        parts=(
+            MemoryPart(
+                name="weights", num_bytes=weights, lowered_by=f"rollout.{key}.dtype=bfloat16"
+            ),
+            MemoryPart(
+                name="key-value cache",
+                num_bytes=cache_bytes,
+                lowered_by=f"rollout.{key}.kv_cache_mebibytes",
+            ),
+        ),
+    )
+
+
+def cache_bytes_per_token(
+    shape: ModelShape, *, number_bytes: int, tensor_parallel_size: int
+) -> float:
+    """Keys and values of every block, for each token of each sequence that is being written."""
+    return 2.0 * number_bytes * shape.num_blocks * shape.key_size / tensor_parallel_size

@@ -1,0 +1,225 @@
+"""A whole run's plan: each pool's workers and their memory, and what travels between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from distill_system.config.model import ModelConfig
+from distill_system.config.run import EngineConfig, PoolConfig, RunConfig
+from distill_system.planning.activations import FLOAT32
+from distill_system.planning.loads import (
+    NUMBER_BYTES,
+    distillation_load,
+    longest_sequence,
+    scorer_load,
+    streams_read,
+    supervised_load,
+    teacher_needs,
+    wire_bytes_per_token,
+)
+from distill_system.planning.memory import (
+    GIB,
+    PROCESS_BYTES,
+    Memory,
+    cache_bytes_per_token,
+    engine_memory,
+    learner_memory,
+    scorer_memory,
+)
+from distill_system.planning.shapes import ModelShape, architecture_shape, read_shape
+
+MIB = 2**20
+CPU_CACHE_MEBIBYTES = 256
+"""What rollout.*_engine.kv_cache_mebibytes=null takes on a CPU."""
+Role = Literal["teacher", "student"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """One kind of worker.
+
+    what: what it holds. memory: of one worker without the process itself. gpus: of one worker, 0
+    on a CPU. room_bytes: what its share of a device holds, None on a CPU. note: what to know.
+    """
+
+    pool: str
+    count: int
+    what: str
+    memory: Memory
+    gpus: float
+    room_bytes: float | None
+    note: str = ""
+
+    @property
+    def num_bytes(self) -> float:
+        """Of one worker, or of one of its GPUs, the process included."""
+        return self.memory.num_bytes + PROCESS_BYTES["cuda" if self.gpus else "cpu"]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a worker fits its share of a device; None on a CPU, where nobody said a size."""
+        return None if self.room_bytes is None else self.num_bytes <= self.room_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A run before it starts.
+
+    at_once: workers that run side by side in the distillation; before: the fine-tunings, which come
+    first. wire_bytes_per_token: what a scorer sends of one response token; publish_bytes: of one
+    weight version to one student worker.
+    """
+
+    name: str
+    student: ModelShape
+    teacher: ModelShape
+    before: tuple[WorkerPlan, ...]
+    at_once: tuple[WorkerPlan, ...]
+    device_bytes: float
+    longest: int
+    step_tokens: int
+    scored_tokens: int
+    wire_bytes_per_token: int
+    publish_bytes: float
+
+    @property
+    def workers(self) -> tuple[WorkerPlan, ...]:
+        """Every kind of worker of the run."""
+        return (*self.before, *self.at_once)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every worker with a GPU fits it."""
+        return all(worker.fits is not False for worker in self.workers)
+
+    @property
+    def host_bytes(self) -> float:
+        """CPU memory of the distillation: workers without a GPU, and what others offload."""
+        resident = sum(w.count * w.num_bytes for w in self.at_once if not w.gpus)
+        return resident + sum(w.count * w.memory.host_bytes for w in self.at_once)
+
+
+def make_plan(config: RunConfig, *, vocabulary: int | None, device_gib: float) -> Plan:
+    """The plan of a run; reads its models' config.json.
+
+    Args:
+        vocabulary: tokens of a tokenizer that the run makes itself; None if the models bring one.
+        device_gib: memory of each GPU.
+
+    Raises: ModelError if a model's configuration is not on this machine.
+    """
+    teacher = _shape(config.teacher, "teacher", vocabulary, None)
+    student = _shape(config.student, "student", vocabulary, teacher)
+    device = device_gib * GIB
+    shapes: dict[Role, ModelShape] = {"teacher": teacher, "student": student}
+    distill, response = config.distill, config.rollout.sampling.max_response_tokens
+    streams = streams_read(config)
+    scored = [s for s in streams if distill.objective.teacher_needs(s).anything]
+    return Plan(
+        name=config.name,
+        student=student,
+        teacher=teacher,
+        before=_fine_tunings(config, shapes, device),
+        at_once=_distillation(config, shapes, device),
+        device_bytes=device,
+        longest=longest_sequence(config),
+        step_tokens=response * sum(distill.sequences(s) for s in streams),
+        scored_tokens=response * sum(distill.sequences(s) for s in scored),
+        wire_bytes_per_token=wire_bytes_per_token(config, teacher),
+        publish_bytes=float(FLOAT32 * student.num_parameters),
+    )
+
+
+def _shape(
+    model: ModelConfig, role: Role, vocabulary: int | None, other: ModelShape | None
+) -> ModelShape:
+    if model.path is not None:
+        return read_shape(
+            model.path, key=f"{role}.path", trust_remote_code=model.trust_remote_code
+        )
+    assert model.architecture is not None, "the configuration gives a path or an architecture"
+    size = vocabulary if vocabulary is not None else other.vocabulary if other else None
+    assert size is not None, "a model of random weights takes its vocabulary from a tokenizer"
+    return architecture_shape(model.architecture, vocabulary=size)
+
+
+def _fine_tunings(
+    config: RunConfig, shapes: Mapping[Role, ModelShape], device: float
+) -> tuple[WorkerPlan, ...]:
+    pool, plans = config.pools.learner, []
+    for role, shape in shapes.items():
+        sft = getattr(config, role).sft
+        if sft is not None:
+            memory = learner_memory(supervised_load(config, shape, sft))
+            plans.append(_worker(f"{role} fine-tuning", pool, f"the {role}", memory, device))
+    return tuple(plans)
+
+
+def _distillation(
+    config: RunConfig, shapes: Mapping[Role, ModelShape], device: float
+) -> tuple[WorkerPlan, ...]:
+    """The four pools; those without work are started too."""
+    pools, student, teacher = config.pools, shapes["student"], shapes["teacher"]
+    needs = teacher_needs(config)
+    learner = learner_memory(distillation_load(config, student, teacher))
+    scorer = scorer_memory(scorer_load(config, teacher))
+    return (
+        _engine(config, "student", student, device),
+        _engine(config, "teacher", teacher, device),
+        _worker(
+            "teacher_scoring",
+            pools.teacher_scoring,
+            "the teacher in torch" if needs.anything else "the teacher in torch, idle",
+            scorer,
+            device,
+        ),
+        _worker("learner", pools.learner, "student, optimizer, critics", learner, device),
+    )
+
+
+def _worker(pool_name: str, pool: PoolConfig, what: str, memory: Memory, device: float) -> WorkerPlan:
+    return WorkerPlan(
+        pool=pool_name,
+        count=pool.count,
+        what=what,
+        memory=memory,
+        gpus=pool.gpus,
+        room_bytes=device * min(1.0, pool.gpus) if pool.gpus else None,
+    )
+
+
+def _engine(config: RunConfig, role: Role, shape: ModelShape, device: float) -> WorkerPlan:
+    """A rollout worker; on a GPU without a size of its own the cache takes what is left."""
+    pool: PoolConfig = getattr(config.pools, f"{role}_rollout")
+    engine: EngineConfig = getattr(config.rollout, f"{role}_engine")
+    size, number = max(1, int(pool.gpus)), NUMBER_BYTES[engine.dtype]
+    per_token = cache_bytes_per_token(shape, number_bytes=number, tensor_parallel_size=size)
+    longest = longest_sequence(config)
+    cache, room = float(CPU_CACHE_MEBIBYTES * MIB), None
+    if engine.kv_cache_mebibytes is not None:
+        cache = float(engine.kv_cache_mebibytes * MIB)
+    elif pool.gpus:
+        room = device * engine.gpu_memory_utilization
+        weights = number * shape.num_parameters / size
+        # At least one sequence must fit, or vLLM does not start.
+        cache = max(room - PROCESS_BYTES["cuda"] - weights, longest * per_token)
+    memory = engine_memory(
+        shape,
+        number_bytes=number,
+        tensor_parallel_size=size,
+        cache_bytes=cache,
+        key=f"{role}_engine",
+    )
+    plan = _worker(f"{role}_rollout", pool, f"the {role} in vLLM", memory, device)
+    at_once = int(cache // (longest * per_token))
+    return WorkerPlan(
+        pool=plan.pool,
+        count=plan.count,
+        what=plan.what,
+        memory=memory,
+        gpus=plan.gpus,
+        room_bytes=plan.room_bytes if room is None else room,
+        note=f"cache for {at_once} sequences of {longest} tokens",
+    )

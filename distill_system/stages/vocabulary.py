@@ -1,0 +1,80 @@
+"""What both policies write in: the tokens of a response, and those that end it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig
+
+from distill_system.config import RunConfig
+from distill_system.config.model import ModelConfig
+from distill_system.errors import ModelError
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Tokens that a policy is a distribution over: the tokenizer's largest id + 1.
+
+    Models may have more rows, padded to a round number, each to its own. Those are nobody's tokens:
+    they are never sampled, and no softmax reads them.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def stop_token_ids(config: RunConfig, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a response of either model, in ascending order.
+
+    The tokenizer's end of sequence, and every one that the generation config of teacher or student
+    lists: both must stop where either does, or their trajectories are not of one process.
+
+    Raises: ModelError for a token that lies outside the vocabulary.
+    """
+    found = {int(tokenizer.eos_token_id): "the tokenizer"}
+    for role in ("teacher", "student"):
+        model: ModelConfig = getattr(config, role)
+        if model.path is not None:
+            found |= dict.fromkeys(_listed(model), f"{role}.path={model.path!r}")
+    size = vocabulary_size(tokenizer)
+    for token, where in found.items():
+        if not 0 <= token < size:
+            raise ModelError(
+                f"{where}: expected end-of-sequence token ids from 0 to {size - 1}, the run's "
+                f"vocabulary, got {token}. Correct eos_token_id in its generation_config.json, or "
+                "in config.json where there is no such file"
+            )
+    return tuple(sorted(found))
+
+
+def check_exportable(role: str, model: ModelConfig) -> None:
+    """Refuse a generation config that transformers reads but does not write.
+
+    Raises: ModelError.
+    """
+    try:
+        _generation_config(model).validate(strict=True)
+    except ValueError as error:
+        raise ModelError(
+            f"{role}.path={model.path!r}: its generation_config.json could not be saved with the "
+            f"trained model. Correct that file. transformers said: {error}"
+        ) from error
+
+
+def _listed(model: ModelConfig) -> Iterator[int]:
+    listed = _generation_config(model).eos_token_id
+    yield from [listed] if isinstance(listed, int) else (listed or ())
+
+
+def _generation_config(model: ModelConfig) -> Any:
+    """Of generation_config.json; of config.json where that file is left out."""
+    assert model.path is not None, "only a pretrained model has a generation config"
+    stands = (Path(model.path) / "generation_config.json").exists()
+    try:
+        return GenerationConfig.from_pretrained(model.path)
+    except OSError as error:
+        if stands:
+            raise ModelError(
+                f"{model.path!r}: its generation_config.json cannot be read: {error}"
+            ) from error
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    return GenerationConfig.from_model_config(config)

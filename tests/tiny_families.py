@@ -1,0 +1,99 @@
+"""Folders of tiny random models, one of each supported family, with a word-level tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
+_SHAPE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,  # large, so that no two tokens are nearly as likely
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GATED = {**_SHAPE, "intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 32}
+
+
+def make_configuration(family: str, *, num_rows: int):
+    """One model of a family; the variants that differ most from the others where there are some."""
+    size = {"vocab_size": num_rows}
+    if family == "llama":
+        return LlamaConfig(**_GATED, **size, tie_word_embeddings=False)
+    if family == "mistral":
+        return MistralConfig(**_GATED, **size, tie_word_embeddings=False, sliding_window=6)
+    if family == "qwen2":
+        return Qwen2Config(**_GATED, **size, tie_word_embeddings=True)
+    if family == "qwen3":
+        return Qwen3Config(**_GATED, **size, tie_word_embeddings=False)
+    if family == "gemma":
+        return GemmaConfig(**_GATED, **size)
+    if family == "gpt2":
+        return GPT2Config(**_SHAPE, **size)
+    if family == "opt":
+        return OPTConfig(**_SHAPE, **size, ffn_dim=96, word_embed_proj_dim=64)
+    assert family == "opt_350m", family
+    # The one size of OPT whose norms follow its blocks and whose embeddings are narrower.
+    return OPTConfig(
+        **_SHAPE, **size, ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False
+    )
+
+
+def save_family(
+    folder: Path,
+    family: str,
+    *,
+    num_tokens: int = 64,
+    num_rows: int = 64,
+    end_ids: int | list[int] = 2,
+    seed: int = 0,
+) -> Path:
+    """Write a model of num_rows rows with a tokenizer of num_tokens words, and return the folder.
+
+    end_ids: eos_token_id of its generation config. Biases and norms are random, too, and the rows
+    behind the tokens are the most likely ones.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(make_configuration(family, num_rows=num_rows))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+            model.get_output_embeddings().weight[num_tokens:] *= 3.0
+    model.generation_config.eos_token_id = end_ids
+    model.save_pretrained(folder)
+    save_tokenizer(folder, num_tokens)
+    return folder
+
+
+def save_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Words w4 w5 ... separated by blanks, after the four special tokens."""
+    words = [*SPECIAL_TOKENS, *(f"w{index}" for index in range(len(SPECIAL_TOKENS), vocab_size))]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)

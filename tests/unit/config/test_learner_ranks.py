@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill_system.config import load_config
+from distill_system.errors import ConfigError
+
+QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+
+
+def _load(*overrides: str):
+    return load_config([QUICKSTART], overrides)
+
+
+@pytest.mark.parametrize(("written", "ranks"), [("1", 1), ("2", 2), ("4", 4), ("all", 4)])
+def test_a_divisor_of_the_ranks_shares_one_copy_of_the_model(written, ranks):
+    config = _load("pools.learner.count=4", f"learner.shard_ranks={written}")
+    assert config.learner.shard_size(4) == ranks
+
+
+@pytest.mark.parametrize("written", ["3", "8"])
+def test_other_numbers_of_ranks_cannot_share_a_copy(written):
+    with pytest.raises(ConfigError, match=f"divisor of pools.learner.count=4 .*got {written}"):
+        _load("pools.learner.count=4", f"learner.shard_ranks={written}")
