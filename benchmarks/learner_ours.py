@@ -188,4 +188,3 @@ def _response_rows(hidden_BLH: torch.Tensor, sequences: Sequence[Ragged]) -> Tok
         num_global_tokens=len(lines),
         num_global_sequences=len(sequences),
     )
-

@@ -4,7 +4,9 @@
 
 First steps of the real learner (AMMD on both streams, float32, one rank) at three sizes of student
 and with each key that lowers memory, each in a process of its own: the peak of resident memory above
-what the process held once its libraries were warm, against `learner_memory`. Then the tables of
+what the process held once its libraries were warm, against `learner_memory`. glibc is told to give
+every large tensor back at once, as a GPU's allocator counts; by itself it keeps freed pieces of its
+heap, which on a CPU is more than live tensors by some hundred MiB. Then the tables of
 docs/scaling.md, predicted for GPUs of 80 and 141 GiB.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
@@ -67,6 +70,7 @@ def main() -> None:
     parser.add_argument("--only-tables", action="store_true", help="print the predictions alone")
     arguments = parser.parse_args()
     if not arguments.only_tables:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read by glibc as a process starts
         trials = list(_trials())
         rows = [_compare(trial) for trial in (trials[:1] if arguments.quick else trials)]
         errors = [abs(float(row["error"])) for row in rows]
@@ -152,7 +156,9 @@ def _take_steps(trial: Trial, folder: str | None) -> None:
 
 def _build(trial: Trial, folder: str | None) -> Learner:
     update = (
-        LoraUpdate(type="lora", rank=trial.lora_rank) if trial.lora_rank and folder else FullUpdate()
+        LoraUpdate(type="lora", rank=trial.lora_rank)
+        if trial.lora_rank and folder
+        else FullUpdate()
     )
     return Learner(
         rank=0,

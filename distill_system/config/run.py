@@ -295,6 +295,13 @@ class RunConfig(ConfigModel):
                     f"each step's {stream} stream must have at least pools.learner.count={ranks} "
                     f"sequences, so that every rank has a share, got {count}"
                 )
+        for role in ("teacher", "student"):
+            sft = getattr(self, role).sft
+            if sft is not None and sft.batch_size < ranks:
+                raise ValueError(
+                    f"{role}.sft.batch_size must be at least pools.learner.count={ranks}, so that "
+                    f"every rank has a share, got {sft.batch_size}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -95,15 +95,6 @@ def block_bytes_per_token(
     )
 
 
-def backward_bytes_per_token(shape: ModelShape, arithmetic: Arithmetic) -> float:
-    """What the backward pass of one block holds at once beside what was kept.
-
-    The gradients of gate and up and of the residual stream, two of each size.
-    """
-    residual = BFLOAT16 if arithmetic is Arithmetic.BFLOAT16 else FLOAT32
-    return 2 * residual * shape.hidden_size + 2 * arithmetic.num_bytes * shape.intermediate_size
-
-
 def reading_bytes_per_token(shape: ModelShape, num_bytes: int) -> float:
     """What a forward pass without gradients holds at once, in the MLP or in attention.
 
@@ -122,16 +113,35 @@ def activation_bytes(
     checkpointing: bool,
     in_rectangles: bool = False,
 ) -> float:
-    """Of all blocks, for the tokens that are read at once, up to and in the first backward pass.
+    """What a forward pass keeps of all blocks for its backward pass.
 
-    checkpointing: each block keeps its input alone, and one block at a time keeps the rest.
+    checkpointing: each block keeps its input alone.
     """
     residual = BFLOAT16 if arithmetic is Arithmetic.BFLOAT16 else FLOAT32
-    of_block = block_bytes_per_token(shape, arithmetic, in_rectangles=in_rectangles)
-    # The final norm keeps as the others do, the embeddings their output and the tokens' ids.
+    kept = (
+        residual * shape.hidden_size
+        if checkpointing
+        else block_bytes_per_token(shape, arithmetic, in_rectangles=in_rectangles)
+    )
+    # The final norm keeps as the others do, the embeddings the tokens' ids.
     ends = 3 * residual * shape.hidden_size + 8
-    if checkpointing:
-        blocks = shape.num_blocks * residual * shape.hidden_size + of_block
-    else:
-        blocks = shape.num_blocks * of_block
-    return num_tokens * (blocks + ends + backward_bytes_per_token(shape, arithmetic))
+    return num_tokens * (shape.num_blocks * kept + ends)
+
+
+def backward_bytes(
+    shape: ModelShape,
+    arithmetic: Arithmetic,
+    *,
+    num_tokens: int,
+    checkpointing: bool,
+    in_rectangles: bool = False,
+) -> float:
+    """What the backward pass of the last block adds to that, when all others still keep theirs.
+
+    The gradients of gate and up and of the residual stream, two of each size; with checkpointing
+    the block's own forward pass again.
+    """
+    residual = BFLOAT16 if arithmetic is Arithmetic.BFLOAT16 else FLOAT32
+    working = 2 * residual * shape.hidden_size + 2 * arithmetic.num_bytes * shape.intermediate_size
+    again = block_bytes_per_token(shape, arithmetic, in_rectangles=in_rectangles)
+    return num_tokens * (working + (again if checkpointing else 0.0))

@@ -1,9 +1,11 @@
 """Bytes of one worker of each kind, from the sizes of its models and of its batches.
 
     learner rank = weights + optimizer + frozen matrices, at rest, and the largest of
-        reading     activations of one part + rows of the step + a chunk over the vocabulary
+        loss        activations of a part + rows of the step + a chunk over the vocabulary
                     + gradients of the unembedding
-        backward    gradients + activations of one part + rows of the step
+        backward    activations of a part + backward of its last block + rows of the step
+                    + gradients: the unembedding's, from a second part on those of all weights
+        first block gradients of all weights and of the embeddings + one block's activations
         optimizer   gradients + what the optimizer makes on the way
     scorer = weights + action embeddings + a forward pass + rows + a chunk
     engine = weights + key-value cache, or the share of the GPU that it is given
@@ -21,8 +23,7 @@ from distill_system.planning.activations import (
     FLOAT32,
     Arithmetic,
     activation_bytes,
-    backward_bytes_per_token,
-    block_bytes_per_token,
+    backward_bytes,
     reading_bytes_per_token,
 )
 from distill_system.planning.shapes import ModelShape
@@ -118,19 +119,18 @@ class LearnerLoad:
 
 def learner_memory(load: LearnerLoad) -> Memory:
     """The fullest moment of a learner rank's step."""
-    at_rest = _at_rest(load)
-    gradients = _gradients(load)
-    rows = _rows(load)
-    reading = [_activations(load), *rows, *_vocabulary(load)]
-    if load.num_parts > 1 or not load.is_wrapped:
-        part = _activations(load) if load.num_parts > 1 else _last_block(load)
-    else:
-        part = _last_block(load)
-    backward = [*gradients, part, *rows, _embedding_gradient(load)]
-    stepping = [*gradients, _optimizer_workspace(load)]
-    moments = {"reading": reading, "backward": backward, "optimizer": stepping}
+    gradients, rows = _gradients(load), _rows(load)
+    kept, block = _activations(load), _block(load)
+    chunk, unembedding = _vocabulary(load)
+    early = gradients if load.num_parts > 1 else unembedding
+    moments = {
+        "loss": [kept, *rows, chunk, unembedding],
+        "backward": [kept, block, *rows, early],
+        "first block": [gradients, _embedding_gradient(load), block, *rows],
+        "optimizer": [gradients, _optimizer_workspace(load)],
+    }
     fullest = max(moments, key=lambda name: sum(p.num_bytes for p in moments[name]))
-    return _settle(load, fullest, [*at_rest, *moments[fullest]])
+    return _settle(load, fullest, [*_at_rest(load), *moments[fullest]])
 
 
 def _settle(load: LearnerLoad, moment: str, parts: Iterable[MemoryPart]) -> Memory:
@@ -214,13 +214,16 @@ def _activations(load: LearnerLoad) -> MemoryPart:
     )
 
 
-def _last_block(load: LearnerLoad) -> MemoryPart:
-    """When backward arrives at the first block, the others' activations are gone."""
-    kept = block_bytes_per_token(load.student, load.arithmetic, in_rectangles=not load.on_gpu)
-    working = backward_bytes_per_token(load.student, load.arithmetic)
+def _block(load: LearnerLoad) -> MemoryPart:
     return MemoryPart(
-        name="activations",
-        num_bytes=load.part_tokens * (kept + working),
+        name="backward of a block",
+        num_bytes=backward_bytes(
+            load.student,
+            load.arithmetic,
+            num_tokens=load.part_tokens,
+            checkpointing=load.checkpointing,
+            in_rectangles=not load.on_gpu,
+        ),
         lowered_by="learner.max_tokens_per_microbatch",
     )
 
@@ -262,14 +265,12 @@ def _vocabulary(load: LearnerLoad) -> list[MemoryPart]:
     ]
 
 
-def _gradients(load: LearnerLoad) -> list[MemoryPart]:
-    return [
-        MemoryPart(
-            name="gradients",
-            num_bytes=FLOAT32 * load.num_learning / load.shard_ranks,
-            lowered_by="learner.shard_ranks, learner.offload, distill.update.type=lora",
-        )
-    ]
+def _gradients(load: LearnerLoad) -> MemoryPart:
+    return MemoryPart(
+        name="gradients",
+        num_bytes=FLOAT32 * load.num_learning / load.shard_ranks,
+        lowered_by="learner.shard_ranks, learner.offload, distill.update.type=lora",
+    )
 
 
 def _embedding_gradient(load: LearnerLoad) -> MemoryPart:

@@ -136,9 +136,7 @@ def _shape(
     model: ModelConfig, role: Role, vocabulary: int | None, other: ModelShape | None
 ) -> ModelShape:
     if model.path is not None:
-        return read_shape(
-            model.path, key=f"{role}.path", trust_remote_code=model.trust_remote_code
-        )
+        return read_shape(model.path, key=f"{role}.path", trust_remote_code=model.trust_remote_code)
     assert model.architecture is not None, "the configuration gives a path or an architecture"
     size = vocabulary if vocabulary is not None else other.vocabulary if other else None
     assert size is not None, "a model of random weights takes its vocabulary from a tokenizer"
@@ -179,7 +177,9 @@ def _distillation(
     )
 
 
-def _worker(pool_name: str, pool: PoolConfig, what: str, memory: Memory, device: float) -> WorkerPlan:
+def _worker(
+    pool_name: str, pool: PoolConfig, what: str, memory: Memory, device: float
+) -> WorkerPlan:
     return WorkerPlan(
         pool=pool_name,
         count=pool.count,

@@ -35,7 +35,7 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 class TeacherScorer:
-    """Reads trajectories with the frozen teacher, batched by length under a token budget.
+    """Reads trajectories with the frozen teacher, packed under a token budget.
 
     vocabulary_size: V, the tokens that its policy is a distribution over; None: every row.
     """

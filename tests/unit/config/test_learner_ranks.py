@@ -24,3 +24,9 @@ def test_a_divisor_of_the_ranks_shares_one_copy_of_the_model(written, ranks):
 def test_other_numbers_of_ranks_cannot_share_a_copy(written):
     with pytest.raises(ConfigError, match=f"divisor of pools.learner.count=4 .*got {written}"):
         _load("pools.learner.count=4", f"learner.shard_ranks={written}")
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_fine_tuning_has_a_row_for_every_rank(role):
+    with pytest.raises(ConfigError, match=rf"{role}\.sft\.batch_size .*count=4.* got 3"):
+        _load("pools.learner.count=4", f"{role}.sft.batch_size=3")

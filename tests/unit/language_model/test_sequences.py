@@ -47,7 +47,8 @@ def test_hidden_rows_equal_those_of_each_sequence_read_alone(make_family_model, 
 def test_parts_hold_every_token_once_and_keep_their_bound(max_tokens, more):
     trajectories = _ragged(60)
     num_parts = count_parts(_lengths(trajectories), max_tokens) + more
-    batch = SequenceBatch.collate(trajectories, CPU, num_parts=num_parts)
+    limits = {"num_parts": num_parts} if more else {"max_tokens": max_tokens}
+    batch = SequenceBatch.collate(trajectories, CPU, **limits)
     assert len(batch.parts) == num_parts
     sizes = [part.input_ids_1T.numel() for part in batch.parts]
     assert sum(sizes) == sum(_lengths(trajectories))
