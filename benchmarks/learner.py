@@ -1,4 +1,4 @@
-"""What the learner does: tokens per second, utilisation and peak memory; and TRL's trainer beside it.
+"""The learner: tokens per second, utilisation and peak memory; and TRL's trainer beside it.
 
     python benchmarks/learner.py [--quick] [--device cuda] [--dtype bfloat16] [--clock cpu]
 

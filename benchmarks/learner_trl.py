@@ -46,8 +46,8 @@ def serve(case: Case, pipe: Connection, rank: int, meeting_point: tuple[str, int
     pipe.send(memory.above_base())
 
 
-class _Stopped(Exception):
-    """Unwinds train() when no further step is wanted."""
+class _StopError(Exception):
+    """Leaves train() when no further step is wanted."""
 
 
 def _serve(case: Case, folder: str, pipe: Connection) -> None:
@@ -58,7 +58,7 @@ def _serve(case: Case, folder: str, pipe: Connection) -> None:
 
     def begin() -> None:
         if pipe.recv() == STOP:
-            raise _Stopped
+            raise _StopError
         began[0] = read_clock()
 
     def end(step: int) -> None:
@@ -81,7 +81,7 @@ def _serve(case: Case, folder: str, pipe: Connection) -> None:
     try:
         trainer.train()
         assert pipe.recv() == STOP
-    except _Stopped:
+    except _StopError:
         return
 
 

@@ -3,11 +3,11 @@
     python benchmarks/memory_plan.py [--quick] [--only-tables]
 
 First steps of the real learner (AMMD on both streams, float32, one rank) at three sizes of student
-and with each key that lowers memory, each in a process of its own: the peak of resident memory above
-what the process held once its libraries were warm, against `learner_memory`. glibc is told to give
-every large tensor back at once, as a GPU's allocator counts; by itself it keeps freed pieces of its
-heap, which on a CPU is more than live tensors by some hundred MiB. Then the tables of
-docs/scaling.md, predicted for GPUs of 80 and 141 GiB.
+and with each key that lowers memory, each in a process of its own: the peak of resident memory
+above what the process held once its libraries were warm, against `learner_memory`. glibc is told to
+give every large tensor back at once, as a GPU's allocator counts; by itself it keeps freed pieces
+of its heap, which on a CPU are some hundred MiB more. Then the tables of docs/scaling.md, predicted
+for GPUs of 80 and 141 GiB.
 """
 
 from __future__ import annotations

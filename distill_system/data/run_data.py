@@ -69,35 +69,13 @@ def load_run_data(
     measured_rows = {name: reader.rows(name, source, True) for name, source in measured.items()}
     measured_rows["held_out"] = reader.rows("held_out", data.held_out, False)
     blocked = {row.text for row in chain.from_iterable(measured_rows.values())}
-    num_removed: dict[str, int] = {}
-
-    def unblocked(name: str, source: Source | None, with_answers: bool, key: str) -> list[Row]:
-        if source is None:
-            return []
-        rows = reader.rows(name, source, with_answers, key=f"data.{key}")
-        kept = [row for row in rows if row.text not in blocked]
-        num_removed[name] = len(rows) - len(kept)
-        if not kept:
-            raise DataError(
-                f"data.{key}: each of its {len(rows)} prompts also stands in data.held_out or "
-                "data.evaluation, where training may not see it; give other rows"
-            )
-        return kept
-
-    def supervised(name: SetName, source: Source | None) -> tuple[Trajectory, ...]:
-        wanted = source if name in sets else None
-        return reader.trajectories(unblocked(name, wanted, True, name))
-
-    def prompts() -> Iterator[Prompt]:
-        for name, (key, source) in zip(
-            data.prompt_weights, data.prompt_sources.items(), strict=True
-        ):
-            yield from reader.prompts(name, unblocked(name, source, False, key))
-
+    training = _TrainingRows(reader, blocked)
+    teacher = data.teacher_sft if "teacher_sft" in sets else None
+    student = data.student_sft if "student_sft" in sets else None
     return RunData(
-        teacher_sft=supervised("teacher_sft", data.teacher_sft),
-        student_sft=supervised("student_sft", data.student_sft),
-        prompts=tuple(prompts()) if "prompts" in sets else (),
+        teacher_sft=training.trajectories("teacher_sft", teacher),
+        student_sft=training.trajectories("student_sft", student),
+        prompts=training.prompts(data) if "prompts" in sets else (),
         held_out=reader.prompts(
             "held_out", measured_rows["held_out"] if "held_out" in sets else []
         ),
@@ -106,9 +84,45 @@ def load_run_data(
             for split, name in zip(data.evaluation, measured, strict=True)
             if "evaluation" in sets
         },
-        num_removed=num_removed,
+        num_removed=training.num_removed,
         num_out_of_bounds=reader.num_out_of_bounds,
     )
+
+
+class _TrainingRows:
+    """Rows to learn from, without those whose prompts are measured on."""
+
+    def __init__(self, reader: SetReader, blocked: Collection[str]) -> None:
+        self.reader = reader
+        self.blocked = blocked
+        self.num_removed: dict[str, int] = {}
+
+    def trajectories(self, name: str, source: Source | None) -> tuple[Trajectory, ...]:
+        if source is None:
+            return ()
+        return self.reader.trajectories(self._rows(name, source, True, key=f"data.{name}"))
+
+    def prompts(self, data: DataConfig) -> tuple[Prompt, ...]:
+        """Source by source."""
+        named = zip(data.prompt_weights, data.prompt_sources.items(), strict=True)
+        return tuple(
+            prompt
+            for name, (key, source) in named
+            for prompt in self.reader.prompts(
+                name, self._rows(name, source, False, key=f"data.{key}")
+            )
+        )
+
+    def _rows(self, name: str, source: Source, with_answers: bool, *, key: str) -> list[Row]:
+        rows = self.reader.rows(name, source, with_answers, key=key)
+        kept = [row for row in rows if row.text not in self.blocked]
+        self.num_removed[name] = len(rows) - len(kept)
+        if not kept:
+            raise DataError(
+                f"{key}: each of its {len(rows)} prompts also stands in data.held_out or "
+                "data.evaluation, where training may not see it; give other rows"
+            )
+        return kept
 
 
 def tokenizer_texts(config: RunConfig) -> Iterator[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,7 +99,8 @@ class LearnerGroup:
             self.workers.start(rank, "find_alterations", str(folder), share)
             for rank, share in enumerate(shares)
         ]
-        return sorted(sum(self._finish(calls, "the learner to read its checkpoint through"), []))
+        found = self._finish(calls, "the learner to read its checkpoint through")
+        return sorted(chain.from_iterable(found))
 
     def load(self, folder: Path) -> None:
         """Take a checkpoint's learner part back."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,6 +114,13 @@ def write_text(path: Path, text: str) -> None:
     finally:
         beside.unlink(missing_ok=True)
     flush_folder(path.parent)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what write_text had beside the files below a folder when its process was killed."""
+    for path in folder.rglob(".*"):
+        if re.fullmatch(r"\..+\.\d+\.\d+", path.name) and path.is_file():
+            path.unlink()
 
 
 def flush_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A configuration in -> what each worker will hold and what will travel out, before anything starts.
+"""A configuration in -> what each worker will hold and what will travel out, before it starts.
 
 Reads the models' config.json and nothing else.
 """

@@ -4,7 +4,7 @@ Read off the forward pass of a Llama block, H hidden size, A = heads x head size
 head size, I intermediate size; an operation keeps what its derivative needs:
 
     norm 1      its input x (H), x / |x| (H), and its output (H), which q, k and v multiply
-    attention   q after rotation (A), k (K), v (K), its output (A), which the output layer multiplies
+    attention   q after rotation (A), k (K), v (K), its output (A), which the next layer multiplies
     norm 2      as norm 1: 3 H
     MLP         gate (I), silu(gate) (I), up (I), their product (I)
     residuals   an addition keeps nothing
@@ -66,33 +66,69 @@ FAMILIES = {
 """By model_type; every other family is taken for Llama's."""
 
 
-def block_bytes_per_token(
-    shape: ModelShape, arithmetic: Arithmetic, *, in_rectangles: bool = False
-) -> float:
-    """Bytes that one block keeps for each token until its backward pass.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How a model's blocks are read.
 
-    in_rectangles: attention copies its rows into rectangles and its output back, as it does where
-        there is no kernel for packed lines (CPUs, float32).
+    checkpointing: each block keeps its input alone. in_rectangles: attention copies its rows into
+    rectangles and its output back, where there is no kernel for packed lines (CPUs, float32).
+    learns_norms: a norm whose weight is frozen does not keep x / |x|.
     """
+
+    arithmetic: Arithmetic
+    checkpointing: bool = False
+    in_rectangles: bool = False
+    learns_norms: bool = True
+
+    @property
+    def residual_bytes(self) -> int:
+        """Of one number of the residual stream."""
+        return BFLOAT16 if self.arithmetic is Arithmetic.BFLOAT16 else FLOAT32
+
+
+def block_bytes_per_token(shape: ModelShape, reading: Reading) -> float:
+    """Bytes that one block keeps for each token until its backward pass, without checkpointing."""
     keeps = FAMILIES.get(shape.family, BlockKeeps())
-    hidden, number = shape.hidden_size, arithmetic.num_bytes
-    if arithmetic is Arithmetic.AUTOCAST:
-        norms = 2 * (keeps.norm_rows - 1) * FLOAT32 + keeps.autocast_casts * BFLOAT16
-    elif arithmetic is Arithmetic.BFLOAT16:
-        wide = keeps.norm_float32_rows
-        norms = 2 * (wide * FLOAT32 + (keeps.norm_rows - wide) * BFLOAT16)
-    else:
-        norms = 2 * keeps.norm_rows * FLOAT32
-    attention = 2 * shape.query_size + 2 * shape.key_size
-    attended = number * (attention + (shape.query_size if in_rectangles else 0))
-    head_norms = (shape.query_size + shape.key_size) * (FLOAT32 + number)
+    number = reading.arithmetic.num_bytes
+    attention = (2 + reading.in_rectangles) * shape.query_size + 2 * shape.key_size
+    head_norms = keeps.normalises_heads * (shape.query_size + shape.key_size)
     return (
-        norms * hidden
-        + attended
-        + (head_norms if keeps.normalises_heads else 0)
-        + number * keeps.mlp_rows * shape.intermediate_size
+        _norm_bytes(keeps, reading) * shape.hidden_size
+        + number * (attention + keeps.mlp_rows * shape.intermediate_size)
+        + (FLOAT32 + number) * head_norms
         + FLOAT32 * shape.num_heads
     )
+
+
+def _norm_bytes(keeps: BlockKeeps, reading: Reading) -> int:
+    """Of both norms of a block, for each column of H."""
+    frozen = keeps.norm_rows == 3 and not reading.learns_norms
+    rows = keeps.norm_rows - frozen
+    if reading.arithmetic is Arithmetic.AUTOCAST:
+        return 2 * (rows - 1) * FLOAT32 + keeps.autocast_casts * BFLOAT16
+    wide = keeps.norm_float32_rows if reading.arithmetic is Arithmetic.BFLOAT16 else rows
+    return 2 * (wide * FLOAT32 + (rows - wide) * BFLOAT16)
+
+
+def activation_bytes_per_token(shape: ModelShape, reading: Reading) -> float:
+    """What a forward pass keeps of all blocks, of the final norm and of the token's id."""
+    residual = reading.residual_bytes * shape.hidden_size
+    block = residual if reading.checkpointing else block_bytes_per_token(shape, reading)
+    return shape.num_blocks * block + 3 * residual + 8
+
+
+def backward_bytes_per_token(shape: ModelShape, reading: Reading) -> float:
+    """What the backward pass of the last block adds to that, when the others still keep theirs.
+
+    The gradients of gate and up and of the residual stream, two of each size; with checkpointing
+    the block's own forward pass again.
+    """
+    number = reading.arithmetic.num_bytes
+    gradients = (
+        2 * reading.residual_bytes * shape.hidden_size + 2 * number * shape.intermediate_size
+    )
+    again = block_bytes_per_token(shape, reading) if reading.checkpointing else 0.0
+    return gradients + again
 
 
 def reading_bytes_per_token(shape: ModelShape, num_bytes: int) -> float:
@@ -103,45 +139,3 @@ def reading_bytes_per_token(shape: ModelShape, num_bytes: int) -> float:
     """
     inside = max(3 * shape.intermediate_size, 3 * shape.query_size + 4 * shape.key_size)
     return float(num_bytes * (3 * shape.hidden_size + inside))
-
-
-def activation_bytes(
-    shape: ModelShape,
-    arithmetic: Arithmetic,
-    *,
-    num_tokens: int,
-    checkpointing: bool,
-    in_rectangles: bool = False,
-) -> float:
-    """What a forward pass keeps of all blocks for its backward pass.
-
-    checkpointing: each block keeps its input alone.
-    """
-    residual = BFLOAT16 if arithmetic is Arithmetic.BFLOAT16 else FLOAT32
-    kept = (
-        residual * shape.hidden_size
-        if checkpointing
-        else block_bytes_per_token(shape, arithmetic, in_rectangles=in_rectangles)
-    )
-    # The final norm keeps as the others do, the embeddings the tokens' ids.
-    ends = 3 * residual * shape.hidden_size + 8
-    return num_tokens * (shape.num_blocks * kept + ends)
-
-
-def backward_bytes(
-    shape: ModelShape,
-    arithmetic: Arithmetic,
-    *,
-    num_tokens: int,
-    checkpointing: bool,
-    in_rectangles: bool = False,
-) -> float:
-    """What the backward pass of the last block adds to that, when all others still keep theirs.
-
-    The gradients of gate and up and of the residual stream, two of each size; with checkpointing
-    the block's own forward pass again.
-    """
-    residual = BFLOAT16 if arithmetic is Arithmetic.BFLOAT16 else FLOAT32
-    working = 2 * residual * shape.hidden_size + 2 * arithmetic.num_bytes * shape.intermediate_size
-    again = block_bytes_per_token(shape, arithmetic, in_rectangles=in_rectangles)
-    return num_tokens * (working + (again if checkpointing else 0.0))

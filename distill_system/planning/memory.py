@@ -15,15 +15,15 @@ P parameters, V vocabulary, H student and F teacher hidden size, R action column
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from distill_system.planning.activations import (
     BFLOAT16,
     FLOAT32,
     Arithmetic,
-    activation_bytes,
-    backward_bytes,
+    Reading,
+    activation_bytes_per_token,
+    backward_bytes_per_token,
     reading_bytes_per_token,
 )
 from distill_system.planning.shapes import ModelShape
@@ -107,6 +107,16 @@ class LearnerLoad:
         return Arithmetic.BFLOAT16 if self.is_wrapped else Arithmetic.AUTOCAST
 
     @property
+    def reading(self) -> Reading:
+        """How the student's blocks are read; only a GPU has a kernel for packed lines."""
+        return Reading(
+            arithmetic=self.arithmetic,
+            checkpointing=self.checkpointing,
+            in_rectangles=not (self.on_gpu and self.compute_dtype == "bfloat16"),
+            learns_norms=not self.num_adapter,
+        )
+
+    @property
     def num_learning(self) -> int:
         """Parameters with a gradient."""
         return self.num_adapter or self.student.num_parameters
@@ -117,34 +127,34 @@ class LearnerLoad:
         return self.student.num_parameters + self.num_adapter
 
 
+RESTING = ("weights", "optimizer state", "gradients")
+"""What learner.offload keeps in CPU memory."""
+
+
 def learner_memory(load: LearnerLoad) -> Memory:
     """The fullest moment of a learner rank's step."""
     gradients, rows = _gradients(load), _rows(load)
     kept, block = _activations(load), _block(load)
     chunk, unembedding = _vocabulary(load)
     early = gradients if load.num_parts > 1 else unembedding
+    frozen, copies = _gathered_frozen(load), _copies(load)
+    rest = [*_at_rest(load), *_gathered(load)]
     moments = {
-        "loss": [kept, *rows, chunk, unembedding],
-        "backward": [kept, block, *rows, early],
-        "first block": [gradients, _embedding_gradient(load), block, *rows],
-        "optimizer": [gradients, _optimizer_workspace(load)],
+        "loss": [*rest, kept, copies, rows, frozen, chunk, unembedding],
+        "backward": [*rest, kept, block, copies, rows, early],
+        "first block": [*rest, gradients, _embedding_gradient(load), block, rows],
+        "optimizer": [*rest, gradients, _optimizer_workspace(load), _left_rows(load)],
     }
-    fullest = max(moments, key=lambda name: sum(p.num_bytes for p in moments[name]))
-    return _settle(load, fullest, [*_at_rest(load), *moments[fullest]])
-
-
-def _settle(load: LearnerLoad, moment: str, parts: Iterable[MemoryPart]) -> Memory:
-    """With offload, what rests in CPU memory leaves the device."""
-    kept = tuple(part for part in parts if part.num_bytes)
-    if not load.offload:
-        return Memory(moment=moment, parts=kept)
-    resting = {"weights", "optimizer state", "gradients"}
-    host = sum(part.num_bytes for part in kept if part.name in resting)
-    if not load.on_gpu:  # the same memory: nothing is gained
-        return Memory(moment=moment, parts=kept)
-    return Memory(
-        moment=moment, parts=tuple(p for p in kept if p.name not in resting), host_bytes=host
-    )
+    leaves = load.offload and load.on_gpu  # on a CPU it is the same memory
+    accounts = [
+        Memory(
+            moment=moment,
+            parts=tuple(p for p in parts if p.num_bytes and not (leaves and p.name in RESTING)),
+            host_bytes=sum(p.num_bytes for p in parts if leaves and p.name in RESTING),
+        )
+        for moment, parts in moments.items()
+    ]
+    return max(accounts, key=lambda memory: memory.num_bytes)
 
 
 def _at_rest(load: LearnerLoad) -> list[MemoryPart]:
@@ -171,45 +181,54 @@ def _at_rest(load: LearnerLoad) -> list[MemoryPart]:
             num_bytes=teacher,
             lowered_by="scoring.dtype=bfloat16, learner.shard_ranks",
         ),
-        *_gathered(load, actions, teacher),
     ]
 
 
-def _gathered(load: LearnerLoad, actions: float, teacher: float) -> list[MemoryPart]:
+def _gathered(load: LearnerLoad) -> list[MemoryPart]:
     """What ranks of a shard bring together: two blocks at a time; the rest for a whole step."""
     if not load.is_wrapped:
-        if load.arithmetic is not Arithmetic.AUTOCAST:
-            return []
-        # Kept by the layers that multiplied by them; the unembedding's is made when it is read.
-        copies = BFLOAT16 * load.student.num_parameters
-        return [MemoryPart(name="bfloat16 copies of the weights", num_bytes=copies)]
+        return []
     number, student = load.arithmetic.num_bytes, load.student
     blocks = 2 * number * student.num_block_parameters
     ends = number * student.num_embedding_parameters
     # A block's gradient is brought into float32 before it is summed and given back.
     reduced = FLOAT32 * student.num_block_parameters * (not load.num_adapter)
-    frozen = (actions + teacher) * (load.shard_ranks - 1)
     return [
         MemoryPart(name="gathered blocks", num_bytes=blocks + reduced),
         MemoryPart(name="gathered embeddings", num_bytes=ends),
-        MemoryPart(
-            name="gathered frozen matrices",
-            num_bytes=frozen,
-            lowered_by="distill.action_dimension, scoring.dtype=bfloat16",
-        ),
     ]
+
+
+def _gathered_frozen(load: LearnerLoad) -> MemoryPart:
+    """The teacher's matrices, whole, while the loss is made."""
+    of_token = load.action_columns * FLOAT32 + load.teacher_columns * load.teacher_number_bytes
+    elsewhere = 1.0 - 1.0 / load.shard_ranks
+    return MemoryPart(
+        name="gathered frozen matrices",
+        num_bytes=elsewhere * load.student.vocabulary * of_token,
+        lowered_by="distill.action_dimension, scoring.dtype=bfloat16",
+    )
+
+
+def _copies(load: LearnerLoad) -> MemoryPart:
+    """Autocast's: kept by the layers that multiplied by them, or made again with their block; the
+    unembedding's is made where it is read."""
+    student = load.student
+    copied = student.num_parameters
+    if load.checkpointing:
+        copied = student.num_embedding_parameters + 2 * student.num_block_parameters
+    casts = load.arithmetic is Arithmetic.AUTOCAST
+    return MemoryPart(
+        name="bfloat16 copies of the weights",
+        num_bytes=float(BFLOAT16 * copied * casts),
+        lowered_by="learner.activation_checkpointing",
+    )
 
 
 def _activations(load: LearnerLoad) -> MemoryPart:
     return MemoryPart(
         name="activations",
-        num_bytes=activation_bytes(
-            load.student,
-            load.arithmetic,
-            num_tokens=load.part_tokens,
-            checkpointing=load.checkpointing,
-            in_rectangles=not load.on_gpu,
-        ),
+        num_bytes=load.part_tokens * activation_bytes_per_token(load.student, load.reading),
         lowered_by="learner.max_tokens_per_microbatch, learner.activation_checkpointing",
     )
 
@@ -217,31 +236,31 @@ def _activations(load: LearnerLoad) -> MemoryPart:
 def _block(load: LearnerLoad) -> MemoryPart:
     return MemoryPart(
         name="backward of a block",
-        num_bytes=backward_bytes(
-            load.student,
-            load.arithmetic,
-            num_tokens=load.part_tokens,
-            checkpointing=load.checkpointing,
-            in_rectangles=not load.on_gpu,
-        ),
+        num_bytes=load.part_tokens * backward_bytes_per_token(load.student, load.reading),
         lowered_by="learner.max_tokens_per_microbatch",
     )
 
 
-def _rows(load: LearnerLoad) -> list[MemoryPart]:
+def _rows(load: LearnerLoad) -> MemoryPart:
     """Of all response tokens of the step: hidden rows as read and in order, with their gradients;
     the teacher's, and what the critics make of them."""
     hidden = 4 * load.student.row_size
     features = (2 if load.softmax_reads else 1) * load.feature_columns
     actions = 5 * load.action_columns if load.softmax_reads else 0
     fewer = "distill.student_prompts_per_step, distill.teacher_prompts_per_step, more ranks"
-    return [
-        MemoryPart(
-            name="rows of the step",
-            num_bytes=FLOAT32 * load.step_tokens * (hidden + features + actions),
-            lowered_by=fewer,
-        )
-    ]
+    return MemoryPart(
+        name="rows of the step",
+        num_bytes=float(FLOAT32 * load.step_tokens * (hidden + features + actions)),
+        lowered_by=fewer,
+    )
+
+
+def _left_rows(load: LearnerLoad) -> MemoryPart:
+    """Of these, what stays until the step is over: the hidden rows and the teacher's."""
+    columns = 2 * load.student.row_size + load.feature_columns + load.action_columns
+    return MemoryPart(
+        name="rows of the step", num_bytes=float(FLOAT32 * load.step_tokens * columns)
+    )
 
 
 def _vocabulary(load: LearnerLoad) -> list[MemoryPart]:

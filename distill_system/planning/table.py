@@ -68,8 +68,8 @@ def _facts(plan: Plan) -> list[str]:
         )
     if any(worker.gpus for worker in plan.workers):
         lines.append(
-            f"fits: on GPUs of {plan.device_bytes / GIB:g} GiB (--device-gib), 1 GiB of it for CUDA "
-            "and NCCL. Predictions were within 15 % where they were measured (docs/scaling.md)"
+            f"fits: on GPUs of {plan.device_bytes / GIB:g} GiB (--device-gib), 1 GiB of it for "
+            "CUDA and NCCL. Predictions were within 15 % where they were measured (docs/scaling.md)"
         )
     return lines
 

@@ -13,7 +13,7 @@ from distill_system.config import RunConfig, dump_config, load_config
 from distill_system.data import build_tokenizer, tokenizer_texts
 from distill_system.errors import ConfigError, RunStateError
 from distill_system.observe import RunDirectory, write_environment
-from distill_system.observe.run_directory import read_json, write_text
+from distill_system.observe.run_directory import read_json, remove_half_written, write_text
 from distill_system.stages.model_checks import check_folders, check_models
 
 MAY_CHANGE = (
@@ -54,6 +54,7 @@ def record_start(config: RunConfig, run: RunDirectory) -> None:
     Raises: RunStateError if the folder cannot be written.
     """
     try:
+        remove_half_written(run.path)
         write_text(run.config_path, dump_config(config) + "\n")
         write_environment(run, seeds={"seed": config.seed})
     except OSError as error:
