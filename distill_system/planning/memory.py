@@ -268,8 +268,10 @@ def _vocabulary(load: LearnerLoad) -> list[MemoryPart]:
     tokens = min(load.chunk_tokens, load.step_tokens)
     copies = 2.0 if load.softmax_reads else 1.0 + bool(load.teacher_columns)
     copies += 0.5 * (load.arithmetic is not Arithmetic.FLOAT32)
-    # Elementwise work sees a few rows of a chunk at a time, in about six temporaries.
-    blocks = 6 * FLOAT32 * (2**24 if load.on_gpu else 2**20)
+    # Elementwise work sees a few rows of a chunk at a time: a softmax in place, or a loss with
+    # autograd, which makes about six temporaries.
+    elements = min(2**24 if load.on_gpu else 2**20, tokens * load.student.vocabulary)
+    blocks = (6 if load.token_sums else 2) * FLOAT32 * elements
     streams = 0 if load.num_adapter else max(1, load.softmax_reads + load.token_sums)
     return [
         MemoryPart(
