@@ -3,13 +3,12 @@
 Reads the models' config.json and nothing else.
 """
 
+from distill_system.planning.learner_memory import LearnerLoad, learner_memory
 from distill_system.planning.memory import (
-    LearnerLoad,
     Memory,
     MemoryPart,
     ScorerLoad,
     engine_memory,
-    learner_memory,
     scorer_memory,
 )
 from distill_system.planning.plan import Plan, WorkerPlan, make_plan

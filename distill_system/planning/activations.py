@@ -114,19 +114,17 @@ def activation_bytes_per_token(shape: ModelShape, reading: Reading) -> float:
     """What a forward pass keeps of all blocks, of the final norm and of the token's id."""
     residual = reading.residual_bytes * shape.hidden_size
     block = residual if reading.checkpointing else block_bytes_per_token(shape, reading)
-    return shape.num_blocks * block + 3 * residual + 8
+    return shape.num_blocks * block + 2 * residual + 8
 
 
 def backward_bytes_per_token(shape: ModelShape, reading: Reading) -> float:
     """What the backward pass of the last block adds to that, when the others still keep theirs.
 
-    The gradients of gate and up and of the residual stream, two of each size; with checkpointing
-    the block's own forward pass again.
+    The residual stream's gradient twice and one row of the MLP's: what was kept goes as gradients
+    come. With checkpointing the block's own forward pass again.
     """
     number = reading.arithmetic.num_bytes
-    gradients = (
-        2 * reading.residual_bytes * shape.hidden_size + 2 * number * shape.intermediate_size
-    )
+    gradients = 2 * reading.residual_bytes * shape.hidden_size + number * shape.intermediate_size
     again = block_bytes_per_token(shape, reading) if reading.checkpointing else 0.0
     return gradients + again
 

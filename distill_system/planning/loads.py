@@ -11,7 +11,8 @@ from distill_system.config.objective import AmmdConfig, TeacherNeeds
 from distill_system.config.objective.needs import StreamName
 from distill_system.config.run import RunConfig
 from distill_system.planning.activations import BFLOAT16, FLOAT32
-from distill_system.planning.memory import LearnerLoad, ScorerLoad
+from distill_system.planning.learner_memory import LearnerLoad
+from distill_system.planning.memory import ScorerLoad
 from distill_system.planning.shapes import ModelShape
 
 STREAMS: tuple[StreamName, ...] = ("off_policy", "on_policy")

@@ -9,6 +9,7 @@ from typing import Literal
 from distill_system.config.model import ModelConfig
 from distill_system.config.run import EngineConfig, PoolConfig, RunConfig
 from distill_system.planning.activations import FLOAT32
+from distill_system.planning.learner_memory import learner_memory
 from distill_system.planning.loads import (
     NUMBER_BYTES,
     distillation_load,
@@ -25,7 +26,6 @@ from distill_system.planning.memory import (
     Memory,
     cache_bytes_per_token,
     engine_memory,
-    learner_memory,
     scorer_memory,
 )
 from distill_system.planning.shapes import ModelShape, architecture_shape, read_shape

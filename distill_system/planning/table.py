@@ -23,7 +23,12 @@ def _workers(plan: Plan) -> Table:
     table = Table(title=f"plan of {plan.name}, predicted", title_justify="left")
     for heading in ("pool", "workers", "holds", "GiB each", "of it most", "fits"):
         right = heading in ("workers", "GiB each")
-        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+        table.add_column(
+            heading,
+            justify="right" if right else "left",
+            overflow="fold",
+            no_wrap=heading in ("pool", "workers"),
+        )
     for worker in plan.workers:
         largest = worker.memory.largest
         share = f"{largest.name} {_gib(largest.num_bytes)}"
@@ -89,7 +94,8 @@ def _hints(plan: Plan) -> list[str]:
         room = worker.room_bytes or 0.0
         lines.append(
             f"{worker.pool} does not fit: expected at most {_gib(room)} GiB, "
-            f"got {_gib(worker.num_bytes)}, most of it while {worker.memory.moment}: {named}"
+            f"got {_gib(worker.num_bytes)}; the largest parts (fullest moment: "
+            f"{worker.memory.moment}): {named}"
         )
     return lines
 

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_families import make_configuration
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from distill_system.config.model import ArchitectureConfig, LoraUpdate
+from distill_system.errors import ModelError
+from distill_system.language_model import build_language_model
+from distill_system.learner.adapters import add_adapters
+from distill_system.planning import architecture_shape, measure_shape, read_shape
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "opt", "opt_350m")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_those_of_the_real_model(family: str) -> None:
+    config = make_configuration(family, num_rows=72)
+    model = AutoModelForCausalLM.from_config(config)
+    shape = measure_shape(config, name=family)
+    blocks = model.get_decoder().layers if hasattr(model.get_decoder(), "layers") else None
+    blocks = model.transformer.h if blocks is None else blocks
+    assert shape.num_parameters == sum(p.numel() for p in model.parameters())
+    assert shape.num_blocks == len(blocks) == 2
+    assert shape.num_block_parameters == sum(p.numel() for p in blocks[0].parameters())
+    ids_1L = torch.tensor([[5, 6, 7]])
+    hidden_1LH = model.base_model(input_ids=ids_1L).last_hidden_state
+    assert hidden_1LH.shape[-1] == shape.row_size
+    assert (shape.vocabulary, shape.hidden_size) == (72, 64)
+
+
+def test_muon_has_the_matrices_that_the_learner_gives_it() -> None:
+    config = make_configuration("llama", num_rows=72)
+    shape = measure_shape(config, name="llama")
+    # Two blocks of q and o 64 x 64, k and v 64 x 32, three matrices of the MLP 64 x 96.
+    assert shape.num_matrix_parameters == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    assert shape.num_embedding_parameters == 2 * 72 * 64
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("wanted", [None, 1])
+def test_adapters_are_as_large_as_those_that_peft_adds(family: str, wanted: int | None) -> None:
+    config = make_configuration(family, num_rows=72)
+    shape = measure_shape(config, name=family)
+    names = tuple(shape.adapter_rows) if wanted is None else tuple(shape.adapter_rows)[:wanted]
+    model = AutoModelForCausalLM.from_config(config)
+    target = None if wanted is None else names
+    add_adapters(model, LoraUpdate(type="lora", rank=3, target_modules=target), seed=0)
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert learning == 3 * sum(shape.adapter_rows[name] for name in names)
+
+
+def test_an_architecture_has_the_shape_of_the_model_that_is_built() -> None:
+    architecture = ArchitectureConfig(
+        hidden_size=64, intermediate_size=168, num_layers=3, num_heads=2
+    )
+    built = build_language_model(
+        architecture, vocab_size=50, pad_token_id=0, bos_token_id=None, eos_token_id=1, seed=0
+    )
+    shape = architecture_shape(architecture, vocabulary=50)
+    assert shape.num_parameters == sum(p.numel() for p in built.parameters())
+    assert shape.intermediate_size == 168
+
+
+def test_seventy_billion_parameters_are_counted_without_being_made() -> None:
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    )
+    assert measure_shape(config, name="70B").num_parameters == 70_553_706_496
+
+
+def test_a_model_that_is_not_here_says_how_to_fetch_its_configuration() -> None:
+    with pytest.raises(ModelError, match=r"teacher.path='nobody/nothing'.*hf download nobody"):
+        read_shape("nobody/nothing", key="teacher.path")
+
+
+def test_a_folder_without_a_configuration_is_named(tmp_path) -> None:
+    with pytest.raises(ModelError, match=r"student.path=.*expected a folder with the config.json"):
+        read_shape(str(tmp_path), key="student.path")

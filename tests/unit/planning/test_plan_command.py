@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_families import save_family
+from typer.testing import CliRunner
+
+from distill_system.cli import app
+from distill_system.config import load_config
+from distill_system.planning import make_plan
+from distill_system.stages.plan import plan_run
+
+ROOT = Path(__file__).parents[3]
+QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+PAPER = [str(ROOT / f"configs/paper/{n}.yaml") for n in ("ammd", "dolly", "openllama_7b_to_3b")]
+GPUS = [f"pools.{pool}.gpus=1" for pool in ("student_rollout", "learner")]
+
+
+def _run(*arguments: str):
+    # Wide, so that no line is broken.
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["plan", *arguments])
+
+
+def test_the_quickstart_is_planned() -> None:
+    result = _run(QUICKSTART)
+    assert result.exit_code == 0, result.output
+    for pool in ("student_rollout", "teacher_rollout", "teacher_scoring", "learner"):
+        assert pool in result.output
+    assert "teacher fine-tuning" in result.output
+    assert "0.8 million parameters" in result.output
+    assert "1,024 bytes a teacher token" in result.output  # 128 features and 128 actions, float32
+
+
+def test_a_hub_model_that_is_not_here_is_named(monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = _run(*PAPER)
+    assert result.exit_code == 1
+    assert "teacher.path='openlm-research/open_llama_7b_v2'" in result.stderr
+    assert "hf download openlm-research/open_llama_7b_v2 config.json" in result.stderr
+
+
+def test_what_does_not_fit_names_the_keys_that_help() -> None:
+    large = "student.architecture={hidden_size: 8192, intermediate_size: 28672, num_layers: 40, "
+    large += "num_heads: 64, max_position_embeddings: 128}"
+    result = _run(QUICKSTART, large, *GPUS, "--device-gib", "80")
+    assert result.exit_code == 1
+    assert "learner does not fit: expected at most 80.0 GiB" in result.output
+    assert "learner.shard_ranks" in result.output
+
+
+@pytest.fixture
+def families(tmp_path: Path) -> list[str]:
+    for role, family in (("teacher", "qwen2"), ("student", "gpt2")):
+        save_family(tmp_path / role, family)
+    models = [
+        f"{role}={{path: {tmp_path / role}, architecture: null, sft: null}}"
+        for role in ("teacher", "student")
+    ]
+    return [*models, "tokenizer={type: pretrained}"]
+
+
+def test_models_of_other_families_are_planned_from_their_folders(families: list[str]) -> None:
+    plan = plan_run(load_config([QUICKSTART], families), device_gib=80)
+    assert (plan.teacher.family, plan.student.family) == ("qwen2", "gpt2")
+    assert plan.before == ()  # nothing is fine-tuned
+    assert plan.publish_bytes == 4 * plan.student.num_parameters
+
+
+def test_the_teacher_ships_what_the_objective_asks_for(families: list[str]) -> None:
+    def wire(*settings: str) -> int:
+        config = load_config([QUICKSTART], [*families, *settings])
+        return make_plan(config, vocabulary=None, device_gib=80).wire_bytes_per_token
+
+    assert wire() == 4 * (64 + 64)
+    assert wire("distill.action_dimension=16") == 4 * (64 + 16)
+    assert wire("distill.action_dimension=16", "scoring.dtype=bfloat16") == 2 * (64 + 16)
+    kl = "distill.objective={type: token_matching, on_policy: {type: reverse_kl}, "
+    assert wire(kl + "on_policy_weight: 1.0}") == 4 * 64
+
+
+def test_an_engine_on_a_gpu_takes_its_share_of_it(families: list[str]) -> None:
+    config = load_config(
+        [QUICKSTART],
+        [
+            *families,
+            *GPUS,
+            "rollout.student_engine.kv_cache_mebibytes=null",
+            "rollout.student_engine.gpu_memory_utilization=0.5",
+        ],
+    )
+    plan = make_plan(config, vocabulary=None, device_gib=40)
+    engine = next(worker for worker in plan.workers if worker.pool == "student_rollout")
+    assert engine.num_bytes == pytest.approx(20 * 2**30)
+    assert engine.fits
+
+
+def test_more_ranks_share_a_student_and_a_step(families: list[str]) -> None:
+    def learner(*settings: str) -> float:
+        plan = make_plan(
+            load_config([QUICKSTART], [*families, *settings]), vocabulary=None, device_gib=80
+        )
+        return next(w for w in plan.workers if w.pool == "learner").memory.num_bytes
+
+    four = ("pools.learner.count=4",)
+    assert learner(*four) < learner()
+    assert learner(*four, "learner.shard_ranks=all") < learner(*four)
+    assert learner("learner.max_tokens_per_microbatch=500") < learner()
