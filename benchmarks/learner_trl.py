@@ -146,6 +146,7 @@ def _build_model(case: Case) -> Any:
         eos_token_id=2,
         seed=SEED,
     )
+    model.set_attn_implementation("sdpa")  # as transformers loads a Llama
     return model.to(case.device)
 
 

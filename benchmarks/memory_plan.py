@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from learner_case import SEED, Case, begin_memory, deal_steps
 from learner_ours import to_trajectory
+from memory_tables import format_markdown, student_rows, teacher_rows
 from record import write_result
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,23 +34,12 @@ from distill_system.config.model import FullUpdate, LearnerConfig, LoraUpdate, O
 from distill_system.config.objective import AmmdConfig
 from distill_system.learner import Learner, ModelSource
 from distill_system.learner.collate import StreamTotals
-from distill_system.planning import (
-    LearnerLoad,
-    Memory,
-    ModelShape,
-    ScorerLoad,
-    architecture_shape,
-    learner_memory,
-    measure_shape,
-    scorer_memory,
-)
-from distill_system.planning.memory import GIB, PROCESS_BYTES
+from distill_system.planning import LearnerLoad, architecture_shape, learner_memory
 from distill_system.records import Stream, TeacherTargets, Trajectory, TrajectoryChunk
 
 MIB = 2**20
 PROCESSES = multiprocessing.get_context("spawn")
 TEACHER_HIDDEN, ACTION_COLUMNS, CHUNK_TOKENS = 512, 256, 256
-DEVICES = (80, 141)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +65,8 @@ def main() -> None:
         rows = [_compare(trial) for trial in (trials[:1] if arguments.quick else trials)]
         errors = [abs(float(row["error"])) for row in rows]
         write_result("memory_plan", rows, {"largest_error": max(errors)}, seeds={"seed": SEED})
-    for title, table in (("Students", _student_rows()), ("Teachers", _teacher_rows())):
-        print(f"\n{title}\n{_markdown(table)}")
+    for title, table in (("Students", student_rows()), ("Teachers", teacher_rows())):
+        print(f"\n{title}\n{format_markdown(table)}")
 
 
 def _trials() -> Iterable[Trial]:
@@ -254,119 +244,6 @@ def _load(trial: Trial, learner: Learner) -> LearnerLoad:
         num_adapter=adapters if trial.lora_rank else 0,
         checkpointing=trial.checkpointing,
     )
-
-
-def _shapes() -> dict[str, ModelShape]:
-    """Llama-shaped models with the sizes of well-known ones."""
-    sizes = {
-        "1B": (2048, 8192, 16, 32, 8, True),
-        "3B": (3072, 8192, 28, 24, 8, True),
-        "8B": (4096, 14336, 32, 32, 8, False),
-        "14B": (5120, 13824, 48, 40, 8, False),
-        "32B": (5120, 27648, 64, 40, 8, False),
-        "70B": (8192, 28672, 80, 64, 8, False),
-    }
-    return {
-        name: measure_shape(
-            LlamaConfig(
-                vocab_size=128_256,
-                hidden_size=hidden,
-                intermediate_size=inner,
-                num_hidden_layers=blocks,
-                num_attention_heads=heads,
-                num_key_value_heads=key_heads,
-                tie_word_embeddings=tied,
-            ),
-            name=name,
-        )
-        for name, (hidden, inner, blocks, heads, key_heads, tied) in sizes.items()
-    }
-
-
-def _student_rows() -> list[dict[str, str]]:
-    """GiB of a learner rank: bfloat16, activation checkpointing, 8,192 tokens at once, AMMD.
-
-    64 sequences of 512 + 512 tokens a step; the teacher's hidden size is 8,192.
-    """
-    rows = []
-    for name, shape in _shapes().items():
-        row = {"student": name}
-        for ranks in (1, 8):
-            row[f"full, {ranks} GPU"] = _gib(_learner(shape, ranks, 0))
-        row["LoRA, 1 GPU"] = _gib(_learner(shape, 1, 16))
-        for device in DEVICES:
-            row[f"fewest GPUs of {device} GiB, full"] = _fewest(shape, device, 0)
-            row[f"and LoRA ({device})"] = _fewest(shape, device, 16)
-        rows.append(row)
-    return rows
-
-
-def _learner(shape: ModelShape, ranks: int, lora_rank: int) -> Memory:
-    sequences = max(1, 64 // ranks)
-    return learner_memory(
-        LearnerLoad(
-            student=shape,
-            compute_dtype="bfloat16",
-            num_ranks=ranks,
-            shard_ranks=ranks,
-            step_tokens=512 * sequences,
-            part_tokens=min(8192, 1024 * sequences),
-            num_parts=max(1, sequences // 8),
-            chunk_tokens=LearnerConfig().vocabulary_chunk_tokens,
-            feature_columns=8192,
-            action_columns=256,
-            softmax_reads=2,
-            num_adapter=lora_rank * sum(shape.adapter_rows.values()),
-            checkpointing=True,
-            on_gpu=True,
-        )
-    )
-
-
-def _fewest(shape: ModelShape, device: int, lora_rank: int) -> str:
-    for ranks in (1, 2, 4, 8, 16, 32, 64):
-        if _learner(shape, ranks, lora_rank).num_bytes + PROCESS_BYTES["cuda"] <= device * GIB:
-            return str(ranks)
-    return "more than 64"
-
-
-def _teacher_rows() -> list[dict[str, str]]:
-    """GiB of a scorer, which is one GPU; GPUs of one rollout engine with 8 GiB of cache each."""
-    rows = []
-    for name, shape in _shapes().items():
-        scorer = scorer_memory(
-            ScorerLoad(
-                teacher=shape,
-                number_bytes=2,
-                batch_tokens=8192,
-                row_tokens=32 * 512,
-                chunk_tokens=512,
-                action_columns=256,
-                reads_vocabulary=True,
-            )
-        )
-        row = {"teacher": name, "scorer": _gib(scorer)}
-        for device in DEVICES:
-            fits = scorer.num_bytes + PROCESS_BYTES["cuda"] <= device * GIB
-            row[f"scorer on {device} GiB"] = "yes" if fits else "no"
-        for device in DEVICES:
-            row[f"GPUs of {device} GiB for an engine"] = _engine_gpus(shape, device)
-        rows.append(row)
-    return rows
-
-
-def _engine_gpus(shape: ModelShape, device: int) -> str:
-    room = 0.9 * device * GIB - PROCESS_BYTES["cuda"] - 8 * GIB
-    return next(str(g) for g in (1, 2, 4, 8) if 2 * shape.num_parameters / g <= room)
-
-
-def _gib(memory: Memory) -> str:
-    return f"{(memory.num_bytes + PROCESS_BYTES['cuda']) / GIB:.0f}"
-
-
-def _markdown(rows: Sequence[dict[str, str]]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

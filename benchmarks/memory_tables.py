@@ -1,0 +1,134 @@
+"""What fits where by the memory formula: Llama-shaped models of 1 to 70 billion parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import LlamaConfig
+
+from distill_system.config.model import LearnerConfig
+from distill_system.planning import (
+    LearnerLoad,
+    Memory,
+    ModelShape,
+    ScorerLoad,
+    learner_memory,
+    measure_shape,
+    scorer_memory,
+)
+from distill_system.planning.memory import GIB, PROCESS_BYTES
+
+DEVICES = (80, 141)
+
+
+def _shapes() -> dict[str, ModelShape]:
+    """Llama-shaped models with the sizes of well-known ones."""
+    sizes = {
+        "1B": (2048, 8192, 16, 32, 8, True),
+        "3B": (3072, 8192, 28, 24, 8, True),
+        "8B": (4096, 14336, 32, 32, 8, False),
+        "14B": (5120, 13824, 48, 40, 8, False),
+        "32B": (5120, 27648, 64, 40, 8, False),
+        "70B": (8192, 28672, 80, 64, 8, False),
+    }
+    return {
+        name: measure_shape(
+            LlamaConfig(
+                vocab_size=128_256,
+                hidden_size=hidden,
+                intermediate_size=inner,
+                num_hidden_layers=blocks,
+                num_attention_heads=heads,
+                num_key_value_heads=key_heads,
+                tie_word_embeddings=tied,
+            ),
+            name=name,
+        )
+        for name, (hidden, inner, blocks, heads, key_heads, tied) in sizes.items()
+    }
+
+
+def student_rows() -> list[dict[str, str]]:
+    """GiB of a learner rank: bfloat16, activation checkpointing, 8,192 tokens at once, AMMD.
+
+    64 sequences of 512 + 512 tokens a step; the teacher's hidden size is 8,192.
+    """
+    rows = []
+    for name, shape in _shapes().items():
+        row = {"student": name}
+        for ranks in (1, 8):
+            row[f"full, {ranks} GPU"] = _gib(_learner(shape, ranks, 0))
+        row["LoRA, 1 GPU"] = _gib(_learner(shape, 1, 16))
+        for device in DEVICES:
+            row[f"fewest GPUs of {device} GiB, full"] = _fewest(shape, device, 0)
+            row[f"and LoRA ({device})"] = _fewest(shape, device, 16)
+        rows.append(row)
+    return rows
+
+
+def _learner(shape: ModelShape, ranks: int, lora_rank: int) -> Memory:
+    sequences = max(1, 64 // ranks)
+    return learner_memory(
+        LearnerLoad(
+            student=shape,
+            compute_dtype="bfloat16",
+            num_ranks=ranks,
+            shard_ranks=ranks,
+            step_tokens=512 * sequences,
+            part_tokens=min(8192, 1024 * sequences),
+            num_parts=max(1, sequences // 8),
+            chunk_tokens=LearnerConfig().vocabulary_chunk_tokens,
+            feature_columns=8192,
+            action_columns=256,
+            softmax_reads=2,
+            num_adapter=lora_rank * sum(shape.adapter_rows.values()),
+            checkpointing=True,
+            on_gpu=True,
+        )
+    )
+
+
+def _fewest(shape: ModelShape, device: int, lora_rank: int) -> str:
+    for ranks in (1, 2, 4, 8, 16, 32, 64):
+        if _learner(shape, ranks, lora_rank).num_bytes + PROCESS_BYTES["cuda"] <= device * GIB:
+            return str(ranks)
+    return "more than 64"
+
+
+def teacher_rows() -> list[dict[str, str]]:
+    """GiB of a scorer, which is one GPU; GPUs of one rollout engine with 8 GiB of cache each."""
+    rows = []
+    for name, shape in _shapes().items():
+        scorer = scorer_memory(
+            ScorerLoad(
+                teacher=shape,
+                number_bytes=2,
+                batch_tokens=8192,
+                row_tokens=32 * 512,
+                chunk_tokens=512,
+                action_columns=256,
+                reads_vocabulary=True,
+            )
+        )
+        row = {"teacher": name, "scorer": _gib(scorer)}
+        for device in DEVICES:
+            fits = scorer.num_bytes + PROCESS_BYTES["cuda"] <= device * GIB
+            row[f"scorer on {device} GiB"] = "yes" if fits else "no"
+        for device in DEVICES:
+            row[f"GPUs of {device} GiB for an engine"] = _engine_gpus(shape, device)
+        rows.append(row)
+    return rows
+
+
+def _engine_gpus(shape: ModelShape, device: int) -> str:
+    room = 0.9 * device * GIB - PROCESS_BYTES["cuda"] - 8 * GIB
+    return next(str(g) for g in (1, 2, 4, 8) if 2 * shape.num_parameters / g <= room)
+
+
+def _gib(memory: Memory) -> str:
+    return f"{(memory.num_bytes + PROCESS_BYTES['cuda']) / GIB:.0f}"
+
+
+def format_markdown(rows: Sequence[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
