@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill_system.rollout import engine_environment
@@ -179,10 +180,10 @@ def test_kill_9_and_resume_give_the_same_run_to_the_bit(unbroken):
 
 
 def test_more_workers_make_the_same_first_step(unbroken):
-    """Samples depend on the prompt, not on the worker; two ranks make the update of one."""
-    run = _beside(unbroken, "wide", steps=1)
+    """Samples depend on the prompt, not on the worker; two sharded ranks make the update of one."""
+    run = _beside(unbroken, "wide", steps=2)
     counts = [f"pools.{pool}.count=2" for pool in ("student_rollout", "learner", "teacher_scoring")]
-    _train(run.parent, "name=wide", "distill.steps=1", *counts)
+    _train(run.parent, "name=wide", "distill.steps=2", *counts, "learner.shard_ranks=all")
     wide, narrow = _learned(run)[1], _learned(unbroken)[1]
     # The learning-rate schedule knows the number of steps; the first loss does not.
     for name in ("learner/loss", "learner/on_policy_distance", "learner/off_policy_distance"):
@@ -190,7 +191,32 @@ def test_more_workers_make_the_same_first_step(unbroken):
     assert wide["learner/mean_student_response_tokens"] == pytest.approx(
         narrow["learner/mean_student_response_tokens"]
     )
-    assert wide["learner/logprob_gap"] < 1e-4
+    _check_sampler_follows(run)
+
+
+def test_adapters_in_little_memory_reach_the_engines_and_the_export(unbroken):
+    """LoRA, microbatches and activation checkpointing at once; what is frozen stays as it was."""
+    update = {"type": "lora", "rank": 4, "save_adapter": True}
+    run = _beside(unbroken, "adapted", steps=2, update=update)
+    little = ("learner.max_tokens_per_microbatch=200", "learner.activation_checkpointing=true")
+    update_key = "distill.update={type: lora, rank: 4, save_adapter: true}"
+    _train(run.parent, "name=adapted", "distill.steps=2", update_key, *little)
+    _check_sampler_follows(run)
+    assert _learned(run)[2]["learner/microbatches"] > 1
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (run / "student_sft", run / "student")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 2 * 7  # two blocks of seven linear layers
+    assert all("proj" in name for name in changed)
+    assert (run / "student" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def _check_sampler_follows(run):
+    """The engines wrote step 2 with the weights that step 1 made."""
+    rows = _learned(run)
+    assert max(rows[step]["learner/logprob_gap"] for step in (1, 2)) < 1e-4
+    assert rows[1]["learner/gradient_norm"] > 0
 
 
 PLAIN_VLLM = """
