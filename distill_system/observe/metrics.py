@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from distill_system.errors import RunStateError
+from distill_system.observe.json_lines import read_rows
 from distill_system.observe.run_directory import (
     RunDirectory,
     drop_half_line,
@@ -149,20 +149,7 @@ def read_metrics(run: RunDirectory) -> list[MetricRow]:
     Raises:
         RunStateError: another line is not a row; the message says which.
     """
-    if not run.metrics_path.exists():
-        return []
-    *lines, _half = run.metrics_path.read_text(encoding="utf-8").split("\n")
-    return [_to_row(run, number, line) for number, line in enumerate(lines, start=1)]
-
-
-def _to_row(run: RunDirectory, number: int, line: str) -> MetricRow:
-    try:
-        return MetricRow(**json.loads(line))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise RunStateError(
-            f"{run.metrics_path}, line {number}: expected an object with time, stage, step and "
-            f"metrics, got {line[:80]!r}; delete that line"
-        ) from error
+    return read_rows(run.metrics_path, MetricRow, expected="time, stage, step and metrics")
 
 
 def _to_line(row: MetricRow) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from distill_system.errors import RunStateError
+from distill_system.observe.json_lines import read_rows
 from distill_system.observe.run_directory import RunDirectory, drop_half_line, write_text
 
 
@@ -83,20 +83,7 @@ def read_prompts(run: RunDirectory) -> list[TrainedPrompts]:
     Raises:
         RunStateError: another line is not as PromptLog writes it; the message says which.
     """
-    if not run.prompts_path.exists():
-        return []
-    *lines, _half = run.prompts_path.read_text(encoding="utf-8").split("\n")
-    return [_to_row(run, number, line) for number, line in enumerate(lines, start=1)]
-
-
-def _to_row(run: RunDirectory, number: int, line: str) -> TrainedPrompts:
-    try:
-        return TrainedPrompts(**json.loads(line))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise RunStateError(
-            f"{run.prompts_path}, line {number}: expected an object with stage, step and "
-            f"prompt_ids, got {line[:80]!r}; delete that line"
-        ) from error
+    return read_rows(run.prompts_path, TrainedPrompts, expected="stage, step and prompt_ids")
 
 
 def _to_line(row: TrainedPrompts) -> str:

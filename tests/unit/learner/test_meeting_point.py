@@ -11,8 +11,11 @@ from distill_system.learner.meeting_point import find_meeting_point
 
 def test_the_port_can_be_listened_on_and_reached():
     address, port = find_meeting_point()
-    with socket.create_server(("", port)), socket.create_connection((address, port), timeout=5):
-        pass
+    with (
+        socket.create_server(("", port)),
+        socket.create_connection((address, port), timeout=5) as connection,
+    ):
+        assert connection.getpeername() == (address, port)
 
 
 def test_a_port_lies_outside_those_that_the_kernel_gives_to_outgoing_connections():

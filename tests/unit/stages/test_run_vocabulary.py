@@ -42,7 +42,8 @@ def test_the_vocabulary_reaches_to_the_largest_id_of_any_token(tiny_model_folder
 
 
 def test_models_of_different_padding_go_together(configure: Configure, tmp_path: Path) -> None:
-    _stops(_pair(configure, tmp_path, teacher={"num_rows": 96}, student={"num_rows": 70}))
+    pair = _pair(configure, tmp_path, teacher={"num_rows": 96}, student={"num_rows": 70})
+    assert _stops(pair) == (2,)
 
 
 def test_a_response_ends_where_either_model_or_the_tokenizer_ends_it(
