@@ -18,6 +18,7 @@ import torch
 from objective_forms import CLOCKS, PeakMemory
 
 from distill_system.config.model import ArchitectureConfig
+from distill_system.language_model import LanguageModel, build_language_model
 
 SEED = 0
 SHORTEST_PROMPT, SHORTEST_RESPONSE = 4, 4
@@ -151,3 +152,17 @@ def begin_memory(case: Case) -> PeakMemory:
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return PeakMemory(torch.device(case.device))
+
+
+def build_plain_model(case: Case) -> LanguageModel:
+    """The student with transformers' own attention, as its own loading would give it."""
+    model = build_language_model(
+        case.architecture,
+        vocab_size=case.vocabulary,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        seed=SEED,
+    )
+    model.set_attn_implementation("sdpa")
+    return model.to(case.device)

@@ -13,12 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from learner_case import SEED, Case, begin_memory, deal_steps, measure_peak_flops, synchronise
+from learner_case import (
+    SEED,
+    Case,
+    begin_memory,
+    build_plain_model,
+    deal_steps,
+    measure_peak_flops,
+    synchronise,
+)
 from learner_case import Sequence as Ragged
 from objective_forms import CLOCKS, STEP
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig
-from distill_system.language_model import build_language_model, unembedding
+from distill_system.language_model import unembedding
 from distill_system.learner import Learner, ModelSource
 from distill_system.learner.collate import StreamTotals
 from distill_system.learner.optimizer import build_optimizers, clip_gradients
@@ -112,16 +120,7 @@ def to_trajectory(sequence: Ragged, name: str) -> Trajectory:
 
 def _build_padded(case: Case, rank: int, meeting_point: tuple[str, int]) -> Step:
     """What a padding collator makes of a step: one batch, as long as its longest sequence."""
-    model = build_language_model(
-        case.architecture,
-        vocab_size=case.vocabulary,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        seed=SEED,
-    )
-    model.set_attn_implementation("sdpa")
-    model = model.to(case.device).eval()
+    model = build_plain_model(case).eval()
     if case.checkpointing:
         model.train()  # transformers checkpoints in training mode alone; Llama has no dropout
         model.gradient_checkpointing_enable({"use_reentrant": False})

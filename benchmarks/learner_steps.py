@@ -66,7 +66,7 @@ class StepCase:
 def serve(case: StepCase, pipe: Connection) -> None:
     """Send the median seconds of a step under each objective, the first one of each left out."""
     with tempfile.TemporaryDirectory() as folder:
-        _save_teacher(folder, case.vocabulary)
+        save_teacher(folder, case.vocabulary, TEACHER_HIDDEN)
         learners = {name: _build_learner(case, name, folder) for name in OBJECTIVES}
     batches = {name: _make_batch(case, name) for name in OBJECTIVES}
     read_clock = CLOCKS[case.clock]
@@ -80,14 +80,14 @@ def serve(case: StepCase, pipe: Connection) -> None:
     pipe.send({name: statistics.median(times[1:]) for name, times in seconds.items()})
 
 
-def _save_teacher(folder: str, vocabulary: int) -> None:
+def save_teacher(folder: str, vocabulary: int, hidden_size: int) -> None:
     """One block: the learner reads its embeddings alone."""
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=TEACHER_HIDDEN,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=1,
-        num_attention_heads=12,
+        num_attention_heads=4,
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)

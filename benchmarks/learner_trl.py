@@ -20,13 +20,12 @@ from learner_case import (
     Case,
     Sequence,
     begin_memory,
+    build_plain_model,
     draw_sequences,
     measure_peak_flops,
     synchronise,
 )
 from objective_forms import CLOCKS, STOP
-
-from distill_system.language_model import build_language_model
 
 
 def serve(case: Case, pipe: Connection, rank: int, meeting_point: tuple[str, int]) -> None:
@@ -127,7 +126,7 @@ def _build_trainer(
     )
     rows = [_to_row(sequence) for sequence in draw_sequences(case)]
     trainer = SFTTrainer(
-        model=_build_model(case),
+        model=build_plain_model(case),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=_build_tokenizer(case.vocabulary),
@@ -135,19 +134,6 @@ def _build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _build_model(case: Case) -> Any:
-    model = build_language_model(
-        case.architecture,
-        vocab_size=case.vocabulary,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        seed=SEED,
-    )
-    model.set_attn_implementation("sdpa")  # as transformers loads a Llama
-    return model.to(case.device)
 
 
 def _build_tokenizer(vocabulary: int) -> Any:

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from learner_case import SEED, Case, begin_memory, deal_steps
 from learner_ours import to_trajectory
+from learner_steps import save_teacher
 from memory_tables import format_markdown, student_rows, teacher_rows
 from record import write_result
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_system.config.model import FullUpdate, LearnerConfig, LoraUpdate, OptimizerConfig
 from distill_system.config.objective import AmmdConfig
@@ -126,7 +126,7 @@ def _serve(trial: Trial, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     case = trial.case
     with tempfile.TemporaryDirectory() as folder:
-        _save_teacher(folder, case.vocabulary)
+        save_teacher(folder, case.vocabulary, TEACHER_HIDDEN)
         _take_steps(replace(trial, case=case.alone_and_tiny, microbatch_tokens=None), None)
         batch = _make_batch(case, teacher=True)
         memory = begin_memory(case)
@@ -208,19 +208,6 @@ def _target(generator: np.random.Generator, trajectory: Trajectory) -> TeacherTa
         features=generator.standard_normal((tokens, TEACHER_HIDDEN), dtype=np.float32),
         expected_embedding=generator.standard_normal((tokens, ACTION_COLUMNS), dtype=np.float32),
     )
-
-
-def _save_teacher(folder: str, vocabulary: int) -> None:
-    """One block: the learner reads its embeddings alone."""
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=TEACHER_HIDDEN,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=8,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def _load(trial: Trial, learner: Learner) -> LearnerLoad:
