@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from distill_system.cluster.roster import Roster
 from distill_system.cluster.workers import RayWorkers
 from distill_system.config import RunConfig
-from distill_system.config.run import PoolConfig
+from distill_system.config.pools import PoolConfig
 from distill_system.errors import DistillError, ResourceError
 
 POLL_SECONDS = 5.0

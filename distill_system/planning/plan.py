@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distill_system.config.model import ModelConfig
-from distill_system.config.run import EngineConfig, PoolConfig, RunConfig
+from distill_system.config.pools import PoolConfig
+from distill_system.config.rollout import EngineConfig
+from distill_system.config.run import RunConfig
 from distill_system.planning.activations import FLOAT32
 from distill_system.planning.learner_memory import learner_memory
 from distill_system.planning.loads import (

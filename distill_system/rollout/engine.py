@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ValidationError
 
-from distill_system.config.run import EngineConfig
+from distill_system.config.rollout import EngineConfig
 from distill_system.errors import DistillError, ModelError, ResourceError
 from distill_system.records import FloatArray, Int32Array
 from distill_system.rollout.sampling import Sampling

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from distill_system.config.run import EngineConfig
+from distill_system.config.rollout import EngineConfig
 from distill_system.errors import DataError, DistillError, ModelError, TransferError
 from distill_system.records import Author, Finish, Prompt, Trajectory, VersionSpan, WorkDone
 from distill_system.rollout.engine import (

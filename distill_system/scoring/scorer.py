@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill_system.config.objective import TeacherNeeds
-from distill_system.config.run import ScoringConfig
+from distill_system.config.rollout import ScoringConfig
 from distill_system.errors import NonFiniteError
 from distill_system.language_model import (
     SequenceBatch,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from distill_system.config.run import BestConfig
+from distill_system.config.distill import BestConfig
 from distill_system.errors import DeadlineError, DistillError, RunStateError
 from distill_system.learner import FileRecord, describe_file, find_alterations, find_misfits
 from distill_system.observe.run_directory import flush_folder, read_json, write_json

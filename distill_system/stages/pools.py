@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from distill_system.cluster import EveryWorker, RayWorkers, WorkerRequest
 from distill_system.config.model import ModelConfig, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
-from distill_system.config.run import EngineConfig, PoolConfig
+from distill_system.config.pools import PoolConfig
+from distill_system.config.rollout import EngineConfig
 from distill_system.learner import Learner, LearnerGroup, ModelSource
 from distill_system.records import Author, WorkDone
 from distill_system.rollout import RolloutPool, RolloutWorker, engine_environment

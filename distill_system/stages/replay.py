@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distill_system.config.run import ReplayConfig
+from distill_system.config.distill import ReplayConfig
 from distill_system.records import Trajectory, trajectory_from_plain, trajectory_to_plain
 from distill_system.seeds import derive_seed
 

@@ -107,7 +107,7 @@ def run_trial(variant: Variant, folder: Path) -> Seen:
 
 
 def _build_worker(model: Path, variant: Variant) -> Any:
-    from distill_system.config.run import EngineConfig
+    from distill_system.config.rollout import EngineConfig
     from distill_system.records import Author
     from distill_system.rollout import RolloutWorker
 
@@ -167,7 +167,7 @@ def _learn(learner: Any, teacher: Path, written: list[Any]) -> tuple[float, floa
     from transformers import AutoModelForCausalLM
 
     from distill_system.config.objective import TeacherNeeds
-    from distill_system.config.run import ScoringConfig
+    from distill_system.config.rollout import ScoringConfig
     from distill_system.learner.collate import StreamTotals
     from distill_system.records import Author, Stream, TrajectoryChunk
     from distill_system.scoring import TeacherScorer

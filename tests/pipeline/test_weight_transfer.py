@@ -12,7 +12,7 @@ import ray
 
 from distill_system.cluster.weight_sync import EveryWorker
 from distill_system.cluster.workers import RayWorkers
-from distill_system.config.run import EngineConfig
+from distill_system.config.rollout import EngineConfig
 from distill_system.errors import DataError, ModelError, ResourceError, TransferError
 from distill_system.records import Author, Finish, Prompt, Trajectory, VersionSpan
 from distill_system.rollout.environment import engine_environment

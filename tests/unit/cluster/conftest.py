@@ -13,7 +13,7 @@ import ray
 
 from distill_system.cluster import ClusterSession, RayWorkers, WorkerRequest
 from distill_system.config import RunConfig, load_config
-from distill_system.config.run import PoolConfig
+from distill_system.config.pools import PoolConfig
 
 QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
 

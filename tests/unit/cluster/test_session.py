@@ -17,7 +17,7 @@ import ray
 
 from distill_system.cluster import ClusterSession, RayWorkers
 from distill_system.config import RunConfig
-from distill_system.config.run import PoolConfig
+from distill_system.config.pools import PoolConfig
 from distill_system.errors import ResourceError, WorkerError
 
 Start = Callable[..., RayWorkers]

@@ -7,7 +7,7 @@ from forked_workers import ForkedWorkers
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig
 from distill_system.config.objective import AmmdConfig
-from distill_system.config.run import ScoringConfig
+from distill_system.config.rollout import ScoringConfig
 from distill_system.learner import Learner, LearnerGroup, ModelSource
 from distill_system.scoring import TeacherScorer
 

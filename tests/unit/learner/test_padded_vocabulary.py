@@ -16,7 +16,7 @@ from trajectories import make_trajectories
 
 from distill_system.config.model import FullUpdate, LearnerConfig, LoraUpdate, OptimizerConfig
 from distill_system.config.objective import AmmdConfig, TeacherNeeds, TokenMatchingConfig
-from distill_system.config.run import ScoringConfig
+from distill_system.config.rollout import ScoringConfig
 from distill_system.language_model import load_embedding, load_language_model, unembedding
 from distill_system.learner import Learner, LearnerGroup, ModelSource
 from distill_system.records import Author, Stream, TrajectoryChunk

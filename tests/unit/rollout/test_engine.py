@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from distill_system.config.run import EngineConfig
+from distill_system.config.rollout import EngineConfig
 from distill_system.errors import DistillError, ModelError, ResourceError
 from distill_system.rollout.engine import EngineSpecification, translate_start_error
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill_system.config.run import EngineConfig
+from distill_system.config.rollout import EngineConfig
 from distill_system.errors import ModelError, RecordError
 from distill_system.records import Author, Finish, Prompt, VersionSpan
 from distill_system.rollout.engine import Completion

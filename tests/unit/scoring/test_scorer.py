@@ -8,7 +8,7 @@ from trajectories import make_trajectories
 from transformers import AutoModelForCausalLM
 
 from distill_system.config.objective import MOMENTS, NOTHING, TeacherNeeds
-from distill_system.config.run import ScoringConfig
+from distill_system.config.rollout import ScoringConfig
 from distill_system.records import Stream, TrajectoryChunk
 from distill_system.scoring import ScoringPool, TeacherScorer
 

@@ -5,7 +5,7 @@ import zlib
 
 import pytest
 
-from distill_system.config.run import BestConfig
+from distill_system.config.distill import BestConfig
 from distill_system.errors import DeadlineError, NonFiniteError, RunStateError, WorkerError
 from distill_system.learner import FileRecord, describe_file, find_alterations
 from distill_system.stages.checkpoints import CheckpointStore, resume_point

@@ -7,7 +7,7 @@ import json
 import pytest
 from trajectories import make_trajectories
 
-from distill_system.config.run import ReplayConfig
+from distill_system.config.distill import ReplayConfig
 from distill_system.stages.replay import AdaptiveReplay, StepKind
 
 STEPS = 400

@@ -1,0 +1,177 @@
+"""The distillation: objective, streams and how far they may run ahead, optimizer, measurements."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from distill_system.config.base import ConfigModel
+from distill_system.config.model import FullUpdate, OptimizerConfig, UpdateConfig
+from distill_system.config.objective import AmmdConfig, MinillmConfig, ObjectiveConfig, StreamName
+
+
+class ReplayConfig(ConfigModel):
+    """DistiLLM's adaptive schedule (arXiv 2402.03898): each step learns from rows of data or from
+    the student's text; the student's share grows as the held-out loss rises, and its text is used
+    again."""
+
+    capacity: PositiveInt = 1000
+    """Student trajectories kept, the oldest leave first."""
+    initial_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Chance of a step on the student's text, at the beginning."""
+    increase: PositiveFloat = 0.1
+    """What a rise of the held-out loss adds to that chance."""
+    tolerance: NonNegativeFloat = 0.1
+    """A rise by no more than this counts as none, in nats per token."""
+
+
+class BestConfig(ConfigModel):
+    """Which checkpoints stay beside the newest ones: the best by a metric of held-out data."""
+
+    metric: Annotated[str, Field(pattern=r"^(held_out|evaluation)/.+$")]
+    """Name of the metric, as in docs/metrics.md; a checkpoint counts with what was last measured
+    before it."""
+    mode: Literal["min", "max"]
+    """Whether less is better, or more."""
+    count: PositiveInt = 1
+    """How many stay."""
+
+
+class StalenessConfig(ConfigModel):
+    """How far the student's text may lag behind the student that learns from it."""
+
+    max_staleness: NonNegativeInt = 0
+    """Weight versions between the oldest token of a trajectory and the student that learns from
+    it. 0: every pool waits for the others, and a run repeats to the bit. S: at most S + 1 batches
+    are under way, and no pool waits for another longer than that allows."""
+    too_old: Literal["wait", "reissue", "weigh"] = "wait"
+    """wait: a step learns from its own prompts, in the order they were given out, and waits for the
+    last of them; nothing gets too old. reissue: a step learns from what is finished; what comes too
+    late is dropped and its prompt given out again, once. weigh: as reissue, but what comes late is
+    learned from, by importance weights."""
+    importance: Literal["none", "token", "state"] = "none"
+    """Weight of a token in the on-policy loss. none: 1, ratios are reported alone. token: the ratio
+    of the student's probability of the token to its probability when it was written. state: the
+    product of the ratios of the tokens before it."""
+    importance_cap: Annotated[float, Field(ge=1.0)] = 2.0
+    """No weight is larger."""
+    min_on_policy_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """A step goes on with this share of its on-policy sequences when the others are late, and takes
+    off-policy sequences in their place. Both losses are means over their own tokens, so their
+    weights keep their meaning."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StalenessConfig:
+        if self.too_old == "weigh" and self.importance == "none":
+            raise ValueError(
+                "too_old=weigh learns from what is too old by importance weights: expected "
+                "importance=token or importance=state, got none"
+            )
+        others = (self.too_old, self.importance, self.min_on_policy_share)
+        if self.max_staleness == 0 and others != ("wait", "none", 1.0):
+            raise ValueError(
+                "max_staleness=0 waits for everything, so that nothing is too old, weighted or "
+                "left for later: expected too_old=wait, importance=none and min_on_policy_share=1, "
+                f"got {others}"
+            )
+        if self.min_on_policy_share < 1.0 and self.too_old == "wait":
+            raise ValueError(
+                "min_on_policy_share lets a step go on without late sequences, which are then "
+                "too old for too_old=wait: expected too_old=reissue or too_old=weigh"
+            )
+        return self
+
+
+class DistillConfig(ConfigModel):
+    """The distillation: objective, streams, optimizer, and when it is looked at."""
+
+    steps: PositiveInt
+    """Learner steps."""
+    student_prompts_per_step: NonNegativeInt = 32
+    """Prompts the student answers in each step (the on-policy stream). A stream that the objective
+    does not read leaves its sequences to the other, so that objectives compare at equal batches."""
+    teacher_prompts_per_step: NonNegativeInt = 32
+    """Sequences of the off-policy stream in each step: prompts the teacher answers, or rows."""
+    off_policy_source: Literal["teacher", "dataset"] = "teacher"
+    """Who writes the off-policy stream: the teacher as the run goes on, or the rows of
+    data.student_sft."""
+    staleness: StalenessConfig = StalenessConfig()
+    replay: ReplayConfig | None = None
+    """Learn from one stream a step, and from the student's earlier text again; null learns from
+    every stream in every step."""
+    objective: ObjectiveConfig = AmmdConfig()
+    """What the student learns to match, and on which of the two streams."""
+    update: UpdateConfig = FullUpdate()
+    """What of the student learns: all of it, or adapters."""
+    action_dimension: PositiveInt | None = 256
+    """Most dimensions in which critics see an action: wider action embeddings are read in a fixed
+    random subspace, a smaller class of critics at less cost in products, memory and bytes on the
+    wire; null takes them whole. Holds for the game and for the measured distances."""
+    optimizer: OptimizerConfig
+    measure_every: PositiveInt = 25
+    """Steps between measurements of both distances on data.held_out."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between evaluations during training, a multiple of measure_every; null evaluates
+    before and after alone."""
+    checkpoint_every: PositiveInt = 100
+    """Steps between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that stay on disk."""
+    keep_best: BestConfig | None = None
+    """Checkpoints that stay beside them; null keeps the newest alone."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillConfig:
+        if self.evaluate_every is not None and self.evaluate_every % self.measure_every:
+            raise ValueError(
+                "evaluate_every must be a multiple of measure_every, got "
+                f"{self.evaluate_every} and {self.measure_every}"
+            )
+        for stream in ("on_policy", "off_policy"):
+            if self.objective.reads(stream) and self.sequences(stream) == 0:
+                raise ValueError(
+                    f"objective.type={self.objective.type} reads the {stream} stream: expected "
+                    f"{'student' if stream == 'on_policy' else 'teacher'}_prompts_per_step > 0, "
+                    "got 0"
+                )
+        if isinstance(self.objective, MinillmConfig) and self.off_policy_source == "dataset":
+            mixture = self.objective.teacher_mixture
+            if mixture > 0:
+                raise ValueError(
+                    "objective.teacher_mixture mixes in text that the teacher wrote: expected "
+                    "off_policy_source=teacher or teacher_mixture=0, got "
+                    f"off_policy_source=dataset and teacher_mixture={mixture}"
+                )
+        if self.replay is not None and self.staleness.max_staleness > 0:
+            raise ValueError(
+                "replay chooses the stream of each step as it begins, the streams may not run "
+                "ahead: expected staleness.max_staleness=0, got "
+                f"{self.staleness.max_staleness}"
+            )
+        both = self.objective.reads("on_policy") and self.objective.reads("off_policy")
+        if self.replay is not None and not (both and self.off_policy_source == "dataset"):
+            raise ValueError(
+                "replay chooses between rows of data and the student's text: expected an objective "
+                "that reads both streams and off_policy_source=dataset, got "
+                f"objective.type={self.objective.type}, off_policy_source={self.off_policy_source}"
+            )
+        return self
+
+    def sequences(self, stream: StreamName) -> int:
+        """Sequences of a stream in each step; one that is not read leaves its own to the other."""
+        own = {
+            "on_policy": self.student_prompts_per_step,
+            "off_policy": self.teacher_prompts_per_step,
+        }
+        if not self.objective.reads(stream):
+            return 0
+        alone = not (self.objective.reads("on_policy") and self.objective.reads("off_policy"))
+        return sum(own.values()) if alone or self.replay is not None else own[stream]
