@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -30,6 +31,13 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+
+
+class Writer(StrEnum):
+    """Which model writes samples."""
+
+    teacher = "teacher"
+    student = "student"
 
 
 class Budget(StrEnum):
@@ -68,6 +76,45 @@ def sft(settings: Settings, resume: Resume = False) -> None:
 def distill(settings: Settings, resume: Resume = False) -> None:
     """Distillation alone; the models that it starts from must exist."""
     _run(settings, resume=resume, stages=("distill",))
+
+
+@app.command()
+def generate(
+    settings: Settings,
+    author: Annotated[Writer, typer.Option(help="Which model writes.")] = Writer.teacher,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the store; without it data.trajectory_store.")
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts of data.prompts; without it all.")
+    ] = None,
+    samples_per_prompt: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
+    cache_targets: Annotated[
+        bool, typer.Option("--cache-targets", help="Keep what the teacher says of them, too.")
+    ] = False,
+) -> None:
+    """Write samples into a trajectory store, ahead of the runs that learn from them.
+
+    The same command goes on where an earlier one was ended.
+    """
+    files, overrides = _sort(settings)
+    again = "the same command goes on, what was finished is kept"
+    with _telling_errors(), _ending_on_signals(again):
+        from distill_system.config import load_config
+        from distill_system.records import Author
+        from distill_system.stages.generate import GenerateRequest
+        from distill_system.stages.generate import generate as fill_store
+
+        request = GenerateRequest(
+            config=load_config(files, overrides),
+            author=Author(author.value),
+            out=out,
+            num_prompts=num_prompts,
+            samples_per_prompt=samples_per_prompt,
+            cache_targets=cache_targets,
+        )
+        folder = fill_store(request)
+    print(f"store: {folder}")
 
 
 @app.command()
@@ -116,6 +163,28 @@ def compare(
             at_once=at_once,
         )
         compare(request, say=print)
+
+
+@app.command()
+def scale(
+    run: Annotated[str, typer.Argument(help="The run's folder, or its name.")],
+    sizes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="POOL=COUNT...",
+            help="Such as student_rollout=4 teacher_scoring=2, within min_count and max_count.",
+        ),
+    ],
+    wait: Annotated[float, typer.Option(min=0.0, help="Longest wait for it, in seconds.")] = 120.0,
+    runs_directory: Annotated[str, typer.Option(help="Where a run's name is looked for.")] = "runs",
+) -> None:
+    """Change the number of a run's workers while it distils; waits until they are there."""
+    with _telling_errors():
+        from distill_system.stages.scale_command import describe
+        from distill_system.stages.scale_command import scale as ask
+
+        pools = ask(run, sizes, runs_directory=runs_directory, wait_seconds=wait, say=print)
+        print("\n".join(describe(pools)))
 
 
 @app.command()
@@ -184,8 +253,12 @@ def _telling_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _ending_on_signals() -> Iterator[None]:
+def _ending_on_signals(
+    again: str = "--resume continues from the newest checkpoint",
+) -> Iterator[None]:
     """Ctrl-C and SIGTERM leave the block as an error does, so that every worker is ended.
+
+    again: how to go on, told to the person.
 
     The second signal ends this process at once; what Ray started here then ends itself.
     """
@@ -204,7 +277,7 @@ def _ending_on_signals() -> Iterator[None]:
         if not received:
             raise
         name = signal.Signals(received[0]).name
-        _complain("Interrupted", f"by {name}; --resume continues from the newest checkpoint")
+        _complain("Interrupted", f"by {name}; {again}")
         raise typer.Exit(128 + received[0]) from None
     finally:
         for caught, handler in before.items():

@@ -4,23 +4,24 @@
                                    >--> teacher scoring --> learner --> weights --> student rollout
     prompts --> teacher rollout --'
 
-One step: the student writes under the newest weights; the teacher has written one step ahead; the
-teacher reads both; the learner plays the critics up and the student down; every student rollout
-worker gets the new weights. Synchronous: the weights that wrote a trajectory learn from it.
+One step: the student and the teacher write; the teacher reads both; the learner plays the critics
+up and the student down; every student rollout worker gets the new weights. How far the writers run
+ahead of the learner is the streams' business: in lockstep (max_staleness 0) the weights that wrote
+a trajectory learn from it, otherwise at most S + 1 batches are under way.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 from distill_system.data import RunData
-from distill_system.records import StepResult, Stream, Trajectory
-from distill_system.scoring import ScoredChunk
+from distill_system.records import StepResult
 from distill_system.stages.context import RunContext
 from distill_system.stages.ledger import Ledger
+from distill_system.stages.lockstep import LockstepStreams
 from distill_system.stages.measuring import Measuring
 from distill_system.stages.pools import Pools
+from distill_system.stages.streaming import ContinuousStreams
 from distill_system.stages.streams import Streams
 
 
@@ -31,7 +32,7 @@ class Driver:
         self.context = context
         self.config = context.config.distill
         self.pools = pools
-        self.streams = Streams(context, pools, data)
+        self.streams = open_streams(context, pools, data)
         self.ledger = Ledger(context, pools, self.streams)
         self.measuring = Measuring(context, pools, data)
 
@@ -42,7 +43,7 @@ class Driver:
         self.measuring.evaluate_teacher()
         if first == 0:
             self.ledger.write(0, self.measuring.evaluate_student("before", step=0))
-        self.streams.ask_ahead(first)
+        self.streams.begin(first)
         with self.ledger.finished_on_failure():
             for step in range(first, self.config.steps):
                 started = time.perf_counter()
@@ -56,33 +57,18 @@ class Driver:
         self.ledger.close()
 
     def step(self, step: int) -> StepResult:
-        """One update of critics and student, and the new weights at every rollout worker."""
-        waiting_for = self.context.timings.phase
-        with waiting_for("teacher_rollout"):
-            off_policy = self._score(self.streams.off_policy(step), Stream.OFF_POLICY)
-        with waiting_for("student_rollout"):
-            written = self.streams.on_policy(step)
-        with waiting_for("teacher_scoring"):
-            scored = [*off_policy, *self._score(written, Stream.ON_POLICY)]
-            self.pools.scorers.wait(scored)
-        self.streams.ask_ahead(step + 1)
-        with waiting_for("learner"):
-            result = self.pools.learner.learn(step, scored)
-        with waiting_for("publish"):
-            if self._student_writes_after(step + 1):
-                self.pools.learner.publish(step + 1)
+        """One update of critics and student, and the new weights on their way to the rollouts."""
+        scored = self.streams.take(step)
+        result = self.streams.learn(step, scored)
+        if self._student_writes_after(step + 1):
+            self.streams.publish(step + 1)
         return result
-
-    def _score(self, trajectories: Sequence[Trajectory], stream: Stream) -> list[ScoredChunk]:
-        """Let the teacher read while others work; nobody waits here."""
-        ranks = self.context.config.pools.learner.count
-        needs = self.config.objective.teacher_needs(stream.value)
-        return self.pools.scorers.start(trajectories, stream, needs=needs, num_shares=ranks)
 
     def _measure(self, done: int) -> dict[str, float]:
         """What is to be measured once `done` steps are done."""
         if not self._is_due(done, self.config.measure_every):
             return {}
+        self.streams.settle()
         pools = self.ledger.describe_pools()
         if done == self.config.steps:
             return pools | self.measuring.evaluate_student("after", step=done)
@@ -98,3 +84,10 @@ class Driver:
 
     def _is_due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.config.steps
+
+
+def open_streams(context: RunContext, pools: Pools, data: RunData) -> Streams:
+    """Streams in lockstep with the learner, or ahead of it, as the configuration says."""
+    if context.config.distill.staleness.max_staleness == 0:
+        return LockstepStreams(context, pools, data)
+    return ContinuousStreams(context, pools, data)

@@ -259,6 +259,59 @@ class WorkDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolActivity:
+    """What the workers of one pool did in a stretch of time, and what they handed on in it.
+
+    num_workers: mean over the stretch, since workers join and leave.  seconds: the stretch's.
+    busy_, starved_, blocked_seconds: worker-seconds at work; idle with nothing to work on; idle
+    because what comes after is full.  num_tokens, num_sequences, num_bytes: handed on.
+    queued: items that waited before the pool at the stretch's end.
+    """
+
+    num_workers: float
+    seconds: float
+    busy_seconds: float = 0.0
+    starved_seconds: float = 0.0
+    blocked_seconds: float = 0.0
+    num_tokens: int = 0
+    num_sequences: int = 0
+    num_bytes: int = 0
+    queued: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            _require(value >= 0, "pool activity", f"{field.name} >= 0", value)
+        parts = self.busy_seconds + self.starved_seconds + self.blocked_seconds
+        most = self.worker_seconds
+        expected = f"busy, starved and blocked seconds of at most {most} worker-seconds"
+        _require(parts <= most * (1 + 1e-6) + 1e-6, "pool activity", expected, parts)
+
+    @property
+    def worker_seconds(self) -> float:
+        """Seconds of all workers together."""
+        return self.num_workers * self.seconds
+
+    @property
+    def busy_share(self) -> float:
+        """Of the workers' time, 0..1; 0 where there was none."""
+        return self._share(self.busy_seconds)
+
+    @property
+    def starved_share(self) -> float:
+        """Of the workers' time, 0..1; 0 where there was none."""
+        return self._share(self.starved_seconds)
+
+    @property
+    def blocked_share(self) -> float:
+        """Of the workers' time, 0..1; 0 where there was none."""
+        return self._share(self.blocked_seconds)
+
+    def _share(self, part: float) -> float:
+        return min(1.0, part / self.worker_seconds) if self.worker_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What one learner step did.
 
@@ -280,8 +333,12 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightVersion:
-    """A set of student weights that every student rollout worker now holds."""
+    """A set of student weights that rollout workers now hold.
+
+    checksum: of its bytes, in [0, 2**56), verified by every worker (weights/checksum.py).
+    """
 
     version: int
     num_bytes: int
+    checksum: int
     seconds: float

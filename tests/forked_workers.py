@@ -53,7 +53,7 @@ class ForkedWorkers:
         calls = [self.start(worker, function, *arguments) for worker in range(self.count)]
         return self.finish(calls, what="answers")
 
-    def finish(self, references, *, what, fetch=True):
+    def finish(self, references, *, what, fetch=True, seconds=None):
         assert what, "a wait must say what it waits for"
         while missing := {call.worker for call in references if call not in self.replies}:
             ready = multiprocessing.connection.wait(

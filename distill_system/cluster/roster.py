@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,13 +28,17 @@ class Roster:
 
     def __init__(self, handles: Mapping[str, Any] | None = None) -> None:
         self._lock = threading.Lock()
-        self._handles: dict[str, Any] = dict(handles or {})
+        self._handles: dict[str, Any] = {}
+        self._names: dict[str, str] = {}  # by Ray's id; kept of workers that are gone
         self._answers: dict[str, Reference] = {}
+        self._looked_at = time.monotonic()
+        self.add(handles or {})
 
     def add(self, handles: Mapping[str, Any]) -> None:
         """Watch over these workers too."""
         with self._lock:
             self._handles |= handles
+            self._names |= {handle._actor_id.hex(): name for name, handle in handles.items()}
 
     def remove(self, names: Iterable[str]) -> None:
         """Watch over these no more: they are about to be ended."""
@@ -64,6 +69,16 @@ class Roster:
         self._ask()
         self._hear(seconds=seconds, waiting_for=waiting_for)
 
+    def look_around(self, *, every: float, waiting_for: str) -> None:
+        """Look whether all workers live, if that was not looked at for so many seconds.
+
+        Raises: WorkerError if one is dead.
+        """
+        now = time.monotonic()
+        if now - self._looked_at >= every:
+            self._looked_at = now
+            self.require_alive(seconds=0.0, waiting_for=waiting_for)
+
     def _hear(self, *, seconds: float, waiting_for: str) -> None:
         """Take in the answers that come within this long."""
         with self._lock:
@@ -93,10 +108,7 @@ class Roster:
 
     def _name(self, worker_id: str) -> str | None:
         with self._lock:
-            for name, handle in self._handles.items():
-                if handle._actor_id.hex() == worker_id:
-                    return name
-        return None
+            return self._names.get(worker_id)
 
 
 def death_of(name: str, error: RayError, *, waiting_for: str) -> WorkerError:

@@ -7,41 +7,34 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from distill_system.cluster.placement import (
+    Seat,
+    WorkerRequest,
+    ask_for_seats,
+    bundle_of,
+    describe_supply,
+    give_back,
+    start_process,
+)
 from distill_system.cluster.roster import Roster
+from distill_system.cluster.starting import StartingWorker
 from distill_system.cluster.workers import RayWorkers
 from distill_system.config import RunConfig
 from distill_system.config.pools import PoolConfig
-from distill_system.errors import DistillError, ResourceError
+from distill_system.errors import ResourceError
+
+PLACED_SECONDS = 1.0
+"""What the cluster has room for is placed sooner, and nothing is said of it."""
 
 POLL_SECONDS = 5.0
 CONNECT_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerRequest:
-    """A pool of workers to start: one class, one set of keyword arguments per worker.
-
-    worker_class: has a method `ready` that every worker is asked for first; a DistillError of its
-    constructor is raised there.
-    gang: place all workers together or none (a group whose ranks must meet), instead of one by one.
-    """
-
-    name: str
-    worker_class: type
-    arguments: list[dict[str, Any]]
-    pool: PoolConfig
-    environment: Mapping[str, str] = field(default_factory=dict)
-    gang: bool = False
 
 
 class ClusterSession:
@@ -52,6 +45,7 @@ class ClusterSession:
         self.say = say
         self.roster = Roster()
         self.groups: list[RayWorkers] = []
+        self.starting: list[StartingWorker] = []
 
     def __enter__(self) -> Self:
         address = os.environ.get("RAY_ADDRESS")
@@ -81,31 +75,49 @@ class ClusterSession:
 
         Raises: ResourceError when the cluster cannot place them before the deadline.
         """
-        bundle = _bundle(request.pool)
-        count = len(request.arguments)
-        if request.gang:
-            groups = [placement_group([bundle] * count, strategy="PACK")]
-        else:
-            groups = [placement_group([bundle]) for _ in range(count)]
-        self._wait_until_placed(request, groups)
-        handles = [
-            self._start(request, index, groups[0 if request.gang else index])
-            for index in range(count)
-        ]
-        workers = RayWorkers(
-            request.name,
-            handles,
-            groups,
-            call_seconds=self.config.deadlines.call_seconds,
-            roster=self.roster,
-        )
-        self.groups.append(workers)
-        return workers
+        return self.start_pools([request])[0]
+
+    def start_pools(self, requests: Sequence[WorkerRequest]) -> list[RayWorkers]:
+        """Place all workers of several pools, then start them; returns while they load.
+
+        All places are asked for at once, so that the cluster's autoscaler sees the whole demand,
+        and nothing loads unless everything has its place.
+
+        Raises: ResourceError when the cluster cannot place them before the deadline.
+        """
+        seats = _ask_for_all(requests)
+        try:
+            self._wait_until_placed(requests, seats)
+        except BaseException:
+            for name in _hosts(requests):
+                give_back(seats[name])
+            raise
+        started = [self._start(request, seats) for request in requests]
+        self.groups += started
+        return started
+
+    def begin_worker(
+        self, request: WorkerRequest, worker_id: int, arguments: Mapping[str, Any]
+    ) -> StartingWorker:
+        """Begin to place and load one more worker of a pool, in the background; see StartingWorker.
+
+        Its arguments are `arguments`; those of the request are of the workers before it.
+        """
+        starting = StartingWorker(request, worker_id, arguments, self.config.deadlines)
+        self.starting.append(starting)
+        return starting
+
+    def adopt_worker(self, workers: RayWorkers, starting: StartingWorker) -> None:
+        """Take a worker into its group; it must be ready."""
+        started = starting.poll()
+        assert started is not None, f"{starting.name} is not ready"
+        self.starting.remove(starting)
+        workers.add(started)
 
     def has_room_for(self, pool: PoolConfig, copies: int) -> bool:
         """Whether so many copies of a pool fit the whole cluster at once, were it empty."""
         has = ray.cluster_resources()
-        wanted = {name: copies * pool.count * amount for name, amount in _bundle(pool).items()}
+        wanted = {name: copies * pool.count * amount for name, amount in bundle_of(pool).items()}
         return all(has.get(name, 0.0) >= amount for name, amount in wanted.items())
 
     def stop_workers(self, workers: RayWorkers) -> None:
@@ -115,47 +127,93 @@ class ClusterSession:
         workers.stop()
 
     def stop_all(self) -> None:
-        """End every pool."""
+        """End every pool, and every worker that is still starting."""
+        self._cancel_starting()
         for workers in list(self.groups):
             self.stop_workers(workers)
 
     def abandon_all(self) -> None:
         """End every process, and with it every wait for one; the session can start no more."""
+        self._cancel_starting()
         for workers in list(self.groups):
             workers.kill()
 
-    def _start(self, request: WorkerRequest, index: int, group: PlacementGroup) -> Any:
-        remote_class = ray.remote(_failing_when_ready(request.worker_class))
-        return remote_class.options(
-            name=f"{request.name}-{index}-{group.id.hex()[:6]}",
-            num_cpus=request.pool.cpus,
-            num_gpus=request.pool.gpus,
-            resources=dict(request.pool.custom_resources),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=group,
-                placement_group_bundle_index=index if request.gang else 0,
-            ),
-            runtime_env={"env_vars": dict(request.environment)},
-        ).remote(**request.arguments[index])
+    def _cancel_starting(self) -> None:
+        starting, self.starting = self.starting, []
+        for worker in starting:
+            worker.cancel()
 
-    def _wait_until_placed(self, request: WorkerRequest, groups: list[PlacementGroup]) -> None:
-        deadline = time.monotonic() + self.config.deadlines.resources_seconds
-        unplaced = list(groups)
-        while unplaced:
-            unplaced = [group for group in unplaced if not group.wait(timeout_seconds=1.0)]
+    def _start(self, request: WorkerRequest, seats: Mapping[str, Sequence[Seat]]) -> RayWorkers:
+        """Begin a pool's processes in their places, its own or those of the pool it shares."""
+        places = seats[request.colocate_with or request.name]
+        handles = [
+            start_process(request, worker_id, arguments, seat)
+            for worker_id, (arguments, seat) in enumerate(
+                zip(request.arguments, places, strict=True)
+            )
+        ]
+        return RayWorkers(
+            request.name,
+            handles,
+            [] if request.colocate_with else places,
+            call_seconds=self.config.deadlines.call_seconds,
+            roster=self.roster,
+        )
+
+    def _wait_until_placed(
+        self, requests: Sequence[WorkerRequest], seats: Mapping[str, Sequence[Seat]]
+    ) -> None:
+        limit = self.config.deadlines.resources_seconds
+        deadline = time.monotonic() + limit
+        # A gang's seats share one promise.
+        every = list({seat.placed: None for pool in seats.values() for seat in pool})
+        patience = PLACED_SECONDS
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            placed, unplaced = ray.wait(every, num_returns=len(every), timeout=min(patience, left))
             if not unplaced:
                 return
-            wanted = f"{len(request.arguments)} x {_bundle(request.pool)} for {request.name}"
-            state = f"free {_numbers(ray.available_resources())}"
-            if time.monotonic() > deadline:
+            wanted, supply = _describe_demand(requests, seats, set(placed)), describe_supply()
+            if time.monotonic() >= deadline:
                 raise ResourceError(
-                    f"the cluster did not place {wanted} within "
-                    f"{self.config.deadlines.resources_seconds:.0f} s: {state} of "
-                    f"{_numbers(ray.cluster_resources())}. Lower pools.*.count, .cpus or .gpus, "
-                    "or add nodes"
+                    f"the cluster did not place {wanted} within {limit:.0f} s: {supply}. Lower "
+                    "pools.*.count, .cpus or .gpus, add nodes, or raise deadlines.resources_seconds"
                 )
-            self.say(f"waiting for resources: want {wanted}; {state}")
-            time.sleep(max(0.0, min(POLL_SECONDS, deadline - time.monotonic())))
+            self.say(f"waiting for resources: want {wanted}; {supply}")
+            patience = POLL_SECONDS
+
+
+def _ask_for_all(requests: Sequence[WorkerRequest]) -> dict[str, list[Seat]]:
+    """Places of every pool that does not stand in another's; by the pool's name."""
+    return {
+        name: ask_for_seats(
+            host, beside=[other for other in requests if other.colocate_with == name]
+        )
+        for name, host in _hosts(requests).items()
+    }
+
+
+def _hosts(requests: Sequence[WorkerRequest]) -> dict[str, WorkerRequest]:
+    return {request.name: request for request in requests if request.colocate_with is None}
+
+
+def _describe_demand(
+    requests: Sequence[WorkerRequest],
+    seats: Mapping[str, Sequence[Seat]],
+    placed: Collection[ray.ObjectRef[Any]],
+) -> str:
+    """What is not placed yet, pool by pool, with how much of it is."""
+    parts = []
+    for name, host in _hosts(requests).items():
+        beside = [other for other in requests if other.colocate_with == name]
+        done = sum(seat.placed in placed for seat in seats[name])
+        if done < len(seats[name]):
+            pools = " and ".join([name, *(other.name for other in beside)])
+            bundle = bundle_of(host.pool, *(other.pool for other in beside))
+            part = f"{len(seats[name])} x {bundle} for {pools}"
+            part += " together" if host.gang and len(seats[name]) > 1 else ""
+            parts.append(part + (f" ({done} placed)" if done else ""))
+    return ", ".join(parts)
 
 
 def _connect(address: str | None, config: RunConfig) -> None:
@@ -205,39 +263,3 @@ def _signal_handlers_kept() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _failing_when_ready(worker_class: type) -> type:
-    """The class with a constructor that keeps a DistillError until `ready` is asked for.
-
-    Ray reports a worker whose constructor raises as dead, and the error's type is lost.
-    """
-
-    class Worker(worker_class):  # type: ignore[misc]  # a class known at run time
-        _start_error: DistillError | None = None
-
-        def __init__(self, **arguments: Any) -> None:
-            try:
-                super().__init__(**arguments)
-            except DistillError as error:
-                self._start_error = error
-
-        def ready(self) -> Any:
-            if self._start_error is not None:
-                raise self._start_error
-            return super().ready()
-
-    Worker.__name__ = worker_class.__name__
-    Worker.__qualname__ = worker_class.__qualname__
-    return Worker
-
-
-def _bundle(pool: PoolConfig) -> dict[str, float]:
-    bundle = {"CPU": pool.cpus, "GPU": pool.gpus, **pool.custom_resources}
-    return {name: amount for name, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
-
-
-def _numbers(resources: Mapping[str, float]) -> dict[str, float]:
-    """What a person asks for: CPUs, GPUs and custom resources, without node names and memory."""
-    hidden = ("node:", "memory", "object_store_memory", "CPU_group", "GPU_group", "bundle_group")
-    return {name: amount for name, amount in resources.items() if not name.startswith(hidden)}

@@ -48,8 +48,9 @@ def wait_for(
     results: dict[Reference, Any] = {}
     pending, last_news = list(references), time.monotonic()
     while pending:
+        left = max(0.0, last_news + seconds - time.monotonic())
         done, pending = ray.wait(
-            pending, num_returns=1, timeout=min(LOOK_SECONDS, seconds), fetch_local=fetch
+            pending, num_returns=1, timeout=min(LOOK_SECONDS, left), fetch_local=fetch
         )
         now = time.monotonic()
         if done:
@@ -60,6 +61,26 @@ def wait_for(
         else:
             roster.require_alive(seconds=0.0, waiting_for=what)
     return [results[reference] for reference in references] if fetch else []
+
+
+def wait_any(
+    references: Sequence[Reference], roster: Roster, *, what: str, seconds: float
+) -> list[Reference]:
+    """Those that are done, failed ones among them, as soon as there is one; none after so long.
+
+    Raises: WorkerError if a worker of the roster died.
+    """
+    every = list(references)
+    if every:
+        done, _ = ray.wait(every, num_returns=len(every), timeout=0, fetch_local=False)
+        if not done:
+            done, _ = ray.wait(every, num_returns=1, timeout=seconds, fetch_local=False)
+        if done:
+            return list(done)
+    else:
+        time.sleep(seconds)
+    roster.look_around(every=LOOK_SECONDS, waiting_for=what)
+    return []
 
 
 def _fetch(reference: Reference, roster: Roster, what: str) -> Any:

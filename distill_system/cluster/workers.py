@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from distill_system.cluster.placement import Seat, give_back
 from distill_system.cluster.roster import Roster
-from distill_system.cluster.waiting import wait_for
-from distill_system.workers import Reference
+from distill_system.cluster.waiting import wait_any, wait_for
+from distill_system.workers import Reference, StartedWorker
 
 
 class RayWorkers:
-    """Workers of one class, each in its own process; implements distill_system.workers.Workers.
+    """Workers of one class, each in its own process; implements distill_system.workers.
 
-    roster: where the group's workers are watched over, each under name-index; by default alone.
+    handles: of the workers that the group begins with, which get the ids 0, 1, ...
+    seats: the places that are given back with the group, one for each of the handles; none for
+    workers that stand in places of another group.
+    roster: where the group's workers are watched over, each under name-id; by default alone.
     call_seconds: longest wait without a new result.
     """
 
@@ -24,26 +27,36 @@ class RayWorkers:
         self,
         name: str,
         handles: Sequence[Any],
-        placement_groups: Sequence[PlacementGroup],
+        seats: Sequence[Seat],
         *,
         call_seconds: float,
         roster: Roster | None = None,
     ) -> None:
         self.name = name
-        self.handles = list(handles)
         self.call_seconds = call_seconds
-        self._placement_groups = list(placement_groups)
+        self._handles: dict[int, Any] = dict(enumerate(handles))
+        self._seats: dict[int, Seat] = dict(enumerate(seats))
+        self._next_id = len(self._handles)
         self._roster = Roster() if roster is None else roster
-        self._roster.add(named(name, self.handles))
+        self._roster.add(self.named_handles())
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Ids of the workers now in the group, ascending."""
+        return tuple(sorted(self._handles))
 
     @property
     def count(self) -> int:
         """Number of workers."""
-        return len(self.handles)
+        return len(self._handles)
 
-    def start(self, worker: int, method: str, *arguments: Any) -> Reference:
+    def named_handles(self) -> dict[str, Any]:
+        """The group's workers as they are now, by name: name-id."""
+        return {f"{self.name}-{worker_id}": self._handles[worker_id] for worker_id in self.members}
+
+    def start(self, worker_id: int, method: str, *arguments: Any) -> Reference:
         """Begin one call; arguments that are references are resolved where the call runs."""
-        return getattr(self.handles[worker], method).remote(*arguments)
+        return getattr(self._handles[worker_id], method).remote(*arguments)
 
     def finish(
         self,
@@ -60,21 +73,56 @@ class RayWorkers:
         seconds = self.call_seconds if seconds is None else seconds
         return wait_for(references, self._roster, what=what, seconds=seconds, fetch=fetch)
 
+    def take_id(self) -> int:
+        """The id of a worker that is to be started; no other gets it, even if it never comes."""
+        self._next_id += 1
+        return self._next_id - 1
+
+    def add(self, started: StartedWorker) -> None:
+        """Take a worker in that has loaded its model, under an id that `take_id` gave."""
+        worker_id = started.worker_id
+        assert worker_id < self._next_id, f"{self.name}-{worker_id}: the id was not given out"
+        assert worker_id not in self._handles, f"{self.name}-{worker_id} is in the group already"
+        self._handles[worker_id] = started.handle
+        self._seats[worker_id] = started.place
+        self._roster.add({f"{self.name}-{worker_id}": started.handle})
+
+    def remove(self, worker_id: int) -> None:
+        """End one worker's process and give its place back.
+
+        A call that is under way there fails with WorkerError where it is waited for: collect it
+        before.
+        """
+        handle, seat = self._handles.pop(worker_id), self._seats.pop(worker_id)
+        shared = any(other.group == seat.group for other in self._seats.values())
+        assert not shared, f"{self.name} was placed together and keeps its size"
+        self._roster.remove([f"{self.name}-{worker_id}"])
+        ray.kill(handle)
+        give_back([seat])
+
+    def wait_any(
+        self, references: Sequence[Reference], *, what: str, seconds: float
+    ) -> list[Reference]:
+        """Those that are done as soon as there is one; none after so long; see wait_any.
+
+        Raises: WorkerError if a worker of the roster died.
+        """
+        return wait_any(references, self._roster, what=what, seconds=seconds)
+
     def stop(self) -> None:
         """End every process of the group and give its resources back."""
         self.kill()
-        for group in self._placement_groups:
-            remove_placement_group(group)
-        self._placement_groups = []
+        give_back(list(self._seats.values()))
+        self._seats = {}
 
     def kill(self) -> None:
         """End every process of the group; waits for it fail with WorkerError."""
-        self._roster.remove(named(self.name, self.handles))
-        for handle in self.handles:
+        self._roster.remove(self.named_handles())
+        for handle in self._handles.values():
             ray.kill(handle)
-        self.handles = []
+        self._handles = {}
 
 
-def named(name: str, handles: Sequence[Any]) -> dict[str, Any]:
-    """A group's workers by name: name-0, name-1, ..."""
-    return {f"{name}-{index}": handle for index, handle in enumerate(handles)}
+def named_together(groups: Sequence[RayWorkers]) -> Mapping[str, Any]:
+    """The workers of several groups by name, as they are now; in the groups' order."""
+    return {name: handle for group in groups for name, handle in group.named_handles().items()}

@@ -252,6 +252,9 @@ class DataConfig(ConfigModel):
     prompts: PromptSource
     """Prompts of the distillation, of one source or of a weighted mixture; answers in it are not
     read."""
+    trajectory_store: str | None = None
+    """Folder of samples that `distill-system generate` wrote ahead, for
+    distill.off_policy_source=store; a relative path is taken from data.directory."""
     held_out: Source
     """Prompts on which both moment-matching distances are measured."""
     evaluation: dict[str, Source]

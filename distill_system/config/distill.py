@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     Field,
@@ -10,12 +11,16 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
 from distill_system.config.base import ConfigModel
 from distill_system.config.model import FullUpdate, OptimizerConfig, UpdateConfig
 from distill_system.config.objective import AmmdConfig, MinillmConfig, ObjectiveConfig, StreamName
+
+OffPolicySource = Literal["teacher", "store", "dataset"]
+"""Who may write the off-policy stream, in the order in which sources take turns."""
 
 
 class ReplayConfig(ConfigModel):
@@ -100,9 +105,10 @@ class DistillConfig(ConfigModel):
     does not read leaves its sequences to the other, so that objectives compare at equal batches."""
     teacher_prompts_per_step: NonNegativeInt = 32
     """Sequences of the off-policy stream in each step: prompts the teacher answers, or rows."""
-    off_policy_source: Literal["teacher", "dataset"] = "teacher"
-    """Who writes the off-policy stream: the teacher as the run goes on, or the rows of
-    data.student_sft."""
+    off_policy_source: OffPolicySource | dict[OffPolicySource, PositiveFloat] = "teacher"
+    """Who writes the off-policy stream: the teacher as the run goes on, the teacher ahead of it
+    (store: the samples of data.trajectory_store), or the rows of data.student_sft (dataset).
+    Several by weights: {teacher: 1, store: 3} takes a quarter of the sequences from the teacher."""
     staleness: StalenessConfig = StalenessConfig()
     replay: ReplayConfig | None = None
     """Learn from one stream a step, and from the student's earlier text again; null learns from
@@ -128,6 +134,20 @@ class DistillConfig(ConfigModel):
     keep_best: BestConfig | None = None
     """Checkpoints that stay beside them; null keeps the newest alone."""
 
+    @field_validator("off_policy_source", mode="before")
+    @classmethod
+    def _check_source(cls, given: Any) -> Any:
+        """One message for both forms; pydantic would give one for each."""
+        weights = (
+            given if isinstance(given, dict) else {given: 1.0} if isinstance(given, str) else {}
+        )
+        if not weights or not all(_is_weighted(*item) for item in weights.items()):
+            raise ValueError(
+                "expected 'teacher', 'store' or 'dataset', or weights > 0 of some of them such as "
+                f"{{teacher: 1, store: 3}}, got {given!r}"
+            )
+        return given
+
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
         if self.evaluate_every is not None and self.evaluate_every % self.measure_every:
@@ -142,13 +162,14 @@ class DistillConfig(ConfigModel):
                     f"{'student' if stream == 'on_policy' else 'teacher'}_prompts_per_step > 0, "
                     "got 0"
                 )
-        if isinstance(self.objective, MinillmConfig) and self.off_policy_source == "dataset":
+        sources = tuple(self.off_policy_mixture)
+        if isinstance(self.objective, MinillmConfig) and "dataset" in sources:
             mixture = self.objective.teacher_mixture
             if mixture > 0:
                 raise ValueError(
                     "objective.teacher_mixture mixes in text that the teacher wrote: expected "
                     "off_policy_source=teacher or teacher_mixture=0, got "
-                    f"off_policy_source=dataset and teacher_mixture={mixture}"
+                    f"off_policy_source={self.off_policy_source} and teacher_mixture={mixture}"
                 )
         if self.replay is not None and self.staleness.max_staleness > 0:
             raise ValueError(
@@ -157,13 +178,25 @@ class DistillConfig(ConfigModel):
                 f"{self.staleness.max_staleness}"
             )
         both = self.objective.reads("on_policy") and self.objective.reads("off_policy")
-        if self.replay is not None and not (both and self.off_policy_source == "dataset"):
+        if self.replay is not None and not (both and sources == ("dataset",)):
             raise ValueError(
                 "replay chooses between rows of data and the student's text: expected an objective "
                 "that reads both streams and off_policy_source=dataset, got "
                 f"objective.type={self.objective.type}, off_policy_source={self.off_policy_source}"
             )
         return self
+
+    @property
+    def off_policy_mixture(self) -> dict[OffPolicySource, float]:
+        """Each source of the off-policy stream with its share; shares sum to 1, teacher first."""
+        given = self.off_policy_source
+        weights = given if isinstance(given, dict) else {given: 1.0}
+        total = sum(weights.values())
+        return {
+            source: weights[source] / total
+            for source in get_args(OffPolicySource)
+            if source in weights
+        }
 
     def sequences(self, stream: StreamName) -> int:
         """Sequences of a stream in each step; one that is not read leaves its own to the other."""
@@ -175,3 +208,10 @@ class DistillConfig(ConfigModel):
             return 0
         alone = not (self.objective.reads("on_policy") and self.objective.reads("off_policy"))
         return sum(own.values()) if alone or self.replay is not None else own[stream]
+
+
+def _is_weighted(source: object, weight: Any) -> bool:
+    """Whether a mixture may hold this source with this weight."""
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    known = isinstance(source, str) and source in get_args(OffPolicySource)
+    return known and is_number and math.isfinite(weight) and weight > 0

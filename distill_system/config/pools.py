@@ -2,22 +2,76 @@
 
 from __future__ import annotations
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from typing import Annotated, Literal, get_args
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from distill_system.config.base import ConfigModel
+
+ElasticPool = Literal["student_rollout", "teacher_rollout", "teacher_scoring"]
+"""Pools whose workers may come and go while a run goes on."""
+
+ELASTIC_POOLS: tuple[ElasticPool, ...] = get_args(ElasticPool)
+
+_MAY_STAND_BESIDE = {"teacher_scoring": "teacher_rollout", "evaluation": "student_rollout"}
 
 
 class PoolConfig(ConfigModel):
     """One pool of workers and what each of its workers asks of the cluster."""
 
     count: PositiveInt = 1
-    """Number of workers."""
+    """Number of workers; where min_count or max_count is given, the number it begins with."""
+    min_count: PositiveInt | None = None
+    """The fewest workers while the run goes on; null: count. For student_rollout, teacher_rollout
+    and teacher_scoring."""
+    max_count: PositiveInt | None = None
+    """The most workers while the run goes on; null: count. For the same three pools."""
     cpus: NonNegativeFloat = 1.0
     """CPUs per worker."""
     gpus: NonNegativeFloat = 0.0
-    """GPUs per worker; more than one in a rollout pool is tensor parallelism."""
+    """GPUs per worker, whole ones or a share of one; more than one in a rollout pool is tensor
+    parallelism."""
     custom_resources: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Ray custom resources per worker."""
+    colocate_with: Literal["teacher_rollout", "student_rollout"] | None = None
+    """Let worker i stand beside worker i of that pool, on one node, and with a share of a GPU each
+    on one GPU: teacher_scoring beside teacher_rollout, evaluation beside student_rollout. Counts
+    must be equal and stay so."""
+
+    @property
+    def fewest(self) -> int:
+        """min_count, or count where it is null."""
+        return self.count if self.min_count is None else self.min_count
+
+    @property
+    def most(self) -> int:
+        """max_count, or count where it is null."""
+        return self.count if self.max_count is None else self.max_count
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while a run goes on."""
+        return self.fewest < self.most
+
+    @model_validator(mode="after")
+    def _check(self) -> PoolConfig:
+        if not self.fewest <= self.count <= self.most:
+            raise ValueError(
+                "expected min_count <= count <= max_count, got "
+                f"{self.fewest}, {self.count} and {self.most}"
+            )
+        if self.gpus > 1.0 and not self.gpus.is_integer():
+            raise ValueError(
+                f"a worker has whole GPUs or a share of one: expected gpus <= 1 or a whole number, "
+                f"got {self.gpus}"
+            )
+        return self
 
 
 class PoolsConfig(ConfigModel):
@@ -27,18 +81,87 @@ class PoolsConfig(ConfigModel):
     teacher_rollout: PoolConfig = PoolConfig()
     teacher_scoring: PoolConfig = PoolConfig()
     learner: PoolConfig = PoolConfig()
+    evaluation: PoolConfig | None = None
+    """Rollout workers that hold the student for evaluations alone, with rollout.student_engine;
+    null: those of student_rollout evaluate, and write nothing else meanwhile."""
+
+    @property
+    def by_name(self) -> dict[str, PoolConfig]:
+        """The pools that there are."""
+        pools = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: pool for name, pool in pools.items() if pool is not None}
 
     @model_validator(mode="after")
-    def _check(self) -> PoolsConfig:
-        if (self.learner.gpus > 0) != (self.student_rollout.gpus > 0):
-            raise ValueError(
-                "learner and student_rollout must both have GPUs or both have none: weights travel "
-                f"over NCCL or over gloo, got learner.gpus={self.learner.gpus} and "
-                f"student_rollout.gpus={self.student_rollout.gpus}"
-            )
+    def _check_devices(self) -> PoolsConfig:
         if self.learner.gpus not in (0.0, 1.0):
             raise ValueError(f"a learner rank has 0 or 1 GPU, got learner.gpus={self.learner.gpus}")
+        for name in ("student_rollout", "evaluation"):
+            pool = self.by_name.get(name)
+            if pool is not None and (self.learner.gpus > 0) != (pool.gpus > 0):
+                raise ValueError(
+                    f"learner and {name} must both have GPUs or both have none: weights travel "
+                    f"over NCCL or over gloo, got learner.gpus={self.learner.gpus} and "
+                    f"{name}.gpus={pool.gpus}"
+                )
         return self
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> PoolsConfig:
+        for name, pool in self.by_name.items():
+            given = (pool.min_count, pool.max_count)
+            if name not in ELASTIC_POOLS and given != (None, None):
+                raise ValueError(
+                    f"{name} keeps its size while a run goes on: expected min_count and max_count "
+                    f"null, got {given}; pools that may change are {', '.join(ELASTIC_POOLS)}"
+                )
+            if pool.colocate_with is not None:
+                self._check_beside(name, pool, pool.colocate_with)
+        return self
+
+    def _check_beside(self, name: str, pool: PoolConfig, other_name: str) -> None:
+        other: PoolConfig = getattr(self, other_name)
+        if _MAY_STAND_BESIDE.get(name) != other_name:
+            allowed = [f"{one} with {two}" for one, two in _MAY_STAND_BESIDE.items()]
+            raise ValueError(
+                f"{name}.colocate_with={other_name}: workers that may stand side by side are "
+                f"{' and '.join(allowed)}"
+            )
+        if pool.count != other.count or pool.is_elastic or other.is_elastic:
+            counts = [(one.fewest, one.count, one.most) for one in (pool, other)]
+            raise ValueError(
+                f"{name} and {other_name} stand side by side, one with one: expected equal counts "
+                f"without room to change, got min_count, count, max_count of {counts[0]} and "
+                f"{counts[1]}"
+            )
+        shares = (pool.gpus, other.gpus)
+        if any(not share.is_integer() for share in shares) and sum(shares) > 1.0:
+            raise ValueError(
+                f"{name} and {other_name} share one GPU: expected shares of at most 1 together, "
+                f"got gpus of {shares[0]} and {shares[1]}"
+            )
+
+
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class ScalingConfig(ConfigModel):
+    """When a run changes its pools by itself, within their min_count and max_count. The command
+    `distill-system scale` does so too, whatever stands here."""
+
+    automatic: bool = False
+    """Let the run add a worker to the pool that the learner waits for, and take one from a pool
+    that waits itself."""
+    look_every_seconds: PositiveFloat = 10.0
+    """Time over which each pool's busy and idle shares are taken."""
+    patience: PositiveInt = 3
+    """So many looks in a row must say the same, more or fewer, before a worker comes or goes."""
+    cool_down_seconds: NonNegativeFloat = 60.0
+    """After a change nothing is changed for so long: its effect must show first."""
+    starved_share: Share = 0.1
+    """The learner may wait for this share of its time; a pool grows if it waits longer."""
+    spare_share: Share = 0.1
+    """A pool shrinks only if the workers that stay would still be idle for this share of their
+    time, so that it need not grow again."""
 
 
 class DeadlinesConfig(ConfigModel):

@@ -35,6 +35,10 @@ class EngineConfig(ConfigModel):
     """Share of the device that vLLM may take where kv_cache_mebibytes is null."""
     enforce_eager: bool = False
     """No CUDA graphs and no compilation: a faster start, slower decoding on a GPU."""
+    sleep_when_idle: bool = False
+    """Give the GPU's memory free while the engine has nothing to write: weights wait in CPU memory,
+    the cache is dropped. For a teacher on a GPU that it shares with a scorer; it takes the time of
+    a copy of the weights to wake."""
     enable_prefix_caching: bool = False
     """Share the cache of common prompt prefixes. Off, so that a run repeats to the bit."""
 

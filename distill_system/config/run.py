@@ -11,7 +11,13 @@ from distill_system.config.base import ConfigModel
 from distill_system.config.data import DataConfig, PretrainedTokenizer, TokenizerConfig
 from distill_system.config.distill import DistillConfig
 from distill_system.config.model import LearnerConfig, ModelConfig
-from distill_system.config.pools import ClusterConfig, DeadlinesConfig, PoolsConfig
+from distill_system.config.pools import (
+    ELASTIC_POOLS,
+    ClusterConfig,
+    DeadlinesConfig,
+    PoolsConfig,
+    ScalingConfig,
+)
 from distill_system.config.rollout import RolloutConfig, ScoringConfig
 
 MetricName = Literal["exact_match", "rouge_l", "rouge_l_stemmed", "bleu", "accuracy"]
@@ -49,6 +55,7 @@ class RunConfig(ConfigModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
     pools: PoolsConfig = PoolsConfig()
+    scaling: ScalingConfig = ScalingConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
 
     @field_validator("name")
@@ -78,12 +85,57 @@ class RunConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
+    def _check_importance(self) -> RunConfig:
+        importance, top_p = self.distill.staleness.importance, self.rollout.sampling.top_p
+        if importance != "none" and top_p < 1.0:
+            raise ValueError(
+                "distill.staleness.importance divides the student's probability of a token by that "
+                "which it was sampled with; rollout.sampling.top_p < 1 cuts tokens off and scales "
+                "up the rest, otherwise under each version of the student, so that the two do not "
+                f"compare: expected top_p=1 or importance=none, got top_p={top_p} and "
+                f"importance={importance}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_shards(self) -> RunConfig:
         ranks, share = self.pools.learner.count, self.learner.shard_ranks
         if ranks % self.learner.shard_size(ranks):
             raise ValueError(
                 "learner.shard_ranks ranks share one copy of the model: expected a divisor of "
                 f'pools.learner.count={ranks} or "all", got {share}'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_scaling(self) -> RunConfig:
+        staleness = self.distill.staleness.max_staleness
+        if self.scaling.automatic and staleness == 0:
+            raise ValueError(
+                "scaling.automatic reads which pool waits for which, and with "
+                "distill.staleness.max_staleness=0 they take turns: expected max_staleness >= 1 or "
+                "scaling.automatic=false"
+            )
+        if self.scaling.automatic and not any(
+            self.pools.by_name[name].is_elastic for name in ELASTIC_POOLS
+        ):
+            raise ValueError(
+                "scaling.automatic has nothing to change: expected min_count below max_count in "
+                f"one of pools.{', pools.'.join(ELASTIC_POOLS)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sleep(self) -> RunConfig:
+        if self.rollout.student_engine.sleep_when_idle:
+            raise ValueError(
+                "rollout.student_engine.sleep_when_idle: new weights come while the student's "
+                "engine is idle; expected false, only the teacher's may sleep"
+            )
+        if self.rollout.teacher_engine.sleep_when_idle and self.pools.teacher_rollout.gpus == 0:
+            raise ValueError(
+                "rollout.teacher_engine.sleep_when_idle gives a GPU's memory free, and vLLM has no "
+                "sleep on a CPU: expected pools.teacher_rollout.gpus > 0 or sleep_when_idle=false"
             )
         return self
 
@@ -101,8 +153,14 @@ class RunConfig(ConfigModel):
                         "data.max_prompt_tokens + rollout.sampling.max_response_tokens = "
                         f"{longest}, got {model.architecture.max_position_embeddings}"
                     )
-        if self.distill.off_policy_source == "dataset" and self.data.student_sft is None:
+        sources = self.distill.off_policy_mixture
+        if "dataset" in sources and self.data.student_sft is None:
             raise ValueError("distill.off_policy_source=dataset needs rows: give data.student_sft")
+        if "store" in sources and self.data.trajectory_store is None:
+            raise ValueError(
+                "distill.off_policy_source=store needs samples: give data.trajectory_store, and "
+                "fill it with `distill-system generate`"
+            )
         pretrained = isinstance(self.tokenizer, PretrainedTokenizer) and self.tokenizer.path is None
         if pretrained and self.teacher.path is None:
             raise ValueError(

@@ -105,6 +105,8 @@ def _describe_value(slot: Slot) -> str:
         return f"a mapping with {slot.discriminator} {quoted_list(list(slot.alternatives))}"
     if slot.models:
         return f"a mapping with the keys {', '.join(slot.models[0].model_fields)}"
+    if _is_union(slot.annotation):
+        return ", or ".join(describe(_slot_of(member)) for member in arguments)
     if get_origin(slot.annotation) is Literal:
         return quoted_list([str(argument) for argument in arguments])
     if get_origin(slot.annotation) is dict:

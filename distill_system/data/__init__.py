@@ -1,19 +1,38 @@
 """Prompts, tokenizers, tokenised rows and the walk over them: data in, records out."""
 
 from distill_system.data.examples import Example
+from distill_system.data.fingerprints import fingerprint_model, fingerprint_tokenizer
 from distill_system.data.frontier import PromptFrontier, SourceShare, source_shares
-from distill_system.data.run_data import RunData, load_run_data, tokenizer_texts
+from distill_system.data.run_data import RunData, load_run_data, store_path, tokenizer_texts
 from distill_system.data.sources import load_examples
+from distill_system.data.stored_rows import SampleOrigin
+from distill_system.data.stored_trajectories import (
+    Selection,
+    StoredTrajectories,
+    read_trajectories,
+)
+from distill_system.data.target_store import TargetStore
 from distill_system.data.tokenizers import build_tokenizer
+from distill_system.data.trajectory_store import AppendCount, TrajectoryStore
 
 __all__ = [
+    "AppendCount",
     "Example",
     "PromptFrontier",
     "RunData",
+    "SampleOrigin",
+    "Selection",
     "SourceShare",
+    "StoredTrajectories",
+    "TargetStore",
+    "TrajectoryStore",
     "build_tokenizer",
+    "fingerprint_model",
+    "fingerprint_tokenizer",
     "load_examples",
     "load_run_data",
+    "read_trajectories",
     "source_shares",
+    "store_path",
     "tokenizer_texts",
 ]

@@ -79,11 +79,15 @@ class PromptFrontier:
             assert taken, f"{self._purpose}: prompt {index} was not taken"
         self._returned.extend(indices)
 
-    def state(self) -> dict[str, Any]:
-        """The position, as JSON can keep it."""
+    def state(self, *, under_way: Sequence[int] = ()) -> dict[str, Any]:
+        """The position, as JSON can keep it.
+
+        under_way: what was taken and not trained on yet; it comes first when a run goes on from
+            here.
+        """
         return {
             "sources": {name: walk.state() for name, walk in self._walks.items()},
-            "returned": list(self._returned),
+            "returned": [*under_way, *self._returned],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:

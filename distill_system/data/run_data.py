@@ -6,9 +6,10 @@ prompt with a held-out or evaluation row.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -16,12 +17,19 @@ from transformers import PreTrainedTokenizerBase
 from distill_system.config.data import DataConfig, Source, TrainedTokenizer
 from distill_system.config.run import RunConfig
 from distill_system.data.examples import Example
+from distill_system.data.fingerprints import fingerprint_tokenizer
 from distill_system.data.set_reader import Row, SetReader
 from distill_system.data.sources import load_examples
+from distill_system.data.stored_rows import SampleOrigin
+from distill_system.data.stored_trajectories import (
+    Selection,
+    StoredTrajectories,
+    read_trajectories,
+)
 from distill_system.errors import DataError
 from distill_system.records import Prompt, Trajectory
 
-SetName = Literal["teacher_sft", "student_sft", "prompts", "held_out", "evaluation"]
+SetName = Literal["teacher_sft", "student_sft", "prompts", "held_out", "evaluation", "stored"]
 ALL_SETS: tuple[SetName, ...] = ("teacher_sft", "student_sft", "prompts", "held_out", "evaluation")
 
 
@@ -32,6 +40,8 @@ class RunData:
     evaluation: prompts by split name.  num_removed: rows left out of each training set because
     their prompts stand in held_out or evaluation too.  num_out_of_bounds: rows left out of each set
     by the token bounds of its source; sets that lost none are not in it.
+    stored: samples of the run's teacher in data.trajectory_store, made one at a time as they are
+    asked for.  num_foreign: how many others it holds, which other models or samplings wrote.
     """
 
     teacher_sft: tuple[Trajectory, ...] = ()
@@ -41,12 +51,16 @@ class RunData:
     evaluation: dict[str, tuple[Prompt, ...]] = field(default_factory=dict)
     num_removed: dict[str, int] = field(default_factory=dict)
     num_out_of_bounds: dict[str, int] = field(default_factory=dict)
+    stored: Sequence[Trajectory] = ()
+    num_foreign: int = 0
 
 
 def load_run_data(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     sets: Collection[SetName] = ALL_SETS,
+    *,
+    stored_by: SampleOrigin | None = None,
 ) -> RunData:
     """Load, render and tokenise the sets of a run.
 
@@ -58,10 +72,13 @@ def load_run_data(
         config: the run.
         tokenizer: as from `build_tokenizer`, or loaded from the teacher's folder.
         sets: the sets wanted; the others stay empty.
+        stored_by: who has to have written the samples of data.trajectory_store, and how; needed
+            where "stored" is wanted.
 
     Raises:
         DataError: a source or row cannot be used, a prompt is too long, a supervised row has no
-            answer, or a set is empty after the removal.
+            answer, or a set is empty after the removal; the trajectory store is missing or empty,
+            of another tokenizer, or holds nothing that stored_by wrote.
     """
     data = config.data
     reader = SetReader(config, tokenizer)
@@ -72,6 +89,13 @@ def load_run_data(
     training = _TrainingRows(reader, blocked)
     teacher = data.teacher_sft if "teacher_sft" in sets else None
     student = data.student_sft if "student_sft" in sets else None
+    stored = None
+    if "stored" in sets:
+        blocked_keys = set().union(*map(reader.prompt_keys, measured_rows.values()))
+        stored = _read_store(config, tokenizer, stored_by, blocked_keys)
+        training.num_removed["trajectory_store"] = stored.num_blocked
+        if stored.num_too_long:
+            reader.num_out_of_bounds["trajectory_store"] = stored.num_too_long
     return RunData(
         teacher_sft=training.trajectories("teacher_sft", teacher),
         student_sft=training.trajectories("student_sft", student),
@@ -86,7 +110,31 @@ def load_run_data(
         },
         num_removed=training.num_removed,
         num_out_of_bounds=reader.num_out_of_bounds,
+        stored=() if stored is None else stored,
+        num_foreign=0 if stored is None else stored.num_foreign,
     )
+
+
+def store_path(data: DataConfig) -> Path:
+    """The folder of data.trajectory_store."""
+    assert data.trajectory_store is not None, "the configuration names a store"
+    return Path(data.directory) / data.trajectory_store
+
+
+def _read_store(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stored_by: SampleOrigin | None,
+    blocked: Collection[str],
+) -> StoredTrajectories:
+    assert stored_by is not None, "the run knows whose samples it wants"
+    selection = Selection(
+        origin=stored_by,
+        blocked=blocked,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_response_tokens=config.rollout.sampling.max_response_tokens,
+    )
+    return read_trajectories(store_path(config.data), fingerprint_tokenizer(tokenizer), selection)
 
 
 class _TrainingRows:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from distill_system.config.data import EmbeddedTokenizer, RowSource, Source
 from distill_system.config.run import RunConfig
 from distill_system.data.examples import Example, Message
+from distill_system.data.fingerprints import fingerprint_prompt
 from distill_system.data.sources import load_examples
 from distill_system.errors import DataError
 from distill_system.records import Author, Finish, Prompt, Trajectory
@@ -76,6 +77,11 @@ class SetReader:
             )
             for row, token_ids in zip(rows, self._prompt_ids(rows), strict=True)
         )
+
+    def prompt_keys(self, rows: Sequence[Row]) -> set[str]:
+        """What the rows' prompts are known by in a trajectory store."""
+        encoded = self._encode_prompts(rows)
+        return {fingerprint_prompt(np.array(ids, dtype=np.int32)) for ids in encoded}
 
     def trajectories(self, rows: Sequence[Row]) -> tuple[Trajectory, ...]:
         """Rows as supervised trajectories: prompt, answer, end of sequence."""

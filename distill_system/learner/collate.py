@@ -35,13 +35,29 @@ class StreamTotals:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BehaviourRows:
+    """What the student said of the on-policy tokens as it wrote them.
+
+    logprobs_N: float32, nats, at temperature. versions_N: int64, of the weights that wrote each.
+    """
+
+    logprobs_N: Tensor
+    temperature: float
+    versions_N: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerBatch:
-    """What one rank learns from in one step: off-policy sequences first, then on-policy ones."""
+    """What one rank learns from in one step: off-policy sequences first, then on-policy ones.
+
+    behaviour: None where text and student are of one version, or one writer is as good as another.
+    """
 
     sequences: SequenceBatch
     trajectories: dict[Stream, tuple[Trajectory, ...]]
     teacher: dict[Stream, TeacherRows]
     totals: Mapping[Stream, StreamTotals]
+    behaviour: BehaviourRows | None = None
 
     def stream_rows(self, stream: Stream, hidden_NH: Tensor) -> TokenRows | None:
         """The stream's part of the hidden states; None if this step has no such stream."""
@@ -51,6 +67,7 @@ class LearnerBatch:
         off_sequences = len(self.trajectories.get(Stream.OFF_POLICY, ()))
         first = stream is Stream.OFF_POLICY
         rows = slice(0, off_tokens) if first else slice(off_tokens, None)
+        behaviour = None if first else self.behaviour
         return TokenRows(
             hidden_NH=hidden_NH[rows],
             token_ids_N=self.sequences.token_ids_N[rows],
@@ -59,6 +76,8 @@ class LearnerBatch:
             num_global_tokens=self.totals[stream].num_tokens,
             num_global_sequences=self.totals[stream].num_sequences,
             teacher=self.teacher.get(stream),
+            behaviour_logprobs_N=None if behaviour is None else behaviour.logprobs_N,
+            behaviour_temperature=1.0 if behaviour is None else behaviour.temperature,
         )
 
 
@@ -69,11 +88,14 @@ def collate(
     device: torch.device,
     *,
     num_parts: int = 1,
+    brings_behaviour: bool = False,
 ) -> LearnerBatch:
     """Join this rank's chunks; targets[i] belongs to chunks[i], None where no teacher read.
 
-    num_parts: in how many parts the model reads them.
-    Raises: RecordError if a trajectory and its targets disagree.
+    num_parts: in how many parts the model reads them. brings_behaviour: whether what the writer
+    said of on-policy tokens comes along.
+    Raises: RecordError if a trajectory and its targets disagree, or on-policy trajectories do not
+        say who wrote them, or were sampled at different temperatures.
     """
     trajectories: dict[Stream, tuple[Trajectory, ...]] = {}
     teacher: dict[Stream, TeacherRows] = {}
@@ -91,6 +113,35 @@ def collate(
         trajectories=trajectories,
         teacher=teacher,
         totals=totals,
+        behaviour=(
+            _behaviour_rows(trajectories[Stream.ON_POLICY], device)
+            if brings_behaviour and Stream.ON_POLICY in trajectories
+            else None
+        ),
+    )
+
+
+def _behaviour_rows(trajectories: Sequence[Trajectory], device: torch.device) -> BehaviourRows:
+    for trajectory in trajectories:
+        if not trajectory.weight_versions:
+            raise RecordError(
+                f"trajectory {trajectory.trajectory_id!r} of the on-policy stream: expected the "
+                f"student's, with the weight versions that wrote it, got none by the "
+                f"{trajectory.author}"
+            )
+    temperatures = sorted({trajectory.temperature for trajectory in trajectories})
+    if len(temperatures) > 1:
+        raise RecordError(
+            "the on-policy trajectories of a step: expected one sampling temperature, got "
+            f"{temperatures}; importance ratios compare policies at one"
+        )
+    spans = [span for trajectory in trajectories for span in trajectory.weight_versions]
+    versions_N = np.repeat([s.version for s in spans], [s.end - s.start for s in spans])
+    logprobs_N = np.concatenate([t.behaviour_logprobs for t in trajectories])
+    return BehaviourRows(
+        logprobs_N=torch.from_numpy(logprobs_N).to(device, torch.float32),
+        temperature=temperatures[0],
+        versions_N=torch.from_numpy(versions_N).to(device),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from distill_system.learner.checkpoint_files import FileRecord
 from distill_system.learner.collate import StreamTotals
+from distill_system.learner.publishing import Publishing
 from distill_system.records import StepResult, Stream, Trajectory, TrajectoryChunk, WeightVersion
 from distill_system.workers import Reference, Workers
 
@@ -31,6 +32,8 @@ class LearnerGroup:
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
         self._saving: list[Reference] = []
+        self._publishing: Publishing | None = None
+        self._publish_seconds = 0.0
 
     def connect(self) -> None:
         """Let the ranks find one another; returns when every model is loaded."""
@@ -40,7 +43,15 @@ class LearnerGroup:
 
     def learn(self, step: int, scored: Sequence[ScoredChunk]) -> StepResult:
         """One update from scored chunks of both streams; targets go from scorer to rank."""
-        return self._finish(self._start_on_chunks("step", [step], scored), f"step {step}")[0]
+        return self.finish_step(step, self.start_step(step, scored))
+
+    def start_step(self, step: int, scored: Sequence[ScoredChunk]) -> list[Reference]:
+        """Begin what learn does, and return at once."""
+        return self._start_on_chunks("step", [step], scored)
+
+    def finish_step(self, step: int, references: Sequence[Reference]) -> StepResult:
+        """Wait for what start_step began."""
+        return self._finish(references, f"step {step}")[0]
 
     def start_supervised(self, step: int, trajectories: Sequence[Trajectory]) -> list[Reference]:
         """Begin one supervised update on data-set trajectories; see finish_supervised."""
@@ -62,14 +73,56 @@ class LearnerGroup:
     def connect_rollouts(
         self, backend: str, client: Any, num_receivers: int, timeout_seconds: float
     ) -> None:
-        """Open the weight-transfer group from rank 0 to every rollout worker."""
+        """Open the weight-transfer group from rank 0 to every rollout worker of the client.
+
+        Called again it leaves the group before and opens another, at another port: workers may
+        have come, gone or died. What was being sent may not arrive: publish after it.
+
+        timeout_seconds: for the workers to join, and for each publish.
+        """
+        self._publishing, self._publish_seconds = None, timeout_seconds
         [(address, port)] = self._finish([self.workers.start(0, "address")], "rank 0's address")
         arguments = (backend, client, address, port, num_receivers, timeout_seconds)
         self._all("connect_rollouts", *arguments, what="the weight-transfer group")
 
     def publish(self, version: int) -> WeightVersion:
-        """Send rank 0's weights to every rollout worker."""
-        return self._all("publish", version, what=f"weight version {version}")[0]
+        """Send the weights to every rollout worker, and wait until all hold them."""
+        self.start_publish(version)
+        return self.finish_publish()
+
+    def start_publish(self, version: int) -> list[Reference]:
+        """Begin a publish of the weights as they are after the calls before this one.
+
+        Returns references that are done once the weights are packed: the next step may begin at
+        once, it comes after the packing and beside the sending. A publish that is under way is
+        finished first.  Raises: what finish_publish raises of that one.
+        """
+        if self._publishing is not None:
+            self.finish_publish()
+        packing = [
+            self.workers.start(rank, "start_publish", version) for rank in range(self.workers.count)
+        ]
+        self._publishing = Publishing(version, packing)
+        return packing
+
+    def receiving(self) -> list[Reference]:
+        """A reference per rollout worker, done when it holds the version; waits for the packing.
+
+        Raises: DeadlineError that names the ranks which still gather; TransferError.
+        """
+        assert self._publishing is not None, "start_publish comes before receiving"
+        return self._publishing.receiving(self.workers, self._publish_seconds)
+
+    def finish_publish(self) -> WeightVersion:
+        """Wait until every rollout worker holds what start_publish began to send.
+
+        Raises: DeadlineError that names the ranks which still gather, or the rollout workers which
+        have not answered; TransferError of a worker that received other bytes than were sent;
+        WorkerError of one that died.
+        """
+        assert self._publishing is not None, "start_publish comes before finish_publish"
+        publishing, self._publishing = self._publishing, None
+        return publishing.finish(self.workers, self._publish_seconds)
 
     def start_save(self, folder: Path) -> None:
         """Begin a checkpoint's learner part, in a folder that all ranks see; nobody waits here.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from distill_system.config.distill import StalenessConfig
 from distill_system.config.model import LearnerConfig, LoraUpdate, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.errors import NonFiniteError
@@ -21,6 +22,7 @@ from distill_system.learner.adapters import MergedSource, export_merged
 from distill_system.learner.checkpoint import CheckpointWriter, load_checkpoint
 from distill_system.learner.checkpoint_files import FileRecord, find_alterations
 from distill_system.learner.collate import LearnerBatch, StreamTotals, collate
+from distill_system.learner.logprob_gap import measure_logprob_gap
 from distill_system.learner.meeting_point import find_meeting_point
 from distill_system.learner.microbatches import Microbatches
 from distill_system.learner.optimizer import (
@@ -38,18 +40,24 @@ from distill_system.learner.sharding import (
     prepare_blocks,
     shard_policy,
 )
+from distill_system.learner.staleness_metrics import measure_staleness
 from distill_system.learner.student import ModelSource, build_student, fill_student
 from distill_system.learner.teacher_matrices import TeacherMatrices
-from distill_system.objectives import PolicyHeads, build_objective, measure_stream
+from distill_system.objectives import (
+    Importance,
+    PolicyHeads,
+    build_objective,
+    measure_stream,
+)
 from distill_system.peak_memory import read_peak_memory_bytes
 from distill_system.records import (
     StepResult,
     Stream,
     TeacherTargets,
     TrajectoryChunk,
-    WeightVersion,
 )
 from distill_system.weights import WeightPublisher
+from distill_system.workers import Reference
 
 
 class Learner:
@@ -69,6 +77,7 @@ class Learner:
         seed: int,
         uses_gpu: bool,
         timeout_seconds: float,
+        staleness: StalenessConfig | None = None,
     ) -> None:
         torch.set_num_threads(config.threads)
         self.config = config
@@ -86,8 +95,14 @@ class Learner:
         self.model = build_student(
             source, seed=seed, device=self.device, empty=not self.ranks.alone
         )
+        stale = staleness or StalenessConfig()
+        self.reads_older_text = stale.max_staleness > 0
+        self.importance = Importance(kind=stale.importance, cap=stale.importance_cap)
         self.objective = build_objective(
-            objective, max_response_tokens=max_response_tokens, total_steps=total_steps
+            objective,
+            max_response_tokens=max_response_tokens,
+            total_steps=total_steps,
+            importance=self.importance,
         )
         self.publisher: WeightPublisher | None = None
         self.writer = CheckpointWriter(rank=rank, timeout=self.ranks.timeout)
@@ -143,18 +158,22 @@ class Learner:
         Raises: NonFiniteError before any weight has changed.
         """
         started = time.perf_counter()
-        batch = self._collate(chunks, targets, totals)
+        batch = self._collate(chunks, targets, totals, brings_behaviour=self.reads_older_text)
         microbatches = Microbatches(self.policy, batch.sequences)
         hidden_NH = microbatches.read()
+        on_policy = batch.stream_rows(Stream.ON_POLICY, hidden_NH)
         with self.policy.precision():
             output = self.objective.compute_loss(
                 self._heads(),
                 batch.stream_rows(Stream.OFF_POLICY, hidden_NH),
-                batch.stream_rows(Stream.ON_POLICY, hidden_NH),
+                on_policy,
                 self.ranks.sum,
             )
         sums = self.ranks.sum_scalars(
             {"loss": output.loss_share, **output.metric_shares, **rollout_shares(batch, output)}
+        )
+        staleness = measure_staleness(
+            batch, on_policy, output, self.importance, step=step, ranks=self.ranks
         )
         self._require_finite(sums["loss"], step)
         microbatches.backward(output.loss_share)
@@ -163,6 +182,7 @@ class Learner:
         metrics = {
             **sums,
             **output.metrics,
+            **staleness,
             "gradient_norm": gradient_norm,
             "learning_rate": rate,
             "response_tokens": num_tokens,
@@ -196,7 +216,9 @@ class Learner:
     ) -> dict[str, float]:
         """Both moment-matching distances on these chunks (C = 1, spectral ball), no update.
 
-        Keyed off_policy_distance, on_policy_distance, and cross_entropy (of the teacher's text).
+        Keyed off_policy_distance, on_policy_distance, cross_entropy (of the teacher's text), and
+        logprob_gap and max_logprob_gap of the student's text, which is to be sampled at
+        temperature 1 without truncation under the weights that the learner holds.
         """
         batch = self._collate(chunks, targets, totals)
         hidden_NH = Microbatches(self.policy, batch.sequences).read()
@@ -209,6 +231,9 @@ class Learner:
             measures[f"{stream.value}_distance"] = measured.distance
             if stream is Stream.OFF_POLICY:
                 measures["cross_entropy"] = measured.cross_entropy
+            else:
+                said_N, written = measured.student_logprobs_N, batch.trajectories[stream]
+                measures |= measure_logprob_gap(said_N, written, totals[stream], self.ranks)
         self.policy.release()
         return measures
 
@@ -221,7 +246,12 @@ class Learner:
         num_receivers: int,
         timeout_seconds: float,
     ) -> None:
-        """Open the weight-transfer group with the rollout workers; rank 0 sends."""
+        """Open the weight-transfer group with the rollout workers; rank 0 sends.
+
+        A group that there was is left before.
+        """
+        if self.publisher is not None:
+            self.publisher.close()
         as_they_are = not (isinstance(self.source.update, LoraUpdate) or self.config.offload)
         self.publisher = WeightPublisher(
             self.model if as_they_are else MergedSource(self.model, self.device),
@@ -234,10 +264,14 @@ class Learner:
             timeout_seconds=timeout_seconds,
         )
 
-    def publish(self, version: int) -> WeightVersion:
-        """Send the current weights to every rollout worker under this version."""
+    def start_publish(self, version: int) -> list[Reference]:
+        """Begin to send the current weights to every rollout worker under this version.
+
+        Returns once they are packed and may change again; on rank 0 with a reference to each
+        worker's receive_weights, on other ranks with none.
+        """
         assert self.publisher is not None, "connect_rollouts comes before publish"
-        return self.publisher.publish(version)
+        return self.publisher.start(version)
 
     def start_save(self, folder: str) -> None:
         """Begin this rank's part of a checkpoint; returns once the state is copied."""
@@ -283,13 +317,22 @@ class Learner:
         chunks: Sequence[TrajectoryChunk],
         targets: Sequence[Sequence[TeacherTargets] | None],
         totals: Mapping[Stream, StreamTotals],
+        *,
+        brings_behaviour: bool = False,
     ) -> LearnerBatch:
         """This rank's batch, in as many parts as the rank that needs most: they go in step."""
         limit, num_parts = self.config.max_tokens_per_microbatch, 1
         if limit is not None:
             lengths = [int(t.token_ids.size) for chunk in chunks for t in chunk.trajectories]
             num_parts = self.ranks.max(count_parts(lengths, limit))
-        return collate(chunks, targets, totals, self.device, num_parts=num_parts)
+        return collate(
+            chunks,
+            targets,
+            totals,
+            self.device,
+            num_parts=num_parts,
+            brings_behaviour=brings_behaviour,
+        )
 
     def _heads(self) -> PolicyHeads:
         return self.teacher.build_heads(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Number = TypeVar("Number", int, float)
 
 
 class Ranks:
@@ -60,13 +63,13 @@ class Ranks:
         )
         return dict(zip(values, self.sum(shares).tolist(), strict=True))
 
-    def max(self, value: int) -> int:
-        """The largest of the ranks' values."""
+    def max(self, value: Number) -> Number:
+        """The largest of the ranks' values; float32 where they are fractions."""
         if self.world_size == 1:
             return value
         largest = torch.tensor(value, device=self.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest)
+        return type(value)(largest.item())
 
     def close(self) -> None:
         """Leave the group."""

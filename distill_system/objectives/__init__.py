@@ -10,13 +10,16 @@ from distill_system.config.objective import (
     TokenMatchingConfig,
 )
 from distill_system.objectives.action_space import make_action_embeddings
-from distill_system.objectives.ammd import Ammd, measure_stream
+from distill_system.objectives.ammd import Ammd
+from distill_system.objectives.distances import measure_stream
+from distill_system.objectives.importance import UNWEIGHTED, Importance
 from distill_system.objectives.minillm import Minillm
 from distill_system.objectives.rows import Objective, PolicyHeads, TeacherRows, TokenRows
 from distill_system.objectives.token_matching import TokenMatching
 from distill_system.objectives.vocabulary import read_top_k, read_vocabulary
 
 __all__ = [
+    "Importance",
     "PolicyHeads",
     "TeacherRows",
     "TokenRows",
@@ -34,18 +37,23 @@ SUPERVISED = TokenMatchingConfig(
 
 
 def build_objective(
-    config: ObjectiveConfig | None, *, max_response_tokens: int, total_steps: int
+    config: ObjectiveConfig | None,
+    *,
+    max_response_tokens: int,
+    total_steps: int,
+    importance: Importance = UNWEIGHTED,
 ) -> Objective:
     """The objective that the configuration names; None is supervised fine-tuning on data.
 
     max_response_tokens: no response is longer. total_steps: learner steps of the whole run.
+    importance: how on-policy tokens that an older student wrote are weighed.
     """
     match config:
         case None:
             return TokenMatching(SUPERVISED, total_steps=total_steps)
         case AmmdConfig():
-            return Ammd(config, max_response_tokens=max_response_tokens)
+            return Ammd(config, max_response_tokens=max_response_tokens, importance=importance)
         case MinillmConfig():
-            return Minillm(config)
+            return Minillm(config, importance=importance)
         case TokenMatchingConfig():
-            return TokenMatching(config, total_steps=total_steps)
+            return TokenMatching(config, total_steps=total_steps, importance=importance)

@@ -15,20 +15,21 @@
 
 Differs from the paper: critics are bilinear in normalised features instead of two small networks,
 so the inner maximum has a closed form; both sides of a moment are expectations by default; the
-class can be widened by one more action feature (advantage.py).
+class can be widened by one more action feature (advantage.py); text of an older student is weighed
+(importance.py), critics' moments as well: they too are means over the student's own text.
 Axes: N tokens, F feature size, E action-embedding size.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from distill_system.config.objective import AmmdConfig, StreamName
 from distill_system.objectives.advantage import AdvantageRows, read_advantage
-from distill_system.objectives.critics import Critic, build_critic, moment_distance
+from distill_system.objectives.critics import Critic, build_critic
+from distill_system.objectives.distances import compute_moment, read_teacher
+from distill_system.objectives.importance import UNWEIGHTED, Importance, ImportanceWeights
 from distill_system.objectives.returns import compute_baseline, cost_to_go, future_cost_to_go
 from distill_system.objectives.rows import (
     ObjectiveOutput,
@@ -36,16 +37,24 @@ from distill_system.objectives.rows import (
     SumOverRanks,
     TokenRows,
     stream_mean,
+    weigh,
 )
 from distill_system.objectives.state_features import build_features
-from distill_system.objectives.vocabulary import VocabularyRows, unit_rows
+from distill_system.objectives.vocabulary import VocabularyRows
 
 
 class Ammd:
     """The min-max game on one step's rows; critics and their features are its only state."""
 
-    def __init__(self, config: AmmdConfig, *, max_response_tokens: int) -> None:
+    def __init__(
+        self,
+        config: AmmdConfig,
+        *,
+        max_response_tokens: int,
+        importance: Importance = UNWEIGHTED,
+    ) -> None:
         self.config = config
+        self.importance = importance
         self.max_response_tokens = max_response_tokens
         self.off_features = build_features(config.features)
         self.on_features = build_features(config.features)
@@ -73,18 +82,18 @@ class Ammd:
     ) -> ObjectiveOutput:
         """Differentiated directly through the student's expectation of f1 (docs/objectives.md)."""
         student = heads.read(rows)
-        advantage = self._read_advantage("off_policy", heads, rows, learns=True)
+        advantage = self._read_advantage("off_policy", heads, rows, None, learns=True)
         with _full_precision(rows):
             features_NF = self.off_features.extract(
                 rows.hidden_NH, rows.num_global_tokens, sum_over_ranks
             )
             if self.config.moment_target == "expected":
-                target_NE = _teacher(rows)[1]
+                target_NE = read_teacher(rows)[1]
             else:
                 target_NE = heads.action_embeddings_VE[rows.token_ids_N]
             gap_NE = target_NE - student.expected_embedding_NE
             scores_NE, distance = self._play(
-                self.off_critic, features_NF, gap_NE.detach(), rows, sum_over_ranks
+                self.off_critic, features_NF, gap_NE.detach(), rows, None, sum_over_ranks
             )
             game = self._discounted_mean((scores_NE * gap_NE).sum(dim=-1), rows)
             if advantage is not None:
@@ -107,12 +116,13 @@ class Ammd:
     ) -> ObjectiveOutput:
         """Policy gradient on costs of f2, whose immediate part is known in expectation."""
         student = heads.read(rows)
+        weights = self.importance.read(rows, student.behaviour_logprobs_N)
         immediate = self.config.policy_gradient != "reward_to_go"
-        advantage = self._read_advantage("on_policy", heads, rows, learns=immediate)
+        advantage = self._read_advantage("on_policy", heads, rows, weights, learns=immediate)
         with _full_precision(rows):
-            teacher_features_NF, expected_NE = _teacher(rows)
+            teacher_features_NF, expected_NE = read_teacher(rows)
             features_NF = self.on_features.extract(
-                teacher_features_NF, rows.num_global_tokens, sum_over_ranks
+                teacher_features_NF, rows.num_global_tokens, sum_over_ranks, _states(weights)
             )
             gap_NE = expected_NE - student.expected_embedding_NE
             sampled_gap_NE = expected_NE - heads.action_embeddings_VE[rows.token_ids_N]
@@ -122,6 +132,7 @@ class Ammd:
                 features_NF,
                 gap_NE.detach() if expected else sampled_gap_NE,
                 rows,
+                _states(weights) if expected else _tokens(weights),
                 sum_over_ranks,
             )
             sampled_costs_N = (scores_NE * sampled_gap_NE).sum(dim=-1)
@@ -129,9 +140,10 @@ class Ammd:
                 sampled_costs_N = sampled_costs_N + advantage.sampled_costs_N
             expected_costs_N = (scores_NE * gap_NE).sum(dim=-1)
             loss = self.config.on_policy_weight * self._policy_loss(
-                student, expected_costs_N, sampled_costs_N, advantage, rows, sum_over_ranks
+                student, expected_costs_N, sampled_costs_N, advantage, rows, weights, sum_over_ranks
             )
-        first_N = cost_to_go(sampled_costs_N, rows, discount=self.config.discount)
+        counted_N = weigh(sampled_costs_N, _tokens(weights))
+        first_N = cost_to_go(counted_N, rows, discount=self.config.discount)
         reward_to_go = -first_N[rows.positions_N == 0].sum() / rows.num_global_sequences
         return ObjectiveOutput(
             loss_share=loss,
@@ -140,17 +152,23 @@ class Ammd:
                 **_advantage_share("on_policy", advantage),
             },
             metrics={"on_policy_distance": distance},
-            student_logprobs_N=student.logprobs_N.detach(),
+            student_logprobs_N=student.behaviour_logprobs_N,
         )
 
     def _read_advantage(
-        self, stream: StreamName, heads: PolicyHeads, rows: TokenRows, *, learns: bool
+        self,
+        stream: StreamName,
+        heads: PolicyHeads,
+        rows: TokenRows,
+        weights: ImportanceWeights | None,
+        *,
+        learns: bool,
     ) -> AdvantageRows | None:
         """The extra feature's part, None where the stream's critic has no such feature."""
         config = self.config.advantage
         if config.type == "none" or stream not in config.streams:
             return None
-        weights_N = self._discounts(rows) / rows.num_global_tokens
+        weights_N = weigh(self._discounts(rows), _states(weights)) / rows.num_global_tokens
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             return read_advantage(config, heads, rows, weights_N)
 
@@ -160,11 +178,13 @@ class Ammd:
         features_NF: Tensor,
         gap_NE: Tensor,
         rows: TokenRows,
+        weights_N: Tensor | None,
         sum_over_ranks: SumOverRanks,
     ) -> tuple[Tensor, float]:
         """The critic's answer at each state, g^T phi [N, E], and the distance <phi, M> it finds."""
+        counted_N = weigh(self._discounts(rows), weights_N)
         moment_FE = compute_moment(
-            features_NF, gap_NE, self._discounts(rows), rows.num_global_tokens, sum_over_ranks
+            features_NF, gap_NE, counted_N, rows.num_global_tokens, sum_over_ranks
         )
         critic_FE = critic.respond(moment_FE)
         return features_NF @ critic_FE, float((critic_FE * moment_FE).sum())
@@ -176,15 +196,18 @@ class Ammd:
         sampled_costs_N: Tensor,
         advantage: AdvantageRows | None,
         rows: TokenRows,
+        weights: ImportanceWeights | None,
         sum_over_ranks: SumOverRanks,
     ) -> Tensor:
         """A share whose gradient estimates that of E_{tau ~ pi_theta} sum gamma^t c_t / N."""
         config = self.config
         if config.policy_gradient == "reward_to_go":
-            returns_N = cost_to_go(sampled_costs_N, rows, discount=config.discount)
-            advantages_N = returns_N - self._baseline(returns_N, rows, sum_over_ranks)
+            returns_N = cost_to_go(
+                self._later(sampled_costs_N, _tokens(weights)), rows, discount=config.discount
+            )
+            advantages_N = self._advantages(returns_N, rows, weights, sum_over_ranks)
             return self._discounted_mean(student.logprobs_N * advantages_N, rows)
-        immediate = self._discounted_mean(expected_costs_N, rows)
+        immediate = self._discounted_mean(weigh(expected_costs_N, _states(weights)), rows)
         costs_N = expected_costs_N.detach()
         if advantage is not None:
             immediate = immediate + advantage.total
@@ -192,17 +215,38 @@ class Ammd:
         if config.policy_gradient == "immediate":
             return immediate
         future_N = future_cost_to_go(
-            costs_N, rows, discount=config.discount, normalise=config.normalise_future
+            self._later(costs_N, _states(weights)),
+            rows,
+            discount=config.discount,
+            normalise=config.normalise_future,
         )
-        advantages_N = future_N - self._baseline(future_N, rows, sum_over_ranks)
+        advantages_N = self._advantages(future_N, rows, weights, sum_over_ranks)
         return immediate + config.future_weight * self._discounted_mean(
             student.logprobs_N * advantages_N, rows
         )
 
-    def _baseline(self, returns_N: Tensor, rows: TokenRows, sum_over_ranks: SumOverRanks) -> Tensor:
-        return compute_baseline(
+    def _later(self, costs_N: Tensor, weights_N: Tensor | None) -> Tensor:
+        """Costs as they enter a return: by the product of ratios up to each, or as they are."""
+        return weigh(costs_N, weights_N if self.importance.kind == "state" else None)
+
+    def _advantages(
+        self,
+        returns_N: Tensor,
+        rows: TokenRows,
+        weights: ImportanceWeights | None,
+        sum_over_ranks: SumOverRanks,
+    ) -> Tensor:
+        """What log pi(y_t) is multiplied by: returns less their baseline, [N].
+
+        The costs of a return have products of ratios of their own, the baseline needs one; a ratio
+        of the token alone weighs both.
+        """
+        baseline_N = compute_baseline(
             self.config.baseline, returns_N, rows, sum_over_ranks, longest=self.max_response_tokens
         )
+        if self.importance.kind == "state":
+            return returns_N - weigh(baseline_N, _tokens(weights))
+        return weigh(returns_N - baseline_N, _tokens(weights))
 
     def _discounts(self, rows: TokenRows) -> Tensor:
         return torch.pow(
@@ -233,67 +277,12 @@ class Ammd:
 _STATEFUL = ("off_critic", "on_critic", "off_features", "on_features")
 
 
-def compute_moment(
-    features_NF: Tensor,
-    gap_NE: Tensor,
-    weights_N: Tensor,
-    num_global_tokens: int,
-    sum_over_ranks: SumOverRanks,
-) -> Tensor:
-    """M = (1/N) sum_t w_t g_t d_t^T over all ranks, float32 [F, E], detached."""
-    share_FE = features_NF.detach().T @ (weights_N[:, None] * gap_NE.detach())
-    return sum_over_ranks(share_FE) / num_global_tokens
+def _states(weights: ImportanceWeights | None) -> Tensor | None:
+    return None if weights is None else weights.states_N
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOutMeasures:
-    """How far the student is from the teacher on one stream.
-
-    distance: d_off or d_on of the whole critic class, the closed-form inner maximum.
-    cross_entropy: -E log pi_theta(y_t | s_t), nats per token of the stream.
-    """
-
-    distance: float
-    cross_entropy: float
-
-
-def measure_stream(
-    heads: PolicyHeads,
-    rows: TokenRows,
-    sum_over_ranks: SumOverRanks,
-    *,
-    stream: StreamName,
-    ball: str = "spectral",
-    radius: float = 1.0,
-) -> HeldOutMeasures:
-    """Both measures of one stream, from one read of the vocabulary, without an update.
-
-    The distance has both sides in expectation and is undiscounted, so it is exactly zero where
-    student equals teacher. off_policy reads the student's features on teacher text, on_policy the
-    teacher's features on student text.
-    """
-    teacher_features_NF, expected_NE = _teacher(rows)
-    features_NF = rows.hidden_NH if stream == "off_policy" else teacher_features_NF
-    student = heads.read(rows)
-    gap_NE = expected_NE - student.expected_embedding_NE
-    ones_N = torch.ones(gap_NE.shape[0], device=gap_NE.device)
-    moment_FE = compute_moment(
-        unit_rows(features_NF), gap_NE, ones_N, rows.num_global_tokens, sum_over_ranks
-    )
-    total = sum_over_ranks(student.logprobs_N.detach().sum().reshape(1))
-    return HeldOutMeasures(
-        distance=moment_distance(moment_FE, ball=ball, radius=radius),
-        cross_entropy=-float(total) / rows.num_global_tokens,
-    )
-
-
-def _teacher(rows: TokenRows) -> tuple[Tensor, Tensor]:
-    """The teacher's features [N, F] and expected embeddings [N, E]."""
-    teacher = rows.teacher
-    assert teacher is not None, "AMMD declares MOMENTS; the learner must bring them"
-    assert teacher.features_NF is not None, "MOMENTS hold the features"
-    assert teacher.expected_embedding_NE is not None, "MOMENTS hold the expected embeddings"
-    return teacher.features_NF, teacher.expected_embedding_NE
+def _tokens(weights: ImportanceWeights | None) -> Tensor | None:
+    return None if weights is None else weights.tokens_N
 
 
 def _full_precision(rows: TokenRows) -> torch.autocast:

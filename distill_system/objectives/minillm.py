@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from distill_system.config.objective import MinillmConfig, StreamName
+from distill_system.objectives.importance import UNWEIGHTED, Importance, ImportanceWeights
 from distill_system.objectives.returns import future_cost_to_go
 from distill_system.objectives.rows import (
     ObjectiveOutput,
@@ -38,8 +39,9 @@ from distill_system.objectives.rows import (
     TokenRows,
     pad_rows,
     stream_mean,
+    weigh,
 )
-from distill_system.objectives.vocabulary import VocabularyChunk
+from distill_system.objectives.vocabulary import VocabularyChunk, VocabularyRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +55,9 @@ class _Coefficients:
 class Minillm:
     """A mean over the tokens of alpha x teacher's text + (1 - alpha) x student's text."""
 
-    def __init__(self, config: MinillmConfig) -> None:
+    def __init__(self, config: MinillmConfig, *, importance: Importance = UNWEIGHTED) -> None:
         self.config = config
+        self.importance = importance
 
     def compute_loss(
         self,
@@ -65,11 +68,11 @@ class Minillm:
     ) -> ObjectiveOutput:
         """The value is the surrogate's, not the divergence: read the metrics for that."""
         assert on_policy is not None, "MiniLLM reads the student's own text"
-        logprobs_N = _written_logprobs(heads, on_policy)
+        student = _read_written(heads, on_policy)
         share = self._token_share("on_policy", off_policy, on_policy)
         losses, metrics = [], {}
         loss, metrics["on_policy_reverse_kl"], _ = self._term(
-            heads, on_policy, logprobs_N, share, language_model_weight=0.0
+            heads, on_policy, student, share, language_model_weight=0.0
         )
         losses.append(loss)
         if off_policy is not None:
@@ -79,7 +82,7 @@ class Minillm:
         return ObjectiveOutput(
             loss_share=torch.stack(losses).sum(),
             metric_shares=metrics,
-            student_logprobs_N=logprobs_N,
+            student_logprobs_N=student.behaviour_logprobs_N,
         )
 
     def _off_policy_term(
@@ -91,31 +94,32 @@ class Minillm:
             means_N = torch.full(rows.token_ids_N.shape, 1.0 / rows.num_global_tokens)
             part = heads.sum(rows, _cross_entropy, means_N.to(rows.token_ids_N.device))
             return weight * part.total, {"cross_entropy": part.total.detach()}
-        logprobs_N = _written_logprobs(heads, rows)
+        student = _read_written(heads, rows)
         share = self._token_share("off_policy", rows, on_policy)
         loss, reverse_kl, importance = self._term(
-            heads, rows, logprobs_N, share, language_model_weight=weight
+            heads, rows, student, share, language_model_weight=weight
         )
         return loss, {
             "off_policy_reverse_kl": reverse_kl,
             "off_policy_importance": importance,
-            "cross_entropy": -stream_mean(logprobs_N, rows),
+            "cross_entropy": -stream_mean(student.logprobs_N, rows),
         }
 
     def _term(
         self,
         heads: PolicyHeads,
         rows: TokenRows,
-        logprobs_N: Tensor,
+        student: VocabularyRows,
         share: float,
         *,
         language_model_weight: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One stream's loss share, its mean KL_t, and its mean coefficient of KL_t."""
-        coefficients = self._coefficients(rows, logprobs_N)
+        weights = self.importance.read(rows, student.behaviour_logprobs_N)
+        coefficients = self._coefficients(rows, student.logprobs_N, weights)
         language_model = language_model_weight / rows.num_global_tokens
         score_N = share * coefficients.score_N - language_model
-        divergence_N = torch.empty_like(logprobs_N)
+        divergence_N = torch.empty_like(student.logprobs_N)
 
         def chunk_loss(chunk: VocabularyChunk) -> Tensor:
             student_bV = chunk.student_logprobs_cV
@@ -124,28 +128,41 @@ class Minillm:
             step_b = share * coefficients.step_N[chunk.rows]
             return step_b * divergence_b + score_N[chunk.rows] * chunk.written_logprobs_c
 
-        part = heads.sum(rows, chunk_loss, torch.ones_like(logprobs_N))
-        return part.total, stream_mean(divergence_N, rows), stream_mean(coefficients.step_N, rows)
+        part = heads.sum(rows, chunk_loss, torch.ones_like(student.logprobs_N))
+        counted_N = weigh(divergence_N, None if weights is None else weights.states_N)
+        return part.total, stream_mean(counted_N, rows), stream_mean(coefficients.step_N, rows)
 
-    def _coefficients(self, rows: TokenRows, logprobs_N: Tensor) -> _Coefficients:
+    def _coefficients(
+        self, rows: TokenRows, logprobs_N: Tensor, weights: ImportanceWeights | None
+    ) -> _Coefficients:
         """token: w_t and w_t F_t. prefix: w of the tokens before t, and the future of w_k c_k.
 
         Exact in expectation is prefix, with normalise_length off; its weights stay below
-        1/(1 - alpha), for each response is of the mixture itself.
+        1/(1 - alpha), for each response is of the mixture itself. Text of an older student is first
+        made the student's own by the weights, then read as such: both multiply.
         """
         assert rows.teacher is not None, "MiniLLM declares features and log-probabilities"
         assert rows.teacher.logprobs_N is not None, "MiniLLM declares log-probabilities"
         costs_N = logprobs_N - rows.teacher.logprobs_N
         normalise = self.config.normalise_length
+        states_N = None if weights is None else weights.states_N
+        tokens_N = None if weights is None else weights.tokens_N
+        # a product of ratios up to each later cost is that cost's own; a token's ratio is the sum's
+        later_N, sum_N = (tokens_N, None) if self.importance.kind == "state" else (None, tokens_N)
         if self.config.importance == "token":
-            weights_N = self._importance(-costs_N)
-            future_N = future_cost_to_go(costs_N, rows, discount=1.0, normalise=normalise)
-            return _Coefficients(step_N=weights_N, score_N=weights_N * future_N)
+            mixture_N = self._importance(-costs_N)
+            future_N = future_cost_to_go(
+                weigh(costs_N, later_N), rows, discount=1.0, normalise=normalise
+            )
+            # with a teacher's share the factor of KL_t reads the token as well
+            step_N = weigh(mixture_N, tokens_N if self.config.teacher_mixture else states_N)
+            return _Coefficients(step_N=step_N, score_N=weigh(mixture_N * future_N, sum_N))
         ratios_N = pad_rows(-costs_N, rows).cumsum(dim=1)[rows.sequence_ids_N, rows.positions_N]
-        weighted_N = self._importance(ratios_N) * costs_N
+        weighted_N = weigh(self._importance(ratios_N) * costs_N, later_N)
+        future_N = future_cost_to_go(weighted_N, rows, discount=1.0, normalise=normalise)
         return _Coefficients(
-            step_N=self._importance(ratios_N + costs_N),
-            score_N=future_cost_to_go(weighted_N, rows, discount=1.0, normalise=normalise),
+            step_N=weigh(self._importance(ratios_N + costs_N), states_N),
+            score_N=weigh(future_N, sum_N),
         )
 
     def _importance(self, log_ratios_N: Tensor) -> Tensor:
@@ -187,7 +204,7 @@ def _cross_entropy(chunk: VocabularyChunk) -> Tensor:
 
 
 @torch.no_grad()
-def _written_logprobs(heads: PolicyHeads, rows: TokenRows) -> Tensor:
-    """log pi_theta(y_t | s_t), nats, [N]: one product with the unembedding, no gradient."""
+def _read_written(heads: PolicyHeads, rows: TokenRows) -> VocabularyRows:
+    """log pi_theta(y_t | s_t), nats: one product with the unembedding, no gradient, no actions."""
     no_actions = replace(heads, action_embeddings_VE=heads.action_embeddings_VE[:, :0])
-    return no_actions.read(rows).logprobs_N
+    return no_actions.read(rows)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distill_system.objectives.vocabulary import (
     ChunkLoss,
+    ChunkWeights,
     TeacherDistribution,
     VocabularyRows,
     VocabularySum,
@@ -52,6 +53,8 @@ class TokenRows:
     num_global_tokens: tokens of this stream over all ranks, the only denominator.
     num_global_sequences: sequences of this stream over all ranks.
     teacher: None where the objective asks nothing of the teacher.
+    behaviour_logprobs_N: float32, nats, what the writer said of each token as it was sampled, at
+        behaviour_temperature; None where the text is taken to be the current student's own.
     """
 
     hidden_NH: Tensor
@@ -61,6 +64,8 @@ class TokenRows:
     num_global_tokens: int
     num_global_sequences: int
     teacher: TeacherRows | None = None
+    behaviour_logprobs_N: Tensor | None = None
+    behaviour_temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +89,7 @@ class PolicyHeads:
             self.unembedding_VH,
             self.action_embeddings_VE,
             chunk_tokens=self.chunk_tokens,
+            behaviour_temperature=rows.behaviour_temperature,
         )
 
     def sum(
@@ -92,6 +98,7 @@ class PolicyHeads:
         chunk_loss: ChunkLoss,
         weights_N: Tensor,
         *,
+        chunk_weights: ChunkWeights | None = None,
         temperature: float = 1.0,
         tokens_together: int = 1,
     ) -> VocabularySum:
@@ -103,7 +110,9 @@ class PolicyHeads:
             weights_N,
             chunk_loss,
             teacher=self._teacher(rows),
+            chunk_weights=chunk_weights,
             temperature=temperature,
+            behaviour_temperature=rows.behaviour_temperature,
             tokens_together=tokens_together,
             chunk_tokens=self.chunk_tokens,
         )
@@ -124,7 +133,8 @@ class ObjectiveOutput:
 
     loss_share: scalar with graph; the sum over ranks is the loss.
     metric_shares: scalars whose sum over ranks is the metric. metrics: the same on every rank.
-    student_logprobs_N: detached log pi(y_t | s_t) of the on-policy rows, None without such rows.
+    student_logprobs_N: detached log pi(y_t | s_t) of the on-policy rows at their
+        behaviour_temperature, None without such rows.
     """
 
     loss_share: Tensor
@@ -155,6 +165,13 @@ class Objective(Protocol):
 def stream_mean(values_N: Tensor, rows: TokenRows) -> Tensor:
     """This rank's share of a mean over all response tokens of the stream."""
     return values_N.sum() / rows.num_global_tokens
+
+
+def weigh(values: Tensor, weights_N: Tensor | None) -> Tensor:
+    """values [N] or [N, X], each row times its weight; None leaves them as they are."""
+    if weights_N is None:
+        return values
+    return values * weights_N.reshape(-1, *[1] * (values.dim() - 1))
 
 
 def pad_rows(values_N: Tensor, rows: TokenRows) -> Tensor:

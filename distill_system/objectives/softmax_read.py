@@ -33,28 +33,37 @@ class SoftmaxRead(torch.autograd.Function):
         action_embeddings_VE: Tensor,
         chunk_tokens: int,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        """float32 [N] and [N, E]; dtype is what to multiply in."""
+        behaviour_temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """float32 [N], [N, E] and [N]; dtype is what to multiply in.
+
+        The third are the log-probabilities at behaviour_temperature, None where it is 1.
+        """
         student = UnembeddingGradients(hidden_NH, unembedding_VH, needs=(False, False), dtype=dtype)
         actions_VE = action_embeddings_VE.to(probability_dtype(dtype))
         logprobs_N = torch.empty(token_ids_N.shape, device=hidden_NH.device)
         expected_NE = logprobs_N.new_empty(*token_ids_N.shape, actions_VE.shape[1])
+        tempered_N = None if behaviour_temperature == 1.0 else torch.empty_like(logprobs_N)
         for rows in chunk_slices(hidden_NH.shape[0], chunk_tokens):
             policy_cV = student.make_logits(rows)
+            if tempered_N is not None:
+                _read_blocks(policy_cV, token_ids_N[rows], behaviour_temperature, tempered_N[rows])
             _normalise_in_place(policy_cV, token_ids_N[rows], logprobs_N[rows])
             expected_NE[rows] = multiply(policy_cV.to(actions_VE.dtype), actions_VE)
         context.save_for_backward(
             hidden_NH, unembedding_VH, token_ids_N, action_embeddings_VE, expected_NE
         )
         context.chunk_tokens, context.dtype = chunk_tokens, dtype
-        return logprobs_N, expected_NE
+        if tempered_N is not None:
+            context.mark_non_differentiable(tempered_N)
+        return logprobs_N, expected_NE, tempered_N
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states and unembedding, from those of both results."""
         hidden_NH, unembedding_VH, token_ids_N, actions_VE, expected_NE = context.saved_tensors
-        into_logprobs_N, into_expected_NE = gradients
+        into_logprobs_N, into_expected_NE, _ = gradients
         sums = UnembeddingGradients(
             hidden_NH, unembedding_VH, needs=context.needs_input_grad[:2], dtype=context.dtype
         )
@@ -68,7 +77,26 @@ class SoftmaxRead(torch.autograd.Function):
             into_cV.scatter_add_(1, token_ids_N[rows, None], into_logprobs_N[rows, None])
             sums.add(rows, into_cV)
             del into_cV  # before the next chunk's is made
-        return *sums.finish(), None, None, None, None
+        return *sums.finish(), None, None, None, None, None
+
+
+def temper(logits_cV: Tensor, temperature: float) -> Tensor:
+    """Logits divided by the temperature; at 1 the same tensor."""
+    return logits_cV if temperature == 1.0 else logits_cV / temperature
+
+
+def read_written(logits_cV: Tensor, token_ids_c: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities of the written tokens at a temperature, nats, [c]."""
+    tempered_cV = temper(logits_cV, temperature)
+    written_c1 = tempered_cV.gather(1, token_ids_c[:, None])
+    return written_c1.squeeze(1) - tempered_cV.logsumexp(dim=-1)
+
+
+def _read_blocks(
+    logits_cV: Tensor, token_ids_c: Tensor, temperature: float, logprobs_c: Tensor
+) -> None:
+    for block in block_slices(logits_cV):
+        logprobs_c[block] = read_written(logits_cV[block], token_ids_c[block], temperature)
 
 
 def _normalise_in_place(logits_cV: Tensor, token_ids_c: Tensor, logprobs_c: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill_system.config.objective import FeaturesConfig, ProjectedFeatures, WhitenedFeatures
 from distill_system.objectives.moving_average import MovingAverage
-from distill_system.objectives.rows import SumOverRanks
+from distill_system.objectives.rows import SumOverRanks, weigh
 from distill_system.objectives.vocabulary import unit_rows
 
 
@@ -28,9 +28,16 @@ class StateFeatures(Protocol):
     """The map g of one critic."""
 
     def extract(
-        self, hidden_NH: Tensor, num_global_tokens: int, sum_over_ranks: SumOverRanks
+        self,
+        hidden_NH: Tensor,
+        num_global_tokens: int,
+        sum_over_ranks: SumOverRanks,
+        weights_N: Tensor | None = None,
     ) -> Tensor:
-        """Unit rows g(s_t), float32 [N, D], without graph."""
+        """Unit rows g(s_t), float32 [N, D], without graph.
+
+        weights_N: what each row counts in a mean over rows; None counts each as 1.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next extraction depends on."""
@@ -54,7 +61,11 @@ class Unit(_Stateless):
     """g = h / |h|."""
 
     def extract(
-        self, hidden_NH: Tensor, num_global_tokens: int, sum_over_ranks: SumOverRanks
+        self,
+        hidden_NH: Tensor,
+        num_global_tokens: int,
+        sum_over_ranks: SumOverRanks,
+        weights_N: Tensor | None = None,
     ) -> Tensor:
         """Each row divided by its length."""
         return unit_rows(hidden_NH.detach())
@@ -72,7 +83,11 @@ class Projected(_Stateless):
         self.projection_HD: Tensor | None = None
 
     def extract(
-        self, hidden_NH: Tensor, num_global_tokens: int, sum_over_ranks: SumOverRanks
+        self,
+        hidden_NH: Tensor,
+        num_global_tokens: int,
+        sum_over_ranks: SumOverRanks,
+        weights_N: Tensor | None = None,
     ) -> Tensor:
         """Each row projected, then divided by its length."""
         if self.projection_HD is None:
@@ -94,11 +109,16 @@ class Whitened:
         self.second_moment = MovingAverage(config.decay)
 
     def extract(
-        self, hidden_NH: Tensor, num_global_tokens: int, sum_over_ranks: SumOverRanks
+        self,
+        hidden_NH: Tensor,
+        num_global_tokens: int,
+        sum_over_ranks: SumOverRanks,
+        weights_N: Tensor | None = None,
     ) -> Tensor:
         """Each row whitened by the second moment up to this step, then divided by its length."""
         rows_NH = unit_rows(hidden_NH.detach())
-        step_HH = sum_over_ranks(rows_NH.T @ rows_NH) / num_global_tokens
+        weighted_NH = weigh(rows_NH, weights_N)
+        step_HH = sum_over_ranks(rows_NH.T @ weighted_NH) / num_global_tokens
         moment_HH = self.second_moment.update(step_HH).double()
         mean_eigenvalue = moment_HH.diagonal().mean()
         # Float64: one direction of a language model's hidden states can hold nearly all of them.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distill_system.config.objective import StreamName, TokenMatchingConfig
+from distill_system.objectives.importance import UNWEIGHTED, Importance
 from distill_system.objectives.rows import (
     ObjectiveOutput,
     PolicyHeads,
@@ -22,7 +23,7 @@ from distill_system.objectives.rows import (
 )
 from distill_system.objectives.terms import Term, build_term
 from distill_system.objectives.token_losses import bind_token_loss
-from distill_system.objectives.vocabulary import VocabularySum
+from distill_system.objectives.vocabulary import ChunkWeights, VocabularySum
 
 STREAMS: tuple[StreamName, ...] = ("off_policy", "on_policy")
 
@@ -33,9 +34,16 @@ class TokenMatching:
     step: updates made so far; with total_steps it tells a loss how far the run has come.
     """
 
-    def __init__(self, config: TokenMatchingConfig, *, total_steps: int) -> None:
+    def __init__(
+        self,
+        config: TokenMatchingConfig,
+        *,
+        total_steps: int,
+        importance: Importance = UNWEIGHTED,
+    ) -> None:
         self.config = config
         self.total_steps = total_steps
+        self.importance = importance
         self.step = 0
         self.terms: dict[StreamName, list[Term]] = {
             stream: [build_term(term) for term in config.terms]
@@ -60,7 +68,10 @@ class TokenMatching:
         assert streams, "the driver brings every stream that the configuration reads"
         self.step += 1
         sums = {name: self._sum(heads, name, rows) for name, rows, _ in streams}
-        terms = {name: self._terms(name, rows, sum_over_ranks) for name, rows, _ in streams}
+        terms = {
+            name: self._terms(name, rows, sums[name].logprobs_N, sum_over_ranks)
+            for name, rows, _ in streams
+        }
         losses = [
             weight * torch.stack([sums[name].total, *terms[name].values()]).sum()
             for name, _, weight in streams
@@ -85,17 +96,31 @@ class TokenMatching:
             rows,
             bind_token_loss(config.at(min(1.0, self.step / self.total_steps)), rows),
             means_N,
+            chunk_weights=self._chunk_weights(rows, reads_token=config.reads_written_token),
             temperature=self.config.temperature,
             tokens_together=config.tokens_together,
         )
 
+    def _chunk_weights(self, rows: TokenRows, *, reads_token: bool) -> ChunkWeights | None:
+        """Importance weights, made while the chunk's log-probabilities are there."""
+        running = self.importance.start(rows)
+        if running is None:
+            return None
+
+        def read(chunk: slice, logprobs_c: Tensor) -> Tensor:
+            running.take(chunk, logprobs_c)
+            return running.tokens(chunk) if reads_token else running.states(chunk)
+
+        return read
+
     def _terms(
-        self, name: StreamName, rows: TokenRows, sum_over_ranks: SumOverRanks
+        self, name: StreamName, rows: TokenRows, logprobs_N: Tensor, sum_over_ranks: SumOverRanks
     ) -> dict[str, Tensor]:
         """The weighted terms of a stream; two of one type are summed under one name."""
+        weights = self.importance.read(rows, logprobs_N) if self.config.terms else None
         parts: dict[str, Tensor] = {}
         for config, term in zip(self.config.terms, self.terms[name], strict=True):
-            part = config.weight * term.compute_loss(rows, sum_over_ranks)
+            part = config.weight * term.compute_loss(rows, sum_over_ranks, weights)
             key = f"{name}_{config.type}"
             parts[key] = parts[key] + part if key in parts else part
         return parts

@@ -29,7 +29,7 @@ from distill_system.objectives.chunked_products import (
     multiplication_dtype,
     multiply,
 )
-from distill_system.objectives.softmax_read import SoftmaxRead
+from distill_system.objectives.softmax_read import SoftmaxRead, read_written, temper
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,12 @@ class VocabularyRows:
 
     logprobs_N: float32, log pi(y_t | s_t) in nats of the tokens that were written.
     expected_embedding_NE: float32, sum over y of pi(y | s_t) e(y).
+    behaviour_logprobs_N: logprobs_N at the temperature that the text was sampled at, detached.
     """
 
     logprobs_N: Tensor
     expected_embedding_NE: Tensor
+    behaviour_logprobs_N: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,8 @@ class VocabularySum:
     """A weighted sum of token losses.
 
     total: scalar, with graph to hidden states and unembedding.
-    values_N: float32, the token losses, detached.
-    logprobs_N: float32, log pi_theta(y_t | s_t) at temperature 1, detached.
+    values_N: float32, the token losses, detached and unweighted.
+    logprobs_N: float32, log pi_theta(y_t | s_t) at the temperature that the text was sampled at.
     """
 
     total: Tensor
@@ -102,6 +104,10 @@ class TeacherDistribution:
 ChunkLoss = Callable[[VocabularyChunk], Tensor]
 """Per-token losses of a chunk, float32 [c], with graph to student_logprobs_cV alone."""
 
+ChunkWeights = Callable[[slice, Tensor], Tensor]
+"""Factors of the weights of these rows, float32 [c], from the student's log-probabilities of the
+tokens written; called once for all rows, in order, a few at a time."""
+
 
 def unit_rows(matrix: Tensor) -> Tensor:
     """Each row divided by its Euclidean norm, float32; a zero row stays zero.
@@ -118,6 +124,7 @@ def read_vocabulary(
     action_embeddings_VE: Tensor,
     *,
     chunk_tokens: int,
+    behaviour_temperature: float = 1.0,
 ) -> VocabularyRows:
     """Read a policy's softmax once: the written tokens' logprobs and the expected embedding.
 
@@ -130,10 +137,17 @@ def read_vocabulary(
     """
     dtype = multiplication_dtype(hidden_NH)
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        logprobs_N, expected_NE = SoftmaxRead.apply(  # type: ignore[no-untyped-call]  # torch types no Function
-            hidden_NH, unembedding_VH, token_ids_N, action_embeddings_VE, chunk_tokens, dtype
+        logprobs_N, expected_NE, tempered_N = SoftmaxRead.apply(  # type: ignore[no-untyped-call]  # torch types no Function
+            hidden_NH,
+            unembedding_VH,
+            token_ids_N,
+            action_embeddings_VE,
+            chunk_tokens,
+            dtype,
+            behaviour_temperature,
         )
-    return VocabularyRows(logprobs_N, expected_NE)
+    behaviour_N = logprobs_N.detach() if tempered_N is None else tempered_N
+    return VocabularyRows(logprobs_N, expected_NE, behaviour_N)
 
 
 def sum_over_vocabulary(
@@ -144,7 +158,9 @@ def sum_over_vocabulary(
     chunk_loss: ChunkLoss,
     *,
     teacher: TeacherDistribution | None = None,
+    chunk_weights: ChunkWeights | None = None,
     temperature: float = 1.0,
+    behaviour_temperature: float = 1.0,
     tokens_together: int = 1,
     chunk_tokens: int,
 ) -> VocabularySum:
@@ -152,7 +168,8 @@ def sum_over_vocabulary(
 
     Shapes: hidden_NH [N, H]; token_ids_N int64 [N]; unembedding_VH [V, H]; weights_N float32 [N],
         without graph. chunk_loss sees few tokens at a time, in whole multiples of tokens_together
-        (but for the last ones): those whose losses depend on one another.
+        (but for the last ones): those whose losses depend on one another. chunk_weights multiplies
+        weights_N by what only the chunk's log-probabilities tell.
     Memory: one chunk_tokens x V float32, a second with a teacher, and one gradient of the
         unembedding. The scalar may be differentiated once.
     """
@@ -163,7 +180,14 @@ def sum_over_vocabulary(
     with torch.autocast(hidden_NH.device.type, enabled=False):
         sums = UnembeddingGradients(hidden_NH, unembedding_VH, needs=needs, dtype=dtype)
         losses = _TokenLosses(
-            token_ids_N, weights_N, chunk_loss, teacher, temperature, tokens_together
+            token_ids_N,
+            weights_N,
+            chunk_loss,
+            teacher,
+            chunk_weights,
+            temperature=temperature,
+            behaviour_temperature=behaviour_temperature,
+            tokens_together=tokens_together,
         )
         total = _Sum.apply(  # type: ignore[no-untyped-call]  # torch types no Function
             hidden_NH, unembedding_VH, sums, losses, chunk_tokens
@@ -230,12 +254,17 @@ class _TokenLosses:
         weights_N: Tensor,
         chunk_loss: ChunkLoss,
         teacher: TeacherDistribution | None,
+        chunk_weights: ChunkWeights | None,
+        *,
         temperature: float,
+        behaviour_temperature: float,
         tokens_together: int,
     ) -> None:
-        self.token_ids_N, self.weights_N = token_ids_N, weights_N
+        self.token_ids_N, self.chunk_weights = token_ids_N, chunk_weights
+        self.weights_N = weights_N if chunk_weights is None else weights_N.clone()
         self.tokens_together = tokens_together
-        self.chunk_loss, self.teacher, self.temperature = chunk_loss, teacher, temperature
+        self.chunk_loss, self.teacher = chunk_loss, teacher
+        self.temperature, self.behaviour_temperature = temperature, behaviour_temperature
         self.values_N = torch.empty(token_ids_N.shape, device=token_ids_N.device)
         self.logprobs_N = torch.empty_like(self.values_N)
 
@@ -248,6 +277,8 @@ class _TokenLosses:
             with torch.set_grad_enabled(learns):
                 values_b = self._losses(logits_bV, tokens, partial(teacher.read, block))
             self.values_N[tokens] = values_b.detach()
+            if self.chunk_weights is not None:
+                self.weights_N[tokens] *= self.chunk_weights(tokens, self.logprobs_N[tokens])
             if learns:
                 [into_bV] = torch.autograd.grad(values_b, logits_bV, self.weights_N[tokens])
                 logits_cV[block] = into_bV
@@ -256,19 +287,18 @@ class _TokenLosses:
         self, logits_bV: Tensor, tokens: slice, read_teacher: Callable[[], Tensor]
     ) -> Tensor:
         chunk = VocabularyChunk(
-            student_logprobs_cV=_temper(logits_bV, self.temperature).log_softmax(dim=-1),
+            student_logprobs_cV=temper(logits_bV, self.temperature).log_softmax(dim=-1),
             token_ids_c=self.token_ids_N[tokens],
             rows=tokens,
             read_teacher=read_teacher,
         )
-        self.logprobs_N[tokens] = self._untempered_logprobs(logits_bV.detach(), chunk)
+        self.logprobs_N[tokens] = self._behaviour_logprobs(logits_bV.detach(), chunk)
         return self.chunk_loss(chunk)
 
-    def _untempered_logprobs(self, logits_bV: Tensor, chunk: VocabularyChunk) -> Tensor:
-        if self.temperature == 1.0:
+    def _behaviour_logprobs(self, logits_bV: Tensor, chunk: VocabularyChunk) -> Tensor:
+        if self.temperature == self.behaviour_temperature:
             return chunk.written_logprobs_c.detach()
-        written_b1 = logits_bV.gather(1, chunk.token_ids_c[:, None])
-        return written_b1.squeeze(1) - logits_bV.logsumexp(dim=-1)
+        return read_written(logits_bV, chunk.token_ids_c, self.behaviour_temperature)
 
 
 class _TeacherChunk:
@@ -286,8 +316,4 @@ class _TeacherChunk:
         if self.logits_cV is None:
             assert self.teacher is not None, "the objective declares that it needs the features"
             self.logits_cV = self.teacher.make_logits(self.rows)
-        return _temper(self.logits_cV[block], self.temperature).log_softmax(dim=-1)
-
-
-def _temper(logits_cV: Tensor, temperature: float) -> Tensor:
-    return logits_cV if temperature == 1.0 else logits_cV / temperature
+        return temper(self.logits_cV[block], self.temperature).log_softmax(dim=-1)

@@ -1,20 +1,29 @@
 """Observe: what a run says of itself, to the terminal, to files, to TensorBoard and to Ray."""
 
+from distill_system.observe.activity import PoolClock, RecentActivity, Wait, activity_metrics
+from distill_system.observe.bottleneck import find_bottleneck
 from distill_system.observe.environment import write_environment
 from distill_system.observe.live import LiveView
 from distill_system.observe.metrics import MetricLog
 from distill_system.observe.prompt_log import PromptLog
 from distill_system.observe.report import write_report
 from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe.staleness import staleness_metrics
 from distill_system.observe.summary import write_evaluation, write_summary
 from distill_system.observe.timings import Timings
 
 __all__ = [
     "LiveView",
     "MetricLog",
+    "PoolClock",
     "PromptLog",
+    "RecentActivity",
     "RunDirectory",
     "Timings",
+    "Wait",
+    "activity_metrics",
+    "find_bottleneck",
+    "staleness_metrics",
     "write_environment",
     "write_evaluation",
     "write_report",

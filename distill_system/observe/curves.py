@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -88,6 +88,13 @@ RESPONSE_CURVES = (
         lines=(("ended", "learner/student_ended_share"),),
     ),
 )
+STALENESS_CURVES = (
+    Curve(
+        title="Staleness",
+        note="versions between the student that wrote a token and the one that learns from it",
+        lines=(("mean", "learner/mean_staleness"), ("oldest", "learner/max_staleness")),
+    ),
+)
 
 
 def draw_curves(rows: Sequence[MetricRow], stage: str, curves: Sequence[Curve]) -> list[Chart]:
@@ -122,6 +129,15 @@ def draw_throughput(rows: Sequence[MetricRow]) -> list[Chart]:
     return draw_chart(
         "Throughput by pool", "tokens per second of one busy worker; the whole step", lines
     )
+
+
+def draw_busy_shares(rows: Sequence[MetricRow], pools: Iterable[str]) -> list[Chart]:
+    """How busy each of the pools was, over the steps."""
+    lines = [
+        _line(rows, "distill", pool.replace("_", " "), f"busy_share/{pool}", color)
+        for pool, color in zip(pools, cycle(SERIES), strict=False)
+    ]
+    return draw_chart("Busy share by pool", "of its workers' time", lines)
 
 
 def assign_phase_colors(rows: Sequence[MetricRow]) -> dict[str, str]:

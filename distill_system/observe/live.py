@@ -9,14 +9,15 @@ import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-BAR_CHARACTERS = 24
+from distill_system.observe.pool_panel import BAR_CHARACTERS, draw_pools
+from distill_system.records import PoolActivity
 
 
 class LiveTask:
@@ -81,17 +82,26 @@ class LiveView:
     """Stages in progress, for a person; stages may run at the same time, from several threads.
 
     A terminal gets a panel that redraws itself, everything else one plain line per stage every
-    few seconds, without control characters.
+    few seconds and one of the pools every minute, without control characters.
     """
 
     def __init__(
-        self, run_name: str, *, console: Console | None = None, plain_interval_seconds: float = 5.0
+        self,
+        run_name: str,
+        *,
+        console: Console | None = None,
+        plain_interval_seconds: float = 5.0,
+        pools_interval_seconds: float = 60.0,
     ) -> None:
         self._run_name = run_name
         self._console = console or Console(stderr=True)
         self._plain_interval_seconds = plain_interval_seconds
         self._lock = threading.Lock()
+        self._pools_interval_seconds = pools_interval_seconds
         self._tasks: list[LiveTask] = []
+        self._pools: dict[str, PoolActivity] = {}
+        self._pools_line = ""
+        self._pools_shown_at = -math.inf
         is_plain = not self._console.is_terminal or self._console.is_dumb_terminal
         self._live = None if is_plain else self._build_live()
 
@@ -142,6 +152,23 @@ class LiveView:
         else:
             self._print_plain(text)
 
+    def show_pools(self, pools: Mapping[str, PoolActivity], line: str) -> None:
+        """Show what the pools have done lately.
+
+        Args:
+            pools: of each pool, in the order to show.
+            line: which of them bounds the run, as Bottleneck.line says it; plain output shows
+                this alone.
+        """
+        now = time.monotonic()
+        with self._lock:
+            self._pools, self._pools_line = dict(pools), line
+            is_due = now - self._pools_shown_at >= self._pools_interval_seconds and bool(line)
+            if is_due:
+                self._pools_shown_at = now
+        if is_due and self._live is None:
+            self._print_plain(f"[pools] {line}")
+
     def _announce(self, task: LiveTask) -> None:
         """Print the task's line if it is due; the live panel redraws by itself."""
         if self._live is not None:
@@ -162,7 +189,7 @@ class LiveView:
     def _render(self) -> Panel:
         table = Table.grid(padding=(0, 2))
         with self._lock:
-            tasks = list(self._tasks)
+            tasks, pools, line = list(self._tasks), self._pools, self._pools_line
         for task in tasks:
             table.add_row(
                 Text(task.stage, style="bold"),
@@ -171,7 +198,8 @@ class LiveView:
                 Text(task.clock, style="green" if task.is_finished else "cyan"),
                 Text("  ".join(format_values(task.values))),
             )
-        return Panel(table, title=Text(self._run_name), title_align="left", expand=False)
+        shown = Group(table, "", draw_pools(pools, line)) if pools else table
+        return Panel(shown, title=Text(self._run_name), title_align="left", expand=False)
 
 
 def format_line(task: LiveTask) -> str:

@@ -12,8 +12,10 @@ from distill_system.observe.curves import (
     DISTANCE_CURVES,
     LEARNER_CURVES,
     RESPONSE_CURVES,
+    STALENESS_CURVES,
     Chart,
     assign_phase_colors,
+    draw_busy_shares,
     draw_curves,
     draw_scores,
     draw_supervised_loss,
@@ -27,6 +29,8 @@ from distill_system.observe.summary import build_summary, read_evaluation
 
 DISTANCE_TITLES = {"on_policy": "On-policy distance", "off_policy": "Off-policy distance"}
 ROLES = {"teacher": "teacher", "before": "student, SFT", "after": "student, distilled"}
+POOL_PARTS = {"busy": "series-3", "blocked": "series-2", "starved": "grid"}
+"""What a pool's workers do with their time -> its colour on the page."""
 CLEAR_STANDARD_ERRORS = 1.96
 """A gain of more standard errors than this is coloured: chance makes it once in 20 times."""
 
@@ -54,6 +58,11 @@ def _collect(run: RunDirectory) -> dict[str, Any]:
         "throughput": draw_throughput(rows),
         "phase_colors": assign_phase_colors(rows),
         "phase_shares": compute_phase_shares(rows),
+        "pool_charts": [
+            *draw_busy_shares(rows, summary["pools"]),
+            *draw_curves(rows, "distill", STALENESS_CURVES),
+        ],
+        "pool_parts": POOL_PARTS,
         "samples": collect_samples(run),
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
         "roles": ROLES,

@@ -7,10 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from distill_system.observe.bottleneck import find_bottleneck
+from distill_system.observe.metrics import read_metrics
 from distill_system.observe.run_directory import RunDirectory, read_json, write_json
+from distill_system.observe.staleness import summarise_staleness
+from distill_system.observe.timings import read_pools
+from distill_system.records import PoolActivity
 from distill_system.standard_errors import paired_bootstrap_standard_error, paired_standard_error
 
 DISTANCES = ("on_policy", "off_policy")
+HANDED_ON = ("num_tokens", "num_sequences", "num_bytes")
 
 
 class JsonForm(Protocol):
@@ -74,6 +80,9 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
         on the same prompts; None if the two evaluations were of different ones).
         distances[on_policy | off_policy]: before, after.
         seconds[stage], tokens_per_second[phase], versions, git, machine, seeds.
+        pools[pool]: num_workers, busy_share, starved_share, blocked_share, num_tokens,
+        num_sequences, num_bytes, over the run; empty for a run that did not keep them.
+        bottleneck: which pool bounds the run, in words.  staleness: see summarise_staleness.
         missing: files of a whole run that this one lacks.
         A figure whose part is missing is None.
 
@@ -83,7 +92,7 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
     config, environment = _read_part(run.config_path), _read_part(run.environment_path)
     timings = _read_part(run.timings_path)
     evaluations = {label: read_evaluation(run, label) for label in ("teacher", "before", "after")}
-    after = evaluations["after"]
+    after, pools = evaluations["after"], read_pools(timings)
     return {
         "run": config.get("name", run.path.name),
         "step": after["step"] if after else None,
@@ -91,12 +100,26 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
         "distances": _compare_distances(evaluations),
         "seconds": timings.get("seconds", {}),
         "tokens_per_second": timings.get("tokens_per_second", {}),
+        "pools": {name: _describe_pool(pool) for name, pool in pools.items()},
+        "bottleneck": _find_bottleneck(pools, config),
+        "staleness": summarise_staleness(read_metrics(run)),
         "versions": environment.get("versions", {}),
         "git": environment.get("git"),
         "machine": environment.get("machine", {}),
         "seeds": environment.get("seeds", {}),
         "missing": find_missing(run),
     }
+
+
+def _describe_pool(pool: PoolActivity) -> dict[str, float]:
+    names = ("num_workers", "busy_share", "starved_share", "blocked_share")
+    return {name: getattr(pool, name) for name in (*names, *HANDED_ON)}
+
+
+def _find_bottleneck(pools: Mapping[str, PoolActivity], config: Mapping[str, Any]) -> str | None:
+    staleness = config.get("distill", {}).get("staleness", {})
+    found = find_bottleneck(pools, is_streaming=staleness.get("max_staleness", 0) > 0)
+    return None if found is None else found.line
 
 
 def find_missing(run: RunDirectory) -> list[str]:

@@ -1,21 +1,23 @@
 """Where a run's time goes, kept over a resume.
 
 Two views: stages and phases count the driver's clock (a phase is what the driver waited for), work
-counts the workers' own busy seconds and tokens.
+counts the workers' own busy seconds and tokens; pools count what each pool's workers did with all
+their time.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from distill_system.errors import RunStateError
+from distill_system.errors import RecordError, RunStateError
+from distill_system.observe.activity import join_stretches
 from distill_system.observe.run_directory import RunDirectory, read_json, write_json
-from distill_system.records import WorkDone
+from distill_system.records import PoolActivity, WorkDone
 
 MAIN_STAGE = "distill"
 
@@ -40,6 +42,7 @@ class Timings:
         self._lock = threading.Lock()
         self._stages: dict[str, _Stage] = {}
         self._work: dict[str, WorkDone] = {}
+        self._pools: dict[str, PoolActivity] = {}
         if run.timings_path.exists():
             self._load(read_json(run.timings_path))
 
@@ -63,6 +66,8 @@ class Timings:
             is_running = self._find(stage).running_since is not None
             now = time.perf_counter() if is_running else None
             self._stages[stage] = _Stage(running_since=now)
+            if stage == MAIN_STAGE:
+                self._pools.clear()
 
     @contextmanager
     def phase(self, name: str, *, stage: str = MAIN_STAGE) -> Iterator[None]:
@@ -88,6 +93,14 @@ class Timings:
         with self._lock:
             self._work[pool] = self._work.get(pool, WorkDone()) + work
 
+    def add_activity(self, pools: Mapping[str, PoolActivity]) -> None:
+        """Count what each pool's workers did in a stretch of the main stage."""
+        with self._lock:
+            for name, activity in pools.items():
+                earlier = self._pools.get(name)
+                joined = activity if earlier is None else join_stretches(earlier, activity)
+                self._pools[name] = joined
+
     @property
     def seconds(self) -> dict[str, float]:
         """Stage -> seconds, the running stages' time so far included."""
@@ -108,7 +121,8 @@ class Timings:
         """Write timings.json.
 
         {"seconds": {stage: s}, "tokens_per_second": {pool: r},
-         "phases": {stage: {phase: s}}, "work": {pool: {"num_tokens", "busy_seconds"}}}
+         "phases": {stage: {phase: s}}, "work": {pool: {"num_tokens", "busy_seconds"}},
+         "pools": {pool: the fields of PoolActivity}}
         """
         seconds, rates = self.seconds, self.tokens_per_second
         with self._lock:
@@ -117,6 +131,7 @@ class Timings:
                 "tokens_per_second": rates,
                 "phases": {name: dict(stage.phases) for name, stage in self._stages.items()},
                 "work": {pool: asdict(work) for pool, work in self._work.items()},
+                "pools": {pool: asdict(activity) for pool, activity in self._pools.items()},
             }
             write_json(self._run.timings_path, form)
 
@@ -125,6 +140,7 @@ class Timings:
             for name, phases in form["phases"].items():
                 self._stages[name] = _Stage(seconds=form["seconds"][name], phases=dict(phases))
             self._work = {pool: WorkDone(**work) for pool, work in form["work"].items()}
+            self._pools = read_pools(form)
         except (KeyError, TypeError, AttributeError) as error:
             raise RunStateError(
                 f"{self._run.timings_path}: expected seconds and phases of each stage as "
@@ -139,3 +155,18 @@ class Timings:
         if stage.running_since is None:
             return stage.seconds
         return stage.seconds + time.perf_counter() - stage.running_since
+
+
+def read_pools(form: Mapping[str, Any]) -> dict[str, PoolActivity]:
+    """Every pool's activity over the run, from what Timings.save wrote; older files have none.
+
+    Raises:
+        RunStateError: something else stands there.
+    """
+    try:
+        return {name: PoolActivity(**pool) for name, pool in form.get("pools", {}).items()}
+    except (TypeError, AttributeError, RecordError) as error:
+        raise RunStateError(
+            f"timings.json: expected pools with the fields of PoolActivity ({error}); delete the "
+            "file to count from zero"
+        ) from error

@@ -25,12 +25,9 @@ from distill_system.rollout.sampling import Sampling
 
 TransferBackend = Literal["gloo", "nccl"]
 
-# Imported by vLLM in each process that holds a share of the model. vLLM carries nccl itself.
-_WORKER_EXTENSIONS: dict[TransferBackend | None, str] = {
-    "gloo": "distill_system.weights.gloo.RegistersGloo",
-    "nccl": "",
-    None: "",
-}
+# Imported by vLLM in each process that holds a share of the model: knows the receiving ends.
+_WORKER_EXTENSION = "distill_system.weights.backends.ReceivesWeights"
+_RECEIVING_ENDS: dict[TransferBackend, str] = {"gloo": "gloo", "nccl": "sealed_nccl"}
 _PADDING_MASK = "distill_system.rollout.padding_mask:PaddingMask"
 # Without a size vLLM would take nearly all of the machine's memory for each engine on a CPU, and
 # run the model once to find out what remains. Filling the cache with zeros takes 2 s per GiB.
@@ -46,6 +43,7 @@ class EngineSpecification:
     weight_transfer_backend: how new weights arrive; None for a model that never changes.
     vocabulary_size: only token ids below it are sampled; None: every row of the model.
     stop_token_ids: a response ends with the first of them, beside those of the model's folder.
+    keep_stale_cache: sequences under way keep the cache of older weights when new ones come.
     """
 
     model_path: str
@@ -58,6 +56,7 @@ class EngineSpecification:
     trust_remote_code: bool
     vocabulary_size: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    keep_stale_cache: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +93,9 @@ class GenerationEngine:
         num_rows: int = self._engine.model_config.get_vocab_size()
         self.vocabulary_size = specification.vocabulary_size or num_rows
         self._stop_token_ids = list(specification.stop_token_ids)
+        self._keep_stale_cache = specification.keep_stale_cache
+        self._under_way: dict[str, str] = {}  # name -> vLLM's own name for it
+        self._finished: dict[str, Completion] = {}
         self.commit_version(0)
 
     def complete(
@@ -102,32 +104,65 @@ class GenerationEngine:
         """Sample one response to each prompt.
 
         prompts: int32 [P] each.  seeds: one per prompt; a response depends on its own seed alone.
-        Every request is queued before the first step, so the schedule repeats.
+        Every request is queued before the first step, so the schedule repeats. What was added
+        before goes on beside it.
         """
-        request_ids = []
-        finished: dict[str, Completion] = {}
+        names = [str(index) for index in range(len(prompts))]
         try:
-            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                prompt_input = {"prompt_token_ids": prompt.tolist()}
-                params = _sampling_params(sampling, seed, self._stop_token_ids)
-                request_ids.append(self._engine.add_request(str(index), prompt_input, params))
-            while self._engine.has_unfinished_requests():
-                for output in self._engine.step():
-                    finished[output.request_id] = _completion(output.outputs[0])
+            for name, prompt, seed in zip(names, prompts, seeds, strict=True):
+                self.add(name, prompt, sampling, seed)
+            while not self._under_way.keys().isdisjoint(names):
+                self._step()
         except BaseException:
             # The engine outlives this call: what is left of it must not run within the next one.
-            self._engine.abort_request(request_ids, internal=True)
+            self.drop(names)
             raise
-        return [finished[str(index)] for index in range(len(prompts))]
+        return [self._finished.pop(name) for name in names]
 
-    def call_transfer(self, method: str, **arguments: object) -> None:
-        """Call one step of vLLM's weight-transfer lifecycle in every process of the model."""
-        self._engine.collective_rpc(method, kwargs=arguments)
+    def add(self, name: str, prompt: Int32Array, sampling: Sampling, seed: int) -> None:
+        """Queue one request under a name that no other has and that is no number; see decode."""
+        prompt_input = {"prompt_token_ids": prompt.tolist()}
+        params = _sampling_params(sampling, seed, self._stop_token_ids)
+        self._under_way[name] = self._engine.add_request(name, prompt_input, params)
+
+    def decode(self, seconds: float) -> dict[str, Completion]:
+        """Step until so much time has passed or nothing is left; what is finished, by name."""
+        end = time.perf_counter() + seconds
+        while self._under_way and time.perf_counter() < end:
+            self._step()
+        finished, self._finished = self._finished, {}
+        return finished
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Forget requests, whether they are under way or finished."""
+        known = [self._under_way.pop(name) for name in names if name in self._under_way]
+        self._engine.abort_request(known, internal=True)
+        for name in names:
+            self._finished.pop(name, None)
+
+    @property
+    def num_under_way(self) -> int:
+        """Requests that are not finished."""
+        return len(self._under_way)
+
+    def _step(self) -> None:
+        for output in self._engine.step():
+            del self._under_way[output.request_id]
+            self._finished[output.request_id] = _completion(output.outputs[0])
+
+    def call_transfer(self, method: str, **arguments: object) -> list[Any]:
+        """Call one step of the weight-transfer lifecycle in every process of the model."""
+        return self._engine.collective_rpc(method, kwargs=arguments)
 
     def commit_version(self, version: int) -> None:
-        """Label what is generated from now on, and forget what older weights left in the cache."""
+        """Label what is generated from now on, and forget what older weights left in the cache.
+
+        Sequences under way are read again by the new weights, so that the log-probabilities of the
+        tokens to come are theirs; with keep_stale_cache they go on from the old ones' cache.
+        """
         self._engine.set_weight_version(str(version))
-        self._engine.reset_prefix_cache()
+        reads_again = bool(self._under_way) and not self._keep_stale_cache
+        self._engine.reset_prefix_cache(reset_running_requests=reads_again)
 
     @property
     def version(self) -> int:
@@ -198,8 +233,10 @@ def _engine_args(specification: EngineSpecification) -> Any:  # vllm's EngineArg
         logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
         tensor_parallel_size=specification.tensor_parallel_size,
         distributed_executor_backend="uni" if specification.tensor_parallel_size == 1 else "mp",
-        weight_transfer_config=None if backend is None else WeightTransferConfig(backend=backend),
-        worker_extension_cls=_WORKER_EXTENSIONS[backend],
+        weight_transfer_config=WeightTransferConfig(backend=_RECEIVING_ENDS[backend])
+        if backend
+        else None,
+        worker_extension_cls=_WORKER_EXTENSION if backend else "",
         # Only where it is needed: with a processor vLLM copies each sequence's tokens every step.
         logits_processors=[_PADDING_MASK] if _is_padded(specification) else None,
         additional_config={"vocabulary_size": specification.vocabulary_size},

@@ -22,7 +22,7 @@ class RolloutPool:
     """Rollout workers that hold the same model."""
 
     def __init__(self, workers: Workers) -> None:
-        self._workers = workers
+        self.workers = workers
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, label: str
@@ -37,18 +37,18 @@ class RolloutPool:
 
         A prompt that stands in one call twice, as at the seam of two epochs, gets one sample twice.
         """
-        shards = deal_by_length([prompt.token_ids.size for prompt in prompts], self._workers.count)
+        shards = deal_by_length([prompt.token_ids.size for prompt in prompts], self.workers.count)
         calls = tuple(
-            self._workers.start(
+            self.workers.start(
                 worker, "generate", [prompts[at] for at in shard], sampling, seed, label
             )
-            for worker, shard in enumerate(shards)
+            for worker, shard in zip(self.workers.members, shards, strict=False)
         )
         return PendingRollouts(calls=calls, shards=shards)
 
     def finish(self, pending: PendingRollouts) -> list[Trajectory]:
         """Wait for rollouts that `start` began; trajectories in the order of its prompts."""
-        results = self._workers.finish(pending.calls, what="rollouts")
+        results = self.workers.finish(pending.calls, what="rollouts")
         placed: dict[int, Trajectory] = {}
         for shard, trajectories in zip(pending.shards, results, strict=True):
             placed.update(zip(shard, trajectories, strict=True))
@@ -56,8 +56,8 @@ class RolloutPool:
 
     def work_done(self) -> WorkDone:
         """Response tokens written and worker-seconds of the whole pool since it started."""
-        asked = [self._workers.start(at, "work_done") for at in range(self._workers.count)]
-        return sum(self._workers.finish(asked, what="the rollouts' work"), start=WorkDone())
+        asked = [self.workers.start(at, "work_done") for at in self.workers.members]
+        return sum(self.workers.finish(asked, what="the rollouts' work"), start=WorkDone())
 
 
 def deal_by_length(lengths: Sequence[int], num_workers: int) -> tuple[tuple[int, ...], ...]:

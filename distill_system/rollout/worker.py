@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from enum import StrEnum
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from distill_system.config.rollout import EngineConfig
 from distill_system.errors import DataError, DistillError, ModelError, TransferError
-from distill_system.records import Author, Finish, Prompt, Trajectory, VersionSpan, WorkDone
+from distill_system.records import (
+    Author,
+    Finish,
+    Prompt,
+    Trajectory,
+    VersionSpan,
+    WeightVersion,
+    WorkDone,
+)
 from distill_system.rollout.engine import (
     Completion,
     EngineSpecification,
@@ -26,12 +35,29 @@ from distill_system.rollout.sampling import Sampling
 from distill_system.seeds import derive_seed
 
 
-class _Weights(StrEnum):
-    """Where a worker stands in a weight update."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """What a worker has to say after a slice of decoding.
 
-    WHOLE = "whole"
-    OPEN = "open"
-    BROKEN = "broken"
+    version: the weights it held as the slice ended.  num_under_way: sequences it still writes.
+    """
+
+    trajectories: tuple[Trajectory, ...]
+    version: int
+    num_under_way: int
+    busy_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """One prompt to answer."""
+
+    prompt: Prompt
+    label: str
+
+    def name(self, author: Author | str) -> str:
+        """Of the trajectory that answers it."""
+        return f"{self.label}/{author}/{self.prompt.prompt_id}"
 
 
 class RolloutWorker:
@@ -43,6 +69,7 @@ class RolloutWorker:
     weight_transfer_backend: None for a model that never changes.
     vocabulary_size: only token ids below it are sampled; None: every row of the model.
     stop_token_ids: a response ends with the first of them.
+    keep_stale_cache: sequences under way keep the cache of older weights when new ones come.
 
     The process must have been started with engine_environment().  The first call builds the engine.
     """
@@ -61,11 +88,12 @@ class RolloutWorker:
         trust_remote_code: bool = False,
         vocabulary_size: int | None = None,
         stop_token_ids: Sequence[int] = (),
+        keep_stale_cache: bool = False,
     ) -> None:
         self._name = name
         self._author = author
         self._max_model_length = max_model_length
-        self._weights = _Weights.WHOLE
+        self._holds_whole_weights = True
         self._work = WorkDone()
         self._specification = EngineSpecification(
             model_path=model_path,
@@ -78,7 +106,9 @@ class RolloutWorker:
             trust_remote_code=trust_remote_code,
             vocabulary_size=vocabulary_size,
             stop_token_ids=tuple(stop_token_ids),
+            keep_stale_cache=keep_stale_cache,
         )
+        self._orders: dict[str, tuple[Order, Sampling]] = {}
 
     @cached_property
     def _engine(self) -> GenerationEngine:
@@ -126,6 +156,53 @@ class RolloutWorker:
         )
         return trajectories
 
+    def advance(
+        self, orders: Sequence[Order], sampling: Sampling, seed: int, seconds: float
+    ) -> Slice:
+        """Take orders in, decode for a slice of time, hand out what is finished.
+
+        Sequences go on over slices, and other calls, such as new weights, come between them. A
+        prompt's sample depends on seed, label, prompt_id and the weights that wrote it.
+
+        Raises: as generate does.
+        """
+        started = time.perf_counter()
+        self._check_weights()
+        for order in orders:
+            self._check_prompt(order.prompt, sampling)
+        for order in orders:
+            name = order.name(self._author)
+            sample_seed = derive_seed(seed, "rollout", order.label, order.prompt.prompt_id)
+            self._engine.add(name, order.prompt.token_ids, sampling, sample_seed)
+            self._orders[name] = (order, sampling)
+        finished = self._engine.decode(seconds)
+        trajectories = tuple(
+            self._make_trajectory(*self._orders.pop(name), completion)
+            for name, completion in finished.items()
+        )
+        work = WorkDone(
+            num_tokens=sum(trajectory.num_response_tokens for trajectory in trajectories),
+            busy_seconds=time.perf_counter() - started,
+        )
+        self._work += work
+        return Slice(
+            trajectories=trajectories,
+            version=self._engine.version,
+            num_under_way=self._engine.num_under_way,
+            busy_seconds=work.busy_seconds,
+        )
+
+    def _make_trajectory(
+        self, order: Order, sampling: Sampling, completion: Completion
+    ) -> Trajectory:
+        return make_trajectory(
+            order.prompt,
+            completion,
+            author=self._author,
+            sampling=sampling,
+            label=order.label,
+        )
+
     def work_done(self) -> WorkDone:
         """Response tokens written and the seconds that took."""
         return self._work
@@ -135,52 +212,39 @@ class RolloutWorker:
 
         Blocks until the learner has joined.  Raises: TransferError.
         """
-        self._close_open_update()
         self._call_transfer("shutdown_weight_transfer_engine")
         self._call_transfer("init_weight_transfer_engine", init_info=init_info)
 
-    def start_weight_update(self) -> None:
-        """Open a weight update.  Raises: TransferError."""
-        self._close_open_update()
-        self._move_weights(_Weights.OPEN, "start_weight_update")
+    def receive_weights(self, version: int, update_info: dict[str, object]) -> WeightVersion:
+        """Take the weights in that the learner is sending now, whole, and write with them.
 
-    def update_weights(self, update_info: dict[str, object]) -> None:
-        """Receive the weights that the learner is sending now.
+        update_info: names, dtypes and shapes, for vLLM. What older weights cached is dropped.
 
-        Raises: TransferError if they do not arrive as they were sent; this worker then generates
-        nothing until a later update succeeds.
+        Raises: TransferError if they do not arrive as they were sent; nothing is loaded then, and
+        this worker generates nothing until a later version arrives.
         """
-        self._move_weights(_Weights.OPEN, "update_weights", update_info=update_info)
-
-    def finish_weight_update(self) -> None:
-        """Put the received weights to use.  Raises: TransferError."""
-        self._move_weights(_Weights.WHOLE, "finish_weight_update")
-
-    def commit_weight_version(self, version: int) -> None:
-        """Label what is generated from now on with this version; drop what older weights cached.
-
-        Raises: TransferError if the update did not succeed here.
-        """
-        self._check_weights()
+        started = time.perf_counter()
+        self._holds_whole_weights = False
+        self._call_transfer("start_weight_update")
+        self._call_transfer("update_weights", update_info=update_info)
+        self._call_transfer("finish_weight_update")
+        num_bytes, checksum = self._call_transfer("received_seal")[0]
+        self._holds_whole_weights = True
         self._engine.commit_version(version)
+        return WeightVersion(
+            version=version,
+            num_bytes=num_bytes,
+            checksum=checksum,
+            seconds=time.perf_counter() - started,
+        )
 
     def weight_version(self) -> int:
         """The version committed last; 0 is the model folder's own weights."""
         return self._engine.version
 
-    def _close_open_update(self) -> None:
-        """An update that went well here and failed elsewhere stays open; vLLM wants it closed."""
-        if self._weights is _Weights.OPEN:
-            self.finish_weight_update()
-
-    def _move_weights(self, after: _Weights, method: str, **arguments: object) -> None:
-        self._weights = _Weights.BROKEN
-        self._call_transfer(method, **arguments)
-        self._weights = after
-
-    def _call_transfer(self, method: str, **arguments: object) -> None:
+    def _call_transfer(self, method: str, **arguments: object) -> list[Any]:
         try:
-            self._engine.call_transfer(method, **arguments)
+            return self._engine.call_transfer(method, **arguments)
         except Exception as error:
             said = str(error) if isinstance(error, DistillError) else repr(error)
             raise TransferError(
@@ -189,11 +253,11 @@ class RolloutWorker:
             ) from error
 
     def _check_weights(self) -> None:
-        if self._weights is not _Weights.WHOLE:
+        if not self._holds_whole_weights:
             raise TransferError(
                 f"{self._name} holds no whole set of weights: the weight update after version "
-                f"{self._engine.version} is {self._weights}; publish the weights again, or restart "
-                "the worker"
+                f"{self._engine.version} is broken; publish the weights again, or restart the "
+                "worker"
             )
 
     def _check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:

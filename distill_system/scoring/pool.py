@@ -47,11 +47,12 @@ class ScoringPool:
         ]
 
     def _start(self, index: int, chunk: TrajectoryChunk, needs: TeacherNeeds) -> Reference:
-        return self.workers.start(index % self.workers.count, "score", chunk, needs)
+        members = self.workers.members
+        return self.workers.start(members[index % len(members)], "score", chunk, needs)
 
     def work_done(self) -> WorkDone:
         """Tokens read and worker-seconds of the whole pool since it started."""
-        asked = [self.workers.start(at, "work_done") for at in range(self.workers.count)]
+        asked = [self.workers.start(at, "work_done") for at in self.workers.members]
         return sum(self.workers.finish(asked, what="the scorers' work"), start=WorkDone())
 
     def wait(self, scored: Sequence[ScoredChunk]) -> None:

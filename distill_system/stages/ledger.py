@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
+from distill_system.config.distill import DistillConfig
 from distill_system.errors import ConfigError
 from distill_system.records import StepResult, WorkDone
 from distill_system.stages.checkpoints import CheckpointStore, resume_point
@@ -129,7 +130,7 @@ class Ledger:
             "steps": config.steps,
             "on-policy sequences per step": config.sequences("on_policy"),
             "off-policy sequences per step": config.sequences("off_policy"),
-            "off-policy source": config.off_policy_source,
+            "off-policy source": _say_source(config),
         }
         folder = self.context.run.student_directory
         export_model(self.context, self.pools.learner, folder, facts=facts)
@@ -151,3 +152,11 @@ class Ledger:
                 f"distill.keep_best.metric: this run measures no {best.metric!r}; choose one of "
                 f"{', '.join(known)}"
             )
+
+
+def _say_source(config: DistillConfig) -> str:
+    """Who wrote the off-policy stream; several with their shares."""
+    if isinstance(config.off_policy_source, str):
+        return config.off_policy_source
+    mixture = config.off_policy_mixture.items()
+    return ", ".join(f"{source} {share:.3g}" for source, share in mixture)

@@ -19,6 +19,7 @@ from distill_system.stages.model_checks import check_folders, check_models
 MAY_CHANGE = (
     "deadlines",
     "pools",
+    "scaling",
     "cluster",
     "evaluation",
     "learner.activation_checkpointing",

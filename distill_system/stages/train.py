@@ -20,12 +20,14 @@ from distill_system.observe import (
     write_report,
     write_summary,
 )
+from distill_system.records import Author
 from distill_system.stages.checkpoints import CheckpointStore, resume_point
 from distill_system.stages.context import RunContext, sft_directory
 from distill_system.stages.measuring import Measuring
 from distill_system.stages.model_checks import check_data
 from distill_system.stages.pools import open_pools
 from distill_system.stages.preparation import open_run, prepare_tokenizer, record_start
+from distill_system.stages.sample_origin import sample_origin
 from distill_system.stages.supervised import fine_tune
 
 STAGES = ("sft", "distill", "evaluate", "report")
@@ -106,8 +108,8 @@ def _sets(config: RunConfig, run: RunDirectory, work: Collection[str]) -> list[S
     sets: list[SetName] = ["held_out", "evaluation"] if {"distill", "evaluate"} & {*work} else []
     if "distill" in work:
         sets.append("prompts")
-        if config.distill.off_policy_source == "dataset":
-            sets.append("student_sft")
+        ready: dict[str, SetName] = {"dataset": "student_sft", "store": "stored"}
+        sets += [ready[name] for name in config.distill.off_policy_mixture if name in ready]
     if "sft" in work:
         sets += [tuned[role] for role in _untuned_roles(config, run) if tuned[role] not in sets]
     return sets
@@ -126,7 +128,9 @@ def open_context(
     Models and data are looked at before the cluster, so that what cannot work ends at once.
     """
     tokenizer = prepare_tokenizer(config, run)
-    data = load_run_data(config, tokenizer, sets)
+    reads_store = "stored" in sets
+    teacher = sample_origin(config, run, tokenizer, Author.TEACHER) if reads_store else None
+    data = load_run_data(config, tokenizer, sets, stored_by=teacher)
     check_data(config, data)
     with ExitStack() as stack:
         view = stack.enter_context(LiveView(config.name))
@@ -191,6 +195,11 @@ def _tell_removed(view: LiveView, data: RunData) -> None:
             )
     for name, count in data.num_out_of_bounds.items():
         view.note(f"data.{name}: {count} rows left out by the token bounds of their source")
+    if data.num_foreign:
+        view.note(
+            f"data.trajectory_store: {data.num_foreign} rows left out, another model or sampling "
+            "wrote them"
+        )
 
 
 _RUNNERS: dict[str, Callable[[RunContext], None]] = {

@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
-CallAll = Callable[[str, list[tuple[Any, ...]]], None]
+from distill_system.workers import Reference
+
+
+class EveryRolloutWorker(Protocol):
+    """A way of calling every rollout worker, all at once."""
+
+    def start(self, method: str, argument_tuples: Sequence[tuple[Any, ...]]) -> list[Reference]:
+        """Begin a call of each: worker i gets argument_tuples[i]."""
+
+    def __call__(self, method: str, argument_tuples: Sequence[tuple[Any, ...]]) -> None:
+        """The same, and wait for all.  Raises: the first worker's error; DeadlineError."""
 
 
 class WeightSyncClient(Protocol):
-    """vLLM's four control calls, and ours that names the version.  Each reaches every worker.
-
-    All block until each worker has answered; update_weights runs in a thread of its own while the
-    learner broadcasts, so it must call all workers at once.
-    """
+    """What a publisher asks of the rollout workers."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let every worker join the group, each at a rank of its own."""
+        """Let every worker join the group, each at a rank of its own; returns when all have."""
 
-    def start_weight_update(self) -> None:
-        """Open an update."""
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive: names, dtypes and shapes of what is being sent."""
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Close the update; commit the version too if one is given."""
-
-    def commit(self, version: int) -> None:
-        """From now on, every worker labels what it writes with this version."""
+    def start_receiving(self, version: int, update_info: dict[str, Any]) -> list[Reference]:
+        """Let every worker take a version in; nobody waits here."""
 
 
 class FanOutClient:
     """WeightSyncClient over any way of calling every worker.
 
-    call_all(method, argument_tuples): call `method` of worker i with argument_tuples[i], all at
-    once; wait for all; raise the first worker's error.
     ranks_per_worker: how many ranks of the group each worker takes, its tensor-parallel size.
     """
 
-    def __init__(self, call_all: CallAll, ranks_per_worker: Sequence[int]) -> None:
-        self._call_all = call_all
+    def __init__(self, workers: EveryRolloutWorker, ranks_per_worker: Sequence[int]) -> None:
+        self._workers = workers
         self._ranks_per_worker = tuple(ranks_per_worker)
 
     @property
@@ -58,25 +53,9 @@ class FanOutClient:
         first = init_info["rank_offset"]
         offsets = accumulate(self._ranks_per_worker[:-1], initial=first)
         infos = [({**init_info, "rank_offset": offset},) for offset in offsets]
-        self._call_all("init_weight_transfer_engine", infos)
+        self._workers("init_weight_transfer_engine", infos)
 
-    def start_weight_update(self) -> None:
+    def start_receiving(self, version: int, update_info: dict[str, Any]) -> list[Reference]:
         """See WeightSyncClient."""
-        self._call_same("start_weight_update")
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """See WeightSyncClient."""
-        self._call_same("update_weights", update_info)
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """See WeightSyncClient."""
-        self._call_same("finish_weight_update")
-        if weight_version is not None:
-            self.commit(int(weight_version))
-
-    def commit(self, version: int) -> None:
-        """See WeightSyncClient."""
-        self._call_same("commit_weight_version", version)
-
-    def _call_same(self, method: str, *arguments: object) -> None:
-        self._call_all(method, [arguments] * len(self._ranks_per_worker))
+        arguments = [(version, update_info)] * len(self._ranks_per_worker)
+        return self._workers.start("receive_weights", arguments)

@@ -82,7 +82,8 @@ def run_trial(variant: Variant, folder: Path) -> Seen:
         before = _error(learner.model, written)
         _connect(learner, worker)
         moved, teacher_error, gap = _learn(learner, folder / "teacher", written)
-        learner.publish(1)
+        [received] = learner.start_publish(1)
+        received.result(timeout=30.0)
         rewritten = worker.generate(_prompts(), warm, 0, "second")
         after = _error(learner.model, rewritten)
         cold = Sampling(temperature=0.0, max_response_tokens=MAX_RESPONSE)
@@ -150,13 +151,13 @@ def _build_learner(folder: Path, variant: Variant) -> Any:
 
 
 def _connect(learner: Any, worker: Any) -> None:
+    from threaded_calls import ThreadedCalls
+
     from distill_system.weights import FanOutClient
 
-    def call(method: str, arguments: list[tuple[Any, ...]]) -> None:
-        getattr(worker, method)(*arguments[0])
-
     address, port = learner.address()
-    learner.connect_rollouts("gloo", FanOutClient(call, [1]), address, port, 1, 30.0)
+    client = FanOutClient(ThreadedCalls([worker]), [1])
+    learner.connect_rollouts("gloo", client, address, port, 1, 30.0)
 
 
 def _learn(learner: Any, teacher: Path, written: list[Any]) -> tuple[float, float, float]:

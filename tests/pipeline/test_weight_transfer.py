@@ -1,7 +1,7 @@
 """Real vLLM engines in two Ray processes, fed by a torch model in a third, over gloo."""
 
-import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,21 @@ import numpy as np
 import pytest
 import ray
 
+from distill_system.cluster.roster import Roster
 from distill_system.cluster.weight_sync import EveryWorker
 from distill_system.cluster.workers import RayWorkers
 from distill_system.config.rollout import EngineConfig
-from distill_system.errors import DataError, ModelError, ResourceError, TransferError
+from distill_system.errors import (
+    DataError,
+    DeadlineError,
+    DistillError,
+    ModelError,
+    ResourceError,
+    TransferError,
+    WorkerError,
+)
+from distill_system.learner.group import LearnerGroup
+from distill_system.learner.meeting_point import find_meeting_point
 from distill_system.records import Author, Finish, Prompt, Trajectory, VersionSpan
 from distill_system.rollout.environment import engine_environment
 from distill_system.rollout.pool import RolloutPool
@@ -52,23 +63,29 @@ class Learner:
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(1)
+        self.publisher: Any = None
+        self.gather_seconds = 0.0
         self.model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+        self.first_weights = [p.detach().clone() for p in self.model.parameters()]
 
-    def connect(self, handles: list[Any]) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        client = FanOutClient(EveryWorker(handles, seconds=40.0), [1] * len(handles))
+    def address(self) -> tuple[str, int]:
+        return find_meeting_point()
+
+    def connect_rollouts(
+        self, backend: Any, client: Any, address: str, port: int, count: int, seconds: float
+    ) -> None:
+        if self.publisher is not None:
+            self.publisher.close()
         self.publisher = WeightPublisher(
             self.model,
-            backend="gloo",
+            backend=backend,
             client=client,
-            master_address="127.0.0.1",
+            master_address=address,
             master_port=port,
-            num_receivers=client.num_receivers,
+            num_receivers=count,
             rank=0,
-            timeout_seconds=20.0,
-            buffer_bytes=50_000,  # several buffers even for this model
+            timeout_seconds=seconds,
+            bucket_bytes=50_000,  # several buckets even for this model
         )
 
     def perturb(self, seed: int) -> None:
@@ -76,27 +93,28 @@ class Learner:
 
         torch.manual_seed(seed)
         with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+            for parameter, first in zip(self.model.parameters(), self.first_weights, strict=True):
+                parameter.copy_(first + torch.randn_like(first) * 0.15)
 
-    def publish(self, version: int) -> Any:
-        return self.publisher.publish(version)
+    def gather_slowly(self, seconds: float) -> None:
+        self.gather_seconds = seconds
 
-    def publish_with_a_flipped_bit(self, version: int) -> None:
+    def start_publish(self, version: int) -> list[Any]:
+        time.sleep(self.gather_seconds)
+        return list(self.publisher.start(version))
+
+    def flip_a_bit_of_the_next_version(self) -> None:
         communicator = self.publisher._engine.model_update_group
         honest, calls = communicator.broadcast, []
 
-        def corrupting(tensor: Any, src: int) -> None:
-            calls.append(tensor)
+        def corrupting(tensor: Any, src: int) -> Any:
+            calls.append(tensor.clone())
             if len(calls) == 2:
-                tensor[7] ^= 1
-            honest(tensor, src)
+                calls[-1][7] ^= 1
+                communicator.broadcast = honest
+            return honest(calls[-1], src)
 
         communicator.broadcast = corrupting
-        try:
-            self.publish(version)
-        finally:
-            communicator.broadcast = honest
 
     def decode_greedily(self, prompts: list[Prompt]) -> list[list[int]]:
         import torch
@@ -123,12 +141,17 @@ class Learner:
         return np.asarray(rows.gather(-1, response)[:, 0])
 
 
+class SleepingWorker(RolloutWorker):
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
 def _pool(handles: Sequence[Any]) -> RolloutPool:
     return RolloutPool(RayWorkers("student_rollout", handles, [], call_seconds=60.0))
 
 
 def _start_worker(folder: Path, *, index: int = 0, engine: EngineConfig = ENGINE) -> Any:
-    remote_class = ray.remote(RolloutWorker).options(num_cpus=0)
+    remote_class = ray.remote(SleepingWorker).options(num_cpus=0)
     return remote_class.remote(
         name=f"student_rollout-{index}",
         model_path=str(folder),
@@ -147,11 +170,22 @@ class Setting:
         self.learner = ray.remote(Learner).options(num_cpus=0).remote(str(folder))
         self.workers = [_start_worker(folder, index=index) for index in range(2)]
         ray.get([worker.ready.remote() for worker in self.workers])
-        ray.get(self.learner.connect.remote(self.workers))
+        roster = Roster({f"student_rollout-{at}": w for at, w in enumerate(self.workers)})
+        ranks = RayWorkers("learner", [self.learner], [], call_seconds=60.0, roster=roster)
+        self.group = LearnerGroup(ranks)
+        self.connect(self.workers)
+
+    def connect(self, workers: Sequence[Any], *, seconds: float = 20.0) -> None:
+        named = {f"student_rollout-{self.workers.index(w)}": w for w in workers}
+        client = FanOutClient(EveryWorker(named, seconds=seconds), [1] * len(workers))
+        self.group.connect_rollouts("gloo", client, client.num_receivers, seconds)
 
     def publish(self, version: int) -> Any:
         ray.get(self.learner.perturb.remote(version))
-        return ray.get(self.learner.publish.remote(version))
+        return self.group.publish(version)
+
+    def versions(self) -> list[int]:
+        return list(ray.get([worker.weight_version.remote() for worker in self.workers]))
 
     def generate_everywhere(self, sampling: Sampling) -> list[list[Trajectory]]:
         calls = [worker.generate.remote(_prompts(), sampling, 0, "x") for worker in self.workers]
@@ -206,13 +240,14 @@ def test_every_worker_writes_what_the_learner_would_after_each_publish(setting: 
 
 
 def test_a_flipped_bit_is_caught_and_the_next_publish_heals(setting: Setting) -> None:
-    version = ray.get(setting.workers[0].weight_version.remote())
-    with pytest.raises(TransferError, match="CRC-32"):
-        ray.get(setting.learner.publish_with_a_flipped_bit.remote(version + 1))
+    [version, _] = setting.versions()
+    ray.get(setting.learner.flip_a_bit_of_the_next_version.remote())
+    with pytest.raises(TransferError, match="checksum"):
+        setting.publish(version + 1)
     for worker in setting.workers:
-        assert ray.get(worker.weight_version.remote()) == version
         with pytest.raises(TransferError, match="publish the weights again"):
             ray.get(worker.generate.remote(_prompts(1), GREEDY, 0, "x"))
+    assert setting.versions() == [version, version]
     setting.publish(version + 2)
     _assert_equals_the_learner(setting, version + 2)
 
@@ -220,12 +255,61 @@ def test_a_flipped_bit_is_caught_and_the_next_publish_heals(setting: Setting) ->
 def test_an_update_that_failed_in_one_worker_alone_is_replaced_by_the_next(
     setting: Setting,
 ) -> None:
-    version = ray.get(setting.workers[0].weight_version.remote())
-    ray.get(setting.workers[0].start_weight_update.remote())
-    with pytest.raises(TransferError, match="open"):
+    version, _ = setting.versions()
+    unknown = {"names": ["w"], "dtype_names": [], "shapes": []}
+    with pytest.raises(TransferError, match="update_weights failed in student_rollout-0"):
+        ray.get(setting.workers[0].receive_weights.remote(version + 1, unknown))
+    with pytest.raises(TransferError, match="broken"):
         ray.get(setting.workers[0].generate.remote(_prompts(1), GREEDY, 0, "x"))
     setting.publish(version + 1)
     _assert_equals_the_learner(setting, version + 1)
+
+
+def test_a_step_that_begins_once_the_weights_are_packed_does_not_change_what_arrives(
+    setting: Setting,
+) -> None:
+    version, _ = setting.versions()
+    ray.get(setting.learner.perturb.remote(version))
+    expected = setting.learner.decode_greedily.remote(_prompts())
+    setting.group.start_publish(version + 1)
+    step = setting.learner.perturb.remote(99)
+    published = setting.group.finish_publish()
+    ray.get(step)
+    assert published.version == version + 1
+    assert setting.versions() == [version + 1] * 2
+    for trajectories in setting.generate_everywhere(GREEDY):
+        assert [t.response_ids.tolist() for t in trajectories] == ray.get(expected)
+
+
+def test_workers_come_and_go_between_two_publishes(setting: Setting) -> None:
+    version, _ = setting.versions()
+    setting.connect(setting.workers[:1])
+    alone = setting.publish(version + 1)
+    assert setting.versions() == [version + 1, version]
+    began = time.perf_counter()
+    setting.connect(setting.workers)
+    assert time.perf_counter() - began < 5.0
+    together = setting.publish(version + 2)
+    assert setting.versions() == [version + 2] * 2
+    assert (alone.num_bytes, alone.checksum) != (together.num_bytes, together.checksum)
+    _assert_equals_the_learner(setting, version + 2)
+
+
+def test_who_keeps_a_version_waiting_is_named(setting: Setting) -> None:
+    version, _ = setting.versions()
+    setting.connect(setting.workers, seconds=2.0)
+    asleep = setting.workers[1].sleep.remote(3.0)
+    with pytest.raises(DeadlineError, match=rf"version {version + 1} .*student_rollout-1"):
+        setting.publish(version + 1)
+    ray.get(asleep)
+    setting.publish(version + 2)  # what came too late was taken in before
+    assert setting.versions() == [version + 2] * 2
+    ray.get(setting.learner.gather_slowly.remote(3.0))
+    with pytest.raises(DeadlineError, match=r"gather weight version .* from learner-0:"):
+        setting.publish(version + 3)
+    ray.get(setting.learner.gather_slowly.remote(0.0))
+    setting.publish(version + 4)
+    assert setting.versions() == [version + 4] * 2
 
 
 def test_samples_depend_on_the_seed_and_not_on_who_writes_them(setting: Setting) -> None:
@@ -265,12 +349,16 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_id(setting: Setting) -> 
 def test_a_dead_worker_ends_a_publish_and_the_others_can_be_connected_anew(
     setting: Setting,
 ) -> None:
-    version = ray.get(setting.workers[0].weight_version.remote())
-    dead = setting.workers.pop()
+    version, _ = setting.versions()
+    dead = setting.workers[1]
     ray.kill(dead)
-    with pytest.raises(TransferError, match=rf"publishing weight version {version + 1} failed"):
-        ray.get(setting.learner.publish.remote(version + 1), timeout=30)
-    ray.get(setting.learner.connect.remote(setting.workers))
+    with pytest.raises(DistillError, match="student_rollout-1") as caught:
+        setting.group.publish(version + 1)
+    assert isinstance(caught.value, (WorkerError, TransferError))
+    del setting.workers[1]
+    began = time.perf_counter()
+    setting.connect(setting.workers)
+    assert time.perf_counter() - began < 5.0
     setting.publish(version + 2)
     _assert_equals_the_learner(setting, version + 2)
 

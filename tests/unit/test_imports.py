@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "cluster": RECORDS | {"workers"},
     "observe": RECORDS | {"standard_errors"},
     "planning": RECORDS,
+    "flow": RECORDS,
     # reads what runs left behind
     "comparison": RECORDS | {"observe", "standard_errors"},
     # what joins the rooms

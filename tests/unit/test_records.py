@@ -13,6 +13,7 @@ from distill_system import errors
 from distill_system.errors import DistillError, RecordError
 from distill_system.records import (
     Author,
+    PoolActivity,
     Prompt,
     Stream,
     TeacherTargets,
@@ -142,3 +143,23 @@ def test_a_trajectory_survives_json_to_the_bit():
             np.testing.assert_array_equal(ours, theirs)
         same = {"token_ids": trajectory.token_ids, "behaviour_logprobs": again.behaviour_logprobs}
         assert repr(replace(again, **same)) == repr(replace(trajectory, **same))
+
+
+def test_shares_of_a_pool_are_of_all_its_workers_time():
+    pool = PoolActivity(
+        num_workers=2.5, seconds=4.0, busy_seconds=5.0, starved_seconds=2.0, blocked_seconds=1.0
+    )
+    assert pool.worker_seconds == 10.0
+    assert (pool.busy_share, pool.starved_share, pool.blocked_share) == (0.5, 0.2, 0.1)
+    assert PoolActivity(num_workers=3, seconds=0.0).busy_share == 0.0
+
+
+def test_a_pool_that_claims_more_time_than_its_workers_had_is_refused():
+    thirds = dict.fromkeys(("busy_seconds", "starved_seconds", "blocked_seconds"), 0.1 + 0.2)
+    PoolActivity(num_workers=3, seconds=0.3, **thirds)  # 0.1 + 0.2 > 0.3 is rounding
+    with pytest.raises(RecordError, match=r"at most 2\.0 worker-seconds, got 2\.1"):
+        PoolActivity(num_workers=2, seconds=1.0, busy_seconds=1.0, starved_seconds=1.1)
+    with pytest.raises(RecordError, match="blocked_seconds >= 0"):
+        PoolActivity(num_workers=2, seconds=1.0, blocked_seconds=-0.1)
+    with pytest.raises(RecordError, match="queued >= 0"):
+        PoolActivity(num_workers=2, seconds=1.0, queued=-1)

@@ -29,6 +29,11 @@ class TokenLossModel(ConfigModel):
         """Successive tokens whose losses depend on one another: they are read at one time."""
         return 1
 
+    @property
+    def reads_written_token(self) -> bool:
+        """Whether the loss at a state depends on the token that was written there."""
+        return False
+
     def at(self, progress: float) -> Self:
         """The settings in force once this share of the run, in (0, 1], is done."""
         return self
@@ -44,6 +49,11 @@ class CrossEntropyConfig(TokenLossModel):
         """Nothing: the text is enough."""
         return NOTHING
 
+    @property
+    def reads_written_token(self) -> bool:
+        """The text is all that it reads."""
+        return True
+
 
 class InterpolatedCrossEntropyConfig(TokenLossModel):
     """Cross-entropy to a mixture of the token written and the teacher's distribution (PS-KD)."""
@@ -53,6 +63,11 @@ class InterpolatedCrossEntropyConfig(TokenLossModel):
     """w: the teacher's share of the target; the token written has the rest."""
     schedule: Literal["linear", "constant"] = "linear"
     """linear: w grows with the steps, from near 0 to teacher_weight at the last one."""
+
+    @property
+    def reads_written_token(self) -> bool:
+        """One part of the target is the token written."""
+        return True
 
     def at(self, progress: float) -> Self:
         """The weight of this moment, which no longer grows."""

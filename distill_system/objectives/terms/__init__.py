@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from distill_system.config.objective import HiddenMatchingConfig, RelationalConfig, TermConfig
+from distill_system.objectives.importance import ImportanceWeights
 from distill_system.objectives.rows import SumOverRanks, TokenRows
 from distill_system.objectives.terms.hidden_matching import HiddenMatching
 from distill_system.objectives.terms.relational import Relational
@@ -21,7 +22,12 @@ __all__ = ["Term", "build_term"]
 class Term(Protocol):
     """One additive part of a stream's loss."""
 
-    def compute_loss(self, rows: TokenRows, sum_over_ranks: SumOverRanks) -> Tensor:
+    def compute_loss(
+        self,
+        rows: TokenRows,
+        sum_over_ranks: SumOverRanks,
+        weights: ImportanceWeights | None = None,
+    ) -> Tensor:
         """This rank's share of the term, scalar with graph; the sum over ranks is the term."""
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from distill_system.config.objective import HiddenMatchingConfig
+from distill_system.objectives.importance import ImportanceWeights
 from distill_system.objectives.moving_average import MovingAverage
-from distill_system.objectives.rows import SumOverRanks, TokenRows, stream_mean
+from distill_system.objectives.rows import SumOverRanks, TokenRows, stream_mean, weigh
 
 
 class HiddenMatching:
@@ -30,25 +31,34 @@ class HiddenMatching:
         self.input_moment = MovingAverage(config.decay)
         self.cross_moment = MovingAverage(config.decay)
 
-    def compute_loss(self, rows: TokenRows, sum_over_ranks: SumOverRanks) -> Tensor:
-        """The mean over the stream's tokens; not below 0."""
+    def compute_loss(
+        self,
+        rows: TokenRows,
+        sum_over_ranks: SumOverRanks,
+        weights: ImportanceWeights | None = None,
+    ) -> Tensor:
+        """The mean over the stream's tokens, covariances likewise; not below 0."""
+        states_N = None if weights is None else weights.states_N
         targets_NF = _teacher_features(rows)
         with torch.autocast(rows.hidden_NH.device.type, enabled=False):
             inputs_NI = _with_constant(rows.hidden_NH.float())
 
             def moment(second_NX: Tensor) -> Tensor:
-                return sum_over_ranks(inputs_NI.detach().T @ second_NX / rows.num_global_tokens)
+                share_IX = inputs_NI.detach().T @ weigh(second_NX, states_N)
+                return sum_over_ranks(share_IX / rows.num_global_tokens)
 
             mapped_NF = inputs_NI @ self._solve(
                 self.input_moment.update(moment(inputs_NI.detach())),
                 self.cross_moment.update(moment(targets_NF)),
             )
             if self.config.distance == "cosine":
-                return stream_mean(1.0 - cosine_similarity(mapped_NF, targets_NF, dim=-1), rows)
+                distances_N = 1.0 - cosine_similarity(mapped_NF, targets_NF, dim=-1)
+                return stream_mean(weigh(distances_N, states_N), rows)
             squared_N = (mapped_NF - targets_NF).square().sum(dim=-1)
-            mean_length = sum_over_ranks(stream_mean(targets_NF.square().sum(dim=-1), rows))
+            lengths_N = targets_NF.square().sum(dim=-1)
+            mean_length = sum_over_ranks(stream_mean(weigh(lengths_N, states_N), rows))
             tiny = torch.finfo(torch.float32).tiny
-            return stream_mean(squared_N, rows) / mean_length.clamp_min(tiny)
+            return stream_mean(weigh(squared_N, states_N), rows) / mean_length.clamp_min(tiny)
 
     def _solve(self, input_moment_II: Tensor, cross_moment_IF: Tensor) -> Tensor:
         """W [I, F] that minimises E |W^T h - h*|^2 + ridge x mean(h^2) x |W|^2, float32."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from distill_system.objectives.rows import SumOverRanks, TokenRows
+from distill_system.objectives.importance import ImportanceWeights
+from distill_system.objectives.rows import SumOverRanks, TokenRows, weigh
 from distill_system.objectives.vocabulary import unit_rows
 
 ROWS_AT_ONCE = 1024
@@ -26,8 +27,13 @@ class Relational:
     tokens are those of the response, and the matrices are compared entry by entry.
     """
 
-    def compute_loss(self, rows: TokenRows, sum_over_ranks: SumOverRanks) -> Tensor:
-        """This rank's share of the mean over responses, in [0, 4]."""
+    def compute_loss(
+        self,
+        rows: TokenRows,
+        sum_over_ranks: SumOverRanks,
+        weights: ImportanceWeights | None = None,
+    ) -> Tensor:
+        """This rank's share of the mean over responses; in [0, 4] where all of them count 1."""
         assert rows.teacher is not None, "the objective declares that it needs teacher features"
         assert rows.teacher.features_NF is not None, "as above"
         with torch.autocast(rows.hidden_NH.device.type, enabled=False):
@@ -35,11 +41,14 @@ class Relational:
             teacher_NF = unit_rows(rows.teacher.features_NF)
             _, counts = torch.unique_consecutive(rows.sequence_ids_N, return_counts=True)
             lengths: list[int] = counts.tolist()
+            lines: list[Tensor | None] = [None] * len(lengths)
+            if weights is not None:
+                lines = [*weights.responses_N.split(lengths)]
             total = student_NH.sum() * 0.0  # a graph even where this rank has no rows
-            for student_TH, teacher_TF in zip(
-                student_NH.split(lengths), teacher_NF.split(lengths), strict=True
+            for student_TH, teacher_TF, weights_T in zip(
+                student_NH.split(lengths), teacher_NF.split(lengths), lines, strict=True
             ):
-                total = total + _mean_squared_difference(student_TH, teacher_TF)
+                total = total + _mean_squared_difference(student_TH, teacher_TF, weights_T)
             return total / rows.num_global_sequences
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -50,8 +59,16 @@ class Relational:
         """Nothing to take back."""
 
 
-def _mean_squared_difference(student_TH: Tensor, teacher_TF: Tensor) -> Tensor:
-    """Of the two T x T matrices, made a few lines at a time and again in backward; scalar."""
+def _mean_squared_difference(
+    student_TH: Tensor, teacher_TF: Tensor, weights_T: Tensor | None
+) -> Tensor:
+    """Of the two T x T matrices, made a few lines at a time and again in backward; scalar.
+
+    weights_T: what each line counts; None counts each as 1.
+    """
+    parts: list[Tensor | None] = [None] * -(-student_TH.shape[0] // ROWS_AT_ONCE)
+    if weights_T is not None:
+        parts = [*weights_T.split(ROWS_AT_ONCE)]
     blocks = [
         checkpoint(
             _block,
@@ -59,17 +76,23 @@ def _mean_squared_difference(student_TH: Tensor, teacher_TF: Tensor) -> Tensor:
             student_TH,
             teacher_bF,
             teacher_TF,
+            weights_b,
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        for student_bH, teacher_bF in zip(
-            student_TH.split(ROWS_AT_ONCE), teacher_TF.split(ROWS_AT_ONCE), strict=True
+        for student_bH, teacher_bF, weights_b in zip(
+            student_TH.split(ROWS_AT_ONCE), teacher_TF.split(ROWS_AT_ONCE), parts, strict=True
         )
     ]
     return torch.stack(blocks).sum() / student_TH.shape[0] ** 2
 
 
 def _block(
-    student_bH: Tensor, student_TH: Tensor, teacher_bF: Tensor, teacher_TF: Tensor
+    student_bH: Tensor,
+    student_TH: Tensor,
+    teacher_bF: Tensor,
+    teacher_TF: Tensor,
+    weights_b: Tensor | None,
 ) -> Tensor:
-    return (student_bH @ student_TH.T - teacher_bF @ teacher_TF.T).square().sum()
+    squared_bT = (student_bH @ student_TH.T - teacher_bF @ teacher_TF.T).square()
+    return weigh(squared_bT, weights_b).sum()

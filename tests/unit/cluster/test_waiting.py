@@ -12,7 +12,6 @@ import pytest
 
 from distill_system.cluster import EveryWorker, RayWorkers
 from distill_system.cluster.roster import Roster
-from distill_system.cluster.workers import named
 from distill_system.errors import (
     DeadlineError,
     DistillError,
@@ -173,7 +172,7 @@ def test_a_death_is_told_rather_than_the_failure_that_it_caused(workers: Start) 
 
 def test_an_answer_from_before_a_death_does_not_hide_it(workers: Start) -> None:
     group = workers(Speaker, count=1)
-    roster = Roster(named("speaker", group.handles))
+    roster = Roster(group.named_handles())
     [process] = group.finish([group.start(0, "ready")], what="a start")
     roster.require_alive(seconds=0.0, waiting_for="nothing")  # asks, and goes on without an answer
     group.finish([group.start(0, "say", "alive")], what="a word")
@@ -186,9 +185,9 @@ def test_every_worker_gets_its_own_arguments_and_the_first_failure_is_told(
     workers: Start,
 ) -> None:
     group = workers(Speaker, count=2)
-    every_worker = EveryWorker(group.handles, seconds=20.0)
+    every_worker = EveryWorker(group.named_handles(), seconds=20.0)
     assert every_worker("say", [("one",), ("two",)]) is None
-    with pytest.raises(DistillError, match=r"^student_rollout-1: two$"):
+    with pytest.raises(DistillError, match=r"^speaker-1: two$"):
         every_worker("say_or_raise", [("one",), (ModelError("two"),)])
-    with pytest.raises(DeadlineError, match="say_late from student_rollout-0"):
-        EveryWorker(group.handles, seconds=0.5)("say_late", [("one", 3.0), ("two", 0.0)])
+    with pytest.raises(DeadlineError, match="say_late from speaker-0"):
+        EveryWorker(group.named_handles(), seconds=0.5)("say_late", [("one", 3.0), ("two", 0.0)])

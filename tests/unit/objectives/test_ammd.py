@@ -7,7 +7,8 @@ import torch
 from enumerable_language import EnumerableLanguage
 
 from distill_system.config.objective import AmmdConfig, ClosedFormCritic, GradientCritic
-from distill_system.objectives.ammd import Ammd, measure_stream
+from distill_system.objectives.ammd import Ammd
+from distill_system.objectives.distances import measure_stream
 from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
 from distill_system.objectives.vocabulary import unit_rows
 

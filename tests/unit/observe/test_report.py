@@ -9,6 +9,8 @@ from distill_system.observe.metrics import MetricLog, read_metrics
 from distill_system.observe.report import compute_phase_shares, write_report
 from distill_system.observe.run_directory import RunDirectory, write_json
 from distill_system.observe.summary import write_evaluation
+from distill_system.observe.timings import Timings
+from distill_system.records import PoolActivity
 
 ATTACK = "<script>alert('x')</script>"
 METRICS = (
@@ -189,3 +191,64 @@ def test_a_teacher_alone_is_reported(tmp_path: Path) -> None:
     write_evaluation(run, "teacher", step=0, weight_version=None, splits=splits, distances=None)
     write_report(run)
     assert "50.0" in run.report_path.read_text()
+
+
+def test_a_run_without_pools_shows_nothing_of_them(page: str) -> None:
+    assert "<h2>Pools</h2>" not in page
+    assert "Busy share by pool" not in page
+
+
+@pytest.fixture(scope="module")
+def streaming_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    run = RunDirectory(tmp_path_factory.mktemp("streaming"))
+    write_json(run.config_path, {"distill": {"staleness": {"max_staleness": 1}}})
+    timings = Timings(run)
+    busy = PoolActivity(num_workers=2, seconds=10.0, busy_seconds=19.0, blocked_seconds=1.0)
+    idle = PoolActivity(num_workers=1, seconds=10.0, busy_seconds=4.0, starved_seconds=6.0)
+    timings.add_activity({"student_rollout": busy, "learner": idle})
+    timings.save()
+    with MetricLog(run, run_name="streaming") as log:
+        for step in range(1, 4):
+            metrics = {
+                "busy_share/student_rollout": 0.95,
+                "busy_share/learner": 0.4,
+                "learner/mean_staleness": 0.75,
+                "learner/max_staleness": 1.0,
+                "staleness/share_0": 0.25,
+                "staleness/share_1": 0.75,
+                "staleness/share_older": 0.0,
+                "staleness/tokens": 100.0,
+                "staleness/reissued": 2.0,
+            }
+            log.log("distill", step, metrics)
+    write_report(run)
+    return run.report_path.read_text()
+
+
+def test_the_report_stacks_each_pools_time_and_says_which_bounds_the_run(
+    streaming_page: str,
+) -> None:
+    pools = streaming_page.partition("<h2>Pools</h2>")[2]
+    assert "student_rollout bounds the run (95% busy, learner waits 60% of the time" in pools
+    stacks = re.findall(r'<div class="stack thin">(.*?)</div>', pools)
+    widths = [re.findall(r"width: ([\d.]+)%.*?title=\"(\w+)", stack) for stack in stacks]
+    assert widths == [
+        [("95.0", "busy"), ("5.0", "blocked"), ("0.0", "starved")],
+        [("40.0", "busy"), ("0.0", "blocked"), ("60.0", "starved")],
+    ]
+    for title in ("Busy share by pool", "Staleness"):
+        assert f"<b>{title}</b>" in pools
+
+
+def test_the_report_has_a_histogram_of_ages(streaming_page: str) -> None:
+    ages = streaming_page.partition("Age of the student's text")[2].partition("</div>\n  </div>")[0]
+    assert re.findall(r"<span>([\d.]+%)</span>", ages) == ["25.0%", "75.0%"]
+    assert "older" not in ages  # none was
+    assert "mean 0.75, at most 1" in ages
+    assert "given out again: 6" in ages
+
+
+def test_the_report_of_a_streaming_run_is_well_formed(streaming_page: str) -> None:
+    reader = Reader()
+    reader.feed(streaming_page)
+    assert reader.open == []

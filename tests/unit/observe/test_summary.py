@@ -3,8 +3,11 @@ from pathlib import Path
 
 import pytest
 
+from distill_system.observe.metrics import MetricLog
 from distill_system.observe.run_directory import RunDirectory, read_json, write_json
 from distill_system.observe.summary import write_evaluation, write_summary
+from distill_system.observe.timings import Timings
+from distill_system.records import PoolActivity
 
 BEFORE = [100.0, 0.0, 0.0, 100.0]
 AFTER = [100.0, 100.0, 0.0, 100.0]
@@ -118,3 +121,45 @@ def test_a_score_that_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
         run, "after", step=0, weight_version=0, splits={}, distances={"on_policy": math.nan}
     )
     assert read_json(run.evaluation_path("after"))["distances"] == {"on_policy": None}
+
+
+def add_pools(run: RunDirectory) -> None:
+    """A streaming run's time: 2 student rollouts always busy, a learner half of the time."""
+    timings = Timings(run)
+    for busy in (30.0, 10.0):
+        student = PoolActivity(num_workers=2, seconds=busy / 2, busy_seconds=busy, num_bytes=8)
+        learner = PoolActivity(
+            num_workers=1, seconds=busy / 2, busy_seconds=busy / 4, starved_seconds=busy / 4
+        )
+        timings.add_activity({"student_rollout": student, "learner": learner})
+    timings.save()
+
+
+def test_the_summary_says_what_the_pools_did_and_which_bounds_the_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    run.timings_path.unlink()
+    add_pools(run)
+    write_json(run.config_path, {"distill": {"staleness": {"max_staleness": 1}}})
+    with MetricLog(run, run_name="tiny") as log:
+        log.log("distill", 1, {"staleness/tokens": 4, "staleness/share_1": 1.0})
+    summary = write_summary(run)
+    assert summary["pools"]["student_rollout"] == {
+        "num_workers": 2,
+        "busy_share": 1.0,
+        "starved_share": 0.0,
+        "blocked_share": 0.0,
+        "num_tokens": 0,
+        "num_sequences": 0,
+        "num_bytes": 16,
+    }
+    assert summary["pools"]["learner"]["starved_share"] == 0.5
+    assert summary["bottleneck"].startswith(
+        "student_rollout bounds the run (100% busy, learner waits 50% of the time for it): "
+        "one more worker would bring 1.50x"
+    )
+    assert summary["staleness"]["shares"] == {"1": 1.0}
+
+
+def test_a_run_that_kept_no_pools_has_none_in_its_summary(tmp_path: Path) -> None:
+    summary = write_summary(write_run(tmp_path))
+    assert (summary["pools"], summary["bottleneck"], summary["staleness"]) == ({}, None, None)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from distill_system.errors import RunStateError
-from distill_system.observe.run_directory import RunDirectory, read_json
-from distill_system.observe.timings import Timings
-from distill_system.records import WorkDone
+from distill_system.observe.run_directory import RunDirectory, read_json, write_json
+from distill_system.observe.timings import Timings, read_pools
+from distill_system.records import PoolActivity, WorkDone
 
 
 def test_work_gives_tokens_per_busy_second_of_each_pool(tmp_path: Path) -> None:
@@ -102,4 +102,36 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.timings_path.write_text('{"phases": {"distill": {}}}')
     with pytest.raises(RunStateError, match=r"timings\.json"):
+        Timings(run)
+
+
+def test_pools_activity_is_added_up_over_a_resume_and_dropped_with_a_new_start(
+    tmp_path: Path,
+) -> None:
+    run = RunDirectory(tmp_path)
+    stretch = PoolActivity(
+        num_workers=2, seconds=5.0, busy_seconds=4.0, blocked_seconds=6.0, num_tokens=7
+    )
+    for _ in range(3):
+        timings = Timings(run)
+        timings.add_activity({"learner": stretch})
+        timings.save()
+    pools = read_pools(read_json(run.timings_path))
+    assert (pools["learner"].seconds, pools["learner"].num_tokens) == (15.0, 21)
+    assert pools["learner"].busy_share == pytest.approx(0.4)
+    timings.restart("sft_teacher")
+    timings.save()
+    assert read_pools(read_json(run.timings_path))
+    timings.restart("distill")
+    timings.save()
+    assert read_pools(read_json(run.timings_path)) == {}
+
+
+def test_timings_from_before_pools_were_counted_are_read(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    write_json(run.timings_path, {"seconds": {}, "phases": {}, "work": {}})
+    Timings(run).save()
+    assert read_json(run.timings_path)["pools"] == {}
+    write_json(run.timings_path, {"seconds": {}, "phases": {}, "work": {}, "pools": {"a": {}}})
+    with pytest.raises(RunStateError, match=r"timings\.json: expected pools"):
         Timings(run)

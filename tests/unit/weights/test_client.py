@@ -9,8 +9,12 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[tuple[Any, ...]]]] = []
 
-    def __call__(self, method: str, argument_tuples: list[tuple[Any, ...]]) -> None:
+    def start(self, method: str, argument_tuples: list[tuple[Any, ...]]) -> list[str]:
         self.calls.append((method, argument_tuples))
+        return [f"call {at}" for at in range(len(argument_tuples))]
+
+    def __call__(self, method: str, argument_tuples: list[tuple[Any, ...]]) -> None:
+        self.start(method, argument_tuples)
 
 
 def test_every_worker_takes_ranks_that_no_other_takes() -> None:
@@ -30,30 +34,17 @@ def test_every_worker_takes_ranks_that_no_other_takes() -> None:
     assert {(info["world_size"], info["master_port"]) for (info,) in arguments} == {(8, 5)}
 
 
-def test_an_update_reaches_every_worker_with_the_same_arguments() -> None:
+def test_a_version_reaches_each_worker_in_one_call() -> None:
     recorder = Recorder()
-    client = FanOutClient(recorder, (1, 1))
-    client.start_weight_update()
-    client.update_weights({"names": ["w"]})
-    client.finish_weight_update()
-    client.commit(7)
-    assert recorder.calls == [
-        ("start_weight_update", [(), ()]),
-        ("update_weights", [({"names": ["w"]},)] * 2),
-        ("finish_weight_update", [(), ()]),
-        ("commit_weight_version", [(7,), (7,)]),
-    ]
-
-
-def test_a_version_given_to_finish_is_committed_after_it() -> None:
-    recorder = Recorder()
-    FanOutClient(recorder, (1,)).finish_weight_update("12")
-    assert recorder.calls == [("finish_weight_update", [()]), ("commit_weight_version", [(12,)])]
+    references = FanOutClient(recorder, (1, 2)).start_receiving(7, {"names": ["w"]})
+    assert references == ["call 0", "call 1"]
+    assert recorder.calls == [("receive_weights", [(7, {"names": ["w"]})] * 2)]
 
 
 def test_a_workers_error_comes_out_as_it_is() -> None:
-    def failing(method: str, argument_tuples: list[tuple[Any, ...]]) -> None:
-        raise ConnectionError("worker 1")
+    class Failing(Recorder):
+        def __call__(self, method: str, argument_tuples: list[tuple[Any, ...]]) -> None:
+            raise ConnectionError("worker 1")
 
     with pytest.raises(ConnectionError, match="worker 1"):
-        FanOutClient(failing, (1, 1)).update_weights({})
+        FanOutClient(Failing(), (1, 1)).init_weight_transfer_engine({"rank_offset": 1})

@@ -3,13 +3,17 @@
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+
+from distill_system.errors import TransferError
+from distill_system.weights.transport import broadcast_buckets, check_seal, send_seal
 
 gloo = pytest.importorskip("distill_system.weights.gloo", exc_type=ImportError)
+backends = pytest.importorskip("distill_system.weights.backends", exc_type=ImportError)
+CPU = torch.device("cpu")
 
 
 def _free_port() -> int:
@@ -18,38 +22,55 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@settings(deadline=None, max_examples=50)
-@pytest.mark.filterwarnings("ignore:Tensor .* exceeds buffer_size_bytes")
-@given(sizes=st.lists(st.integers(1, 60), max_size=12), buffer_bytes=st.integers(1, 300))
-def test_receivers_cut_the_stream_where_vllm_packs_it(sizes: list[int], buffer_bytes: int) -> None:
-    tensors = [(f"w{at}", torch.zeros(size)) for at, size in enumerate(sizes)]
-    update_info = gloo.NCCLWeightTransferUpdateInfo(
-        names=[name for name, _ in tensors],
-        dtype_names=["float32"] * len(tensors),
-        shapes=[list(tensor.shape) for _, tensor in tensors],
-    )
-    packed, stream = [], iter(tensors)
-    while chunk := gloo.pack_tensors(stream, lambda pair: pair[1], buffer_bytes):
-        packed.append(chunk.names)
-    planned = [
-        [meta.name for meta in chunk] for chunk in gloo.plan_chunks(update_info, buffer_bytes)
-    ]
-    assert planned == packed
-
-
-def test_a_broadcast_reaches_every_rank() -> None:
+def _exchange(corrupt: Any, *, receivers: int = 2) -> list[Any]:
+    """Three buckets from rank 0 to the others; corrupt(at, bucket) is what travels instead."""
     port = _free_port()
+    sent = [torch.arange(size, dtype=torch.uint8) for size in (70_000, 16_384, 9)]
 
-    def run(rank: int) -> list[int]:
-        communicator = gloo.GlooCommunicator(
-            address="127.0.0.1", port=port, rank=rank, world_size=3, timeout_seconds=20.0
+    def run(rank: int) -> Any:
+        group = gloo.GlooCommunicator(
+            address="127.0.0.1",
+            port=port,
+            rank=rank,
+            world_size=1 + receivers,
+            timeout_seconds=20.0,
         )
-        tensor = torch.arange(4) if rank == 0 else torch.zeros(4, dtype=torch.int64)
-        communicator.broadcast(tensor, src=0)
-        return tensor.tolist()
+        if rank == 0:
+            honest, count = group.broadcast, iter(range(100))
+            group.broadcast = lambda tensor, src: honest(corrupt(next(count), tensor), src)
+            send_seal(group, broadcast_buckets(group, sent), CPU)
+            return None
+        buffers = [torch.zeros_like(buffer) for buffer in sent]
+        try:
+            received = broadcast_buckets(group, buffers)
+            check_seal(group, received, CPU)
+        except TransferError as error:
+            return error
+        assert all(map(torch.equal, buffers, sent))
+        return received
 
-    with ThreadPoolExecutor(3) as executor:
-        assert list(executor.map(run, range(3))) == [[0, 1, 2, 3]] * 3
+    with ThreadPoolExecutor(1 + receivers) as executor:
+        return list(executor.map(run, range(1 + receivers)))[1:]
+
+
+def test_buckets_reach_every_rank_and_every_rank_verifies_them() -> None:
+    first, second = _exchange(lambda at, bucket: bucket)
+    assert first == second
+    assert first.num_bytes == 70_000 + 16_384 + 9
+
+
+@pytest.mark.parametrize("bucket", [0, 1, 2])
+def test_a_byte_that_flips_on_the_way_is_seen_by_every_receiver(bucket: int) -> None:
+    def flip(at: int, tensor: torch.Tensor) -> torch.Tensor:
+        if at != bucket:
+            return tensor
+        flipped = tensor.clone()
+        flipped[7] ^= 4
+        return flipped
+
+    for seen in _exchange(flip):
+        assert isinstance(seen, TransferError)
+        assert "nothing was loaded" in str(seen)
 
 
 def test_a_receiver_that_never_joins_is_not_waited_for_longer_than_asked() -> None:
@@ -62,8 +83,8 @@ def test_a_receiver_that_never_joins_is_not_waited_for_longer_than_asked() -> No
 
 
 def test_registering_twice_changes_nothing() -> None:
-    factory = gloo.WeightTransferEngineFactory
+    factory = backends.WeightTransferEngineFactory
     before = factory._registry["gloo"]
-    gloo.register()
+    backends.register()
     assert factory._registry["gloo"] is before
     assert before() is gloo.GlooWeightTransferEngine

@@ -1,0 +1,82 @@
+"""Moments of both policies, and the distance that the whole class of critics finds in them.
+
+Axes: N tokens, F feature size, E action-embedding size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill_system.config.objective import StreamName
+from distill_system.objectives.critics import moment_distance
+from distill_system.objectives.rows import PolicyHeads, SumOverRanks, TokenRows
+from distill_system.objectives.vocabulary import unit_rows
+
+
+def compute_moment(
+    features_NF: Tensor,
+    gap_NE: Tensor,
+    weights_N: Tensor,
+    num_global_tokens: int,
+    sum_over_ranks: SumOverRanks,
+) -> Tensor:
+    """M = (1/N) sum_t w_t g_t d_t^T over all ranks, float32 [F, E], detached."""
+    share_FE = features_NF.detach().T @ (weights_N[:, None] * gap_NE.detach())
+    return sum_over_ranks(share_FE) / num_global_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutMeasures:
+    """How far the student is from the teacher on one stream.
+
+    distance: d_off or d_on of the whole critic class, the closed-form inner maximum.
+    cross_entropy: -E log pi_theta(y_t | s_t), nats per token of the stream.
+    student_logprobs_N: log pi_theta(y_t | s_t) of this rank's rows.
+    """
+
+    distance: float
+    cross_entropy: float
+    student_logprobs_N: Tensor
+
+
+def measure_stream(
+    heads: PolicyHeads,
+    rows: TokenRows,
+    sum_over_ranks: SumOverRanks,
+    *,
+    stream: StreamName,
+    ball: str = "spectral",
+    radius: float = 1.0,
+) -> HeldOutMeasures:
+    """Both measures of one stream, from one read of the vocabulary, without an update.
+
+    The distance has both sides in expectation and is undiscounted, so it is exactly zero where
+    student equals teacher. off_policy reads the student's features on teacher text, on_policy the
+    teacher's features on student text.
+    """
+    teacher_features_NF, expected_NE = read_teacher(rows)
+    features_NF = rows.hidden_NH if stream == "off_policy" else teacher_features_NF
+    student = heads.read(rows)
+    gap_NE = expected_NE - student.expected_embedding_NE
+    ones_N = torch.ones(gap_NE.shape[0], device=gap_NE.device)
+    moment_FE = compute_moment(
+        unit_rows(features_NF), gap_NE, ones_N, rows.num_global_tokens, sum_over_ranks
+    )
+    total = sum_over_ranks(student.logprobs_N.detach().sum().reshape(1))
+    return HeldOutMeasures(
+        distance=moment_distance(moment_FE, ball=ball, radius=radius),
+        cross_entropy=-float(total) / rows.num_global_tokens,
+        student_logprobs_N=student.logprobs_N.detach(),
+    )
+
+
+def read_teacher(rows: TokenRows) -> tuple[Tensor, Tensor]:
+    """The teacher's features [N, F] and expected embeddings [N, E]."""
+    teacher = rows.teacher
+    assert teacher is not None, "AMMD declares MOMENTS; the learner must bring them"
+    assert teacher.features_NF is not None, "MOMENTS hold the features"
+    assert teacher.expected_embedding_NE is not None, "MOMENTS hold the expected embeddings"
+    return teacher.features_NF, teacher.expected_embedding_NE

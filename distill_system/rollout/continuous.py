@@ -1,0 +1,131 @@
+"""Continuous rollouts: prompts in one by one, trajectories out as each is finished.
+
+No engine waits for a batch: each worker that has something to write has slices of decoding under
+way, one running and one behind it, so that it goes on while the driver is busy elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from distill_system.rollout.sampling import Sampling
+from distill_system.rollout.worker import Order, Slice
+from distill_system.workers import CallWatch, Reference, Workers
+
+SLICES_AHEAD = 2
+
+
+@dataclass(slots=True)
+class _Desk:
+    """One worker as the driver knows it.
+
+    orders: for its next slice.  under_way: orders it was given and has not answered, by name.
+    calls: its slices under way.  version: the weights it last said it held.
+    """
+
+    orders: list[Order] = field(default_factory=list)
+    under_way: dict[str, Order] = field(default_factory=dict)
+    calls: list[Reference] = field(default_factory=list)
+    version: int = 0
+
+
+class ContinuousRollouts:
+    """Rollout workers that hold the same model, or versions of it.
+
+    slice_seconds: how long a worker decodes before it hands out what is finished.
+    version: the weights that all hold to begin with.  watch: hears of every slice.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        watch: CallWatch,
+        *,
+        sampling: Sampling,
+        seed: int,
+        slice_seconds: float,
+        version: int,
+    ) -> None:
+        self._workers = workers
+        self._watch = watch
+        self._how = (sampling, seed, slice_seconds)
+        self._desks = {worker: _Desk(version=version) for worker in workers.members}
+        self._asked: dict[Reference, int] = {}
+
+    @property
+    def references(self) -> list[Reference]:
+        """All slices under way."""
+        return list(self._asked)
+
+    @property
+    def num_under_way(self) -> int:
+        """Orders that are not answered."""
+        return sum(len(desk.under_way) for desk in self._desks.values())
+
+    def find_free(self, suits: Callable[[int], bool]) -> tuple[int, int] | None:
+        """Worker and version of the least loaded worker whose version suits; None if none does."""
+        loads = [
+            (len(desk.under_way), worker, desk.version)
+            for worker, desk in self._desks.items()
+            if suits(desk.version)
+        ]
+        if not loads:
+            return None
+        _, worker, version = min(loads)
+        return worker, version
+
+    def give(self, worker: int, name: str, order: Order) -> None:
+        """An order for this worker's next slice; the trajectory that answers it has this name."""
+        desk = self._desks[worker]
+        assert name not in desk.under_way, f"{name} was ordered before"
+        desk.orders.append(order)
+        desk.under_way[name] = order
+
+    def begin(self, now: float) -> None:
+        """Begin slices wherever there is something to write, up to two at each worker."""
+        for worker, desk in self._desks.items():
+            while desk.under_way and len(desk.calls) < SLICES_AHEAD:
+                self._begin_slice(worker, desk, now)
+
+    def collect(self, reference: Reference, now: float) -> Slice:
+        """What a slice that is done has to say.
+
+        Raises: what the worker raised.
+        """
+        worker = self._asked.pop(reference)
+        desk = self._desks[worker]
+        desk.calls.remove(reference)
+        [said] = self._workers.finish([reference], what="rollouts")
+        self._watch.end(worker, now, busy_seconds=said.busy_seconds)
+        self._watch.hand_on(
+            num_tokens=sum(trajectory.num_response_tokens for trajectory in said.trajectories),
+            num_sequences=len(said.trajectories),
+        )
+        for trajectory in said.trajectories:
+            del desk.under_way[trajectory.trajectory_id]
+        desk.version = max(desk.version, said.version)  # a slice may be heard of late
+        return said
+
+    def add_worker(self, worker: int, *, version: int) -> None:
+        """Take in a worker that joined the group and holds this version."""
+        self._desks[worker] = _Desk(version=version)
+
+    def release(self, worker: int) -> dict[str, Order]:
+        """Let a worker go; the orders that it leaves unanswered, by name."""
+        desk = self._desks.pop(worker)
+        for call in desk.calls:
+            del self._asked[call]
+        return desk.under_way
+
+    def hold(self, worker: int, version: int) -> None:
+        """A worker has received this version."""
+        if worker in self._desks:
+            self._desks[worker].version = version
+
+    def _begin_slice(self, worker: int, desk: _Desk, now: float) -> None:
+        orders, desk.orders = desk.orders, []
+        call = self._workers.start(worker, "advance", orders, *self._how)
+        self._watch.begin(worker, now)
+        desk.calls.append(call)
+        self._asked[call] = worker

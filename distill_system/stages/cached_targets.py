@@ -1,0 +1,139 @@
+"""What the teacher says of stored samples, kept in the store if a person asks for it.
+
+Its cost is told first: a row of numbers for each token, often a thousand times the token itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+
+from distill_system.cluster.batch_inference import infer_batches
+from distill_system.config import RunConfig
+from distill_system.config.objective import TeacherNeeds
+from distill_system.data import (
+    Selection,
+    StoredTrajectories,
+    TargetStore,
+    read_trajectories,
+)
+from distill_system.data.target_store import predict_bytes, require_room, target_folder
+from distill_system.errors import ConfigError
+from distill_system.observe import LiveView, RunDirectory
+from distill_system.planning import ModelShape, read_shape
+from distill_system.records import Author
+from distill_system.stages.offline_samples import cut_batches
+from distill_system.stages.offline_workers import TargetWriter
+from distill_system.stages.sample_origin import sample_origin
+from distill_system.stages.worker_arguments import scorer_arguments, torch_environment
+
+BATCH_BYTES = 64 * 2**20
+"""Of the targets that one call sends, and that one part keeps."""
+
+
+class CachedTargets:
+    """The off-policy targets of a run's teacher for the samples of one store."""
+
+    def __init__(self, config: RunConfig, run: RunDirectory, tokenizer: Any, folder: Path) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._folder = folder
+        self._teacher = sample_origin(config, run, tokenizer, Author.TEACHER)
+        self._needs = config.distill.objective.teacher_needs("off_policy")
+        self._store = TargetStore(folder, describe_reading(config, self._teacher.model_fingerprint))
+
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """The samples whose targets are not there yet."""
+        return [key for key in keys if key not in self._store]
+
+    def say_cost(self, num_samples: int) -> str:
+        """What the targets of so many samples take, at most."""
+        num_tokens = num_samples * self._teacher.max_response_tokens
+        gibibytes = self._predict(num_tokens) / 2**30
+        return (
+            f"the teacher's targets of {num_samples} samples take up to {gibibytes:.3g} GiB "
+            f"({self._predict(1)} bytes a token); --cache-targets keeps them in the store"
+        )
+
+    def require_room(self, num_stored_tokens: int, num_unwritten: int) -> None:
+        """Refuse what the disk has no room for, before anything is computed.
+
+        num_stored_tokens: of samples that stand in the store and are to be read.
+        num_unwritten: samples that have still to be written.
+        Raises: DataError; ConfigError where the objective asks nothing of the teacher.
+        """
+        if not self._needs.anything:
+            raise ConfigError(
+                f"--cache-targets: objective.type={self._config.distill.objective.type} asks "
+                "nothing of the teacher off-policy; leave the option out"
+            )
+        num_tokens = num_stored_tokens + num_unwritten * self._teacher.max_response_tokens
+        require_room(target_folder(self._folder), self._predict(num_tokens))
+
+    def fill(self, keys: Sequence[str], view: LiveView) -> None:
+        """Read the samples of these keys and keep what comes; needs a ClusterSession."""
+        missing = self.missing(keys)
+        first = len(keys) - len(missing)
+        task = view.start("cache targets", len(keys), first_step=first)
+        for rows in self._read(missing) if missing else ():
+            self._store.append_rows(rows)
+            done = task.step + rows.num_rows
+            task.update(done, {"samples/s": (done - first) / task.elapsed_seconds})
+        task.finish()
+
+    def stored_tokens(self, keys: Sequence[str]) -> int:
+        """Response tokens of samples in the store."""
+        return self._select(keys).num_response_tokens if keys else 0
+
+    def _read(self, keys: Sequence[str]) -> Iterator[pyarrow.Table]:
+        config, pool = self._config, self._config.pools.teacher_scoring
+        most = BATCH_BYTES // (self._teacher.max_response_tokens * self._predict(1))
+        return infer_batches(
+            cut_batches(self._select(keys).to_table(), num_workers=pool.count, most_rows=most),
+            TargetWriter,
+            {
+                "arguments": scorer_arguments(config, self._tokenizer, self._teacher.model),
+                "needs": self._needs,
+                "reading": self._store.reading,
+            },
+            pool=pool,
+            environment=torch_environment(pool, config.scoring.threads),
+            deadlines=config.deadlines,
+        )
+
+    def _select(self, keys: Sequence[str]) -> StoredTrajectories:
+        wanted = Selection(keys=set(keys))
+        return read_trajectories(self._folder, self._teacher.tokenizer_fingerprint, wanted)
+
+    @cached_property
+    def _shape(self) -> ModelShape:
+        trusted = self._config.teacher.trust_remote_code
+        return read_shape(self._teacher.model, key="teacher.path", trust_remote_code=trusted)
+
+    def _predict(self, num_tokens: int) -> int:
+        config, shape = self._config, self._shape
+        most = config.distill.action_dimension
+        return predict_bytes(
+            num_tokens,
+            self._needs,
+            hidden=shape.row_size,
+            actions=shape.embedding_size if most is None else min(most, shape.embedding_size),
+            half=config.scoring.dtype == "bfloat16",
+        )
+
+
+def describe_reading(config: RunConfig, teacher_fingerprint: str) -> str:
+    """Which teacher reads, how precisely, and what it is asked for off-policy."""
+    needs: TeacherNeeds = config.distill.objective.teacher_needs("off_policy")
+    reading = {
+        "teacher": teacher_fingerprint,
+        "dtype": config.scoring.dtype,
+        "action_dimension": config.distill.action_dimension,
+        **needs.model_dump(),
+    }
+    return json.dumps(reading)

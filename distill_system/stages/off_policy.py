@@ -1,0 +1,50 @@
+"""Who writes the off-policy stream: the teacher now, the teacher ahead of the run, or the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distill_system.config.run import RunConfig
+from distill_system.data import PromptFrontier, RunData, SourceShare, source_shares
+from distill_system.records import Prompt, Trajectory
+
+
+class OffPolicyMixture:
+    """Walks over prompts for the teacher, stored samples and rows of data, by their shares.
+
+    The teacher's prompts have the lowest indices, then stored samples, then rows.
+    """
+
+    def __init__(self, config: RunConfig, data: RunData) -> None:
+        mixture = config.distill.off_policy_mixture
+        prompts = data.prompts if "teacher" in mixture else ()
+        ready = {"store": data.stored, "dataset": data.student_sft}
+        self._sets: list[Sequence[Prompt] | Sequence[Trajectory]] = [
+            prompts,
+            *(rows for name, rows in ready.items() if name in mixture),
+        ]
+        teacher = source_shares(prompts, config.data.prompt_weights)
+        whole = sum(share.weight for share in teacher)
+        shares = [
+            share._replace(weight=mixture["teacher"] * share.weight / whole) for share in teacher
+        ]
+        shares += [
+            SourceShare(name, len(rows), mixture[name])
+            for name, rows in ready.items()
+            if name in mixture
+        ]
+        alone = tuple(mixture)
+        if alone == ("teacher",):
+            self.frontier = PromptFrontier(teacher, config.seed, "teacher_prompts")
+        elif alone == ("dataset",):
+            self.frontier = PromptFrontier(len(data.student_sft), config.seed, "dataset_rows")
+        else:
+            self.frontier = PromptFrontier(shares, config.seed, "off_policy")
+
+    def look_up(self, index: int) -> Prompt | Trajectory:
+        """What stands at an index of the frontier: a prompt to answer, or what is there already."""
+        for rows in self._sets:
+            if index < len(rows):
+                return rows[index]
+            index -= len(rows)
+        raise AssertionError("the frontier walks over these sets")

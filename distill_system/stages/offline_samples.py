@@ -1,0 +1,117 @@
+"""Which samples a store is to hold, in which batches they are made, and how they get there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow
+import pyarrow.compute as pc
+
+from distill_system.data import SampleOrigin, TrajectoryStore
+from distill_system.data.fingerprints import digest, fingerprint_prompt
+from distill_system.observe.live import LiveTask
+from distill_system.records import Prompt
+from distill_system.seeds import derive_seed
+from distill_system.stages.offline_workers import PROMPT_SCHEMA
+
+PART_ROWS = 4096
+PART_SECONDS = 30.0
+PART_SHARE = 0.1
+"""A part is written when so many samples are finished, or after so long, or after this share of the
+time so far: what a kill loses."""
+CALLS_PER_WORKER = 8
+"""At least so many calls for each worker, so that none waits long for the last of another."""
+
+
+def plan_samples(
+    prompts: Sequence[Prompt],
+    origin: SampleOrigin,
+    *,
+    num_prompts: int | None,
+    samples_per_prompt: int,
+) -> pyarrow.Table:
+    """Every sample asked for, one row of PROMPT_SCHEMA each; a prompt of the same tokens once.
+
+    Prompts come in an order that depends on the seed and their ids alone, first samples before
+    second ones: a larger number asks for the same samples and more.
+    """
+    order = {p.prompt_id: derive_seed(origin.seed, "offline", p.prompt_id) for p in prompts}
+    distinct: dict[str, Prompt] = {}
+    for prompt in sorted(prompts, key=lambda p: (order[p.prompt_id], p.prompt_id)):
+        distinct.setdefault(fingerprint_prompt(prompt.token_ids), prompt)
+    chosen = list(distinct.values())[:num_prompts]
+    # So that ids are unique in a store: samples of another model or sampling have another label.
+    how = digest(f"{origin.policy_key}/{origin.max_response_tokens}/{origin.seed}".encode())[:8]
+    rows = [
+        {
+            "key": origin.key(prompt.token_ids, label),
+            "label": label,
+            "prompt_id": prompt.prompt_id,
+            "token_ids": prompt.token_ids,
+            "prompt_text": prompt.text,
+        }
+        for label in (f"offline_{how}_{k}" for k in range(samples_per_prompt))
+        for prompt in chosen
+    ]
+    return pyarrow.Table.from_pylist(rows, schema=PROMPT_SCHEMA)
+
+
+def cut_batches(rows: pyarrow.Table, *, num_workers: int, most_rows: int) -> list[pyarrow.Table]:
+    """Rows in order, at most so many a batch, and several batches for each worker."""
+    per_call = -(-rows.num_rows // (num_workers * CALLS_PER_WORKER))
+    size = max(1, min(most_rows, per_call))
+    return [rows.slice(start, size) for start in range(0, rows.num_rows, size)]
+
+
+class SampleKeeper:
+    """Appends samples to a store by parts, and shows how fast they come."""
+
+    def __init__(self, store: TrajectoryStore, tokenizer: Any, task: LiveTask) -> None:
+        self._store = store
+        self._tokenizer = tokenizer
+        self._task = task
+        self._waiting: list[pyarrow.Table] = []
+        self._started = self._last_part = time.monotonic()
+
+    def keep(self, written: Iterable[pyarrow.Table]) -> None:
+        """All of them; what is finished is kept also where an error or a signal ends the work."""
+        done, tokens = self._task.step, 0
+        self._started = self._last_part = time.monotonic()
+        try:
+            for rows in written:
+                self._waiting.append(rows)
+                done += rows.num_rows
+                tokens += _num_response_tokens(rows)
+                seconds = max(time.monotonic() - self._started, 1e-9)
+                self._task.update(done, {"tok/s": tokens / seconds})
+                self._write_if_due()
+        finally:
+            self._write()
+        self._task.finish()
+
+    def _write_if_due(self) -> None:
+        num_rows = sum(rows.num_rows for rows in self._waiting)
+        now = time.monotonic()
+        patience = min(PART_SECONDS, PART_SHARE * (now - self._started))
+        if num_rows >= PART_ROWS or now - self._last_part >= patience:
+            self._write()
+
+    def _write(self) -> None:
+        if self._waiting:
+            self._store.append_rows(self._with_texts(pyarrow.concat_tables(self._waiting)))
+        self._waiting, self._last_part = [], time.monotonic()
+
+    def _with_texts(self, rows: pyarrow.Table) -> pyarrow.Table:
+        """What a person reads of a response, beside its tokens."""
+        ids = zip(rows["token_ids"].to_pylist(), rows["num_prompt_tokens"].to_pylist(), strict=True)
+        responses = [token_ids[start:] for token_ids, start in ids]
+        texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
+        at = rows.schema.get_field_index("response_text")
+        return rows.set_column(at, "response_text", pyarrow.array(texts, pyarrow.string()))
+
+
+def _num_response_tokens(rows: pyarrow.Table) -> int:
+    all_tokens = pc.sum(pc.list_value_length(rows["token_ids"])).as_py()
+    return int(all_tokens - pc.sum(rows["num_prompt_tokens"]).as_py())

@@ -1,0 +1,127 @@
+"""A weight version on its way, from the driver's side; and sampler against learner."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from local_workers import Done, LocalWorkers
+from trajectories import make_trajectories
+
+from distill_system.config.objective import MOMENTS
+from distill_system.errors import TransferError
+from distill_system.learner import LearnerGroup
+from distill_system.records import Author, Stream, WeightVersion
+from distill_system.scoring import ScoringPool
+
+
+class Rank:
+    """Packs at once; its rollout workers answer what they were told to."""
+
+    def __init__(self, *answers):
+        self.answers = answers
+        self.log = []
+
+    def address(self):
+        return "here", 1
+
+    def connect_rollouts(self, *arguments):
+        self.log.append("connect")
+
+    def start_publish(self, version):
+        self.log.append(version)
+        received = WeightVersion(version=version, num_bytes=8, checksum=5, seconds=99.0)
+        return [Done(error=a) if isinstance(a, Exception) else Done(received) for a in self.answers]
+
+
+def _group(*ranks):
+    group = LearnerGroup(LocalWorkers(ranks))
+    group.connect_rollouts("gloo", None, 2, 10.0)
+    return group
+
+
+def test_a_published_version_tells_what_the_workers_verified():
+    published = _group(Rank(None, None), Rank()).publish(3)
+    assert (published.version, published.num_bytes, published.checksum) == (3, 8, 5)
+    assert 0 <= published.seconds < 10.0
+
+
+def test_what_went_wrong_in_a_worker_comes_out_where_the_publish_is_finished():
+    group = _group(Rank(None, TransferError("student_rollout-1: half of it")))
+    packing = group.start_publish(1)
+    assert [reference.error for reference in packing] == [None]
+    with pytest.raises(TransferError, match="student_rollout-1"):
+        group.finish_publish()
+
+
+def test_a_second_publish_finishes_the_first():
+    rank = Rank(TransferError("the first one failed"))
+    group = _group(rank)
+    group.start_publish(1)
+    with pytest.raises(TransferError, match="the first one failed"):
+        group.start_publish(2)
+    assert rank.log == ["connect", 1]
+    rank.answers = (None,)
+    group.start_publish(3)
+    group.start_publish(4)
+    assert group.finish_publish().version == 4
+    assert rank.log == ["connect", 1, 3, 4]
+
+
+def test_the_workers_calls_can_be_waited_for_with_others():
+    group = _group(Rank(None, None), Rank())
+    group.start_publish(1)
+    waiting = group.receiving()
+    assert [reference.value.version for reference in waiting] == [1, 1]
+    assert group.receiving() is waiting
+    assert group.finish_publish().version == 1
+
+
+def test_a_new_transfer_group_forgets_what_a_dead_worker_did_not_receive():
+    rank = Rank(TransferError("dead"))
+    group = _group(rank)
+    group.start_publish(1)
+    group.connect_rollouts("gloo", None, 1, 10.0)
+    rank.answers = (None,)
+    assert group.publish(2).version == 2
+
+
+def _written_by(learner, trajectory):
+    """What a perfect sampler would have recorded."""
+    ids = torch.from_numpy(trajectory.token_ids).long()
+    with torch.no_grad():
+        logprobs = learner.model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    rows = logprobs[trajectory.num_prompt_tokens - 1 : -1]
+    said = rows.gather(1, ids[trajectory.num_prompt_tokens :, None])[:, 0]
+    return replace(trajectory, behaviour_logprobs=said.numpy().astype(np.float32))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_logprob_gap_is_what_sampler_and_learner_differ_by(
+    make_learner, make_ranks, scorer, count
+):
+    alone = make_learner()
+    written = [_written_by(alone, t) for t in make_trajectories(6)]
+    shifted = written[2].behaviour_logprobs.copy()
+    shifted[0] -= 0.5
+    wrong = [*written[:2], replace(written[2], behaviour_logprobs=shifted), *written[3:]]
+    pool = ScoringPool(LocalWorkers([scorer]))
+    ranks = make_ranks(count) if count > 1 else LocalWorkers([alone])
+
+    def measured(on_policy):
+        off = make_trajectories(6, Author.TEACHER)
+        parts = [(off, Stream.OFF_POLICY), (on_policy, Stream.ON_POLICY)]
+        scored = [
+            chunk
+            for trajectories, stream in parts
+            for chunk in pool.start(trajectories, stream, needs=MOMENTS, num_shares=count)
+        ]
+        return LearnerGroup(ranks).measure(scored)
+
+    same, other = measured(written), measured(wrong)
+    assert same["max_logprob_gap"] < 1e-5
+    num_tokens = sum(t.num_response_tokens for t in wrong)
+    assert other["logprob_gap"] == pytest.approx(0.5 / num_tokens, rel=1e-3)
+    assert other["max_logprob_gap"] == pytest.approx(0.5, rel=1e-4)

@@ -1,0 +1,288 @@
+"""Pools that change under a run: requests, workers on their way, and what the run is told."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_workers import LocalWorkers
+
+from distill_system.cluster import WorkerRequest
+from distill_system.config.pools import PoolConfig, ScalingConfig
+from distill_system.errors import ResourceError
+from distill_system.flow.scaling import Look
+from distill_system.observe import RunDirectory
+from distill_system.records import PoolActivity
+from distill_system.stages.scale_requests import ScaleRequests
+from distill_system.stages.scaling import ElasticPool, ElasticPools
+from distill_system.workers import StartedWorker
+
+
+class Clerk:
+    def __init__(self, *, name: str) -> None:
+        self.name = name
+
+
+class FakeStart:
+    """A start that is ready when the test says so; it refuses to be asked after its end."""
+
+    def __init__(self, name: str, worker_id: int, arguments: Mapping[str, Any]) -> None:
+        self.name = f"{name}-{worker_id}"
+        self.worker_id = worker_id
+        self.arguments = arguments
+        self.is_ready = False
+        self.error: Exception | None = None
+        self.is_over = False
+
+    def poll(self) -> StartedWorker | None:
+        assert not self.is_over, f"{self.name} is polled after its end"
+        if self.error is not None:
+            self.is_over = True
+            raise self.error
+        return (
+            StartedWorker(self.worker_id, Clerk(**self.arguments), None) if self.is_ready else None
+        )
+
+    def cancel(self) -> None:
+        assert not self.is_over, f"{self.name} is cancelled after its end"
+        self.is_over = True
+
+
+class FakeSession:
+    def __init__(self) -> None:
+        self.starts: list[FakeStart] = []
+
+    def begin_worker(
+        self, request: WorkerRequest, worker_id: int, arguments: Mapping[str, Any]
+    ) -> FakeStart:
+        assert set(arguments) == {"name"}
+        assert all(worker_id != start.worker_id for start in self._of(request.name)), (
+            "id given twice"
+        )
+        self.starts.append(FakeStart(request.name, worker_id, arguments))
+        return self.starts[-1]
+
+    def _of(self, pool: str) -> list[FakeStart]:
+        return [start for start in self.starts if start.name.startswith(pool)]
+
+    def adopt_worker(self, workers: LocalWorkers, starting: FakeStart) -> None:
+        started = starting.poll()
+        assert started is not None
+        starting.is_over = True
+        workers.add(started)
+
+
+class Run:
+    """A run's elastic side with two workers in each of two pools, and what others see of it."""
+
+    def __init__(self, folder: Path, **scaling: Any) -> None:
+        self.session = FakeSession()
+        self.requests = ScaleRequests(RunDirectory(folder))
+        self.said: list[str] = []
+        self.busy: set[tuple[str, int]] = set()
+        self.asked: list[tuple[str, int]] = []
+        self.seconds = 0.0
+        self.workers = {
+            name: LocalWorkers([Clerk(name=f"{name}-0"), Clerk(name=f"{name}-1")])
+            for name in ("student_rollout", "teacher_scoring")
+        }
+        self.elastic = ElasticPools(
+            {name: self._pool(name) for name in self.workers},
+            self.session,
+            ScalingConfig.model_validate(scaling),
+            self.requests,
+            release=self._release,
+            say=self.said.append,
+            clock=lambda: self.seconds,
+        )
+
+    def _pool(self, name: str) -> ElasticPool:
+        config = PoolConfig(min_count=1, count=2, max_count=4)
+        arguments = [{"name": f"{name}-{index}"} for index in range(2)]
+        return ElasticPool(
+            workers=self.workers[name],
+            request=WorkerRequest(name=name, worker_class=Clerk, arguments=arguments, pool=config),
+        )
+
+    def _release(self, pool: str, worker_id: int) -> bool:
+        self.asked.append((pool, worker_id))
+        return (pool, worker_id) not in self.busy
+
+    def ask(self, **wanted: int) -> str:
+        """Send a request, and let the run read it."""
+        request_id = self.requests.write(wanted)
+        self.elastic.go_on()
+        return request_id
+
+    def names(self, pool: str) -> dict[int, str]:
+        return {at: clerk.name for at, clerk in self.workers[pool].objects.items()}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    made = Run(tmp_path)
+    with made.elastic:
+        yield made
+
+
+def test_a_worker_joins_at_the_boundary_after_it_is_ready(run: Run) -> None:
+    run.ask(student_rollout=3)
+    [start] = run.session.starts
+    assert run.elastic.adopt() is False, "it is not ready"
+    start.is_ready = True
+    run.elastic.go_on()
+    assert run.workers["student_rollout"].members == (0, 1), "no boundary has come"
+    assert run.elastic.adopt() is True
+    assert run.names("student_rollout")[2] == "student_rollout-2"
+    assert run.elastic.adopt() is False, "the group changes once"
+
+
+def test_scorers_come_without_a_new_weight_transfer_group(run: Run) -> None:
+    run.ask(teacher_scoring=3)
+    run.session.starts[0].is_ready = True
+    assert run.elastic.adopt() is False
+    assert run.workers["teacher_scoring"].members == (0, 1, 2)
+
+
+def test_the_newest_worker_leaves_once_it_has_handed_back_its_work(run: Run) -> None:
+    run.busy = {("student_rollout", 1)}
+    run.ask(student_rollout=1)
+    assert run.elastic.adopt() is False
+    assert run.workers["student_rollout"].members == (0, 1), "something is under way there"
+    run.busy = set()
+    run.elastic.go_on()
+    assert run.workers["student_rollout"].members == (0, 1), "it may be in a publish"
+    assert run.elastic.adopt() is True
+    assert run.workers["student_rollout"].members == (0,)
+    assert set(run.asked) == {("student_rollout", 1)}
+
+
+def test_ids_are_not_given_again(run: Run) -> None:
+    for size, members in [(3, (0, 1, 2)), (2, (0, 1)), (4, (0, 1, 3, 4))]:
+        run.ask(student_rollout=size)
+        for start in run.session.starts:
+            start.is_ready = True
+        run.elastic.adopt()
+        assert run.workers["student_rollout"].members == members
+
+
+def test_a_smaller_size_takes_back_starts_before_it_sends_workers_home(run: Run) -> None:
+    run.ask(student_rollout=4)
+    run.ask(student_rollout=1)
+    assert [start.is_over for start in run.session.starts] == [True, True]
+    run.elastic.adopt()
+    assert run.workers["student_rollout"].members == (0,)
+
+
+def test_a_worker_that_cannot_come_is_told_of_and_the_run_goes_on(run: Run) -> None:
+    request = run.ask(student_rollout=4)
+    run.session.starts[0].error = ResourceError("no room")
+    run.session.starts[1].is_ready = True
+    run.elastic.go_on()
+    run.elastic.adopt()
+    assert run.workers["student_rollout"].members == (0, 1, 3)
+    assert any("student_rollout-2 is given up: no room" in line for line in run.said)
+    status = run.requests.read_status()
+    assert status is not None
+    assert status.answers[request] == ""
+    pool = status.pools["student_rollout"]
+    assert (pool.wanted, pool.present, pool.is_settled) == (3, 3, True)
+    assert "no room" in pool.problem
+    run.elastic.go_on()
+    assert len(run.session.starts) == 2, "it is not tried again by itself"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "problem"),
+    [
+        ({"learner": 2}, "learner cannot change"),
+        ({"student_rollout": 9}, "student_rollout=9 is out of its bounds: expected 1 to 4"),
+        ({"student_rollout": 3, "teacher_scoring": 0}, "teacher_scoring=0 is out of its bounds"),
+    ],
+)
+def test_what_cannot_be_is_refused_whole(run: Run, wanted: dict[str, int], problem: str) -> None:
+    request = run.ask(**wanted)
+    status = run.requests.read_status()
+    assert status is not None
+    assert problem in status.answers[request]
+    assert run.session.starts == []
+
+
+def test_a_damaged_request_is_refused_and_ends_nothing(run: Run) -> None:
+    (run.requests.folder / "request-0-abc.json").write_text("{")
+    run.elastic.go_on()
+    status = run.requests.read_status()
+    assert status is not None
+    assert "request-0-abc.json: expected" in status.answers["abc"]
+
+
+def test_the_status_says_what_is_on_its_way_and_since_when(run: Run) -> None:
+    run.ask(student_rollout=3, teacher_scoring=1)
+    status = run.requests.read_status()
+    assert status is not None
+    student, scorer = status.pools["student_rollout"], status.pools["teacher_scoring"]
+    assert (student.wanted, student.present, student.starting, student.leaving) == (3, 2, 1, 0)
+    assert (scorer.wanted, scorer.present, scorer.starting, scorer.leaving) == (1, 2, 0, 1)
+    assert student.since is not None
+    run.session.starts[0].is_ready = True
+    run.elastic.adopt()
+    status = run.requests.read_status()
+    assert status is not None
+    assert all(pool.is_settled and pool.since is None for pool in status.pools.values())
+
+
+def test_the_end_of_the_run_ends_what_still_starts(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with run.elastic:
+        run.ask(student_rollout=4)
+        assert run.requests.is_heard()
+    assert all(start.is_over for start in run.session.starts)
+    assert not run.requests.is_heard()
+
+
+def _starving(run: Run) -> Callable[[], Look]:
+    idle = PoolActivity(num_workers=2, seconds=10.0, starved_seconds=20.0)
+    return lambda: Look(
+        at_seconds=run.seconds,
+        pools={
+            "student_rollout": PoolActivity(num_workers=2, seconds=10.0),
+            "teacher_scoring": idle,
+        },
+        learner_starved_share=0.4,
+        waited_for="student_rollout",
+    )
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_the_automatic_mode_grows_the_pool_that_the_learner_waits_for(
+    tmp_path: Path, automatic: bool
+) -> None:
+    run = Run(tmp_path, automatic=automatic, patience=2, look_every_seconds=10.0)
+    with run.elastic:
+        for _ in range(4):
+            run.seconds += 5.0  # every other call is due
+            run.elastic.go_on(_starving(run))
+        assert [start.name for start in run.session.starts] == ["student_rollout-2"] * automatic
+        assert any("the learner waits for it 40%" in line for line in run.said) is automatic
+
+
+def test_the_automatic_mode_waits_for_workers_on_their_way_and_for_their_effect(
+    tmp_path: Path,
+) -> None:
+    run = Run(tmp_path, automatic=True, patience=1, look_every_seconds=1.0, cool_down_seconds=20.0)
+    began = []
+    with run.elastic:
+        for second in itertools.count(1):
+            run.seconds = float(second)
+            run.elastic.go_on(_starving(run))
+            if len(run.session.starts) > len(began):
+                began.append(second)
+            if second == 50:
+                run.session.starts[0].is_ready = True
+                run.elastic.adopt()
+            if second == 100:
+                break
+    assert began == [1, 70], "fifty seconds until it was there, and twenty until it showed"

@@ -1,0 +1,165 @@
+"""The command that asks a run for other sizes, with the run's side in a thread."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from distill_system.cli import app
+from distill_system.config import RunConfig, dump_config
+from distill_system.errors import (
+    ConfigError,
+    DeadlineError,
+    DistillError,
+    ResourceError,
+    RunStateError,
+)
+from distill_system.observe import RunDirectory
+from distill_system.stages.scale_command import scale
+from distill_system.stages.scale_requests import PoolStatus, ScaleRequests, ScaleStatus
+
+ROOM = "pools.student_rollout.max_count=4"
+
+
+@pytest.fixture
+def run(configure: Callable[..., RunConfig]) -> RunDirectory:
+    """A run's folder, whose student rollouts may be one to four."""
+    config = configure(ROOM)
+    directory = RunDirectory(Path(config.runs_directory) / config.name)
+    directory.path.mkdir(parents=True)
+    directory.config_path.write_text(dump_config(config))
+    return directory
+
+
+def _scale(run: RunDirectory, *sizes: str, wait: float = 10.0, say: Any = print) -> Any:
+    folder = str(run.path.parent)
+    return scale(run.path.name, sizes, runs_directory=folder, wait_seconds=wait, say=say)
+
+
+@contextmanager
+def _answering(run: RunDirectory, *pools: PoolStatus, refusal: str = "") -> Any:
+    """A run that reads one request and answers with one status after another."""
+    requests, ended, heard = ScaleRequests(run), threading.Event(), []
+
+    def answer() -> None:
+        while not ended.is_set() and not heard:
+            heard.extend(requests.read_new())
+            time.sleep(0.01)
+        for pool in pools if heard else ():
+            answers = {request.request_id: refusal for request in heard}
+            requests.write_status(ScaleStatus(pools={"student_rollout": pool}, answers=answers))
+            ended.wait(0.7)
+
+    thread = threading.Thread(target=answer)
+    with requests.listening():
+        thread.start()
+        try:
+            yield heard
+        finally:
+            ended.set()
+            thread.join()
+
+
+def test_it_returns_once_the_pool_has_the_size(run: RunDirectory) -> None:
+    begun = PoolStatus(wanted=3, present=1, starting=2, since=0.0)
+    there = PoolStatus(wanted=3, present=3)
+    with _answering(run, begun, there) as heard:
+        assert _scale(run, "student_rollout=3") == {"student_rollout": there}
+    assert [request.wanted for request in heard] == [{"student_rollout": 3}]
+
+
+def test_workers_still_on_their_way_at_the_deadline_are_the_answer(run: RunDirectory) -> None:
+    begun = PoolStatus(wanted=3, present=1, starting=2, since=time.time())
+    with _answering(run, begun):
+        assert _scale(run, "student_rollout=3", wait=0.4) == {"student_rollout": begun}
+
+
+def test_a_refusal_and_a_start_that_failed_are_errors(run: RunDirectory) -> None:
+    same = PoolStatus(wanted=1, present=1)
+    with _answering(run, same, refusal="out of bounds"):
+        with pytest.raises(ResourceError, match="the run refused: out of bounds"):
+            _scale(run, "student_rollout=3")
+    failed = PoolStatus(wanted=1, present=1, problem="student_rollout-1 is given up: no room")
+    with _answering(run, failed):
+        with pytest.raises(ResourceError, match="student_rollout-1 is given up: no room"):
+            _scale(run, "student_rollout=2")
+
+
+def test_a_run_that_does_not_answer_is_told(run: RunDirectory) -> None:
+    with ScaleRequests(run).listening():
+        with pytest.raises(DeadlineError, match=r"did not read the request within 0\.2 s"):
+            _scale(run, "student_rollout=3", wait=0.2)
+
+
+def test_nothing_is_asked_where_no_run_listens(run: RunDirectory) -> None:
+    with pytest.raises(RunStateError, match="no run distils here now"):
+        _scale(run, "student_rollout=3")
+    with ScaleRequests(run).listening():
+        pass
+    with pytest.raises(RunStateError, match="no run distils here now"):
+        _scale(run, "student_rollout=3")
+    assert ScaleRequests(run).read_new() == []
+
+
+def _listen_for_ever(path: str, ready: Any) -> None:
+    with ScaleRequests(RunDirectory(path)).listening():
+        ready.set()
+        time.sleep(60.0)
+
+
+def test_a_run_that_was_killed_is_not_taken_for_alive(run: RunDirectory) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=_listen_for_ever, args=(str(run.path), ready))
+    process.start()
+    assert ready.wait(60.0)
+    requests = ScaleRequests(run)
+    assert requests.is_heard()
+    with pytest.raises(RunStateError, match="another process trains this run"):
+        with requests.listening():
+            pass
+    requests.write({"student_rollout": 2})
+    process.kill()
+    process.join()
+    assert not requests.is_heard()
+    with requests.listening():
+        assert requests.read_new() == [], "an earlier run was asked, not this one"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        (["student_rollout"], ConfigError, "expected pool=count"),
+        (["student_rollout=-1"], ConfigError, "expected pool=count"),
+        (["learner=2"], ConfigError, "pool one of student_rollout, teacher_rollout"),
+        (["student_rollout=2", "student_rollout=3"], ConfigError, "given twice"),
+        (["student_rollout=5"], ConfigError, r"expected 1 to 4.*pools\.student_rollout\.min_count"),
+        (["teacher_scoring=2"], ConfigError, "expected 1 to 1"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_before_the_run_is(
+    run: RunDirectory, sizes: list[str], error: type[DistillError], message: str
+) -> None:
+    with ScaleRequests(run).listening():
+        with pytest.raises(error, match=message):
+            _scale(run, *sizes)
+        assert ScaleRequests(run).read_new() == []
+
+
+def test_the_command_prints_the_answer_and_finds_a_run_by_its_folder_too(
+    run: RunDirectory,
+) -> None:
+    with _answering(run, PoolStatus(wanted=2, present=2)):
+        said = CliRunner().invoke(app, ["scale", str(run.path), "student_rollout=2"])
+    assert (said.exit_code, said.output) == (0, "student_rollout: 2 of 2 workers\n")
+    said = CliRunner().invoke(app, ["scale", "nowhere", "student_rollout=2"])
+    assert said.exit_code == 1
+    assert "no run 'nowhere'" in said.output
