@@ -21,7 +21,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pipeline_models import LEARNING_RATE, SEED, Workload
 from pipeline_ours import Steps
 
@@ -76,7 +75,7 @@ def serve(models: Path, workload: Workload, setting: TrlSetting, pipe: Connectio
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
     torch.set_num_threads(setting.threads)
-    turns = _Turns(pipe)
+    turns = _Turns(pipe, workload.longest)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _build_trainer(folder, models, workload, setting, turns)
         _listen(trainer, turns)
@@ -96,17 +95,18 @@ class _StopError(Exception):
 class _Turns:
     """Waits for leave to step, and keeps each step's clock and lengths."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, pipe: Connection, longest: int) -> None:
         self.pipe = pipe
+        self.longest = longest
         self.left = 0
-        self.steps = Steps([], [], [], [])
+        self.steps = Steps()
         self.generated: list[list[int]] = []
         self.generate_seconds = 0.0
 
     def begin(self) -> None:
         if self.left == 0:
             self.left = self.pipe.recv()
-            self.steps = Steps([], [], [], [])
+            self.steps = Steps()
         if self.left == STOP:
             raise _StopError
         self.generated, self.generate_seconds = [], 0.0
@@ -120,7 +120,7 @@ class _Turns:
         self.steps.parts.append(
             {"generate": self.generate_seconds, "learn": seconds - self.generate_seconds}
         )
-        self.steps.lengths.append((float(np.mean(lengths)), float(np.std(lengths))))
+        self.steps.ended.append(sum(length < self.longest for length in lengths) / len(lengths))
         self.left -= 1
         if self.left == 0:
             self.pipe.send(self.steps)

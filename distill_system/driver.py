@@ -21,6 +21,8 @@ from distill_system.stages.ledger import Ledger
 from distill_system.stages.lockstep import LockstepStreams
 from distill_system.stages.measuring import Measuring
 from distill_system.stages.pools import Pools
+from distill_system.stages.scale_requests import ScaleRequests
+from distill_system.stages.scaling import ElasticPools
 from distill_system.stages.streaming import ContinuousStreams
 from distill_system.stages.streams import Streams
 
@@ -35,6 +37,14 @@ class Driver:
         self.streams = open_streams(context, pools, data)
         self.ledger = Ledger(context, pools, self.streams)
         self.measuring = Measuring(context, pools, data)
+        self.elastic = ElasticPools(
+            pools.elastic,
+            context.cluster,
+            context.config.scaling,
+            ScaleRequests(context.run),
+            release=self.streams.release,
+            say=context.view.note,
+        )
 
     def run(self) -> None:
         """Evaluate, play every step, evaluate again, export."""
@@ -44,7 +54,7 @@ class Driver:
         if first == 0:
             self.ledger.write(0, self.measuring.evaluate_student("before", step=0))
         self.streams.begin(first)
-        with self.ledger.finished_on_failure():
+        with self.elastic, self.ledger.finished_on_failure():
             for step in range(first, self.config.steps):
                 started = time.perf_counter()
                 result = self.step(step)
@@ -59,17 +69,27 @@ class Driver:
     def step(self, step: int) -> StepResult:
         """One update of critics and student, and the new weights on their way to the rollouts."""
         scored = self.streams.take(step)
+        self._change_pools()
         result = self.streams.learn(step, scored)
         if self._student_writes_after(step + 1):
             self.streams.publish(step + 1)
         return result
+
+    def _change_pools(self) -> None:
+        """Let workers come and go, as a person or the automatic mode asks."""
+        self.elastic.go_on(self.ledger.look)
+        if self.elastic.has_changes():
+            self.streams.settle()
+            if self.elastic.adopt():
+                self.pools.connect_rollouts()
+            self.streams.welcome()
 
     def _measure(self, done: int) -> dict[str, float]:
         """What is to be measured once `done` steps are done."""
         if not self._is_due(done, self.config.measure_every):
             return {}
         self.streams.settle()
-        pools = self.ledger.describe_pools()
+        pools = self.ledger.describe_pools() | self.ledger.describe_wire()
         if done == self.config.steps:
             return pools | self.measuring.evaluate_student("after", step=done)
         if self.config.evaluate_every and done % self.config.evaluate_every == 0:

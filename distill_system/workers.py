@@ -11,7 +11,16 @@ Reference = Any
 
 
 class CallWatch(Protocol):
-    """Hears when calls of a pool's workers begin and end; `now` is seconds of one clock."""
+    """Hears when workers come and go, and when their calls begin and end.
+
+    now: seconds of one clock.
+    """
+
+    def join(self, worker: int, now: float) -> None:
+        """The worker belongs to the pool from now on, idle."""
+
+    def leave(self, worker: int, now: float) -> None:
+        """The worker is gone, and with it the calls that it had under way."""
 
     def begin(self, worker: int, now: float) -> None:
         """A call of the worker is under way."""

@@ -13,7 +13,7 @@ E_mu[prod_{k<t} rho_k l(s_t)] = E_pi[l(s_t)] (docs/objectives.md, "Text of an ol
 | docs/objectives.md | here |
 |---|---|
 | mu | behaviour_logprobs_N: who wrote the token, when it was written |
-| v_t, w_t, w_T | states_N, tokens_N, responses_N of ImportanceWeights |
+| v_t, u_t, u_last | states_N, tokens_N, responses_N of ImportanceWeights |
 
 Axes: N response tokens, b successive ones.
 """

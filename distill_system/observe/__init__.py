@@ -1,6 +1,13 @@
 """Observe: what a run says of itself, to the terminal, to files, to TensorBoard and to Ray."""
 
-from distill_system.observe.activity import PoolClock, RecentActivity, Wait, activity_metrics
+from distill_system.observe.activity import (
+    PoolClock,
+    RecentActivity,
+    Wait,
+    activity_metrics,
+    join_stretches,
+    wire_metrics,
+)
 from distill_system.observe.bottleneck import find_bottleneck
 from distill_system.observe.environment import write_environment
 from distill_system.observe.live import LiveView
@@ -23,7 +30,9 @@ __all__ = [
     "Wait",
     "activity_metrics",
     "find_bottleneck",
+    "join_stretches",
     "staleness_metrics",
+    "wire_metrics",
     "write_environment",
     "write_evaluation",
     "write_report",

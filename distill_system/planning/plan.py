@@ -160,7 +160,7 @@ def _fine_tunings(
 def _distillation(
     config: RunConfig, shapes: Mapping[Role, ModelShape], device: float
 ) -> tuple[WorkerPlan, ...]:
-    """The four pools; those without work are started too."""
+    """All pools; those without work are started too."""
     pools, student, teacher = config.pools, shapes["student"], shapes["teacher"]
     needs = teacher_needs(config)
     learner = learner_memory(distillation_load(config, student, teacher))
@@ -176,6 +176,11 @@ def _distillation(
             device,
         ),
         _worker("learner", pools.learner, "student, optimizer, critics", learner, device),
+        *(
+            [_engine(config, "student", student, device, pool_name="evaluation")]
+            if pools.evaluation is not None
+            else []
+        ),
     )
 
 
@@ -192,9 +197,12 @@ def _worker(
     )
 
 
-def _engine(config: RunConfig, role: Role, shape: ModelShape, device: float) -> WorkerPlan:
+def _engine(
+    config: RunConfig, role: Role, shape: ModelShape, device: float, pool_name: str | None = None
+) -> WorkerPlan:
     """A rollout worker; on a GPU without a size of its own the cache takes what is left."""
-    pool: PoolConfig = getattr(config.pools, f"{role}_rollout")
+    pool_name = pool_name or f"{role}_rollout"
+    pool = config.pools.by_name[pool_name]
     engine: EngineConfig = getattr(config.rollout, f"{role}_engine")
     size, number = max(1, int(pool.gpus)), NUMBER_BYTES[engine.dtype]
     per_token = cache_bytes_per_token(shape, number_bytes=number, tensor_parallel_size=size)
@@ -214,7 +222,7 @@ def _engine(config: RunConfig, role: Role, shape: ModelShape, device: float) -> 
         cache_bytes=cache,
         key=f"{role}_engine",
     )
-    plan = _worker(f"{role}_rollout", pool, f"the {role} in vLLM", memory, device)
+    plan = _worker(pool_name, pool, f"the {role} in vLLM", memory, device)
     at_once = int(cache // (longest * per_token))
     return WorkerPlan(
         pool=plan.pool,

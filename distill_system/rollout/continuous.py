@@ -107,16 +107,23 @@ class ContinuousRollouts:
         desk.version = max(desk.version, said.version)  # a slice may be heard of late
         return said
 
-    def add_worker(self, worker: int, *, version: int) -> None:
-        """Take in a worker that joined the group and holds this version."""
+    def take_in(self, worker: int, now: float, *, version: int) -> None:
+        """A worker has joined the group; it holds this version."""
         self._desks[worker] = _Desk(version=version)
+        self._watch.join(worker, now)
 
-    def release(self, worker: int) -> dict[str, Order]:
+    def release(self, worker: int, now: float) -> dict[str, Order]:
         """Let a worker go; the orders that it leaves unanswered, by name."""
         desk = self._desks.pop(worker)
         for call in desk.calls:
             del self._asked[call]
+        self._watch.leave(worker, now)
         return desk.under_way
+
+    @property
+    def workers(self) -> frozenset[int]:
+        """Workers that are given orders."""
+        return frozenset(self._desks)
 
     def hold(self, worker: int, version: int) -> None:
         """A worker has received this version."""

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from distill_system.config.rollout import EngineConfig
 from distill_system.errors import DistillError, ModelError, ResourceError
 from distill_system.records import FloatArray, Int32Array
+from distill_system.rollout.idle_sleep import IdleSleep
 from distill_system.rollout.sampling import Sampling
 
 TransferBackend = Literal["gloo", "nccl"]
@@ -97,6 +98,8 @@ class GenerationEngine:
         self._under_way: dict[str, str] = {}  # name -> vLLM's own name for it
         self._finished: dict[str, Completion] = {}
         self.commit_version(0)
+        self._sleep = IdleSleep(self._engine, is_on=specification.config.sleep_when_idle)
+        self._sleep.rest()
 
     def complete(
         self, prompts: Sequence[Int32Array], sampling: Sampling, seeds: Sequence[int]
@@ -117,12 +120,14 @@ class GenerationEngine:
             # The engine outlives this call: what is left of it must not run within the next one.
             self.drop(names)
             raise
+        self._sleep.rest()
         return [self._finished.pop(name) for name in names]
 
     def add(self, name: str, prompt: Int32Array, sampling: Sampling, seed: int) -> None:
         """Queue one request under a name that no other has and that is no number; see decode."""
         prompt_input = {"prompt_token_ids": prompt.tolist()}
         params = _sampling_params(sampling, seed, self._stop_token_ids)
+        self._sleep.wake()
         self._under_way[name] = self._engine.add_request(name, prompt_input, params)
 
     def decode(self, seconds: float) -> dict[str, Completion]:
@@ -130,6 +135,7 @@ class GenerationEngine:
         end = time.perf_counter() + seconds
         while self._under_way and time.perf_counter() < end:
             self._step()
+        self._sleep.rest()
         finished, self._finished = self._finished, {}
         return finished
 
@@ -226,6 +232,7 @@ def _engine_args(specification: EngineSpecification) -> Any:  # vllm's EngineArg
         kv_cache_memory_bytes=None if mebibytes is None else mebibytes << 20,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager or not specification.uses_gpu,
+        enable_sleep_mode=config.sleep_when_idle,
         enable_prefix_caching=config.enable_prefix_caching,
         # On a CPU a prompt that is read in two parts ends vLLM 0.32: it winds a request's seeded
         # generator back, and torch's CPU generator has no offset.

@@ -2,6 +2,6 @@
 
 from distill_system.scoring.continuous import ContinuousScoring
 from distill_system.scoring.pool import ScoredChunk, ScoringPool
-from distill_system.scoring.scorer import TeacherScorer
+from distill_system.scoring.scorer import Shipped, TeacherScorer
 
-__all__ = ["ContinuousScoring", "ScoredChunk", "ScoringPool", "TeacherScorer"]
+__all__ = ["ContinuousScoring", "ScoredChunk", "ScoringPool", "Shipped", "TeacherScorer"]

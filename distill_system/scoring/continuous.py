@@ -61,6 +61,7 @@ class ContinuousScoring:
         self._max_sequences = max_sequences
         self._max_wait_seconds = max_wait_seconds
         self._calls: dict[int, int] = dict.fromkeys(workers.members, 0)
+        self._leaving: dict[int, int] = {}
         self._asked: dict[Reference, tuple[int, _Group, TrajectoryChunk]] = {}
         self._groups: dict[tuple[int, Stream], _Group] = {}
 
@@ -105,8 +106,13 @@ class ContinuousScoring:
         """A scoring call is done; whoever is handed its result meets its error, if it has one."""
         worker, group, chunk = self._asked.pop(reference)
         group.under_way -= 1
-        self._calls[worker] -= 1
         self._watch.end(worker, now)
+        if worker in self._calls:
+            self._calls[worker] -= 1
+        else:
+            self._leaving[worker] -= 1
+            if self._leaving[worker] == 0:
+                self._watch.leave(worker, now)
         self._watch.hand_on(num_tokens=chunk.num_tokens, num_sequences=len(chunk.trajectories))
 
     def is_scored(self, step: int, stream: Stream) -> bool:
@@ -119,9 +125,23 @@ class ContinuousScoring:
         group = self._groups.pop((step, stream))
         return sorted(group.chunks, key=lambda scored: -scored.chunk.num_tokens)
 
-    def add_worker(self, worker: int) -> None:
-        """Take in a scorer that joined the group."""
+    def take_in(self, worker: int, now: float) -> None:
+        """A scorer has joined the group."""
         self._calls[worker] = 0
+        self._watch.join(worker, now)
+
+    def release(self, worker: int, now: float) -> bool:
+        """Give a scorer nothing more; True once nothing is under way there."""
+        if worker in self._calls:
+            self._leaving[worker] = self._calls.pop(worker)
+            if self._leaving[worker] == 0:
+                self._watch.leave(worker, now)
+        return self._leaving[worker] == 0
+
+    @property
+    def workers(self) -> frozenset[int]:
+        """Scorers that are given chunks."""
+        return frozenset(self._calls)
 
     def _find(self, step: int, stream: Stream) -> _Group:
         return self._groups.setdefault((step, stream), _Group())

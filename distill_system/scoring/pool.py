@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from distill_system.config.objective import TeacherNeeds
 from distill_system.records import Stream, Trajectory, TrajectoryChunk, WorkDone
+from distill_system.scoring.scorer import Shipped
 from distill_system.workers import Reference, Workers
 
 
@@ -54,6 +55,11 @@ class ScoringPool:
         """Tokens read and worker-seconds of the whole pool since it started."""
         asked = [self.workers.start(at, "work_done") for at in self.workers.members]
         return sum(self.workers.finish(asked, what="the scorers' work"), start=WorkDone())
+
+    def shipped(self) -> Shipped:
+        """What all scorers have handed on since they started."""
+        asked = [self.workers.start(at, "shipped") for at in self.workers.members]
+        return sum(self.workers.finish(asked, what="the scorers' bytes"), start=Shipped())
 
     def wait(self, scored: Sequence[ScoredChunk]) -> None:
         """Return once all targets exist, so that a failed scorer speaks for itself."""

@@ -6,7 +6,8 @@ Axes: N response tokens, H teacher hidden size, E action-embedding size, V vocab
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,10 +35,32 @@ from distill_system.records import (
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """What scorers have handed on: bytes by field of TeacherTargets, and the response tokens."""
+
+    num_bytes: Mapping[str, int] = field(default_factory=dict)
+    num_response_tokens: int = 0
+
+    def __add__(self, other: Shipped) -> Shipped:
+        return self._joined(other, 1)
+
+    def __sub__(self, other: Shipped) -> Shipped:
+        return self._joined(other, -1)
+
+    def _joined(self, other: Shipped, sign: int) -> Shipped:
+        names = self.num_bytes.keys() | other.num_bytes.keys()
+        return Shipped(
+            {n: self.num_bytes.get(n, 0) + sign * other.num_bytes.get(n, 0) for n in sorted(names)},
+            self.num_response_tokens + sign * other.num_response_tokens,
+        )
+
+
 class TeacherScorer:
     """Reads trajectories with the frozen teacher, packed under a token budget.
 
     vocabulary_size: V, the tokens that its policy is a distribution over; None: every row.
+    shares_gpu: with a process that needs the memory between two calls.
     """
 
     def __init__(
@@ -50,9 +73,11 @@ class TeacherScorer:
         vocabulary_size: int | None = None,
         action_dimension: int | None = None,
         trust_remote_code: bool = False,
+        shares_gpu: bool = False,
     ) -> None:
         torch.set_num_threads(config.threads)
         self.config = config
+        self.shares_gpu = shares_gpu
         self.chunk_tokens = vocabulary_chunk_tokens
         self.device = torch.device("cuda" if uses_gpu else "cpu")
         self.model = load_language_model(
@@ -65,6 +90,7 @@ class TeacherScorer:
         embeddings_VE = cut_rows(self.model.get_input_embeddings().weight, vocabulary_size)
         self.action_embeddings_VE = make_action_embeddings(embeddings_VE, action_dimension)
         self._work = WorkDone()
+        self._shipped = Shipped()
 
     def ready(self) -> None:
         """Return once the teacher is loaded."""
@@ -72,6 +98,10 @@ class TeacherScorer:
     def work_done(self) -> WorkDone:
         """Tokens read, prompts included, and the seconds that took."""
         return self._work
+
+    def shipped(self) -> Shipped:
+        """What this scorer has handed on since it started."""
+        return self._shipped
 
     @torch.inference_mode()
     def score(self, chunk: TrajectoryChunk, needs: TeacherNeeds) -> list[TeacherTargets]:
@@ -89,10 +119,16 @@ class TeacherScorer:
         hidden_NH = read_hidden(self.model, batch)
         self._require_finite(hidden_NH, trajectories)
         rows = self._read(hidden_NH, batch.token_ids_N, needs)
+        if self.shares_gpu:
+            del batch, hidden_NH
+            torch.cuda.empty_cache()  # torch would keep what is free for its next call
         ends = np.cumsum([trajectory.num_response_tokens for trajectory in trajectories])
         starts = [0, *ends[:-1]]
         self._work += WorkDone(
             num_tokens=chunk.num_tokens, busy_seconds=time.perf_counter() - started
+        )
+        self._shipped += Shipped(
+            {name: array.nbytes for name, array in rows.items()}, chunk.num_response_tokens
         )
         return [
             TeacherTargets(

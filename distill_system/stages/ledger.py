@@ -8,7 +8,16 @@ from contextlib import AbstractContextManager
 
 from distill_system.config.distill import DistillConfig
 from distill_system.errors import ConfigError
-from distill_system.records import StepResult, WorkDone
+from distill_system.flow.scaling import Look
+from distill_system.observe import (
+    RecentActivity,
+    activity_metrics,
+    find_bottleneck,
+    join_stretches,
+    wire_metrics,
+)
+from distill_system.records import PoolActivity, StepResult, WorkDone
+from distill_system.scoring import Shipped
 from distill_system.stages.checkpoints import CheckpointStore, resume_point
 from distill_system.stages.context import RunContext
 from distill_system.stages.export import export_model
@@ -44,8 +53,10 @@ class Ledger:
         self.store = CheckpointStore(folder, keep=config.keep_checkpoints, best=config.keep_best)
         self._last: dict[str, float | None] = {}
         self._shown: dict[str, float] = {}
-        self._work: dict[str, WorkDone] = {}
-        self._work_since = time.perf_counter()
+        self._recent = RecentActivity()
+        self._since_look: dict[str, PoolActivity] = {}
+        self._waited: dict[str, float] = {}
+        self._shipped = Shipped()
         self._timings_saved = 0.0
 
     def open(self) -> int:
@@ -83,32 +94,59 @@ class Ledger:
     def describe_step(self, result: StepResult, seconds: float) -> dict[str, float]:
         """The step's metrics with where its time went; the driver's own part is what is left."""
         waited = self.context.timings.pop_step()
+        for name, part in waited.items():
+            self._waited[name] = self._waited.get(name, 0.0) + part
         clock = {**waited, "driver": seconds - sum(waited.values()), "step": seconds}
         self.context.timings.add_work("learner", result.work)
         return {
             **result.metrics,
             "learner/peak_memory_bytes": float(result.peak_memory_bytes),
             **self.streams.pop_counts(),
+            **(self.describe_pools() if self.streams.are_ahead else {}),
             **{f"seconds/{name}": value for name, value in clock.items()},
             "tokens_per_second/step": result.num_response_tokens / seconds,
             "tokens_per_second/learner": result.num_response_tokens / result.seconds,
         }
 
     def describe_pools(self) -> dict[str, float]:
-        """Throughput and busy share of each pool since this was last asked."""
-        now, total = time.perf_counter(), self.pools.work_done()
-        metrics: dict[str, float] = {}
-        for pool, work in total.items():
-            since = work - self._work.get(pool, WorkDone())
-            self.context.timings.add_work(pool, since)
-            workers = getattr(self.context.config.pools, pool).count
-            metrics[f"busy_share/{pool}"] = since.busy_seconds / (
-                workers * (now - self._work_since)
-            )
-            if since.busy_seconds > 0:
-                metrics[f"tokens_per_second/{pool}"] = since.num_tokens / since.busy_seconds
-        self._work, self._work_since = total, now
-        return metrics
+        """What every pool did since this was last asked, and what the scorers shipped."""
+        activity = self.streams.pop_activity()
+        for pool, done in activity.items():
+            if pool != "learner":
+                work = WorkDone(num_tokens=done.num_tokens, busy_seconds=done.busy_seconds)
+                self.context.timings.add_work(pool, work)
+        self.context.timings.add_activity(activity)
+        for pool, done in activity.items():
+            earlier = self._since_look.get(pool)
+            self._since_look[pool] = done if earlier is None else join_stretches(earlier, done)
+        recent = self._recent.add(activity)
+        is_streaming = self.context.config.distill.staleness.max_staleness > 0
+        found = find_bottleneck(recent, is_streaming=is_streaming)
+        self.context.view.show_pools(recent, "" if found is None else found.line)
+        return activity_metrics(activity)
+
+    def look(self) -> Look:
+        """What the automatic mode goes by: every pool, and whom the learner waited for, since the
+        last look."""
+        pools, self._since_look = self._since_look, {}
+        waited, self._waited = self._waited, {}
+        longest = max(
+            pools.keys() & waited.keys() - {"learner"}, key=waited.__getitem__, default=""
+        )
+        learner = pools.pop("learner", None)
+        return Look(
+            at_seconds=time.monotonic(),
+            pools=pools,
+            learner_starved_share=0.0 if learner is None else learner.starved_share,
+            waited_for=longest,
+        )
+
+    def describe_wire(self) -> dict[str, float]:
+        """Bytes that the scorers shipped for each response token since this was last asked."""
+        total = self.pools.scorers.shipped()
+        since = total - self._shipped
+        self._shipped = total
+        return wire_metrics(since.num_bytes, since.num_response_tokens)
 
     def checkpoint(self, done: int) -> None:
         """Begin to write everything that the steps to come depend on; they go on beside it."""

@@ -7,11 +7,19 @@ work.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_system.data import RunData
-from distill_system.records import Prompt, StepResult, Stream, Trajectory
+from distill_system.records import (
+    PoolActivity,
+    Prompt,
+    StepResult,
+    Stream,
+    Trajectory,
+    WorkDone,
+)
 from distill_system.rollout import PendingRollouts, Sampling
 from distill_system.scoring import ScoredChunk
 from distill_system.stages.context import RunContext
@@ -25,8 +33,13 @@ HELD_OUT_LOSS = "held_out/cross_entropy"
 class LockstepStreams(Streams):
     """One batch after another; every pool waits for the others."""
 
+    are_ahead = False
+
     def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
         super().__init__(context, pools, data)
+        self._work: dict[str, WorkDone] = {}
+        self._work_since = time.perf_counter()
+        self._learned = WorkDone()
         self._before = self.mixture.frontier.state()
         self._ahead: list[Prompt | Trajectory] = []
         self._writing: PendingRollouts | None = None
@@ -57,7 +70,9 @@ class LockstepStreams(Streams):
         """The teacher writes the next step's text meanwhile."""
         self._ask_ahead(step + 1)
         with self.context.timings.phase("learner"):
-            return self.pools.learner.learn(step, scored)
+            result = self.pools.learner.learn(step, scored)
+        self._learned += result.work
+        return result
 
     def publish(self, version: int) -> None:
         """Returns once every student worker holds the version."""
@@ -66,6 +81,23 @@ class LockstepStreams(Streams):
 
     def settle(self) -> None:
         """Nothing is under way between two steps."""
+
+    def release(self, pool: str, worker: int) -> bool:
+        """See Streams: between `take` and `learn` nothing is under way anywhere."""
+        return True
+
+    def welcome(self) -> None:
+        """See Streams: every step deals its work to those who are there."""
+
+    def pop_activity(self) -> dict[str, PoolActivity]:
+        """By what the workers say of themselves; who does not work waits for the others."""
+        now, total = time.perf_counter(), {**self.pools.work_done(), "learner": self._learned}
+        seconds = now - self._work_since
+        before, self._work, self._work_since = self._work, total, now
+        return {
+            pool: _describe(self._num_workers(pool), seconds, work - before.get(pool, WorkDone()))
+            for pool, work in total.items()
+        }
 
     def hear(self, measured: Mapping[str, float]) -> None:
         """The replay's schedule follows the held-out loss."""
@@ -131,6 +163,27 @@ class LockstepStreams(Streams):
         needs = self.config.distill.objective.teacher_needs(stream.value)
         return self.pools.scorers.start(trajectories, stream, needs=needs, num_shares=ranks)
 
+    def _num_workers(self, pool: str) -> int:
+        """The learner's ranks work side by side, as one."""
+        groups = {
+            "student_rollout": self.pools.students.workers,
+            "teacher_rollout": self.pools.teachers.workers,
+            "teacher_scoring": self.pools.scorers.workers,
+        }
+        return groups[pool].count if pool in groups else 1
+
     def _how(self, step: int) -> tuple[Sampling, int, str]:
         """Sampling, seed and label of a step's rollouts."""
         return self._sampling(), self.config.seed, f"step_{step}"
+
+
+def _describe(num_workers: int, seconds: float, work: WorkDone) -> PoolActivity:
+    """Who does not work waits for the others; what a worker did that has left is left out."""
+    busy = min(max(0.0, work.busy_seconds), num_workers * seconds)
+    return PoolActivity(
+        num_workers=num_workers,
+        seconds=seconds,
+        busy_seconds=busy,
+        starved_seconds=num_workers * seconds - busy,
+        num_tokens=max(0, work.num_tokens),
+    )

@@ -13,6 +13,7 @@ from distill_system.rollout import RolloutPool, Sampling
 from distill_system.scoring import ScoredChunk
 from distill_system.stages.context import RunContext
 from distill_system.stages.pools import Pools
+from distill_system.weights import check_logprob_gap
 
 
 class Measuring:
@@ -30,10 +31,24 @@ class Measuring:
             written = self._generate_held_out(self.pools.teachers)
             self._teacher_held_out = self._score(written, Stream.OFF_POLICY)
         student_held_out = self._score(
-            self._generate_held_out(self.pools.students), Stream.ON_POLICY
+            self._generate_held_out(self.pools.evaluation), Stream.ON_POLICY
         )
         distances = self.pools.learner.measure([*self._teacher_held_out, *student_held_out])
+        self._compare_sampler(distances["logprob_gap"], distances["max_logprob_gap"])
         return {f"held_out/{name}": value for name, value in distances.items()}
+
+    def _compare_sampler(self, gap: float, largest: float) -> None:
+        """Tell of engines that write with other weights than the learner's, or end the run."""
+        config = self.context.config
+        dtypes = {config.rollout.student_engine.dtype, config.learner.compute_dtype}
+        note = check_logprob_gap(
+            gap,
+            largest,
+            limit=config.rollout.max_logprob_gap,
+            lower_precision=dtypes != {"float32"},
+        )
+        if note is not None:
+            self.context.view.note(note)
 
     def evaluate_teacher(self) -> None:
         """Write evaluations/teacher.json unless it stands."""
@@ -49,7 +64,7 @@ class Measuring:
         num_examples: the first so many of each split; None takes all.
         """
         chosen = {name: split[:num_examples] for name, split in self.data.evaluation.items()}
-        splits = self._evaluate(self.pools.students, chosen)
+        splits = self._evaluate(self.pools.evaluation, chosen)
         distances = self.measure_distances()
         plain = {stream: distances[f"held_out/{stream}_distance"] for stream in map(str, Stream)}
         self._write(label, step=step, version=step, splits=splits, distances=plain)

@@ -6,6 +6,7 @@ Plain classes; they are built where the work is done, from arguments that travel
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -72,9 +73,14 @@ class TargetWriter:
     """
 
     def __init__(self, *, arguments: Mapping[str, Any], needs: TeacherNeeds, reading: str) -> None:
-        self._scorer = TeacherScorer(**arguments)
+        self._arguments = arguments
         self._needs = needs
         self._reading = reading
+
+    @cached_property
+    def _scorer(self) -> TeacherScorer:
+        # Not in the constructor: there the type and cause of an error would be lost.
+        return TeacherScorer(**self._arguments)
 
     def __call__(self, samples: pyarrow.Table) -> pyarrow.Table:
         """One row of targets for each sample."""

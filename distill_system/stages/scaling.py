@@ -149,11 +149,16 @@ class ElasticPools:
             self._drain(name)
         self._tell()
 
+    def has_changes(self) -> bool:
+        """Whether a worker is ready to join, or one that leaves has nothing left under way."""
+        drained = any(any(leaving.values()) for leaving in self._leaving.values())
+        return drained or any(self._poll(name) for name in self._pools)
+
     def adopt(self) -> bool:
         """Let ready workers join and drained ones leave; whether the weight-transfer group changed.
 
-        Call it right before a publish, when no earlier one is under way; where it returns True,
-        open the group anew before the publish, and give a new worker work only after it.
+        Call it when no publish is under way; where it returns True, open the group anew before
+        the next publish, and give a new student worker work only after it.
         """
         changed = False
         for name, pool in self._pools.items():

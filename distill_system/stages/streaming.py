@@ -12,18 +12,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from distill_system.data import PromptFrontier, RunData
-from distill_system.flow import StalenessWindow, Ticket
-from distill_system.observe.activity import PoolClock, Wait
-from distill_system.records import PoolActivity, Prompt, StepResult, Stream, Trajectory
-from distill_system.rollout import ContinuousRollouts, Order
+from distill_system.data import RunData
+from distill_system.flow import StalenessWindow
+from distill_system.observe import PoolClock, Wait, staleness_metrics
+from distill_system.records import PoolActivity, StepResult, Stream
+from distill_system.rollout import ContinuousRollouts
 from distill_system.scoring import ContinuousScoring, ScoredChunk
 from distill_system.stages.context import RunContext
 from distill_system.stages.pools import Pools
+from distill_system.stages.stream_flow import LookUp, StreamFlow
 from distill_system.stages.streams import Streams
-from distill_system.workers import Reference, Workers
+from distill_system.workers import Reference
 
 LOOK_SECONDS = 1.0
+NO_VERSION = -(10**9)
+"""What a student worker holds that has joined and received no weights yet."""
+
+POOL_OF = {Stream.ON_POLICY: "student_rollout", Stream.OFF_POLICY: "teacher_rollout"}
 
 
 class ContinuousStreams(Streams):
@@ -31,6 +36,8 @@ class ContinuousStreams(Streams):
 
     clock: seconds, never backwards; tests bring their own.
     """
+
+    are_ahead = True
 
     def __init__(
         self,
@@ -42,58 +49,36 @@ class ContinuousStreams(Streams):
     ) -> None:
         super().__init__(context, pools, data)
         self._clock = clock
-        self._windows: dict[Stream, StalenessWindow] = {}
-        self._orders: dict[str, tuple[Stream, Ticket]] = {}
+        self._last_news = clock()
+        self._flows: dict[Stream, StreamFlow] = {}
+        self._recent_off_policy: deque[ScoredChunk] = deque()
+        self._staleness: dict[str, float] = {}
+        self._num_dropped = 0
         self._published = 0
         self._packing: list[Reference] = []
         self._receiving: dict[Reference, int] = {}
-        self._recent_off_policy: deque[ScoredChunk] = deque()
-        self._last_news = clock()
 
     def begin(self, step: int) -> None:
         """Open the windows and begin to write."""
-        distill, rollout = self.config.distill, self.config.rollout
-        now, staleness = self._clock(), distill.staleness
+        now = self._clock()
         self._published = step
-        self._first_step = step
-        self._windows = {
-            stream: StalenessWindow(
-                batch_size=distill.sequences(stream.value),
-                max_staleness=staleness.max_staleness,
-                first_step=step,
-                end_step=distill.steps,
-                too_old=staleness.too_old if stream is Stream.ON_POLICY else "wait",
-                min_share=staleness.min_on_policy_share if stream is Stream.ON_POLICY else 1.0,
-            )
-            for stream in Stream
-            if distill.sequences(stream.value) > 0
+        self._rollouts = {
+            POOL_OF[Stream.ON_POLICY]: self.pools.students.workers,
+            POOL_OF[Stream.OFF_POLICY]: self.pools.teachers.workers,
         }
-        groups = self._groups()
-        self._clocks = {name: PoolClock(group.members, now) for name, group in groups.items()}
+        scorers = self.pools.scorers.workers
+        pools = {**self._rollouts, "teacher_scoring": scorers}
+        self._clocks = {name: PoolClock(group.members, now) for name, group in pools.items()}
         self._clocks["learner"] = PoolClock([0], now)  # its ranks work side by side, as one
-        how: dict[str, Any] = {
-            "sampling": self._sampling(),
-            "seed": self.config.seed,
-            "slice_seconds": rollout.slice_seconds,
-            "version": step,
-        }
-        self._writers = {
-            Stream.ON_POLICY: ContinuousRollouts(
-                groups["student_rollout"], self._clocks["student_rollout"], **how
-            ),
-            Stream.OFF_POLICY: ContinuousRollouts(
-                groups["teacher_rollout"], self._clocks["teacher_rollout"], **how
-            ),
-        }
-        ranks = self.config.pools.learner.count
         self._scoring = ContinuousScoring(
-            groups["teacher_scoring"],
+            scorers,
             self._clocks["teacher_scoring"],
-            needs={s: distill.objective.teacher_needs(s.value) for s in self._windows},
+            needs={s: self.config.distill.objective.teacher_needs(s.value) for s in Stream},
             max_tokens=self.config.scoring.max_tokens_per_batch,
-            max_sequences={s: max(1, w.fewest // ranks) for s, w in self._windows.items()},
+            max_sequences={s: self._chunk_sequences(s) for s in Stream},
             max_wait_seconds=self.config.scoring.max_wait_seconds,
         )
+        self._flows = {s: self._open_flow(s, step) for s in Stream if self._sequences(s) > 0}
         self._turn()
 
     def take(self, step: int) -> list[ScoredChunk]:
@@ -103,23 +88,25 @@ class ContinuousStreams(Streams):
                 self._turn()
         off_policy = self._take_stream(step, Stream.OFF_POLICY)
         on_policy = self._take_stream(step, Stream.ON_POLICY)
-        return [*off_policy, *self._fill(on_policy), *on_policy]
+        self._describe_staleness(step, on_policy)
+        again = self._fill(on_policy)
+        self._recent_off_policy.extend(off_policy)
+        return [*off_policy, *again, *on_policy]
 
     def learn(self, step: int, scored: Sequence[ScoredChunk]) -> StepResult:
         """The other pools go on while the learner learns."""
+        clock = self._clocks["learner"]
         with self.context.timings.phase("learner"):
-            self._clocks["learner"].begin(0, self._clock())
+            clock.begin(0, self._clock())
             references = self.pools.learner.start_step(step, scored)
             under_way = list(references)
             while under_way:
                 done = self._turn(under_way)
                 under_way = [reference for reference in under_way if reference not in done]
             result = self.pools.learner.finish_step(step, references)
-            now = self._clock()
-            self._clocks["learner"].end(0, now, busy_seconds=result.seconds)
-            self._clocks["learner"].hand_on(
-                num_tokens=result.num_response_tokens,
-                num_sequences=sum(len(part.chunk.trajectories) for part in scored),
+            clock.end(0, self._clock(), busy_seconds=result.seconds)
+            clock.hand_on(
+                num_tokens=result.num_response_tokens, num_sequences=_num_sequences(scored)
             )
         return result
 
@@ -127,7 +114,7 @@ class ContinuousStreams(Streams):
         """Begin to send; the learner goes on once it has packed its weights."""
         with self.context.timings.phase("publish"):
             self.settle()
-            self._packing = self.pools.learner.start_publish(version)
+            self._packing = list(self.pools.learner.start_publish(version))
             self._published = version
 
     def settle(self) -> None:
@@ -136,14 +123,15 @@ class ContinuousStreams(Streams):
             self._turn()
 
     def hear(self, measured: Mapping[str, float]) -> None:
-        """The schedule follows no measurement: replay belongs to lockstep."""
+        """No schedule follows measurements here; the pools' time in them is not the run's own."""
+        if measured:
+            self.pop_activity()
 
     def state(self) -> dict[str, Any]:
         """What is under way is given out again, in its order."""
-        frontiers = self._frontiers()
         return {
-            name: frontiers[stream].state(under_way=self._under_way(stream))
-            for name, stream in (("student", Stream.ON_POLICY), ("teacher", Stream.OFF_POLICY))
+            "student": self.student.state(under_way=self._under_way(Stream.ON_POLICY)),
+            "teacher": self.mixture.frontier.state(under_way=self._under_way(Stream.OFF_POLICY)),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -151,28 +139,74 @@ class ContinuousStreams(Streams):
         self.student.restore(state["student"])
         self.mixture.frontier.restore(state["teacher"])
 
+    def release(self, pool: str, worker: int) -> bool:
+        """See Streams; a rollout worker's prompts go to the others at once."""
+        if pool == "teacher_scoring":
+            return self._scoring.release(worker, self._clock())
+        for stream, flow in self._flows.items():
+            if POOL_OF[stream] == pool and worker in flow.writer.workers:
+                flow.take_back(worker, self._clock())
+        return True
+
+    def welcome(self) -> None:
+        """See Streams; a student worker gets prompts once it holds published weights."""
+        now = self._clock()
+        for worker in set(self.pools.scorers.workers.members) - self._scoring.workers:
+            self._scoring.take_in(worker, now)
+        for stream, flow in self._flows.items():
+            for worker in set(self._rollouts[POOL_OF[stream]].members) - flow.writer.workers:
+                flow.writer.take_in(worker, now, version=NO_VERSION if flow.ages else 0)
+
     def pop_activity(self) -> dict[str, PoolActivity]:
         """What every pool did since this was last asked."""
         now = self._clock()
-        queued = {
-            "student_rollout": self._writers[Stream.ON_POLICY].num_under_way,
-            "teacher_rollout": self._writers[Stream.OFF_POLICY].num_under_way,
-            "teacher_scoring": self._scoring.num_waiting,
-        }
-        return {
-            name: clock.pop(now, queued=queued.get(name, 0)) for name, clock in self._clocks.items()
-        }
+        queued = {POOL_OF[s]: flow.writer.num_under_way for s, flow in self._flows.items()}
+        queued["teacher_scoring"] = self._scoring.num_waiting
+        return {name: c.pop(now, queued=queued.get(name, 0)) for name, c in self._clocks.items()}
 
-    # the loop
+    def pop_counts(self) -> dict[str, float]:
+        """With how old the step's text was, and how much of both streams is under way."""
+        under_way = sum(flow.window.num_under_way for flow in self._flows.values())
+        return super().pop_counts() | self._staleness | {"in_flight/sequences": float(under_way)}
+
+    def _open_flow(self, stream: Stream, step: int) -> StreamFlow:
+        staleness, is_student = self.config.distill.staleness, stream is Stream.ON_POLICY
+        look_up: LookUp = self.data.prompts.__getitem__ if is_student else self.mixture.look_up
+        window = StalenessWindow(
+            batch_size=self._sequences(stream),
+            max_staleness=staleness.max_staleness,
+            first_step=step,
+            end_step=self.config.distill.steps,
+            too_old=staleness.too_old if is_student else "wait",
+            min_share=staleness.min_on_policy_share if is_student else 1.0,
+        )
+        writer = ContinuousRollouts(
+            self._rollouts[POOL_OF[stream]],
+            self._clocks[POOL_OF[stream]],
+            sampling=self._sampling(),
+            seed=self.config.seed,
+            slice_seconds=self.config.rollout.slice_seconds,
+            version=step,
+        )
+        frontier = self.student if is_student else self.mixture.frontier
+        return StreamFlow(stream, window, writer, self._scoring, frontier=frontier, look_up=look_up)
+
+    def _chunk_sequences(self, stream: Stream) -> int:
+        """Most sequences scored together, so that every learner rank has a chunk of each stream."""
+        is_student, share = stream is Stream.ON_POLICY, self.config.distill.staleness
+        fewest = self._sequences(stream) * (share.min_on_policy_share if is_student else 1.0)
+        return max(1, int(fewest) // self.config.pools.learner.count)
 
     def _turn(self, extra: Sequence[Reference] = ()) -> list[Reference]:
         """Give out what may be given, wait for news, hand it on; those of `extra` that are done."""
         now = self._clock()
-        self._give_out()
-        for writer in self._writers.values():
-            writer.begin(now)
+        for flow in self._flows.values():
+            flow.give_out(now)
+            flow.writer.begin(now)
+            waits = Wait.STARVED if flow.awaits_weights(self._published) else Wait.BLOCKED
+            self._clocks[POOL_OF[flow.stream]].waits(waits, now)
         next_due = self._scoring.begin(now)
-        writing = {ref: stream for stream, w in self._writers.items() for ref in w.references}
+        writing = {ref: flow for flow in self._flows.values() for ref in flow.writer.references}
         scoring = set(self._scoring.references)
         every = [*writing, *scoring, *self._packing, *self._receiving, *extra]
         done = self.pools.scorers.workers.wait_any(
@@ -184,51 +218,13 @@ class ContinuousStreams(Streams):
         self._require_news(done, every, now)
         for reference in done:
             if reference in writing:
-                self._hear_of(writing[reference], reference, now)
+                flow = writing[reference]
+                self._count("student" if flow.ages else "teacher", flow.hear_of(reference, now))
             elif reference in scoring:
                 self._scoring.collect(reference, now)
             elif reference in self._packing or reference in self._receiving:
                 self._hear_of_weights(reference)
         return done
-
-    def _give_out(self) -> None:
-        """Every prompt that the windows have room for, to the least loaded worker."""
-        window = self._windows.get(Stream.ON_POLICY)
-        writer = self._writers[Stream.ON_POLICY]
-        while window is not None and (found := writer.find_free(window.can_give)) is not None:
-            dropped = window.pop_dropped()
-            index = self.student.take(1)[0] if dropped is None else dropped
-            ticket = window.give(index, found[1], again=dropped is not None)
-            self._order(Stream.ON_POLICY, found[0], ticket, self.data.prompts[index])
-        window = self._windows.get(Stream.OFF_POLICY)
-        while window is not None and window.can_give(window.next_step):
-            index = self.mixture.frontier.take(1)[0]
-            ticket = window.give(index, window.next_step)
-            item = self.mixture.look_up(index)
-            if isinstance(item, Prompt):
-                found = self._writers[Stream.OFF_POLICY].find_free(lambda version: True)
-                assert found is not None, "the teacher's pool has a worker"
-                self._order(Stream.OFF_POLICY, found[0], ticket, item)
-            else:
-                self._arrive(Stream.OFF_POLICY, ticket, item, self._clock())
-        self._tell_waits()
-
-    def _order(self, stream: Stream, worker: int, ticket: Ticket, prompt: Prompt) -> None:
-        number = self._first_step * self._windows[stream].batch_size + ticket.number
-        order = Order(prompt=prompt, label=f"ticket_{number}")
-        author = "student" if stream is Stream.ON_POLICY else "teacher"
-        name = order.name(author)
-        self._orders[name] = (stream, ticket)
-        self._writers[stream].give(worker, name, order)
-
-    def _hear_of(self, stream: Stream, reference: Reference, now: float) -> None:
-        """A slice is done: what it finished goes on to scoring."""
-        said = self._writers[stream].collect(reference, now)
-        author = "student" if stream is Stream.ON_POLICY else "teacher"
-        self._count(author, said.trajectories)
-        for trajectory in said.trajectories:
-            _, ticket = self._orders.pop(trajectory.trajectory_id)
-            self._arrive(stream, ticket, trajectory, now)
 
     def _hear_of_weights(self, reference: Reference) -> None:
         """The learner has packed a version, or a student worker holds it."""
@@ -236,40 +232,41 @@ class ContinuousStreams(Streams):
             self._packing.remove(reference)
             if not self._packing:
                 members = self.pools.students.workers.members
-                answers = self.pools.learner.receiving()
-                self._receiving = dict(zip(answers, members, strict=False))
+                self._receiving = dict(zip(self.pools.learner.receiving(), members, strict=False))
             return
-        self._writers[Stream.ON_POLICY].hold(self._receiving.pop(reference), self._published)
+        worker = self._receiving.pop(reference)
+        if Stream.ON_POLICY in self._flows:
+            self._flows[Stream.ON_POLICY].writer.hold(worker, self._published)
         if not self._receiving:
             self.pools.learner.finish_publish()
 
-    def _arrive(self, stream: Stream, ticket: Ticket, trajectory: Trajectory, now: float) -> None:
-        window = self._windows[stream]
-        ages = stream is Stream.ON_POLICY
-        step = window.sort(ticket, trajectory.oldest_version if ages else None)
-        if step is not None:
-            self._scoring.add(step, stream, trajectory, now=now)
-            if window.is_full(step):
-                self._scoring.close(step, stream)
+    def _require_news(
+        self, done: Sequence[Reference], waited: Sequence[Reference], now: float
+    ) -> None:
+        """Raises: DeadlineError if nothing has come for deadlines.call_seconds."""
+        if done:
+            self._last_news = now
+        elif now - self._last_news > self.config.deadlines.call_seconds:
+            self.pools.scorers.workers.finish(
+                waited, what="trajectories and the learner", fetch=False, seconds=LOOK_SECONDS
+            )
 
     def _find_missing(self, step: int) -> str | None:
         """The pool that owes a part of what the step learns from, as a phase; None if none does."""
-        for stream, window in self._windows.items():
-            if not window.is_enough():
-                return "student_rollout" if stream is Stream.ON_POLICY else "teacher_rollout"
+        for stream, flow in self._flows.items():
+            if not flow.window.is_enough():
+                return POOL_OF[stream]
             self._scoring.close(step, stream)
-        scored = all(self._scoring.is_scored(step, stream) for stream in self._windows)
+        scored = all(self._scoring.is_scored(step, stream) for stream in self._flows)
         return None if scored else "teacher_scoring"
 
     def _take_stream(self, step: int, stream: Stream) -> list[ScoredChunk]:
-        if stream not in self._windows:
+        if stream not in self._flows:
             return []
-        self._windows[stream].take()
+        self._flows[stream].window.take()
         scored = self._scoring.take(step, stream)
         for part in scored:
             self._feed(stream.value, part.chunk.trajectories)
-        if stream is Stream.OFF_POLICY:
-            self._recent_off_policy.extend(scored)
         return scored
 
     def _fill(self, on_policy: Sequence[ScoredChunk]) -> list[ScoredChunk]:
@@ -277,52 +274,32 @@ class ContinuousStreams(Streams):
 
         The teacher's text does not age, and it is scored already.
         """
-        window = self._windows.get(Stream.ON_POLICY)
-        lacks = 0 if window is None else window.batch_size - _num_sequences(on_policy)
-        again: list[ScoredChunk] = []
-        ahead = self._sequences(Stream.OFF_POLICY)
-        while _num_sequences(self._recent_off_policy) > ahead + self._kept_sequences():
+        if Stream.ON_POLICY not in self._flows:
+            return []
+        window = self._flows[Stream.ON_POLICY].window
+        lacks, again = window.batch_size - _num_sequences(on_policy), list[ScoredChunk]()
+        while _num_sequences(self._recent_off_policy) > window.batch_size - window.fewest:
             self._recent_off_policy.popleft()
-        for part in list(self._recent_off_policy):
+        for part in self._recent_off_policy:
             if len(part.chunk.trajectories) <= lacks - _num_sequences(again):
                 again.append(part)
                 self._feed("off_policy_again", part.chunk.trajectories)
         return again
 
-    def _tell_waits(self) -> None:
-        """Why an idle rollout worker is idle: the window is full, or its weights are old."""
-        now, window = self._clock(), self._windows.get(Stream.ON_POLICY)
-        awaits_weights = window is not None and window.can_give(self._published)
-        self._clocks["student_rollout"].waits(Wait.STARVED if awaits_weights else Wait.BLOCKED, now)
-        self._clocks["teacher_rollout"].waits(Wait.BLOCKED, now)
-
-    def _require_news(
-        self, done: Sequence[Reference], waited: Sequence[Reference], now: float
-    ) -> None:
-        """Raises: DeadlineError if nothing has come for deadlines.call_seconds."""
-        if done or not waited:
-            self._last_news = now
-        elif now - self._last_news > self.config.deadlines.call_seconds:
-            self.pools.scorers.workers.finish(waited, what="trajectories", fetch=False, seconds=0.1)
-
-    def _groups(self) -> dict[str, Workers]:
-        return {
-            "student_rollout": self.pools.students.workers,
-            "teacher_rollout": self.pools.teachers.workers,
-            "teacher_scoring": self.pools.scorers.workers,
-        }
-
-    def _frontiers(self) -> dict[Stream, PromptFrontier]:
-        return {Stream.ON_POLICY: self.student, Stream.OFF_POLICY: self.mixture.frontier}
-
-    def _kept_sequences(self) -> int:
-        """Off-policy sequences of earlier steps that are kept, for what a batch may lack."""
-        window = self._windows.get(Stream.ON_POLICY)
-        return 0 if window is None else window.batch_size - window.fewest
+    def _describe_staleness(self, step: int, on_policy: Sequence[ScoredChunk]) -> None:
+        if Stream.ON_POLICY in self._flows:
+            window = self._flows[Stream.ON_POLICY].window
+            dropped, self._num_dropped = window.num_dropped - self._num_dropped, window.num_dropped
+            self._staleness = staleness_metrics(
+                (trajectory for part in on_policy for trajectory in part.chunk.trajectories),
+                step,
+                max_staleness=window.max_staleness,
+                num_reissued=dropped,
+                num_dropped=dropped,
+            )
 
     def _under_way(self, stream: Stream) -> list[int]:
-        window = self._windows.get(stream)
-        return [] if window is None else window.prompts_under_way()
+        return self._flows[stream].window.prompts_under_way() if stream in self._flows else []
 
 
 def _num_sequences(scored: Iterable[ScoredChunk]) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_system.data import PromptFrontier, RunData, source_shares
-from distill_system.records import StepResult, Stream, Trajectory
+from distill_system.records import PoolActivity, StepResult, Stream, Trajectory
 from distill_system.rollout import Sampling
 from distill_system.scoring import ScoredChunk
 from distill_system.stages.context import RunContext
@@ -21,7 +21,12 @@ from distill_system.stages.pools import Pools
 
 
 class Streams(ABC):
-    """Both streams' prompts, and what the learner was fed of them."""
+    """Both streams' prompts, and what the learner was fed of them.
+
+    are_ahead: whether trajectories are written while the learner learns from earlier ones.
+    """
+
+    are_ahead: bool
 
     def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
         self.context = context
@@ -65,6 +70,21 @@ class Streams(ABC):
     @abstractmethod
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a position that `state` returned."""
+
+    @abstractmethod
+    def release(self, pool: str, worker: int) -> bool:
+        """Give this worker nothing more and take back what it has; True once it may be ended.
+
+        Asked between `take` and `learn`, as is `welcome`.
+        """
+
+    @abstractmethod
+    def welcome(self) -> None:
+        """Workers have joined: let them take part, a student worker from the next publish on."""
+
+    @abstractmethod
+    def pop_activity(self) -> dict[str, PoolActivity]:
+        """What every pool did since this was last asked."""
 
     def pop_counts(self) -> dict[str, float]:
         """Response tokens that each model sampled since this was last asked, as metrics."""

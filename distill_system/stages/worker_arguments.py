@@ -38,6 +38,7 @@ def rollout_arguments(
         "trust_remote_code": getattr(config, author).trust_remote_code,
         "vocabulary_size": vocabulary_size(tokenizer),
         "stop_token_ids": stop_token_ids(config, tokenizer),
+        "keep_stale_cache": config.rollout.keep_stale_cache,
     }
 
 
@@ -49,11 +50,13 @@ def rollout_environment(config: RunConfig, author: Author) -> dict[str, str]:
 
 def scorer_arguments(config: RunConfig, tokenizer: Any, path: str) -> dict[str, Any]:
     """Of a TeacherScorer.  path: folder or hub name of the teacher."""
+    pool = config.pools.teacher_scoring
     return {
         "model_path": path,
         "config": config.scoring,
         "vocabulary_chunk_tokens": config.learner.vocabulary_chunk_tokens,
-        "uses_gpu": config.pools.teacher_scoring.gpus > 0,
+        "uses_gpu": pool.gpus > 0,
+        "shares_gpu": pool.colocate_with is not None and 0.0 < pool.gpus < 1.0,
         "vocabulary_size": vocabulary_size(tokenizer),
         "action_dimension": config.distill.action_dimension,
         "trust_remote_code": config.teacher.trust_remote_code,

@@ -84,19 +84,19 @@ def test_workers_still_on_their_way_at_the_deadline_are_the_answer(run: RunDirec
 
 def test_a_refusal_and_a_start_that_failed_are_errors(run: RunDirectory) -> None:
     same = PoolStatus(wanted=1, present=1)
-    with _answering(run, same, refusal="out of bounds"):
-        with pytest.raises(ResourceError, match="the run refused: out of bounds"):
-            _scale(run, "student_rollout=3")
+    refused = pytest.raises(ResourceError, match="the run refused: out of bounds")
+    with _answering(run, same, refusal="out of bounds"), refused:
+        _scale(run, "student_rollout=3")
     failed = PoolStatus(wanted=1, present=1, problem="student_rollout-1 is given up: no room")
-    with _answering(run, failed):
-        with pytest.raises(ResourceError, match="student_rollout-1 is given up: no room"):
-            _scale(run, "student_rollout=2")
+    given_up = pytest.raises(ResourceError, match="student_rollout-1 is given up: no room")
+    with _answering(run, failed), given_up:
+        _scale(run, "student_rollout=2")
 
 
 def test_a_run_that_does_not_answer_is_told(run: RunDirectory) -> None:
-    with ScaleRequests(run).listening():
-        with pytest.raises(DeadlineError, match=r"did not read the request within 0\.2 s"):
-            _scale(run, "student_rollout=3", wait=0.2)
+    late = pytest.raises(DeadlineError, match=r"did not read the request within 0\.2 s")
+    with ScaleRequests(run).listening(), late:
+        _scale(run, "student_rollout=3", wait=0.2)
 
 
 def test_nothing_is_asked_where_no_run_listens(run: RunDirectory) -> None:
@@ -123,9 +123,9 @@ def test_a_run_that_was_killed_is_not_taken_for_alive(run: RunDirectory) -> None
     assert ready.wait(60.0)
     requests = ScaleRequests(run)
     assert requests.is_heard()
-    with pytest.raises(RunStateError, match="another process trains this run"):
-        with requests.listening():
-            pass
+    refused = pytest.raises(RunStateError, match="another process trains this run")
+    with refused, requests.listening():
+        pass
     requests.write({"student_rollout": 2})
     process.kill()
     process.join()

@@ -79,7 +79,9 @@ def play(folder, *, seed, overrides, workers=(2, 1, 1), batch=4, steps=STEPS, nu
     most_under_way = 0
     for step in range(steps):
         scored = streams.take(step)
-        most_under_way = max(most_under_way, *(w.num_under_way for w in streams._windows.values()))
+        most_under_way = max(
+            most_under_way, *(f.window.num_under_way for f in streams._flows.values())
+        )
         streams.learn(step, scored)
         streams.publish(step + 1)
     return SimpleNamespace(
@@ -146,7 +148,7 @@ def test_reissuing_keeps_the_bound_and_loses_no_prompt(tmp_path, seed, bound, nu
         t.prompt_id for batch in played.learner.trained for s, t in batch if s == "on_policy"
     )
     left = Counter(
-        f"p{index}" for index in played.streams._windows["on_policy"].prompts_under_way()
+        f"p{index}" for index in played.streams._flows["on_policy"].window.prompts_under_way()
     )
     taken = sum(w.num_taken for w in played.streams.student._walks.values())
     assert sum((trained + left).values()) == taken == STEPS * 4 + sum(left.values())
@@ -219,7 +221,7 @@ def test_what_is_dropped_is_given_out_again_and_learned_from(tmp_path):
         num_prompts=200,
         workers=(3, 1, 1),
     )
-    assert played.streams._windows["on_policy"].num_dropped > 3
+    assert played.streams._flows["on_policy"].window.num_dropped > 3
     trained = [
         t.prompt_id for batch in played.learner.trained for s, t in batch if s == "on_policy"
     ]
