@@ -1,8 +1,10 @@
 """The streaming pipeline: against TRL, with modelled pools, and its weight publish.
 
     python benchmarks/pipeline.py real [--quick] [--staleness 0 1 2 4] [--folder F]
-    python benchmarks/pipeline.py modelled
-    python benchmarks/pipeline.py publish
+    python benchmarks/pipeline.py modelled ...
+    python benchmarks/pipeline.py publish ...
+
+modelled and publish are pipeline_modelled.py and publish.py, with arguments of their own.
 
 real: whole runs of the command line, synchronous and with bounded staleness, and TRL's
 DistillationTrainer on the same models, prompts and lengths, the same optimizer and loss (reverse KL
@@ -14,11 +16,13 @@ the whole machine. Tokens are those of responses, never padding.
 from __future__ import annotations
 
 import argparse
+import os
+import runpy
 import statistics
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +34,31 @@ from pipeline_trl import TrlProcess, TrlSetting
 from record import RESULTS, write_result
 
 TRL_WARM_UP = 3
+SCRIPTS = {"modelled": "pipeline_modelled.py", "publish": "publish.py"}
 Setting = TrlSetting | OurSetting
 
 
 def main() -> None:
-    arguments = _parse_arguments()
-    if arguments.part == "real":
-        measure_real(arguments)
+    part, *rest = sys.argv[1:] or ["--help"]
+    if part in SCRIPTS:
+        script = Path(__file__).with_name(SCRIPTS[part])
+        sys.argv = [str(script), *rest]
+        runpy.run_path(str(script), run_name="__main__")
     else:
-        module = {"modelled": "pipeline_modelled", "publish": "publish"}[arguments.part]
-        import_module(module).measure(quick=arguments.quick)
+        measure_real(_parse_arguments())
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["real", "modelled", "publish"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=["real", *SCRIPTS])
     parser.add_argument("--quick", action="store_true", help="few steps: a try of the script")
     parser.add_argument("--folder", type=Path, help="keeps models here; else a temporary folder")
     parser.add_argument("--lengths", nargs="+", choices=["ragged", "fixed"])
     parser.add_argument("--staleness", type=int, nargs="+", help="S of our runs on ragged lengths")
     parser.add_argument("--fixed-staleness", type=int, nargs="+", help="S on fixed lengths")
+    parser.add_argument("--student-rollouts", type=int, default=1, help="our rollout workers")
     parser.add_argument("--rounds", type=int)
     arguments = parser.parse_args()
     quick = arguments.quick
@@ -62,11 +71,12 @@ def _parse_arguments() -> argparse.Namespace:
 
 def measure_real(arguments: argparse.Namespace) -> None:
     """Both systems on both kinds of lengths; writes results/pipeline_real.json and a plot."""
+    print(f"others keep {os.getloadavg()[0]:.1f} processors busy: 0 is wanted", flush=True)
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for lengths in arguments.lengths:
-            workload = Workload(lengths, steps=16 if arguments.quick else 28)
+            workload = Workload(lengths, steps=14 if arguments.quick else 20)
             found = _take_turns(folder, workload, _settings(lengths, arguments), arguments)
             rows += [_row(workload, setting, rounds) for setting, rounds in found.items()]
     write_result("pipeline_real", rows, _headline(rows), seeds={"seed": SEED})
@@ -81,12 +91,14 @@ def _settings(lengths: Lengths, arguments: argparse.Namespace) -> list[Setting]:
     """
     trl = [TrlSetting(threads=2, rows=128)]
     if not arguments.quick:
-        trl += [TrlSetting(threads=1, rows=128), TrlSetting(threads=2, rows=32)]
-        trl += [TrlSetting(threads=2, rows=128, use_vllm=True)]
+        trl.append(TrlSetting(threads=2, rows=128, use_vllm=True))
+    if not arguments.quick and lengths == "ragged":
+        trl.insert(1, TrlSetting(threads=1, rows=128))
     staleness = arguments.staleness if lengths == "ragged" else arguments.fixed_staleness
-    ours = [OurSetting(most, threads=1 if most else 2) for most in staleness]
-    if not arguments.quick and 0 in staleness:
-        ours.insert(1, OurSetting(0, threads=2, student_rollouts=2))
+    ours = [
+        OurSetting(most, threads=1 if most else 2, student_rollouts=arguments.student_rollouts)
+        for most in staleness
+    ]
     return [*trl, *ours]
 
 
@@ -103,11 +115,12 @@ def _take_turns(
             if isinstance(setting, TrlSetting)
         }
         for trainer in trainers.values():
+            trainer.wait_until_ready()
             trainer.make_steps(TRL_WARM_UP)
         for _ in range(arguments.rounds):
             for setting in settings:
                 if isinstance(setting, TrlSetting):
-                    steps = trainers[setting].make_steps(3 if arguments.quick else 8)
+                    steps = trainers[setting].make_steps(3 if arguments.quick else 6)
                 else:
                     steps = pipeline_ours.run(folder, models, workload, setting)
                 found[setting].append(steps)

@@ -22,6 +22,7 @@ from torch import Tensor
 from distill_system.config import RunConfig, load_config
 from distill_system.config.model import ArchitectureConfig
 from distill_system.data import PromptFrontier, build_tokenizer, load_run_data, source_shares
+from distill_system.data.run_data import SetName
 from distill_system.language_model import build_language_model
 
 SEED = 0
@@ -52,7 +53,7 @@ class Workload:
     longest: int = 128
     sequences: int = 128
     steps: int = 20
-    warm_up: int = 5
+    warm_up: int = 4
 
     @property
     def max_model_length(self) -> int:
@@ -199,7 +200,8 @@ def _find_logit(logits_NV: Tensor, wanted: float) -> float:
 
 def _prompts_in_order(config: RunConfig, tokenizer: Any, workload: Workload) -> Sequence[str]:
     """The prompts as our system walks over them, for the other system to read them likewise."""
-    prompts = load_run_data(config, tokenizer, sets=("prompts",)).prompts
+    wanted: tuple[SetName, ...] = ("prompts",)
+    prompts = load_run_data(config, tokenizer, sets=wanted).prompts
     shares = source_shares(prompts, config.data.prompt_weights)
     walk = PromptFrontier(shares, config.seed, "student_prompts")
     taken = walk.take(workload.sequences * workload.steps)

@@ -54,6 +54,9 @@ class TrlProcess:
         )
         self._process.start()
         theirs.close()
+
+    def wait_until_ready(self) -> None:
+        """Return once the trainer is built."""
         assert self._pipe.recv() == READY
 
     def make_steps(self, count: int) -> Steps:

@@ -1,9 +1,9 @@
 """Weight publish against the link's own limit: how fast a new version reaches a rollout engine.
 
 One process holds a random Llama-shaped model of float32 and publishes it by the learner's own
-publisher; another holds a real vLLM engine on it. The limit is one gloo broadcast of as many bytes (512 MiB at
-most), in one buffer that both have touched, between the same two processes, measured in turn with the
-publishes. Sizes whose engine does not fit beside the rest are received and verified, not loaded:
+publisher; another holds a real vLLM engine on it. The limit is one gloo broadcast of as many bytes
+(512 MiB at most), in one buffer that both have touched, between the same two processes, measured in
+turn with the publishes. Sizes whose engine does not fit beside the rest are received and verified, not loaded:
 their column `engine` says none.
 
     python benchmarks/publish.py [--sizes 3M 30M 125M 350M 1B] [--repeats 5]
@@ -60,6 +60,8 @@ class Link:
 class EngineLess(Link):
     """Receives and verifies as an engine does, and loads nothing."""
 
+    room: Any = None
+
     def ready(self) -> None:
         import torch
 
@@ -88,8 +90,9 @@ class EngineLess(Link):
 
         cpu = torch.device("cpu")
         parameters = _parameters(NCCLWeightTransferUpdateInfo(**update_info))
-        buckets = Buckets(parameters, bucket_bytes=self.bucket_bytes, device=cpu)
-        seal = broadcast_buckets(self.group, buckets.buffers)
+        if self.room is None:
+            self.room = Buckets(parameters, bucket_bytes=self.bucket_bytes, device=cpu)
+        seal = broadcast_buckets(self.group, self.room.buffers)
         check_seal(self.group, seal, cpu)
         return WeightVersion(
             version=version, num_bytes=seal.num_bytes, checksum=seal.checksum, seconds=0.0

@@ -25,10 +25,12 @@ from distill_system.weights.transport import Seal, broadcast_buckets, check_seal
 class SealedWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]  # untyped base
     """Receives, verifies, loads; for NCCL as it is, for gloo see gloo.py.
 
-    It holds the model's bytes a second time, on the model's device, until they are loaded.
+    It holds the model's bytes a second time, on the model's device, until they are loaded. On a CPU
+    it keeps that memory for the next version: to touch fresh pages takes longer than to receive.
     """
 
     received: Seal | None = None
+    _room: tuple[NCCLWeightTransferUpdateInfo, int, Buckets] | None = None
 
     def start_weight_update(self) -> None:
         """Nothing yet: vLLM drops the old weights here, which must outlive a failed transfer."""
@@ -48,11 +50,7 @@ class SealedWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc
 
     def _receive(self, update_info: NCCLWeightTransferUpdateInfo) -> Buckets:
         try:
-            buckets = Buckets(
-                _parameters(update_info),
-                bucket_bytes=self.packed_buffer_size_bytes,
-                device=self._receiving_device(),
-            )
+            buckets = self._make_room(update_info)
             self.received = broadcast_buckets(self.model_update_group, buckets.buffers)
             check_seal(self.model_update_group, self.received, self._receiving_device())
         except TransferError:
@@ -60,6 +58,16 @@ class SealedWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc
         except Exception:
             self.shutdown()  # whoever still sends to this worker must not wait for it
             raise
+        return buckets
+
+    def _make_room(self, update_info: NCCLWeightTransferUpdateInfo) -> Buckets:
+        size, device = self.packed_buffer_size_bytes, self._receiving_device()
+        if self._room is not None and self._room[:2] == (update_info, size):
+            return self._room[2]
+        self._room = None  # before there are two
+        buckets = Buckets(_parameters(update_info), bucket_bytes=size, device=device)
+        if device.type == "cpu":
+            self._room = (update_info, size, buckets)
         return buckets
 
     def _receiving_device(self) -> torch.device:

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill_system.data import TargetStore, fingerprint_tokenizer, read_trajectories
 
-NUM_SAMPLES = 60 * 40
-ASK = ("--samples-per-prompt", 40, "--cache-targets")
+NUM_SAMPLES = 60 * 20
+ASK = ("--samples-per-prompt", 20, "--cache-targets")
 
 
 def _teacher_says(folder: Path, trajectory) -> np.ndarray:

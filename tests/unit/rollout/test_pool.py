@@ -17,6 +17,7 @@ class CheckingWorkers:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.members = tuple(range(count))
         self.called: list[int] = []
 
     def start(self, worker: int, method: str, *arguments: Any) -> list[Trajectory]:

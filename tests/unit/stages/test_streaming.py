@@ -99,7 +99,7 @@ def ages(learner, stream="on_policy"):
 
 
 anything = settings(
-    max_examples=40,
+    max_examples=15,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
