@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import runpy
+import signal
 import statistics
 import sys
 import tempfile
@@ -45,6 +46,7 @@ def main() -> None:
         sys.argv = [str(script), *rest]
         runpy.run_path(str(script), run_name="__main__")
     else:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         measure_real(_parse_arguments())
 
 
@@ -90,10 +92,10 @@ def _settings(lengths: Lengths, arguments: argparse.Namespace) -> list[Setting]:
     they run beside the engine, one each.
     """
     trl = [TrlSetting(threads=2, rows=128)]
+    if lengths == "ragged":  # where others keep the machine busy, two threads wait for each other
+        trl.append(TrlSetting(threads=1, rows=128))
     if not arguments.quick:
         trl.append(TrlSetting(threads=2, rows=128, use_vllm=True))
-    if not arguments.quick and lengths == "ragged":
-        trl.insert(1, TrlSetting(threads=1, rows=128))
     staleness = arguments.staleness if lengths == "ragged" else arguments.fixed_staleness
     ours = [
         OurSetting(most, threads=1 if most else 2, student_rollouts=arguments.student_rollouts)

@@ -3,7 +3,8 @@
 One process holds a random Llama-shaped model of float32 and publishes it by the learner's own
 publisher; another holds a real vLLM engine on it. The limit is one gloo broadcast of as many bytes
 (512 MiB at most), in one buffer that both have touched, between the same two processes, measured in
-turn with the publishes. Sizes whose engine does not fit beside the rest are received and verified, not loaded:
+turn with the publishes. Sizes whose engine does not fit beside the rest are received and verified,
+not loaded:
 their column `engine` says none.
 
     python benchmarks/publish.py [--sizes 3M 30M 125M 350M 1B] [--repeats 5]

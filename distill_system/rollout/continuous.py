@@ -64,15 +64,22 @@ class ContinuousRollouts:
         return sum(len(desk.under_way) for desk in self._desks.values())
 
     def find_free(self, suits: Callable[[int], bool]) -> tuple[int, int] | None:
-        """Worker and version of the least loaded worker whose version suits; None if none does."""
+        """Worker and version of the least loaded worker whose version suits.
+
+        None if none does, or if it has more than its share already: a version does not reach all
+        workers at once, and the first that holds it must not get what is meant for all.
+        """
         loads = [
             (len(desk.under_way), worker, desk.version)
             for worker, desk in self._desks.items()
-            if suits(desk.version)
+            if desk.version >= 0  # one that has just joined waits for its first weights
         ]
-        if not loads:
+        suiting = {version for version in {version for *_, version in loads} if suits(version)}
+        load, worker, version = min(
+            (found for found in loads if found[2] in suiting), default=(0, -1, -1)
+        )
+        if worker < 0 or load * len(loads) > sum(load for load, *_ in loads):
             return None
-        _, worker, version = min(loads)
         return worker, version
 
     def give(self, worker: int, name: str, order: Order) -> None:

@@ -27,7 +27,10 @@ Launch = Callable[..., Run]
 
 KILLS = int(os.environ.get("DISTILL_SYSTEM_KILLS", "4"))
 STEPS = 8 * KILLS + 4
-CLOCKS = ("seconds/", "tokens_per_second/", "busy_share/", "learner/peak_memory_bytes")
+CLOCKS = (
+    *("seconds/", "tokens_per_second/", "busy_share/", "starved_share/", "blocked_share/"),
+    *("queued/", "workers/", "learner/peak_memory_bytes"),
+)
 LIFE_SECONDS = 150 + 5 * STEPS
 SAVED_EVERY_SECONDS = 2.0
 STARVED = "ResourceError: Ray could not start a local cluster"

@@ -21,6 +21,11 @@ from distill_system.rollout import engine_environment
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 300
+CLOCKS = (
+    *("seconds/", "tokens_per_second/", "busy_share/", "starved_share/", "blocked_share/"),
+    *("queued/", "workers/", "learner/peak_memory_bytes"),
+)
+"""Metrics that no two runs have alike."""
 
 TINY = {
     "data": {
@@ -84,8 +89,7 @@ def _learned(run):
         row["step"]: {
             name: value
             for name, value in row["metrics"].items()
-            if not name.startswith(("seconds/", "tokens_per_second/", "busy_share/"))
-            and name != "learner/peak_memory_bytes"
+            if not name.startswith(CLOCKS)
         }
         for row in _rows(run)
     }

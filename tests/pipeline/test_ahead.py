@@ -1,0 +1,98 @@
+"""Runs whose pools work ahead of the learner: real Ray, real vLLM, killed, resumed and scaled."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from command_line import Run, wait_until, write_configuration
+
+from distill_system.data import PromptFrontier
+from distill_system.observe import RunDirectory
+from distill_system.observe.metrics import read_metrics
+from distill_system.observe.prompt_log import read_prompts
+
+Launch = Callable[..., Run]
+
+STEPS = 60
+BOUND = 2
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
+    """A run that may run two versions ahead, with a checkpoint every few steps."""
+    path = write_configuration(
+        tmp_path, tiny_model_folder(seed=1), tiny_model_folder(seed=2, num_layers=1)
+    )
+    form = json.loads(path.read_text())
+    form["distill"] |= {
+        "steps": STEPS,
+        "staleness": {"max_staleness": BOUND},
+        "measure_every": 20,
+        "checkpoint_every": 4,
+    }
+    form["pools"]["student_rollout"] |= {"max_count": 2}
+    path.write_text(json.dumps(form))
+    return tmp_path
+
+
+def _last_step(run: RunDirectory) -> int:
+    rows = read_metrics(run) if run.metrics_path.exists() else []
+    return max((row.step for row in rows), default=-1)
+
+
+def _column(run: RunDirectory, name: str) -> list[float]:
+    return [row.metrics[name] for row in read_metrics(run) if name in row.metrics]
+
+
+def test_a_killed_run_feeds_every_step_its_own_prompts_within_the_bound(
+    launch: Launch, folder: Path
+) -> None:
+    run = RunDirectory(folder / "run")
+    first = launch("train", folder / "run.yaml")
+    wait_until(lambda: _last_step(run) > 20, first)
+    for process in first.processes():
+        process.send_signal(signal.SIGKILL)
+    first.finish()
+    second = launch("train", folder / "run.yaml", "--resume").finish()
+    assert second.code == 0, second.stderr
+
+    walks = {
+        "on_policy": PromptFrontier(60, 0, "student_prompts"),
+        "off_policy": PromptFrontier(60, 0, "teacher_prompts"),
+    }
+    rows = read_prompts(run)
+    assert [row.step for row in rows] == list(range(1, STEPS + 1))
+    for row in rows:
+        for stream, walk in walks.items():
+            expected = Counter(f"prompts:{index}" for index in walk.take(4))
+            assert Counter(row.prompt_ids[stream]) == expected, (row.step, stream)
+    oldest = _column(run, "learner/max_staleness")
+    assert len(oldest) == STEPS
+    assert 0 < max(oldest) <= BOUND
+    assert max(_column(run, "held_out/max_logprob_gap")) < 1e-4
+    assert max(_column(run, "in_flight/sequences")) <= 2 * (BOUND + 1) * 4
+
+
+def test_a_worker_that_joins_writes_with_the_newest_weights(launch: Launch, folder: Path) -> None:
+    run = RunDirectory(folder / "run")
+    running = launch("train", folder / "run.yaml", "distill.steps=100000")
+    wait_until(lambda: _last_step(run) > 2, running)
+    asked = launch("scale", run.path, "student_rollout=2").finish()
+    assert asked.code == 0, asked.stderr
+    joined = _last_step(run)
+    wait_until(lambda: _last_step(run) > joined + 30, running)
+    assert _column(run, "workers/student_rollout")[-1] == pytest.approx(2.0)
+    asked = launch("scale", run.path, "student_rollout=1").finish()
+    assert asked.code == 0, asked.stderr
+    left = _last_step(run)
+    wait_until(lambda: _last_step(run) > left + 30, running)
+    running.process.send_signal(signal.SIGTERM)
+    running.finish()
+    assert "Interrupted" in running.stderr, running.stderr
+    assert max(_column(run, "learner/max_staleness")) <= BOUND
+    assert max(_column(run, "held_out/max_logprob_gap")) < 1e-4
