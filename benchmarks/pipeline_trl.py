@@ -40,7 +40,7 @@ class TrlSetting:
     def name(self) -> str:
         """As the table names it."""
         form = "vLLM, old weights" if self.use_vllm else "transformers"
-        return f"TRL, {form}, {self.threads} threads, {self.rows} rows"
+        return f"TRL, {form}, {self.threads} threads"
 
 
 class TrlProcess:

@@ -252,6 +252,7 @@ class Learner:
         """
         if self.publisher is not None:
             self.publisher.close()
+            self.publisher = None  # with the last hold on its connections
         as_they_are = not (isinstance(self.source.update, LoraUpdate) or self.config.offload)
         self.publisher = WeightPublisher(
             self.model if as_they_are else MergedSource(self.model, self.device),

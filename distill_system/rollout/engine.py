@@ -301,6 +301,7 @@ def _sampling_params(sampling: Sampling, seed: int, stop_token_ids: list[int]) -
         stop_token_ids=stop_token_ids,
         seed=seed,
         logprobs=0,  # of the sampled token alone
+        flat_logprobs=True,  # in arrays, instead of a dictionary for each token
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
@@ -308,10 +309,11 @@ def _sampling_params(sampling: Sampling, seed: int, stop_token_ids: list[int]) -
 
 def _completion(output: Any) -> Completion:  # output: vllm's CompletionOutput
     """Copy what vLLM says into plain numpy, so that no reader has to import vLLM."""
-    pairs = zip(output.token_ids, output.logprobs, strict=True)
+    flat = output.logprobs  # the sampled token comes first of each position's
+    logprobs = np.asarray(flat.logprobs, dtype=np.float32)
     return Completion(
         token_ids=np.asarray(output.token_ids, dtype=np.int32),
-        logprobs=np.asarray([at[token].logprob for token, at in pairs], dtype=np.float32),
+        logprobs=logprobs[np.asarray(flat.start_indices, dtype=np.int64)],
         finish_reason=output.finish_reason,
         version_spans=tuple(
             (int(span.version), span.start, span.end) for span in output.weight_versions

@@ -127,6 +127,7 @@ class WeightPublisher:
         """Leave the group; what is being sent has a moment to arrive."""
         if self._sending is not None:
             wait([self._sending], timeout=CLOSE_SECONDS)
+            self._sending = None
         self._engine.shutdown()
 
     def _pack(self) -> None:

@@ -7,6 +7,7 @@ transfer hands out an object with `wait()`; on a GPU the order of the stream doe
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def run_in_background(function: Callable[[], Result]) -> Future[Result]:
         try:
             future.set_result(function())
         except BaseException as error:
+            # What its frames hold would outlive them: a transfer under way keeps connections open.
+            traceback.clear_frames(error.__traceback__)
             future.set_exception(error)
 
     threading.Thread(target=run, name="weight transfer", daemon=True).start()

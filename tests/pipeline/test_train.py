@@ -87,9 +87,7 @@ def _learned(run):
     """What a step computed, without what the clock and the process's memory say."""
     return {
         row["step"]: {
-            name: value
-            for name, value in row["metrics"].items()
-            if not name.startswith(CLOCKS)
+            name: value for name, value in row["metrics"].items() if not name.startswith(CLOCKS)
         }
         for row in _rows(run)
     }

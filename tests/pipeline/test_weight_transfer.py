@@ -76,6 +76,7 @@ class Learner:
     ) -> None:
         if self.publisher is not None:
             self.publisher.close()
+            self.publisher = None
         self.publisher = WeightPublisher(
             self.model,
             backend=backend,
