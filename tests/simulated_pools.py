@@ -89,6 +89,8 @@ class SimulatedWorkers:
         return call
 
     def _run(self, worker):
+        if worker not in self.objects:
+            return  # it was ended, and its calls with it
         if self._busy[worker] or not self._queues[worker]:
             return
         call = self._queues[worker].popleft()

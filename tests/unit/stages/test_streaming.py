@@ -21,6 +21,7 @@ from simulated_pools import (
 )
 
 from distill_system.config import load_config
+from distill_system.data import PromptFrontier
 from distill_system.observe import RunDirectory
 from distill_system.records import Author
 from distill_system.stages.streaming import ContinuousStreams
@@ -259,3 +260,66 @@ def test_running_ahead_hides_the_writing_behind_the_learning(tmp_path):
         seconds[bound] = clock.now
     assert seconds[2] == pytest.approx(20 * 1.0 + 1.0, rel=0.1)
     assert seconds[1] <= 20 * 1.25
+
+
+@anything
+@given(seed=seeds, bound=bounds, leaves=st.integers(0, STEPS - 1), joins=st.integers(0, STEPS - 1))
+def test_workers_come_and_go_and_every_step_keeps_its_prompts(tmp_path, seed, bound, leaves, joins):
+    """One writer of each model and one scorer leave, others join, at any steps."""
+    draw = random.Random(seed)
+    clock = Clock()
+
+    def writers(author):
+        def length():
+            return draw.choice([1, 2, 5, 40])
+
+        made = [SimulatedWriter(author, draw.uniform(5, 200), length) for _ in range(3)]
+        return SimulatedWorkers(clock, made)
+
+    students, teachers = writers(Author.STUDENT), writers(Author.TEACHER)
+    scorers = SimulatedWorkers(clock, [SimulatedScorer(draw.uniform(50, 5000)) for _ in range(3)])
+    learner = SimulatedLearner(
+        clock,
+        students,
+        draw_step_seconds=lambda: draw.uniform(0, 0.5),
+        draw_publish_seconds=lambda: draw.choice([0.0, 0.2]),
+    )
+    overrides = [
+        f"distill.steps={STEPS}",
+        "distill.student_prompts_per_step=4",
+        "distill.teacher_prompts_per_step=4",
+        f"distill.staleness.max_staleness={bound}",
+    ]
+    context, pools, data = simulated_run(
+        load_config([QUICKSTART], overrides),
+        SimpleNamespace(prompts=make_prompts(100), student_sft=[], stored=[]),
+        students=students,
+        teachers=teachers,
+        scorers=scorers,
+        learner=learner,
+        timings_folder=RunDirectory(tmp_path),
+    )
+    groups = {"student_rollout": students, "teacher_rollout": teachers, "teacher_scoring": scorers}
+    absent = {name: group.objects.pop(2) for name, group in groups.items()}
+    streams = ContinuousStreams(context, pools, data, clock=clock)
+    streams.begin(0)
+    for step in range(STEPS):
+        scored = streams.take(step)
+        if step == leaves:
+            for name, group in groups.items():
+                while not streams.release(name, 0):
+                    streams._turn()
+                streams.settle()
+                group.objects.pop(0)
+        streams.settle()
+        if step == joins:
+            for name, group in groups.items():
+                group.objects[2] = absent[name]
+            streams.welcome()
+        streams.learn(step, scored)
+        streams.publish(step + 1)
+    assert all(0 <= age <= bound for age in ages(learner))
+    walk = PromptFrontier(100, 0, "student_prompts")
+    for batch in learner.trained:
+        trained = sorted(t.prompt_id for s, t in batch if s == "on_policy")
+        assert trained == sorted(f"p{index}" for index in walk.take(4))
