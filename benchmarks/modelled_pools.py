@@ -1,8 +1,8 @@
-"""Workers that say how long a call takes instead of computing it: a cost model behind the pools' doors.
+"""Workers that say how long a call takes and compute nothing: a cost model behind the pools' doors.
 
 Each method returns (result, seconds). A simulated clock lets the seconds pass at once
 (modelled_clock.py), a Ray worker sleeps for them (modelled_ray.py). What travels is what the real
-workers send: trajectories with their arrays and version spans. Neither torch nor vLLM is imported.
+workers send: trajectories with their arrays and version spans. Nothing here imports torch or vLLM.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,25 @@ from distill_system.rollout import Order, Sampling, Slice
 # Token counts of the 427 answers and instructions (with their inputs) of Self-Instruct's evaluation
 # set and seed tasks (github.com/yizhongw/self-instruct, Apache-2.0), a token counted as four bytes
 # of UTF-8: the share of texts that is no longer.
-ANSWER_SHARES = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 1)
+ANSWER_SHARES = (
+    0,
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.85,
+    0.9,
+    0.925,
+    0.95,
+    0.97,
+    0.98,
+    0.99,
+    1,
+)
 ANSWER_TOKENS = (1, 2, 8, 16, 26, 36, 51, 75, 104, 126, 175, 196, 223, 322, 387, 472, 838)
 PROMPT_SHARES = tuple(part / 16 for part in range(17))
 PROMPT_TOKENS = (7, 13, 15, 17, 19, 22, 24, 28, 32, 38, 44, 51, 61, 82, 105, 168, 1529)
@@ -60,7 +79,7 @@ class Lengths:
         """Response tokens."""
         if not self.is_ragged:
             shares = (np.arange(4096) + 0.5) / 4096
-            return int(round(float(np.mean([self._at(share) for share in shares]))))
+            return round(float(np.mean([self._at(share) for share in shares])))
         return self._at(zlib.crc32(prompt_id.encode()) / 2**32)
 
     def _at(self, share: float) -> int:
@@ -70,7 +89,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class EngineCost:
-    """An engine's decoding step lasts fixed + per_sequence x sequences; reading, per_token x tokens."""
+    """A decoding step lasts fixed + per_sequence x sequences; reading, per_token x tokens."""
 
     fixed: float
     per_sequence: float
@@ -96,8 +115,8 @@ class Costs:
     rollout worker holds the weights.
     """
 
-    student: EngineCost = EngineCost.of(STUDENT)
-    teacher: EngineCost = EngineCost.of(TEACHER)
+    student: EngineCost = field(default_factory=partial(EngineCost.of, STUDENT))
+    teacher: EngineCost = field(default_factory=partial(EngineCost.of, TEACHER))
     score: tuple[float, float] = (0.01, 2 * TEACHER / OPERATION_RATE)
     learn: tuple[float, float] = (0.05, 6 * STUDENT / OPERATION_RATE)
     pack: float = 0.01
@@ -107,9 +126,7 @@ class Costs:
         """All of it, so many times slower."""
 
         def engine(cost: EngineCost) -> EngineCost:
-            return EngineCost(
-                cost.fixed * times, cost.per_sequence * times, cost.per_token * times
-            )
+            return EngineCost(cost.fixed * times, cost.per_sequence * times, cost.per_token * times)
 
         return replace(
             self,

@@ -1,27 +1,33 @@
 """Modelled pools on real Ray: the real driver, streams, queues and learner's door; workers sleep.
 
-A worker is a process of its own that makes a call last as long as its cost model says. What the
-driver itself costs is measured: CPU time of its thread, and of its whole process, in which Ray's
-own threads work too.
+A call lasts as long as its cost model says, in a process that several workers may share: they only
+sleep. What the driver itself costs is measured: CPU time of its thread, and of its whole process,
+in which Ray's own threads work too.
 """
 
 from __future__ import annotations
 
+import asyncio
 import cProfile
 import pstats
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
-from modelled_pools import ModelledLearner, ModelledRollout, ModelledScorer
+import ray
+from modelled_pools import EngineCost, ModelledLearner, ModelledRollout, ModelledScorer
 from modelled_runs import POOLS, Measured, Setting, mean_ages
 from rich.console import Console
 
-from distill_system.cluster import ClusterSession, RayWorkers, WorkerRequest
+from distill_system.cluster import ClusterSession, RayWorkers
+from distill_system.cluster.roster import Roster
 from distill_system.driver import Driver
 from distill_system.learner import LearnerGroup
 from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
@@ -29,88 +35,86 @@ from distill_system.records import Author
 from distill_system.rollout import RolloutPool
 from distill_system.scoring import ScoringPool
 from distill_system.stages.context import RunContext
-from distill_system.stages.pools import Pools, wait_until_ready
+from distill_system.stages.pools import Pools
+
+ROLLOUT_PROCESSES = 4
+"""The student's rollout workers share them; two more processes have the other pools."""
 
 
-def lasting(call: Callable[..., tuple[Any, float]], *arguments: Any) -> Any:
-    """The call's result once its seconds are over."""
-    started = time.perf_counter()
-    result, seconds = call(*arguments)
-    time.sleep(max(0.0, started + seconds - time.perf_counter()))
-    return result() if callable(result) else result
+class Host:
+    """A process of modelled workers: each answers its calls one by one, in their order."""
+
+    def __init__(self) -> None:
+        self._workers: list[Any] = []
+        self._locks: list[asyncio.Lock] = []
+
+    async def open(self, makers: Sequence[Callable[[], Any]]) -> None:
+        """Take these workers in, instead of those of an earlier run."""
+        self._workers = [make() for make in makers]
+        self._locks = [asyncio.Lock() for _ in makers]
+
+    async def answer(self, at: int, method: str, *arguments: Any) -> Any:
+        """The worker's result once its seconds are over."""
+        async with self._locks[at]:
+            started = time.perf_counter()
+            result, seconds = getattr(self._workers[at], method)(*arguments)
+            await asyncio.sleep(started + seconds - time.perf_counter())
+            return result() if callable(result) else result
 
 
-class SleepingRollout:
-    """A rollout worker; see ModelledRollout."""
+@dataclass(frozen=True)
+class Hosted:
+    """One worker of a host, called as Ray's own handles are."""
 
-    def __init__(self, **how: Any) -> None:
-        self._model = ModelledRollout(**how)
+    host: Any
+    at: int
 
-    def ready(self) -> None:
-        """Its process stands."""
+    def __getattr__(self, method: str) -> Any:
+        if method.startswith("_"):
+            return getattr(self.host, method)
+        return SimpleNamespace(remote=partial(self.host.answer.remote, self.at, method))
 
-    def advance(self, *arguments: Any) -> Any:
-        return lasting(self._model.advance, *arguments)
+    def __getstate__(self) -> tuple[Any, int]:
+        return self.host, self.at
 
-    def generate(self, *arguments: Any) -> Any:
-        return lasting(self._model.generate, *arguments)
-
-    def receive_weights(self, version: int) -> Any:
-        return lasting(self._model.receive_weights, version)
-
-    def work_done(self) -> Any:
-        return lasting(self._model.work_done)
+    def __setstate__(self, state: tuple[Any, int]) -> None:
+        object.__setattr__(self, "host", state[0])
+        object.__setattr__(self, "at", state[1])
 
 
-class SleepingScorer:
-    """A teacher scorer; see ModelledScorer."""
+def publishing_learner(
+    cost: tuple[float, float], pack_seconds: float, receivers: Sequence[Hosted]
+) -> ModelledLearner:
+    """A learner that sends to these."""
 
-    def __init__(self, cost: tuple[float, float]) -> None:
-        self._model = ModelledScorer(cost)
+    def send(version: int) -> list[Any]:
+        return [receiver.receive_weights.remote(version) for receiver in receivers]
 
-    def ready(self) -> None:
-        """Its process stands."""
-
-    def score(self, *arguments: Any) -> Any:
-        return lasting(self._model.score, *arguments)
-
-    def work_done(self) -> Any:
-        return lasting(self._model.work_done)
+    return ModelledLearner(cost, pack_seconds=pack_seconds, send=send)
 
 
-class SleepingLearner:
-    """The learner's rank 0; see ModelledLearner."""
-
-    def __init__(self, cost: tuple[float, float], pack_seconds: float) -> None:
-        self._receivers: list[Any] = []
-        self._model = ModelledLearner(cost, pack_seconds=pack_seconds, send=self._send)
-
-    def ready(self) -> None:
-        """Its process stands."""
-
-    def join(self, receivers: Sequence[Any]) -> None:
-        """Publish to these from now on."""
-        self._receivers = list(receivers)
-
-    def step(self, *arguments: Any) -> Any:
-        return lasting(self._model.step, *arguments)
-
-    def start_publish(self, version: int) -> Any:
-        return lasting(self._model.start_publish, version)
-
-    def _send(self, version: int) -> list[Any]:
-        return [receiver.receive_weights.remote(version) for receiver in self._receivers]
+@contextmanager
+def hosts() -> Iterator[list[Any]]:
+    """A local Ray with the processes that all runs share."""
+    config = Setting(workers=1, max_staleness=0).config()
+    with ClusterSession(config, say=print):
+        made = [
+            ray.remote(num_cpus=0, max_concurrency=1000)(Host).remote()
+            for _ in range(ROLLOUT_PROCESSES + 2)
+        ]
+        ray.get([host.__ray_ready__.remote() for host in made])
+        yield made
 
 
-def run_on_ray(setting: Setting, *, profile: Path | None = None) -> Measured:
-    """One run.  profile: where to write what the driver did, by function."""
+def run_on_ray(setting: Setting, hosts: Sequence[Any], *, profile: Path | None = None) -> Measured:
+    """One run.  profile: where to write what the driver did, by function, in CPU seconds."""
     config, data = setting.config(), setting.data()
     with ExitStack() as stack:
         run = RunDirectory(Path(stack.enter_context(TemporaryDirectory())) / "run")
         context = RunContext(
             config=config,
             run=run,
-            cluster=stack.enter_context(ClusterSession(config, say=print)),
+            cluster=ClusterSession(config, say=print),
             tokenizer=None,
             data=data,
             log=stack.enter_context(MetricLog(run, run_name="modelled")),
@@ -119,55 +123,55 @@ def run_on_ray(setting: Setting, *, profile: Path | None = None) -> Measured:
             view=stack.enter_context(LiveView("modelled", console=Console(file=StringIO()))),
             resume=False,
         )
-        driver = Driver(context, _open_pools(setting, context), data)
+        driver = Driver(context, _open_pools(setting, context, hosts), data)
         return _Watched(setting, driver, profile).play()
 
 
-def _open_pools(setting: Setting, context: RunContext) -> Pools:
-    placed = context.cluster.start_pools(_requests(setting))
-    for workers in placed:
-        wait_until_ready(context, workers)
-    groups = dict(zip(POOLS, placed, strict=True))
-    students = groups["student_rollout"]
-    receivers = list(students.named_handles().values())
-    learner = groups["learner"]
-    learner.finish([learner.start(0, "join", receivers)], what="the learner to meet its receivers")
+def _open_pools(setting: Setting, context: RunContext, hosts: Sequence[Any]) -> Pools:
+    """Student rollouts dealt over the first processes, scorers and teacher's rollouts, learner."""
+    costs = setting.costs
+    how = {"max_num_sequences": setting.num_sequences, "send_seconds": costs.send}
+
+    def rollouts(author: Author, cost: EngineCost, count: int) -> list[Callable[[], Any]]:
+        return [partial(ModelledRollout, author, cost, setting.lengths, **how)] * count
+
+    *rollout_hosts, scoring_host, learner_host = hosts
+    makers = rollouts(Author.STUDENT, costs.student, setting.workers)
+    students = [
+        Hosted(rollout_hosts[at % len(rollout_hosts)], at // len(rollout_hosts))
+        for at in range(setting.workers)
+    ]
+    teachers = rollouts(Author.TEACHER, costs.teacher, setting.teachers)
+    scorers = [partial(ModelledScorer, costs.score)] * setting.scorers
+    learner = partial(publishing_learner, costs.learn, costs.pack, students)
+    ray.get(
+        [
+            host.open.remote(makers[at :: len(rollout_hosts)])
+            for at, host in enumerate(rollout_hosts)
+        ]
+        + [scoring_host.open.remote([*teachers, *scorers]), learner_host.open.remote([learner])]
+    )
+    reading = [Hosted(scoring_host, at) for at in range(setting.teachers + setting.scorers)]
+    handles = {
+        "student_rollout": students,
+        "teacher_rollout": reading[: setting.teachers],
+        "teacher_scoring": reading[setting.teachers :],
+        "learner": [Hosted(learner_host, 0)],
+    }
+    seconds, roster = context.config.deadlines.call_seconds, Roster()
+    groups = {
+        name: RayWorkers(name, handles[name], [], call_seconds=seconds, roster=roster)
+        for name in POOLS
+    }
     return Pools(
-        students=RolloutPool(students),
+        students=RolloutPool(groups["student_rollout"]),
         teachers=RolloutPool(groups["teacher_rollout"]),
         scorers=ScoringPool(groups["teacher_scoring"]),
-        learner=LearnerGroup(learner),
-        evaluation=RolloutPool(students),
+        learner=LearnerGroup(groups["learner"]),
+        evaluation=RolloutPool(groups["student_rollout"]),
         elastic={},
         connect_rollouts=lambda: None,
     )
-
-
-def _requests(setting: Setting) -> list[WorkerRequest]:
-    costs, pools = setting.costs, setting.config().pools.by_name
-    how = {
-        "lengths": setting.lengths,
-        "max_num_sequences": setting.num_sequences,
-        "send_seconds": costs.send,
-    }
-    student = {"author": Author.STUDENT, "cost": costs.student, **how}
-    teacher = {"author": Author.TEACHER, "cost": costs.teacher, **how}
-    kinds: dict[str, tuple[type, dict[str, Any]]] = {
-        "student_rollout": (SleepingRollout, student),
-        "teacher_rollout": (SleepingRollout, teacher),
-        "teacher_scoring": (SleepingScorer, {"cost": costs.score}),
-        "learner": (SleepingLearner, {"cost": costs.learn, "pack_seconds": costs.pack}),
-    }
-    return [
-        WorkerRequest(
-            name=name,
-            worker_class=kinds[name][0],
-            arguments=[kinds[name][1]] * pools[name].count,
-            pool=pools[name],
-            environment={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
-        for name in POOLS
-    ]
 
 
 class _Watched:
@@ -179,7 +183,7 @@ class _Watched:
 
     def play(self) -> Measured:
         setting, driver = self._setting, self._driver
-        profiler = cProfile.Profile() if self._profile is not None else None
+        profiler = cProfile.Profile(time.thread_time) if self._profile is not None else None
         driver.ledger.open()
         driver.streams.begin(0)
         begin, activity = self._mark(), {}
@@ -193,7 +197,8 @@ class _Watched:
         if profiler is not None:
             profiler.disable()
             self._write(profiler)
-        return self._measured([late - early for early, late in zip(begin, end, strict=True)], activity)
+        spent = [late - early for early, late in zip(begin, end, strict=True)]
+        return self._measured(spent, activity)
 
     def _step(self, step: int) -> None:
         started = time.perf_counter()
@@ -222,19 +227,14 @@ class _Watched:
         )
 
     def _busy(self, pool: str, activity: dict[str, Any]) -> float:
-        """Of the ledger's rows, which take the streams' activity step by step; else of the whole."""
+        """By the ledger's rows, which take the activity step by step, where they tell of it."""
         name = f"busy_share/{pool}"
         if not all(name in row for row in self._rows):
             return float(activity[pool].busy_share)
         seconds = [row["seconds/step"] for row in self._rows]
-        return sum(
-            row[name] * s for row, s in zip(self._rows, seconds, strict=True)
-        ) / sum(seconds)
+        return sum(row[name] * s for row, s in zip(self._rows, seconds, strict=True)) / sum(seconds)
 
     def _write(self, profiler: cProfile.Profile) -> None:
         assert self._profile is not None
         with self._profile.open("w") as file:
             pstats.Stats(profiler, stream=file).sort_stats("tottime").print_stats(45)
-
-
-__all__ = ["RayWorkers", "run_on_ray"]

@@ -1,8 +1,8 @@
-"""A run of the streams over modelled pools: its setting, its configuration, and what is kept of it."""
+"""A run of the streams over modelled pools: its setting, its configuration, what is measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ class Setting:
     teachers: int = 1
     learner_gpus: float = 1.0
     num_sequences: int = 16
-    lengths: Lengths = Lengths()
+    lengths: Lengths = field(default_factory=Lengths)
     too_old: str = "wait"
     both_streams: bool = False
     stretch: float = 1.0
@@ -130,6 +130,3 @@ def mean_ages(rows: Sequence[dict[str, float]]) -> dict[str, float]:
         for name in names
     }
     return dict(sorted(shares.items(), key=lambda item: (len(item[0]), item[0])))
-
-
-Step = Callable[[int], dict[str, float]]

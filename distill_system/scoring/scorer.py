@@ -6,8 +6,10 @@ Axes: N response tokens, H teacher hidden size, E action-embedding size, V vocab
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from distill_system.records import (
     WorkDone,
 )
 
+TARGET_FIELDS = ("features", "expected_embedding", "logprobs", "top_k_ids", "top_k_logprobs")
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -41,6 +44,17 @@ class Shipped:
 
     num_bytes: Mapping[str, int] = field(default_factory=dict)
     num_response_tokens: int = 0
+
+    @classmethod
+    def of(cls, targets: Sequence[TeacherTargets]) -> Shipped:
+        """Count these."""
+        num_bytes = Counter[str]()
+        for target in targets:
+            for name in TARGET_FIELDS:
+                array = getattr(target, name)
+                if array is not None:
+                    num_bytes[name] += array.nbytes
+        return cls(dict(num_bytes), sum(target.num_tokens for target in targets))
 
     def __add__(self, other: Shipped) -> Shipped:
         return self._joined(other, 1)
@@ -56,11 +70,19 @@ class Shipped:
         )
 
 
+class KnownTargets(Protocol):
+    """What the teacher has said before, of trajectories that stand somewhere."""
+
+    def read(self, trajectory_ids: Sequence[str]) -> dict[str, TeacherTargets]:
+        """Those of them that are known, by id."""
+
+
 class TeacherScorer:
     """Reads trajectories with the frozen teacher, packed under a token budget.
 
     vocabulary_size: V, the tokens that its policy is a distribution over; None: every row.
     shares_gpu: with a process that needs the memory between two calls.
+    known_targets: what need not be read again; None if nothing is known.
     """
 
     def __init__(
@@ -74,10 +96,12 @@ class TeacherScorer:
         action_dimension: int | None = None,
         trust_remote_code: bool = False,
         shares_gpu: bool = False,
+        known_targets: KnownTargets | None = None,
     ) -> None:
         torch.set_num_threads(config.threads)
         self.config = config
         self.shares_gpu = shares_gpu
+        self.known_targets = known_targets
         self.chunk_tokens = vocabulary_chunk_tokens
         self.device = torch.device("cuda" if uses_gpu else "cpu")
         self.model = load_language_model(
@@ -112,7 +136,22 @@ class TeacherScorer:
         Raises: NonFiniteError if the teacher's output is not finite.
         """
         started = time.perf_counter()
-        trajectories = chunk.trajectories
+        ids = [trajectory.trajectory_id for trajectory in chunk.trajectories]
+        said = {} if self.known_targets is None else self.known_targets.read(ids)
+        unread = [each for each in chunk.trajectories if each.trajectory_id not in said]
+        if unread:
+            said |= {target.trajectory_id: target for target in self._score(unread, needs)}
+        targets = [said[trajectory_id] for trajectory_id in ids]
+        self._work += WorkDone(
+            num_tokens=chunk.num_tokens, busy_seconds=time.perf_counter() - started
+        )
+        self._shipped += Shipped.of(targets)
+        return targets
+
+    def _score(
+        self, trajectories: Sequence[Trajectory], needs: TeacherNeeds
+    ) -> list[TeacherTargets]:
+        """What the teacher says now."""
         batch = SequenceBatch.collate(
             trajectories, self.device, max_tokens=self.config.max_tokens_per_batch
         )
@@ -124,12 +163,6 @@ class TeacherScorer:
             torch.cuda.empty_cache()  # torch would keep what is free for its next call
         ends = np.cumsum([trajectory.num_response_tokens for trajectory in trajectories])
         starts = [0, *ends[:-1]]
-        self._work += WorkDone(
-            num_tokens=chunk.num_tokens, busy_seconds=time.perf_counter() - started
-        )
-        self._shipped += Shipped(
-            {name: array.nbytes for name, array in rows.items()}, chunk.num_response_tokens
-        )
         return [
             TeacherTargets(
                 trajectory_id=trajectory.trajectory_id,

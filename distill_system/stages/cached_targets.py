@@ -5,7 +5,6 @@ Its cost is told first: a row of numbers for each token, often a thousand times 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,6 @@ import pyarrow
 
 from distill_system.cluster.batch_inference import infer_batches
 from distill_system.config import RunConfig
-from distill_system.config.objective import TeacherNeeds
 from distill_system.data import (
     Selection,
     StoredTrajectories,
@@ -29,7 +27,7 @@ from distill_system.planning import ModelShape, read_shape
 from distill_system.records import Author
 from distill_system.stages.offline_samples import cut_batches
 from distill_system.stages.offline_workers import TargetWriter
-from distill_system.stages.sample_origin import sample_origin
+from distill_system.stages.sample_origin import describe_reading, sample_origin
 from distill_system.stages.worker_arguments import scorer_arguments, torch_environment
 
 BATCH_BYTES = 64 * 2**20
@@ -125,15 +123,3 @@ class CachedTargets:
             actions=shape.embedding_size if most is None else min(most, shape.embedding_size),
             half=config.scoring.dtype == "bfloat16",
         )
-
-
-def describe_reading(config: RunConfig, teacher_fingerprint: str) -> str:
-    """Which teacher reads, how precisely, and what it is asked for off-policy."""
-    needs: TeacherNeeds = config.distill.objective.teacher_needs("off_policy")
-    reading = {
-        "teacher": teacher_fingerprint,
-        "dtype": config.scoring.dtype,
-        "action_dimension": config.distill.action_dimension,
-        **needs.model_dump(),
-    }
-    return json.dumps(reading)

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from distill_system.config.run import RunConfig
-from distill_system.data import PromptFrontier, RunData, SourceShare, source_shares
+from distill_system.data import (
+    PromptFrontier,
+    RunData,
+    SourceShare,
+    StoredTrajectories,
+    source_shares,
+)
 from distill_system.records import Prompt, Trajectory
+from distill_system.stages.stored_targets import PREFIX
 
 
 class OffPolicyMixture:
@@ -44,7 +52,10 @@ class OffPolicyMixture:
     def look_up(self, index: int) -> Prompt | Trajectory:
         """What stands at an index of the frontier: a prompt to answer, or what is there already."""
         for rows in self._sets:
-            if index < len(rows):
+            if index >= len(rows):
+                index -= len(rows)
+            elif isinstance(rows, StoredTrajectories):
+                return replace(rows[index], trajectory_id=PREFIX + rows.key(index))
+            else:
                 return rows[index]
-            index -= len(rows)
         raise AssertionError("the frontier walks over these sets")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from distill_system.config import RunConfig
+from distill_system.config.objective import TeacherNeeds
 from distill_system.data import SampleOrigin, fingerprint_model, fingerprint_tokenizer
 from distill_system.errors import RunStateError
 from distill_system.observe import RunDirectory
@@ -39,3 +41,15 @@ def sample_origin(
         stop_token_ids=stop_token_ids(config, tokenizer),
         seed=config.seed,
     )
+
+
+def describe_reading(config: RunConfig, teacher_fingerprint: str) -> str:
+    """Which teacher reads, how precisely, and what it is asked for off-policy."""
+    needs: TeacherNeeds = config.distill.objective.teacher_needs("off_policy")
+    reading = {
+        "teacher": teacher_fingerprint,
+        "dtype": config.scoring.dtype,
+        "action_dimension": config.distill.action_dimension,
+        **needs.model_dump(),
+    }
+    return json.dumps(reading)

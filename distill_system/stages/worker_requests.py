@@ -12,6 +12,7 @@ from distill_system.rollout import RolloutWorker, engine_environment
 from distill_system.scoring import TeacherScorer
 from distill_system.seeds import derive_seed
 from distill_system.stages.context import RunContext
+from distill_system.stages.stored_targets import find_stored_targets
 from distill_system.stages.worker_arguments import (
     rollout_arguments,
     scorer_arguments,
@@ -46,7 +47,10 @@ def rollout_request(context: RunContext, name: str, author: Author, path: str) -
 def scoring_request(context: RunContext) -> WorkerRequest:
     """The pool of teacher scorers."""
     config, pool = context.config, context.config.pools.teacher_scoring
-    arguments = scorer_arguments(config, context.tokenizer, context.teacher_path)
+    arguments = {
+        **scorer_arguments(config, context.tokenizer, context.teacher_path),
+        "known_targets": find_stored_targets(context),
+    }
     return WorkerRequest(
         name="teacher_scoring",
         worker_class=TeacherScorer,

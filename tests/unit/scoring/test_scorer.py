@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from distill_system.config.objective import MOMENTS, NOTHING, TeacherNeeds
 from distill_system.config.rollout import ScoringConfig
-from distill_system.records import Stream, TrajectoryChunk
+from distill_system.records import Stream, TeacherTargets, TrajectoryChunk
 from distill_system.scoring import ScoringPool, TeacherScorer
 
 EVERYTHING = TeacherNeeds(features=True, expected_embedding=True, logprobs=True, top_k=3)
@@ -111,3 +111,50 @@ def test_a_stream_that_needs_no_teacher_is_dealt_and_not_read(tiny_model_folder)
     pool.wait(scored)
     assert [chunk.targets for chunk in scored] == [None, None]
     assert workers.calls == []
+
+
+class _Known:
+    """Targets that no teacher would give, so that they can be told from its own."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def read(self, trajectory_ids):
+        return {
+            each: TeacherTargets(
+                trajectory_id=each, num_tokens=1, logprobs=np.full(1, 7.0, np.float32)
+            )
+            for each in trajectory_ids
+            if each in self.ids
+        }
+
+
+def test_what_is_known_is_not_read_again_and_keeps_its_place(tiny_model_folder):
+    trajectories = tuple(make_trajectories(6))
+    known = {trajectories[1].trajectory_id, trajectories[4].trajectory_id}
+    scorer = _scorer(tiny_model_folder())
+    chunk = TrajectoryChunk(stream=Stream.OFF_POLICY, trajectories=trajectories)
+    plain = scorer.score(chunk, TeacherNeeds(logprobs=True))
+    scorer.known_targets = _Known(known)
+    said = scorer.score(chunk, TeacherNeeds(logprobs=True))
+    assert [target.trajectory_id for target in said] == [t.trajectory_id for t in trajectories]
+    for before, after in zip(plain, said, strict=True):
+        if after.trajectory_id in known:
+            assert after.logprobs.tolist() == [7.0]
+        else:
+            np.testing.assert_allclose(after.logprobs, before.logprobs, atol=1e-5)
+
+
+def test_bytes_on_the_wire_are_counted_by_field(tiny_model_folder):
+    scorer = _scorer(tiny_model_folder())
+    trajectories = tuple(make_trajectories(6))
+    chunk = TrajectoryChunk(stream=Stream.OFF_POLICY, trajectories=trajectories)
+    scorer.score(chunk, TeacherNeeds(features=True, logprobs=True))
+    first = scorer.shipped()
+    tokens = sum(t.num_response_tokens for t in trajectories)
+    hidden = scorer.model.config.hidden_size
+    assert first.num_bytes == {"features": tokens * hidden * 4, "logprobs": tokens * 4}
+    assert first.num_response_tokens == tokens
+    scorer.score(chunk, TeacherNeeds(logprobs=True))
+    since = scorer.shipped() - first
+    assert since.num_bytes == {"features": 0, "logprobs": tokens * 4}
