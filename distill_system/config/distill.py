@@ -68,6 +68,9 @@ class StalenessConfig(ConfigModel):
     product of the ratios of the tokens before it."""
     importance_cap: Annotated[float, Field(ge=1.0)] = 2.0
     """No weight is larger."""
+    tokens_per_step: PositiveInt | None = None
+    """Response tokens that a step is to learn from: where its own sequences are shorter it takes
+    in what of the student's text is finished for the next step. null: its own alone."""
     min_on_policy_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """A step goes on with this share of its on-policy sequences when the others are late, and takes
     off-policy sequences in their place. Both losses are means over their own tokens, so their
@@ -80,12 +83,17 @@ class StalenessConfig(ConfigModel):
                 "too_old=weigh learns from what is too old by importance weights: expected "
                 "importance=token or importance=state, got none"
             )
-        others = (self.too_old, self.importance, self.min_on_policy_share)
-        if self.max_staleness == 0 and others != ("wait", "none", 1.0):
+        others = (self.too_old, self.importance, self.min_on_policy_share, self.tokens_per_step)
+        if self.max_staleness == 0 and others != ("wait", "none", 1.0, None):
             raise ValueError(
                 "max_staleness=0 waits for everything, so that nothing is too old, weighted or "
-                "left for later: expected too_old=wait, importance=none and min_on_policy_share=1, "
-                f"got {others}"
+                "left for later: expected too_old=wait, importance=none, min_on_policy_share=1 "
+                f"and tokens_per_step=null, got {others}"
+            )
+        if self.tokens_per_step is not None and self.too_old == "wait":
+            raise ValueError(
+                "tokens_per_step takes in the next step's sequences, which too_old=wait ties to "
+                "their step: expected too_old=reissue or too_old=weigh"
             )
         if self.min_on_policy_share < 1.0 and self.too_old == "wait":
             raise ValueError(

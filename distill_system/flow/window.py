@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -147,6 +148,12 @@ class StalenessWindow:
         batch = self._batches.pop(self.next_step)
         self.next_step += 1
         return [batch.written[number] for number in sorted(batch.written)]
+
+    def take_more(self, tickets: Iterable[Ticket]) -> None:
+        """Written tickets of a later step that are learned from now; others take their places."""
+        for ticket in tickets:
+            [holder] = [b for b in self._batches.values() if ticket.number in b.written]
+            del holder.written[ticket.number]
 
     def prompts_under_way(self) -> list[int]:
         """Prompts given out and not learned from, which a resumed run gives out before new ones."""

@@ -125,6 +125,17 @@ class ContinuousScoring:
         group = self._groups.pop((step, stream))
         return sorted(group.chunks, key=lambda scored: -scored.chunk.num_tokens)
 
+    def take_some(self, step: int, stream: Stream, max_tokens: int) -> list[ScoredChunk]:
+        """Scored chunks of a step that is not due yet, of so many response tokens at most."""
+        group, asked, taken = self._find(step, stream), set(self._asked), list[ScoredChunk]()
+        for part in list(group.chunks):
+            tokens = part.chunk.num_response_tokens
+            if tokens <= max_tokens and part.targets not in asked:
+                group.chunks.remove(part)
+                taken.append(part)
+                max_tokens -= tokens
+        return taken
+
     def take_in(self, worker: int, now: float) -> None:
         """A scorer has joined the group."""
         self._calls[worker] = 0

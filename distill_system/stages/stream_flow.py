@@ -10,7 +10,7 @@ from distill_system.data import PromptFrontier
 from distill_system.flow import StalenessWindow, Ticket
 from distill_system.records import Author, Prompt, Stream, Trajectory
 from distill_system.rollout import ContinuousRollouts, Order
-from distill_system.scoring import ContinuousScoring
+from distill_system.scoring import ContinuousScoring, ScoredChunk
 from distill_system.workers import Reference
 
 LookUp = Callable[[int], Prompt | Trajectory]
@@ -44,6 +44,7 @@ class StreamFlow:
         self._first_number = window.next_step * window.batch_size
         self._tickets: dict[str, Ticket] = {}
         self._handed_back: dict[str, Order] = {}
+        self._written: dict[str, Ticket] = {}
 
     def give_out(self, now: float) -> None:
         """Every prompt that the window has room for, to the least loaded worker, one by one."""
@@ -69,6 +70,19 @@ class StreamFlow:
             self._arrive(self._tickets.pop(trajectory.trajectory_id), trajectory, now)
         return written
 
+    def take(self, step: int) -> list[ScoredChunk]:
+        """What a step learns from, scored."""
+        self.window.take()
+        return self._consume(self._scoring.take(step, self.stream))
+
+    def take_more(self, step: int, max_tokens: int) -> list[ScoredChunk]:
+        """What is scored for a later step, of so many response tokens at most."""
+        more = self._scoring.take_some(step, self.stream, max_tokens)
+        self.window.take_more(
+            self._written[each.trajectory_id] for part in more for each in part.chunk.trajectories
+        )
+        return self._consume(more)
+
     def take_back(self, worker: int, now: float) -> None:
         """Let a worker go; its prompts are given to others."""
         self._handed_back |= self.writer.release(worker, now)
@@ -91,6 +105,13 @@ class StreamFlow:
     def _arrive(self, ticket: Ticket, trajectory: Trajectory, now: float) -> None:
         step = self.window.sort(ticket, trajectory.oldest_version if self.ages else None)
         if step is not None:
+            self._written[trajectory.trajectory_id] = ticket
             self._scoring.add(step, self.stream, trajectory, now=now)
             if self.window.is_full(step):
                 self._scoring.close(step, self.stream)
+
+    def _consume(self, scored: list[ScoredChunk]) -> list[ScoredChunk]:
+        for part in scored:
+            for trajectory in part.chunk.trajectories:
+                del self._written[trajectory.trajectory_id]
+        return scored

@@ -88,6 +88,7 @@ class ContinuousStreams(Streams):
                 self._turn()
         off_policy = self._take_stream(step, Stream.OFF_POLICY)
         on_policy = self._take_stream(step, Stream.ON_POLICY)
+        on_policy += self._take_more(step, [*off_policy, *on_policy])
         self._describe_staleness(step, on_policy)
         again = self._fill(on_policy)
         self._recent_off_policy.extend(off_policy)
@@ -263,10 +264,20 @@ class ContinuousStreams(Streams):
     def _take_stream(self, step: int, stream: Stream) -> list[ScoredChunk]:
         if stream not in self._flows:
             return []
-        self._flows[stream].window.take()
-        scored = self._scoring.take(step, stream)
+        return self._fed_on(stream.value, self._flows[stream].take(step))
+
+    def _take_more(self, step: int, scored: Sequence[ScoredChunk]) -> list[ScoredChunk]:
+        """The student's text that is ready for the next step, up to the step's budget of tokens."""
+        budget = self.config.distill.staleness.tokens_per_step
+        if budget is None or Stream.ON_POLICY not in self._flows:
+            return []
+        left = budget - sum(part.chunk.num_response_tokens for part in scored)
+        more = self._flows[Stream.ON_POLICY].take_more(step + 1, left)
+        return self._fed_on(Stream.ON_POLICY.value, more)
+
+    def _fed_on(self, stream: str, scored: list[ScoredChunk]) -> list[ScoredChunk]:
         for part in scored:
-            self._feed(stream.value, part.chunk.trajectories)
+            self._feed(stream, part.chunk.trajectories)
         return scored
 
     def _fill(self, on_policy: Sequence[ScoredChunk]) -> list[ScoredChunk]:
@@ -283,8 +294,7 @@ class ContinuousStreams(Streams):
         for part in self._recent_off_policy:
             if len(part.chunk.trajectories) <= lacks - _num_sequences(again):
                 again.append(part)
-                self._feed("off_policy_again", part.chunk.trajectories)
-        return again
+        return self._fed_on("off_policy_again", again)
 
     def _describe_staleness(self, step: int, on_policy: Sequence[ScoredChunk]) -> None:
         if Stream.ON_POLICY in self._flows:

@@ -193,6 +193,31 @@ def test_a_step_may_go_on_without_the_late_ones(tmp_path, seed, share):
         assert 4 <= sum(s == "off_policy" for s, _ in batch) <= 8 - share * 4
 
 
+@anything
+@given(seed=seeds, budget=st.sampled_from([40, 200, 1000]))
+def test_a_budget_of_tokens_is_filled_with_what_is_ready(tmp_path, seed, budget):
+    played = play(
+        tmp_path,
+        seed=seed,
+        overrides=[
+            "distill.staleness.max_staleness=2",
+            "distill.staleness.too_old=reissue",
+            f"distill.staleness.tokens_per_step={budget}",
+        ],
+        workers=(4, 1, 2),
+        num_prompts=300,
+    )
+    assert all(0 <= age <= 2 for age in ages(played.learner))
+    assert played.most_under_way <= 3 * 4
+    for batch in played.learner.trained:
+        students = [t for s, t in batch if s == "on_policy"]
+        tokens = sum(t.num_response_tokens for _, t in batch)
+        assert len(students) >= 4
+        assert tokens <= budget or len(students) == 4
+    trained = [t.prompt_id for b in played.learner.trained for s, t in b if s == "on_policy"]
+    assert len(trained) == len(set(trained))
+
+
 def test_long_sequences_are_learned_from_in_their_turn(tmp_path):
     """In order no length is preferred: what a step learns from has the lengths that were drawn."""
     played = play(
