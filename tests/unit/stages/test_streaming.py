@@ -348,3 +348,21 @@ def test_workers_come_and_go_and_every_step_keeps_its_prompts(tmp_path, seed, bo
     for batch in learner.trained:
         trained = sorted(t.prompt_id for s, t in batch if s == "on_policy")
         assert trained == sorted(f"p{index}" for index in walk.take(4))
+
+
+def test_a_budget_of_tokens_lets_steps_take_more_than_their_own(tmp_path):
+    played = play(
+        tmp_path,
+        seed=1,
+        overrides=[
+            "distill.staleness.max_staleness=2",
+            "distill.staleness.too_old=reissue",
+            "distill.staleness.tokens_per_step=400",
+        ],
+        steps=30,
+        workers=(4, 1, 2),
+        num_prompts=300,
+    )
+    counts = [sum(s == "on_policy" for s, _ in batch) for batch in played.learner.trained]
+    assert min(counts) == 4
+    assert max(counts) > 4
