@@ -8,11 +8,12 @@ workers send: trajectories with their arrays and version spans. Nothing here imp
 from __future__ import annotations
 
 import math
+import statistics
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -78,9 +79,12 @@ class Lengths:
     def of(self, prompt_id: str) -> int:
         """Response tokens."""
         if not self.is_ragged:
-            shares = (np.arange(4096) + 0.5) / 4096
-            return round(float(np.mean([self._at(share) for share in shares])))
+            return self._mean
         return self._at(zlib.crc32(prompt_id.encode()) / 2**32)
+
+    @cached_property
+    def _mean(self) -> int:
+        return round(statistics.mean(self._at((part + 0.5) / 4096) for part in range(4096)))
 
     def _at(self, share: float) -> int:
         tokens = self.times * float(np.interp(share, ANSWER_SHARES, ANSWER_TOKENS))

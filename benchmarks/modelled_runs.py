@@ -26,7 +26,7 @@ class Setting:
 
     max_staleness: S; 0 is the barrier loop, LockstepStreams.  workers: of the student's rollouts.
     num_sequences: that an engine writes at once.  learner_gpus: how many times faster it learns.
-    stretch: real seconds for a modelled one.  both_streams: AMMD, with as much text of the teacher.
+    slice_seconds: rollout.slice_seconds.  stretch: real seconds for a modelled one.  both_streams: AMMD, with as much text of the teacher.
     """
 
     workers: int
@@ -42,6 +42,7 @@ class Setting:
     lengths: Lengths = field(default_factory=Lengths)
     too_old: str = "wait"
     both_streams: bool = False
+    slice_seconds: float = 0.05
     stretch: float = 1.0
 
     @property
@@ -67,7 +68,7 @@ class Setting:
                 f"distill.steps={self.steps}",
                 f"distill.student_prompts_per_step={self.batch}",
                 f"distill.teacher_prompts_per_step={self.batch if self.both_streams else 0}",
-                f"rollout.slice_seconds={0.05 * self.stretch}",
+                f"rollout.slice_seconds={self.slice_seconds * self.stretch}",
                 f"scoring.max_wait_seconds={0.1 * self.stretch}",
                 "scoring.max_tokens_per_batch=8192",
                 f"pools.student_rollout.count={self.workers}",

@@ -29,8 +29,14 @@ from record import RESULTS, write_result
 
 STALENESS = (1, 2, 4, 8)
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
-ON_RAY = ((4, 0, 3.0), (4, 4, 3.0), (16, 0, 3.0), (16, 4, 3.0), (64, 4, 6.0))
-"""Workers, S, and real seconds for a modelled one, so that two cores can follow."""
+ON_RAY = (
+    (4, 4, 0.05, 3.0),
+    (16, 0, 0.05, 3.0),
+    (16, 4, 0.05, 3.0),
+    (64, 4, 0.05, 6.0),
+    (64, 4, 0.2, 3.0),
+)
+"""Workers, S, slice_seconds, and real seconds for a modelled one, so that two cores can follow."""
 
 
 def measure(*, quick: bool) -> None:
@@ -44,7 +50,7 @@ def measure(*, quick: bool) -> None:
         for one in found
         if one.setting.max_staleness == 0 and one.setting.workers == best.setting.workers
     )
-    driver = {row["workers"]: row["driver_ms"] for row in on_ray if row["S"] > 0}
+    driver = {row["workers"]: row["driver_ms"] for row in on_ray if row["slice_s"] == 0.05}
     headline = {
         "modelled_speedup_vs_barrier": barrier.step_seconds / best.step_seconds,
         "learner_idle_share": best.learner_idle,
@@ -85,6 +91,9 @@ def _regimes(quick: bool) -> list[dict[str, Any]]:
         "both streams (AMMD)": replace(base, both_streams=True, teachers=2, scorers=3),
     }
     rows = [row for name, case in cases.items() for row in _against_barrier(name, case, (4, 8))[0]]
+    for slices in (0.1, 0.2):
+        longer = replace(base, workers=64, slice_seconds=slices)
+        rows += _against_barrier(f"slices of {slices} s", longer, (4, 8))[0]
     for policy in ("reissue", "weigh"):
         rows += _against_barrier(f"too_old={policy}", replace(base, too_old=policy), (1, 4))[0]
     return rows
@@ -126,12 +135,13 @@ def _mean_age(one: Measured) -> float:
 
 
 def _compare_on_ray(quick: bool) -> list[dict[str, Any]]:
-    cases = ((4, 4, 2.0),) if quick else ON_RAY
-    steps = {"first": 4, "last": 9, "steps": 18} if quick else {"first": 8, "last": 20, "steps": 30}
+    cases = ((4, 4, 0.05, 2.0),) if quick else ON_RAY
+    steps = {"first": 4, "last": 9, "steps": 18} if quick else {"first": 6, "last": 15, "steps": 25}
     rows = []
     with hosts() as processes:
-        for workers, most, stretch in cases:
-            setting = Setting(workers=workers, max_staleness=most, stretch=stretch, **steps)
+        for workers, most, slice_seconds, stretch in cases:
+            how = {"slice_seconds": slice_seconds, "stretch": stretch}
+            setting = Setting(workers=workers, max_staleness=most, **how, **steps)
             real = run_on_ray(setting, processes)
             modelled = simulate(replace(setting, stretch=1.0))
             rows.append(_ray_row(real, modelled))
@@ -143,6 +153,7 @@ def _ray_row(real: Measured, modelled: Measured) -> dict[str, Any]:
     return {
         "workers": real.setting.workers,
         "S": real.setting.max_staleness,
+        "slice_s": real.setting.slice_seconds,
         "step_s": real.step_seconds,
         "simulated_step_s": modelled.step_seconds,
         "gap": real.step_seconds / modelled.step_seconds - 1.0,

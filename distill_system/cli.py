@@ -101,9 +101,9 @@ def generate(
     again = "the same command goes on, what was finished is kept"
     with _telling_errors(), _ending_on_signals(again):
         from distill_system.config import load_config
+        from distill_system.offline.generate import GenerateRequest
+        from distill_system.offline.generate import generate as fill_store
         from distill_system.records import Author
-        from distill_system.stages.generate import GenerateRequest
-        from distill_system.stages.generate import generate as fill_store
 
         request = GenerateRequest(
             config=load_config(files, overrides),
@@ -180,8 +180,8 @@ def scale(
 ) -> None:
     """Change the number of a run's workers while it distils; waits until they are there."""
     with _telling_errors():
-        from distill_system.stages.scale_command import describe
-        from distill_system.stages.scale_command import scale as ask
+        from distill_system.elastic.scale_command import describe
+        from distill_system.elastic.scale_command import scale as ask
 
         pools = ask(run, sizes, runs_directory=runs_directory, wait_seconds=wait, say=print)
         print("\n".join(describe(pools)))

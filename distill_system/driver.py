@@ -15,16 +15,13 @@ from __future__ import annotations
 import time
 
 from distill_system.data import RunData
+from distill_system.elastic import ElasticPools, ScaleRequests
 from distill_system.records import StepResult
 from distill_system.stages.context import RunContext
 from distill_system.stages.ledger import Ledger
-from distill_system.stages.lockstep import LockstepStreams
 from distill_system.stages.measuring import Measuring
 from distill_system.stages.pools import Pools
-from distill_system.stages.scale_requests import ScaleRequests
-from distill_system.stages.scaling import ElasticPools
-from distill_system.stages.streaming import ContinuousStreams
-from distill_system.stages.streams import Streams
+from distill_system.streams import AheadStreams, LockstepStreams, Streams
 
 
 class Driver:
@@ -110,4 +107,4 @@ def open_streams(context: RunContext, pools: Pools, data: RunData) -> Streams:
     """Streams in lockstep with the learner, or ahead of it, as the configuration says."""
     if context.config.distill.staleness.max_staleness == 0:
         return LockstepStreams(context, pools, data)
-    return ContinuousStreams(context, pools, data)
+    return AheadStreams(context, pools, data)

@@ -252,7 +252,7 @@ class SimulatedLearner:
 
 
 def simulated_run(config, data, *, students, teachers, scorers, learner, timings_folder):
-    """What ContinuousStreams is made with: a context and pools over simulated workers."""
+    """What AheadStreams is made with: a context and pools over simulated workers."""
     context = SimpleNamespace(config=config, timings=Timings(timings_folder))
     pools = SimpleNamespace(
         students=SimpleNamespace(workers=students),

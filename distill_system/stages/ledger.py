@@ -22,7 +22,7 @@ from distill_system.stages.checkpoints import CheckpointStore, resume_point
 from distill_system.stages.context import RunContext
 from distill_system.stages.export import export_model
 from distill_system.stages.pools import Pools
-from distill_system.stages.streams import Streams
+from distill_system.streams.streams import Streams
 
 STAGE = "distill"
 

@@ -10,12 +10,12 @@ from distill_system.cluster import EveryWorker, RayWorkers, WorkerRequest, named
 from distill_system.config.model import ModelConfig, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.config.pools import ELASTIC_POOLS
+from distill_system.elastic.elastic_pools import ElasticPool
 from distill_system.learner import LearnerGroup, ModelSource
 from distill_system.records import Author, WorkDone
 from distill_system.rollout import RolloutPool
 from distill_system.scoring import ScoringPool
 from distill_system.stages.context import RunContext
-from distill_system.stages.scaling import ElasticPool
 from distill_system.stages.vocabulary import vocabulary_size
 from distill_system.stages.worker_arguments import tensor_parallel_size
 from distill_system.stages.worker_requests import (

@@ -43,6 +43,9 @@ ALLOWED: dict[str, set[str] | None] = {
     # reads what runs left behind
     "comparison": RECORDS | {"observe", "standard_errors"},
     # what joins the rooms
+    "streams": ANY,
+    "elastic": ANY,
+    "offline": ANY,
     "stages": ANY,
     "driver": ANY,
     "doctor": ANY,

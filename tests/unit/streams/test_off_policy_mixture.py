@@ -13,7 +13,7 @@ from simulated_pools import make_prompts
 from distill_system.config import load_config
 from distill_system.data import PromptFrontier
 from distill_system.records import Author, Finish, Prompt, Trajectory
-from distill_system.stages.off_policy import OffPolicyMixture
+from distill_system.streams.off_policy import OffPolicyMixture
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 

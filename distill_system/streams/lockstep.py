@@ -24,8 +24,8 @@ from distill_system.rollout import PendingRollouts, Sampling
 from distill_system.scoring import ScoredChunk
 from distill_system.stages.context import RunContext
 from distill_system.stages.pools import Pools
-from distill_system.stages.replay import AdaptiveReplay, StepKind
-from distill_system.stages.streams import Streams
+from distill_system.streams.replay import AdaptiveReplay, StepKind
+from distill_system.streams.streams import Streams
 
 HELD_OUT_LOSS = "held_out/cross_entropy"
 

@@ -20,8 +20,8 @@ from distill_system.rollout import ContinuousRollouts
 from distill_system.scoring import ContinuousScoring, ScoredChunk
 from distill_system.stages.context import RunContext
 from distill_system.stages.pools import Pools
-from distill_system.stages.stream_flow import LookUp, StreamFlow
-from distill_system.stages.streams import Streams
+from distill_system.streams.stream_flow import LookUp, StreamFlow
+from distill_system.streams.streams import Streams
 from distill_system.workers import Reference
 
 LOOK_SECONDS = 1.0
@@ -31,7 +31,7 @@ NO_VERSION = -(10**9)
 POOL_OF = {Stream.ON_POLICY: "student_rollout", Stream.OFF_POLICY: "teacher_rollout"}
 
 
-class ContinuousStreams(Streams):
+class AheadStreams(Streams):
     """The pools' event loop; see the module.
 
     clock: seconds, never backwards; tests bring their own.

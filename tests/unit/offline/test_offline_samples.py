@@ -16,10 +16,10 @@ from distill_system.data import SampleOrigin, TrajectoryStore, read_trajectories
 from distill_system.data.stored_rows import make_rows
 from distill_system.errors import ConfigError, DataError, RunStateError
 from distill_system.observe import LiveView, RunDirectory
+from distill_system.offline.generate import GenerateRequest, generate
+from distill_system.offline.samples import SampleKeeper, cut_batches, plan_samples
 from distill_system.records import Author, Prompt
-from distill_system.stages import offline_samples
-from distill_system.stages.generate import GenerateRequest, generate
-from distill_system.stages.offline_samples import SampleKeeper, cut_batches, plan_samples
+from distill_system.offline import samples as offline_samples
 from distill_system.stages.sample_origin import sample_origin
 from distill_system.stages.train import open_context
 
@@ -173,7 +173,7 @@ def test_a_generation_needs_a_folder(configure):
 
 def test_a_store_that_holds_everything_starts_no_cluster(configure, tmp_path, monkeypatch):
     config = configure(*STORED)
-    monkeypatch.setattr("distill_system.stages.generate.ClusterSession", None)
+    monkeypatch.setattr("distill_system.offline.generate.ClusterSession", None)
     asked = []
 
     def has(_, keys):

@@ -19,10 +19,10 @@ from distill_system.config import RunConfig
 from distill_system.data import SampleOrigin, TrajectoryStore, load_run_data, store_path
 from distill_system.errors import ConfigError
 from distill_system.observe import LiveView
+from distill_system.offline.cached_targets import CachedTargets
+from distill_system.offline.samples import SampleKeeper, cut_batches, plan_samples
+from distill_system.offline.workers import SampleWriter
 from distill_system.records import Author
-from distill_system.stages.cached_targets import CachedTargets
-from distill_system.stages.offline_samples import SampleKeeper, cut_batches, plan_samples
-from distill_system.stages.offline_workers import SampleWriter
 from distill_system.stages.preparation import open_run, prepare_tokenizer, record_start
 from distill_system.stages.sample_origin import sample_origin
 from distill_system.stages.worker_arguments import (

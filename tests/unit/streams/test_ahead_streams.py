@@ -24,7 +24,7 @@ from distill_system.config import load_config
 from distill_system.data import PromptFrontier
 from distill_system.observe import RunDirectory
 from distill_system.records import Author
-from distill_system.stages.streaming import ContinuousStreams
+from distill_system.streams.ahead import AheadStreams
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 STEPS = 7
@@ -75,7 +75,7 @@ def play(folder, *, seed, overrides, workers=(2, 1, 1), batch=4, steps=STEPS, nu
         learner=learner,
         timings_folder=RunDirectory(folder),
     )
-    streams = ContinuousStreams(context, pools, data, clock=clock)
+    streams = AheadStreams(context, pools, data, clock=clock)
     streams.begin(0)
     most_under_way = 0
     for step in range(steps):
@@ -277,7 +277,7 @@ def test_running_ahead_hides_the_writing_behind_the_learning(tmp_path):
             learner=learner,
             timings_folder=RunDirectory(tmp_path),
         )
-        streams = ContinuousStreams(context, pools, data, clock=clock)
+        streams = AheadStreams(context, pools, data, clock=clock)
         streams.begin(0)
         for step in range(20):
             streams.learn(step, streams.take(step))
@@ -326,7 +326,7 @@ def test_workers_come_and_go_and_every_step_keeps_its_prompts(tmp_path, seed, bo
     )
     groups = {"student_rollout": students, "teacher_rollout": teachers, "teacher_scoring": scorers}
     absent = {name: group.objects.pop(2) for name, group in groups.items()}
-    streams = ContinuousStreams(context, pools, data, clock=clock)
+    streams = AheadStreams(context, pools, data, clock=clock)
     streams.begin(0)
     for step in range(STEPS):
         scored = streams.take(step)

@@ -16,8 +16,8 @@ from distill_system.records import PoolActivity, StepResult, Stream, Trajectory
 from distill_system.rollout import Sampling
 from distill_system.scoring import ScoredChunk
 from distill_system.stages.context import RunContext
-from distill_system.stages.off_policy import OffPolicyMixture
 from distill_system.stages.pools import Pools
+from distill_system.streams.off_policy import OffPolicyMixture
 
 
 class Streams(ABC):

@@ -23,10 +23,10 @@ from distill_system.data import (
 from distill_system.data.target_store import predict_bytes, require_room, target_folder
 from distill_system.errors import ConfigError
 from distill_system.observe import LiveView, RunDirectory
+from distill_system.offline.samples import cut_batches
+from distill_system.offline.workers import TargetWriter
 from distill_system.planning import ModelShape, read_shape
 from distill_system.records import Author
-from distill_system.stages.offline_samples import cut_batches
-from distill_system.stages.offline_workers import TargetWriter
 from distill_system.stages.sample_origin import describe_reading, sample_origin
 from distill_system.stages.worker_arguments import scorer_arguments, torch_environment
 

@@ -16,9 +16,9 @@ from typing import Any, Protocol, Self
 
 from distill_system.cluster import WorkerRequest
 from distill_system.config.pools import PoolConfig, ScalingConfig
+from distill_system.elastic.scale_requests import PoolStatus, ScaleRequests, ScaleStatus
 from distill_system.errors import DistillError
 from distill_system.flow.scaling import AutoScaler, Look
-from distill_system.stages.scale_requests import PoolStatus, ScaleRequests, ScaleStatus
 from distill_system.workers import ElasticWorkers, StartedWorker
 
 RECEIVES_WEIGHTS = "student_rollout"

@@ -8,7 +8,7 @@ import pytest
 from trajectories import make_trajectories
 
 from distill_system.config.distill import ReplayConfig
-from distill_system.stages.replay import AdaptiveReplay, StepKind
+from distill_system.streams.replay import AdaptiveReplay, StepKind
 
 STEPS = 400
 

@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 from distill_system.data import SampleOrigin, TrajectoryStore
 from distill_system.data.fingerprints import digest, fingerprint_prompt
 from distill_system.observe.live import LiveTask
+from distill_system.offline.workers import PROMPT_SCHEMA
 from distill_system.records import Prompt
 from distill_system.seeds import derive_seed
-from distill_system.stages.offline_workers import PROMPT_SCHEMA
 
 PART_ROWS = 4096
 PART_SECONDS = 30.0

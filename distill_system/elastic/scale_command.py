@@ -8,9 +8,9 @@ from pathlib import Path
 
 from distill_system.config import load_config
 from distill_system.config.pools import ELASTIC_POOLS
+from distill_system.elastic.scale_requests import PoolStatus, ScaleRequests, ScaleStatus
 from distill_system.errors import ConfigError, DeadlineError, ResourceError, RunStateError
 from distill_system.observe import RunDirectory
-from distill_system.stages.scale_requests import PoolStatus, ScaleRequests, ScaleStatus
 
 LOOK_SECONDS = 0.5
 TELL_SECONDS = 5.0

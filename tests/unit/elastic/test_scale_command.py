@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from distill_system.cli import app
 from distill_system.config import RunConfig, dump_config
+from distill_system.elastic.scale_command import scale
+from distill_system.elastic.scale_requests import PoolStatus, ScaleRequests, ScaleStatus
 from distill_system.errors import (
     ConfigError,
     DeadlineError,
@@ -23,8 +25,6 @@ from distill_system.errors import (
     RunStateError,
 )
 from distill_system.observe import RunDirectory
-from distill_system.stages.scale_command import scale
-from distill_system.stages.scale_requests import PoolStatus, ScaleRequests, ScaleStatus
 
 ROOM = "pools.student_rollout.max_count=4"
 

@@ -1,0 +1,1 @@
+"""Text and targets made ahead of any run: `distill-system generate`."""
