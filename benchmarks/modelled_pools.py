@@ -314,6 +314,14 @@ class ModelledLearner:
         )
         return result, seconds
 
+    def address(self) -> tuple[tuple[str, int], float]:
+        """See Learner.address; nobody calls there."""
+        return ("", 0), 0.0
+
+    def connect_rollouts(self, *arguments: Any) -> tuple[None, float]:
+        """See Learner.connect_rollouts; the weights that travel are empty."""
+        return None, 0.0
+
     def start_publish(self, version: int) -> tuple[Callable[[], list[Any]], float]:
         """See Learner.start_publish; what is returned begins the sending once the time is over."""
         return (lambda: self.send(version)), self._pack_seconds

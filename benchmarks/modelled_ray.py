@@ -37,6 +37,7 @@ from distill_system.scoring import ScoringPool
 from distill_system.stages.context import RunContext
 from distill_system.stages.pools import Pools
 
+PUBLISH_SECONDS = 60.0
 ROLLOUT_PROCESSES = 4
 """The student's rollout workers share them; two more processes have the other pools."""
 
@@ -163,11 +164,13 @@ def _open_pools(setting: Setting, context: RunContext, hosts: Sequence[Any]) -> 
         name: RayWorkers(name, handles[name], [], call_seconds=seconds, roster=roster)
         for name in POOLS
     }
+    learner_group = LearnerGroup(groups["learner"])
+    learner_group.connect_rollouts("modelled", None, setting.workers, PUBLISH_SECONDS)
     return Pools(
         students=RolloutPool(groups["student_rollout"]),
         teachers=RolloutPool(groups["teacher_rollout"]),
         scorers=ScoringPool(groups["teacher_scoring"]),
-        learner=LearnerGroup(groups["learner"]),
+        learner=learner_group,
         evaluation=RolloutPool(groups["student_rollout"]),
         elastic={},
         connect_rollouts=lambda: None,

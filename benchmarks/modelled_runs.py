@@ -26,7 +26,8 @@ class Setting:
 
     max_staleness: S; 0 is the barrier loop, LockstepStreams.  workers: of the student's rollouts.
     num_sequences: that an engine writes at once.  learner_gpus: how many times faster it learns.
-    slice_seconds: rollout.slice_seconds.  stretch: real seconds for a modelled one.  both_streams: AMMD, with as much text of the teacher.
+    slice_seconds: rollout.slice_seconds, modelled ones.  stretch: real seconds for a modelled one.
+    both_streams: AMMD, with as much text of the teacher.
     """
 
     workers: int

@@ -16,6 +16,7 @@ scoring overlaps its writing.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,10 +40,19 @@ ON_RAY = (
 """Workers, S, slice_seconds, and real seconds for a modelled one, so that two cores can follow."""
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one setting: a try of the script")
+    measure(quick=parser.parse_args().quick)
+
+
 def measure(*, quick: bool) -> None:
     """Both parts; writes results/pipeline_modelled.json and two plots."""
     rows, found = _sweep(quick)
     rows += _regimes(quick)
+    write_result("pipeline_modelled", rows, {}, seeds={"seed": SEED})
     on_ray = _compare_on_ray(quick)
     best = max((one for one in found if one.setting.max_staleness), key=_rate)
     barrier = next(
@@ -168,3 +178,7 @@ def _ray_row(real: Measured, modelled: Measured) -> dict[str, Any]:
 
 def _rate(one: Measured) -> float:
     return one.setting.batch / one.step_seconds
+
+
+if __name__ == "__main__":
+    main()
