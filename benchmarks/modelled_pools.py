@@ -31,6 +31,7 @@ from distill_system.records import (
     WorkDone,
 )
 from distill_system.rollout import Order, Sampling, Slice
+from distill_system.rollout.engine import LONGEST_SLICE
 
 # Token counts of the 427 answers and instructions (with their inputs) of Self-Instruct's evaluation
 # set and seed tasks (github.com/yizhongw/self-instruct, Apache-2.0), a token counted as four bytes
@@ -248,14 +249,17 @@ class ModelledRollout:
         """Decoding steps until the time is over or all is written; from one event to the next."""
         spent, self._owed = self._owed, 0.0
         finished: list[Trajectory] = []
-        while (self._waiting or self._running) and spent < seconds:
+        while self._waiting or self._running:
+            longest = seconds if finished else LONGEST_SLICE * seconds
+            if spent >= longest:
+                break
             while self._waiting and len(self._running) < self._max_num_sequences:
                 spent += self._reading(self._waiting[0])
                 self._running.append(self._waiting.popleft())
             step = self._cost.fixed + self._cost.per_sequence * len(self._running)
             steps = min(sequence.length - sequence.written for sequence in self._running)
             if seconds < math.inf:
-                steps = min(steps, max(1, math.ceil((seconds - spent) / step)))
+                steps = min(steps, max(1, math.ceil((longest - spent) / step)))
             spent += steps * step
             for sequence in self._running:
                 sequence.write(steps, self._version)

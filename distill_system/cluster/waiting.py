@@ -19,6 +19,9 @@ LOOK_SECONDS = 5.0
 DEATH_SECONDS = 2.0
 """A worker's death makes others fail too: so long a failure waits for the news of a death."""
 
+TOGETHER_SECONDS = 0.01
+MANY_CALLS = 32
+
 LAST_TRACEBACK_LINES = 30
 
 
@@ -46,6 +49,8 @@ def wait_for(
         DeadlineError: names what was waited for, and the workers that owe it.
     """
     results: dict[Reference, Any] = {}
+    if fetch and (at_once := _fetch_all(references)) is not None:
+        return at_once
     pending, last_news = list(references), time.monotonic()
     while pending:
         left = max(0.0, last_news + seconds - time.monotonic())
@@ -72,7 +77,9 @@ def wait_any(
     """
     every = list(references)
     if every:
-        done, _ = ray.wait(every, num_returns=len(every), timeout=0, fetch_local=False)
+        # Of many calls several end at nearly the same time: heard of together they cost less.
+        together = min(seconds, TOGETHER_SECONDS if len(every) > MANY_CALLS else 0.0)
+        done, _ = ray.wait(every, num_returns=len(every), timeout=together, fetch_local=False)
         if not done:
             done, _ = ray.wait(every, num_returns=1, timeout=seconds, fetch_local=False)
         if done:
@@ -81,6 +88,19 @@ def wait_any(
         time.sleep(seconds)
     roster.look_around(every=LOOK_SECONDS, waiting_for=what)
     return []
+
+
+def _fetch_all(references: Sequence[Reference]) -> list[Any] | None:
+    """All results together where all are there and none has failed; one by one is slower."""
+    if not references:
+        return []
+    _, missing = ray.wait(list(references), num_returns=len(references), timeout=0)
+    if missing:
+        return None
+    try:
+        return list(ray.get(list(references)))
+    except RayError:
+        return None  # told by whoever looks at them one by one
 
 
 def _fetch(reference: Reference, roster: Roster, what: str) -> Any:

@@ -6,9 +6,10 @@ way, one running and one behind it, so that it goes on while the driver is busy 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from distill_system.records import Trajectory
 from distill_system.rollout.sampling import Sampling
 from distill_system.rollout.worker import Order, Slice
 from distill_system.workers import CallWatch, Reference, Workers
@@ -69,18 +70,22 @@ class ContinuousRollouts:
         None if none does, or if it has more than its share already: a version does not reach all
         workers at once, and the first that holds it must not get what is meant for all.
         """
-        loads = [
-            (len(desk.under_way), worker, desk.version)
-            for worker, desk in self._desks.items()
-            if desk.version >= 0  # one that has just joined waits for its first weights
-        ]
-        suiting = {version for version in {version for *_, version in loads} if suits(version)}
-        load, worker, version = min(
-            (found for found in loads if found[2] in suiting), default=(0, -1, -1)
-        )
-        if worker < 0 or load * len(loads) > sum(load for load, *_ in loads):
+        newest = max(desk.version for desk in self._desks.values())
+        if not suits(newest):
             return None
-        return worker, version
+        suiting = {version: suits(version) for version in {d.version for d in self._desks.values()}}
+        best: tuple[int, int, int] | None = None
+        total = count = 0
+        for worker, desk in self._desks.items():
+            if desk.version < 0:
+                continue  # it has just joined and waits for its first weights
+            load = len(desk.under_way)
+            total, count = total + load, count + 1
+            if suiting[desk.version] and (best is None or load < best[0]):
+                best = (load, worker, desk.version)
+        if best is None or best[0] * count > total:
+            return None
+        return best[1], best[2]
 
     def give(self, worker: int, name: str, order: Order) -> None:
         """An order for this worker's next slice; the trajectory that answers it has this name."""
@@ -95,15 +100,20 @@ class ContinuousRollouts:
             while desk.under_way and len(desk.calls) < SLICES_AHEAD:
                 self._begin_slice(worker, desk, now)
 
-    def collect(self, reference: Reference, now: float) -> Slice:
-        """What a slice that is done has to say.
+    def collect(self, references: Sequence[Reference], now: float) -> list[Trajectory]:
+        """What slices that are done have finished, in the order of the references.
 
-        Raises: what the worker raised.
+        Raises: what a worker raised.
         """
-        worker = self._asked.pop(reference)
+        workers = [self._asked.pop(reference) for reference in references]
+        said = self._workers.finish(references, what="rollouts")
+        for worker, reference, part in zip(workers, references, said, strict=True):
+            self._hear(worker, reference, part, now)
+        return [trajectory for part in said for trajectory in part.trajectories]
+
+    def _hear(self, worker: int, reference: Reference, said: Slice, now: float) -> None:
         desk = self._desks[worker]
         desk.calls.remove(reference)
-        [said] = self._workers.finish([reference], what="rollouts")
         self._watch.end(worker, now, busy_seconds=said.busy_seconds)
         self._watch.hand_on(
             num_tokens=sum(trajectory.num_response_tokens for trajectory in said.trajectories),
@@ -112,7 +122,6 @@ class ContinuousRollouts:
         for trajectory in said.trajectories:
             del desk.under_way[trajectory.trajectory_id]
         desk.version = max(desk.version, said.version)  # a slice may be heard of late
-        return said
 
     def take_in(self, worker: int, now: float, *, version: int) -> None:
         """A worker has joined the group; it holds this version."""

@@ -29,6 +29,9 @@ TransferBackend = Literal["gloo", "nccl"]
 # Imported by vLLM in each process that holds a share of the model: knows the receiving ends.
 _WORKER_EXTENSION = "distill_system.weights.backends.ReceivesWeights"
 _RECEIVING_ENDS: dict[TransferBackend, str] = {"gloo": "gloo", "nccl": "sealed_nccl"}
+LONGEST_SLICE = 4
+"""A slice of decoding that finishes nothing is so many times as long as one that does."""
+
 _PADDING_MASK = "distill_system.rollout.padding_mask:PaddingMask"
 # Without a size vLLM would take nearly all of the machine's memory for each engine on a CPU, and
 # run the model once to find out what remains. Filling the cache with zeros takes 2 s per GiB.
@@ -131,9 +134,15 @@ class GenerationEngine:
         self._under_way[name] = self._engine.add_request(name, prompt_input, params)
 
     def decode(self, seconds: float) -> dict[str, Completion]:
-        """Step until so much time has passed or nothing is left; what is finished, by name."""
-        end = time.perf_counter() + seconds
-        while self._under_way and time.perf_counter() < end:
+        """Step for so long, and on until something is finished, up to LONGEST_SLICE times as long.
+
+        Returns what is finished, by name.
+        """
+        began = time.perf_counter()
+        while self._under_way:
+            spent = time.perf_counter() - began
+            if spent >= (seconds if self._finished else LONGEST_SLICE * seconds):
+                break
             self._step()
         self._sleep.rest()
         finished, self._finished = self._finished, {}

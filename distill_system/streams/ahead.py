@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from distill_system.data import RunData
@@ -207,9 +208,10 @@ class AheadStreams(Streams):
             waits = Wait.STARVED if flow.awaits_weights(self._published) else Wait.BLOCKED
             self._clocks[POOL_OF[flow.stream]].waits(waits, now)
         next_due = self._scoring.begin(now)
-        writing = {ref: flow for flow in self._flows.values() for ref in flow.writer.references}
-        scoring = set(self._scoring.references)
-        every = [*writing, *scoring, *self._packing, *self._receiving, *extra]
+        writing = {stream: flow.writer.references for stream, flow in self._flows.items()}
+        scoring = self._scoring.references
+        under_way = [*chain.from_iterable(writing.values()), *scoring]
+        every = [*under_way, *self._packing, *self._receiving, *extra]
         done = self.pools.scorers.workers.wait_any(
             every,
             what="trajectories and the learner",
@@ -217,14 +219,16 @@ class AheadStreams(Streams):
         )
         now = self._clock()
         self._require_news(done, every, now)
-        for reference in done:
-            if reference in writing:
-                flow = writing[reference]
-                self._count("student" if flow.ages else "teacher", flow.hear_of(reference, now))
-            elif reference in scoring:
+        heard = set(done)
+        for stream, references in writing.items():
+            flow, slices = self._flows[stream], [each for each in references if each in heard]
+            if slices:
+                self._count("student" if flow.ages else "teacher", flow.hear_of(slices, now))
+        for reference in scoring:
+            if reference in heard:
                 self._scoring.collect(reference, now)
-            elif reference in self._packing or reference in self._receiving:
-                self._hear_of_weights(reference)
+        for reference in [each for each in (*self._packing, *self._receiving) if each in heard]:
+            self._hear_of_weights(reference)
         return done
 
     def _hear_of_weights(self, reference: Reference) -> None:

@@ -63,9 +63,9 @@ class StreamFlow:
             else:
                 self._arrive(ticket, item, now)
 
-    def hear_of(self, reference: Reference, now: float) -> Sequence[Trajectory]:
-        """A slice is done: what it finished goes on to scoring, and is returned."""
-        written = self.writer.collect(reference, now).trajectories
+    def hear_of(self, done: Sequence[Reference], now: float) -> Sequence[Trajectory]:
+        """Slices are done: what they finished goes on to scoring, and is returned."""
+        written = self.writer.collect(done, now)
         for trajectory in written:
             self._arrive(self._tickets.pop(trajectory.trajectory_id), trajectory, now)
         return written

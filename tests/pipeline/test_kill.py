@@ -25,7 +25,7 @@ from distill_system.observe.prompt_log import read_prompts
 
 Launch = Callable[..., Run]
 
-KILLS = int(os.environ.get("DISTILL_SYSTEM_KILLS", "4"))
+KILLS = int(os.environ.get("DISTILL_SYSTEM_KILLS", "3"))
 STEPS = 8 * KILLS + 4
 CLOCKS = (
     *("seconds/", "tokens_per_second/", "busy_share/", "starved_share/", "blocked_share/"),
