@@ -197,6 +197,7 @@ class _Watched:
                     profiler.enable()
             self._step(step)
         end, activity = self._mark(), driver.streams.pop_activity()
+        driver.streams.settle()  # the next run begins on the same hosts
         if profiler is not None:
             profiler.disable()
             self._write(profiler)
