@@ -13,6 +13,12 @@ PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13; do \
 # -qq: pip says nothing but errors.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
+# Files side by side, each process on one core; then the runs of whole clusters, one after another.
+SUITE := failed=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/pipeline -n 2 --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest tests/pipeline || failed=1; \
+	exit $$failed
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test check format docs environment clean
@@ -24,13 +30,13 @@ demo: environment ## distil a student on the embedded tasks and write a report (
 	$(BIN)/distill-system train configs/quickstart.yaml
 
 test: environment ## run the whole test suite
-	$(BIN)/python -m pytest
+	$(SUITE)
 
 check: environment ## what a change must pass: format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(SUITE)
 
 format: environment ## format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
