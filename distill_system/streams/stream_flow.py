@@ -76,7 +76,7 @@ class StreamFlow:
         return self._consume(self._scoring.take(step, self.stream))
 
     def take_more(self, step: int, max_tokens: int) -> list[ScoredChunk]:
-        """What is scored for a later step, of so many response tokens at most."""
+        """What is scored for a later step, of so many response tokens at most; if it ages."""
         more = self._scoring.take_some(step, self.stream, max_tokens)
         self.window.take_more(
             self._written[each.trajectory_id] for part in more for each in part.chunk.trajectories
@@ -105,13 +105,14 @@ class StreamFlow:
     def _arrive(self, ticket: Ticket, trajectory: Trajectory, now: float) -> None:
         step = self.window.sort(ticket, trajectory.oldest_version if self.ages else None)
         if step is not None:
-            self._written[trajectory.trajectory_id] = ticket
+            if self.ages:  # rows of data may be under way twice, at the seam of two epochs
+                self._written[trajectory.trajectory_id] = ticket
             self._scoring.add(step, self.stream, trajectory, now=now)
             if self.window.is_full(step):
                 self._scoring.close(step, self.stream)
 
     def _consume(self, scored: list[ScoredChunk]) -> list[ScoredChunk]:
-        for part in scored:
+        for part in scored if self.ages else ():
             for trajectory in part.chunk.trajectories:
                 del self._written[trajectory.trajectory_id]
         return scored

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,14 +24,16 @@ from simulated_pools import (
 from distill_system.config import load_config
 from distill_system.data import PromptFrontier
 from distill_system.observe import RunDirectory
-from distill_system.records import Author
+from distill_system.records import Author, Finish, Trajectory
 from distill_system.streams.ahead import AheadStreams
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 STEPS = 7
 
 
-def play(folder, *, seed, overrides, workers=(2, 1, 1), batch=4, steps=STEPS, num_prompts=11):
+def play(
+    folder, *, seed, overrides, workers=(2, 1, 1), batch=4, steps=STEPS, num_prompts=11, rows=()
+):
     """A whole run with delays drawn from a seed; returns the learner, the streams and the clock."""
     draw = random.Random(seed)
     config = load_config(
@@ -65,7 +68,7 @@ def play(folder, *, seed, overrides, workers=(2, 1, 1), batch=4, steps=STEPS, nu
         draw_step_seconds=lambda: draw.uniform(0.0, slow),
         draw_publish_seconds=lambda: draw.choice([0.0, 0.01, 0.5]),
     )
-    data = SimpleNamespace(prompts=make_prompts(num_prompts), student_sft=[], stored=[])
+    data = SimpleNamespace(prompts=make_prompts(num_prompts), student_sft=rows, stored=[])
     context, pools, data = simulated_run(
         config,
         data,
@@ -235,6 +238,33 @@ def test_long_sequences_are_learned_from_in_their_turn(tmp_path):
     early = sum(length >= 30 for batch in lengths[:10] for length in batch) / 40
     assert long_share == pytest.approx(2 / 7, abs=0.1)
     assert early == pytest.approx(2 / 7, abs=0.2)
+
+
+def test_rows_of_data_may_be_under_way_twice(tmp_path):
+    """Three rows, four a step, three batches ahead: each step takes rows in their walk's order."""
+    rows = [
+        Trajectory(
+            trajectory_id=f"row/{index}",
+            prompt_id=f"row:{index}",
+            author=Author.DATASET,
+            token_ids=np.ones(5, np.int32),
+            num_prompt_tokens=2,
+            behaviour_logprobs=np.zeros(0, np.float32),
+            temperature=1.0,
+            finish=Finish.STOP,
+        )
+        for index in range(3)
+    ]
+    played = play(
+        tmp_path,
+        seed=2,
+        overrides=["distill.staleness.max_staleness=2", "distill.off_policy_source=dataset"],
+        rows=rows,
+    )
+    walk = PromptFrontier(3, 0, "dataset_rows")
+    for batch in played.learner.trained:
+        fed = sorted(t.prompt_id for s, t in batch if s == "off_policy")
+        assert fed == sorted(f"row:{index}" for index in walk.take(4))
 
 
 def test_what_is_dropped_is_given_out_again_and_learned_from(tmp_path):
