@@ -13,11 +13,11 @@ PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13; do \
 # -qq: pip says nothing but errors.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-# Files side by side, each process on one core; then the runs of whole clusters, one after another.
-SUITE := failed=0; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/pipeline -n 2 --dist loadfile || failed=1; \
-	$(BIN)/python -m pytest tests/pipeline || failed=1; \
-	exit $$failed
+# Files side by side on two processes; then the runs of whole clusters, one after another.
+define SUITE
+$(BIN)/python -m pytest tests --ignore=tests/pipeline -n 2 --dist loadfile
+$(BIN)/python -m pytest tests/pipeline
+endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -180,5 +180,5 @@ def test_the_readme_shows_the_lines_that_make_runs() -> None:
     )
     [block] = FENCE.findall(_section(README, "### Without make"))
     ours = _command_lines(block[1])
-    assert len(ours) == 8
+    assert len(ours) == 9
     assert ours == _command_lines(dry_run.stdout)
