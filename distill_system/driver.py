@@ -86,7 +86,7 @@ class Driver:
         if not self._is_due(done, self.config.measure_every):
             return {}
         self.streams.settle()
-        pools = self.ledger.describe_pools() | self.ledger.describe_wire()
+        pools = self.ledger.describe_measured()
         if done == self.config.steps:
             return pools | self.measuring.evaluate_student("after", step=done)
         if self.config.evaluate_every and done % self.config.evaluate_every == 0:

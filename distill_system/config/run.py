@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal
 
@@ -75,6 +76,14 @@ class RunConfig(ConfigModel):
                     f"each step's {stream} stream must have at least pools.learner.count={ranks} "
                     f"sequences, so that every rank has a share, got {count}"
                 )
+        share = distill.staleness.min_on_policy_share
+        fewest = math.ceil(distill.sequences("on_policy") * share)
+        if 0 < fewest < ranks:
+            raise ValueError(
+                f"distill.staleness.min_on_policy_share={share} lets a step begin with {fewest} of "
+                f"the student's sequences: expected at least pools.learner.count={ranks}, so that "
+                "every rank has a share"
+            )
         for role in ("teacher", "student"):
             sft = getattr(self, role).sft
             if sft is not None and sft.batch_size < ranks:

@@ -102,14 +102,19 @@ class Ledger:
             **result.metrics,
             "learner/peak_memory_bytes": float(result.peak_memory_bytes),
             **self.streams.pop_counts(),
-            **(self.describe_pools() if self.streams.are_ahead else {}),
+            **(self._describe_pools() if self.streams.are_ahead else {}),
             **{f"seconds/{name}": value for name, value in clock.items()},
             "tokens_per_second/step": result.num_response_tokens / seconds,
             "tokens_per_second/learner": result.num_response_tokens / result.seconds,
         }
 
-    def describe_pools(self) -> dict[str, float]:
-        """What every pool did since this was last asked, and what the scorers shipped."""
+    def describe_measured(self) -> dict[str, float]:
+        """What is asked of the workers themselves, and so only where a step is measured."""
+        pools = {} if self.streams.are_ahead else self._describe_pools()
+        return pools | self._describe_wire()
+
+    def _describe_pools(self) -> dict[str, float]:
+        """What every pool did since this was last asked."""
         activity = self.streams.pop_activity()
         for pool, done in activity.items():
             if pool != "learner":
@@ -120,8 +125,7 @@ class Ledger:
             earlier = self._since_look.get(pool)
             self._since_look[pool] = done if earlier is None else join_stretches(earlier, done)
         recent = self._recent.add(activity)
-        is_streaming = self.context.config.distill.staleness.max_staleness > 0
-        found = find_bottleneck(recent, is_streaming=is_streaming)
+        found = find_bottleneck(recent, is_streaming=self.streams.are_ahead)
         self.context.view.show_pools(recent, "" if found is None else found.line)
         return activity_metrics(activity)
 
@@ -130,10 +134,8 @@ class Ledger:
         last look."""
         pools, self._since_look = self._since_look, {}
         waited, self._waited = self._waited, {}
-        longest = max(
-            pools.keys() & waited.keys() - {"learner"}, key=waited.__getitem__, default=""
-        )
         learner = pools.pop("learner", None)
+        longest = max(pools.keys() & waited.keys(), key=waited.__getitem__, default=None)
         return Look(
             at_seconds=time.monotonic(),
             pools=pools,
@@ -141,7 +143,7 @@ class Ledger:
             waited_for=longest,
         )
 
-    def describe_wire(self) -> dict[str, float]:
+    def _describe_wire(self) -> dict[str, float]:
         """Bytes that the scorers shipped for each response token since this was last asked."""
         total = self.pools.scorers.shipped()
         since = total - self._shipped

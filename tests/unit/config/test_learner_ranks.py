@@ -30,3 +30,11 @@ def test_other_numbers_of_ranks_cannot_share_a_copy(written):
 def test_fine_tuning_has_a_row_for_every_rank(role):
     with pytest.raises(ConfigError, match=rf"{role}\.sft\.batch_size .*count=4.* got 3"):
         _load("pools.learner.count=4", f"{role}.sft.batch_size=3")
+
+
+def test_a_step_begins_with_a_sequence_of_the_student_for_every_rank():
+    ahead = ["distill.staleness.max_staleness=2", "distill.staleness.too_old=reissue"]
+    shared = [*ahead, "pools.learner.count=4", "distill.student_prompts_per_step=8"]
+    _load(*shared, "distill.staleness.min_on_policy_share=0.5")
+    with pytest.raises(ConfigError, match=r"begin with 2 of .* at least pools.learner.count=4"):
+        _load(*shared, "distill.staleness.min_on_policy_share=0.25")
