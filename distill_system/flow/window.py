@@ -142,12 +142,11 @@ class StalenessWindow:
         batch = self._batches.get(self.next_step, _Batch())
         return not batch.promised and len(batch.written) >= self.fewest
 
-    def take(self) -> list[Ticket]:
-        """The next step's tickets, in the order of giving out; the step after it comes next."""
+    def take(self) -> None:
+        """The next step learns from its batch; the step after it comes next."""
         assert self.is_enough(), "ask is_enough first"
-        batch = self._batches.pop(self.next_step)
+        del self._batches[self.next_step]
         self.next_step += 1
-        return [batch.written[number] for number in sorted(batch.written)]
 
     def take_more(self, tickets: Iterable[Ticket]) -> None:
         """Written tickets of a later step that are learned from now; others take their places."""

@@ -15,6 +15,8 @@ from distill_system.rollout.worker import Order, Slice
 from distill_system.workers import CallWatch, Reference, Workers
 
 SLICES_AHEAD = 2
+NO_VERSION = -(10**9)
+"""What a worker holds that has joined and received no weights yet."""
 
 
 @dataclass(slots=True)
@@ -77,8 +79,8 @@ class ContinuousRollouts:
         best: tuple[int, int, int] | None = None
         total = count = 0
         for worker, desk in self._desks.items():
-            if desk.version < 0:
-                continue  # it has just joined and waits for its first weights
+            if desk.version == NO_VERSION:
+                continue  # it has no share of what is given out yet
             load = len(desk.under_way)
             total, count = total + load, count + 1
             if suiting[desk.version] and (best is None or load < best[0]):

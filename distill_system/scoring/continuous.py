@@ -7,6 +7,7 @@ long enough.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -23,11 +24,10 @@ CHUNKS_AHEAD = 2
 class _Group:
     """What one step learns from of one stream, as far as it is written.
 
-    waiting: not yet with a scorer, in the order of arrival.  since: when the first of them came.
+    waiting: when each came that is not yet with a scorer, and what it is, in the order of arrival.
     """
 
-    waiting: list[Trajectory] = field(default_factory=list)
-    since: float = 0.0
+    waiting: deque[tuple[float, Trajectory]] = field(default_factory=deque)
     is_closed: bool = False
     chunks: list[ScoredChunk] = field(default_factory=list)
     under_way: int = 0
@@ -77,10 +77,7 @@ class ContinuousScoring:
 
     def add(self, step: int, stream: Stream, trajectory: Trajectory, *, now: float) -> None:
         """A trajectory that this step learns from."""
-        group = self._find(step, stream)
-        if not group.waiting:
-            group.since = now
-        group.waiting.append(trajectory)
+        self._find(step, stream).waiting.append((now, trajectory))
 
     def close(self, step: int, stream: Stream) -> None:
         """Nothing more comes for this step: what is there need not wait for company."""
@@ -94,7 +91,7 @@ class ContinuousScoring:
         next_due: float | None = None
         for (_, stream), group in sorted(self._groups.items()):
             while group.waiting:
-                left = group.since + self._max_wait_seconds - now
+                left = group.waiting[0][0] + self._max_wait_seconds - now
                 if not (group.is_closed or left <= 0 or self._is_full(group, stream)):
                     next_due = left if next_due is None else min(next_due, left)
                     break
@@ -158,7 +155,7 @@ class ContinuousScoring:
         return self._groups.setdefault((step, stream), _Group())
 
     def _is_full(self, group: _Group, stream: Stream) -> bool:
-        tokens = sum(int(trajectory.token_ids.size) for trajectory in group.waiting)
+        tokens = sum(int(trajectory.token_ids.size) for _, trajectory in group.waiting)
         return tokens >= self._max_tokens or len(group.waiting) >= self._max_sequences[stream]
 
     def _begin_chunk(self, group: _Group, stream: Stream, now: float) -> bool:
@@ -168,7 +165,6 @@ class ContinuousScoring:
         if needs.anything and not free:
             return False
         chunk = TrajectoryChunk(stream=stream, trajectories=tuple(self._cut(group, stream)))
-        group.since = now
         if not needs.anything:
             group.chunks.append(ScoredChunk(chunk, None))
             return True
@@ -186,8 +182,8 @@ class ContinuousScoring:
         cut: list[Trajectory] = []
         tokens = 0
         while group.waiting and len(cut) < self._max_sequences[stream]:
-            tokens += int(group.waiting[0].token_ids.size)
+            tokens += int(group.waiting[0][1].token_ids.size)
             if cut and tokens > self._max_tokens:
                 break
-            cut.append(group.waiting.pop(0))
+            cut.append(group.waiting.popleft()[1])
         return cut

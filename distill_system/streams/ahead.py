@@ -17,7 +17,7 @@ from distill_system.data import RunData
 from distill_system.flow import StalenessWindow
 from distill_system.observe import PoolClock, Wait, staleness_metrics
 from distill_system.records import PoolActivity, StepResult, Stream
-from distill_system.rollout import ContinuousRollouts
+from distill_system.rollout import NO_VERSION, ContinuousRollouts
 from distill_system.scoring import ContinuousScoring, ScoredChunk
 from distill_system.stages.context import RunContext
 from distill_system.stages.pools import Pools
@@ -26,8 +26,6 @@ from distill_system.streams.streams import Streams
 from distill_system.workers import Reference
 
 LOOK_SECONDS = 1.0
-NO_VERSION = -(10**9)
-"""What a student worker holds that has joined and received no weights yet."""
 
 POOL_OF = {Stream.ON_POLICY: "student_rollout", Stream.OFF_POLICY: "teacher_rollout"}
 

@@ -66,6 +66,14 @@ def test_a_full_chunk_goes_at_once_and_the_rest_waits_its_time(build):
     assert sizes(scoring) == [[60, 30], [30]]
 
 
+def test_what_a_full_chunk_leaves_has_waited_since_it_came(build):
+    scoring, _, _ = build(max_tokens=60)
+    fill(scoring, [50], now=0.0)
+    fill(scoring, [50], now=3.0)
+    assert scoring.begin(now=3.0) == pytest.approx(5.0)  # the first is full with the second
+    assert scoring.begin(now=7.0) == pytest.approx(1.0)
+
+
 def test_a_closed_batch_waits_for_nothing(build):
     scoring, _, _ = build()
     fill(scoring, [10, 10])
