@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory,
 from distill_system.observe.metrics import read_metrics
 from distill_system.observe.prompt_log import read_prompts
 from distill_system.observe.run_directory import read_json, write_json
+from distill_system.records import PoolActivity, StepResult
 from distill_system.stages.ledger import Ledger
 
 BEST = "distill.keep_best={metric: held_out/on_policy_distance, mode: min}"
@@ -154,3 +156,29 @@ def test_a_metric_that_is_never_measured_is_refused_as_training_begins(live):
 def test_the_best_may_be_asked_for_in_a_later_life(live):
     live(until=3, saves=(1, 3))
     assert live(until=4, resume=True, overrides=(BEST,))[0] == 1
+
+
+def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tmp_path):
+    run = RunDirectory(tmp_path / "look")
+    context = SimpleNamespace(
+        config=configure(), run=run, timings=Timings(run), view=LiveView("test", console=None)
+    )
+    pools = {
+        name: PoolActivity(num_workers=1, seconds=10.0, starved_seconds=starved)
+        for name, starved in (("teacher_rollout", 0.0), ("student_rollout", 0.0), ("learner", 4.0))
+    }
+    streams = SimpleNamespace(are_ahead=True, pop_activity=lambda: pools, pop_counts=dict)
+    ledger = Ledger(context, SimpleNamespace(), streams)
+    assert ledger.look().waited_for is None
+    for phase, seconds in (
+        ("student_rollout", 0.001),
+        ("teacher_rollout", 0.03),
+        ("learner", 0.06),
+    ):
+        with context.timings.phase(phase):
+            time.sleep(seconds)
+    ledger.describe_step(StepResult(step=0, metrics={}, num_response_tokens=1, seconds=1.0), 1.0)
+    look = ledger.look()
+    assert (look.waited_for, look.learner_starved_share) == ("teacher_rollout", 0.4)
+    assert set(look.pools) == {"teacher_rollout", "student_rollout"}
+    assert ledger.look().waited_for is None
