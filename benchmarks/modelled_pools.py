@@ -202,9 +202,7 @@ class ModelledRollout:
         self._owed = 0.0
         self._work = WorkDone()
 
-    def advance(
-        self, orders: Sequence[Order], sampling: Sampling, seed: int, seconds: float
-    ) -> tuple[Slice, float]:
+    def advance(self, orders: Sequence[Order], seconds: float) -> tuple[Slice, float]:
         """See RolloutWorker.advance."""
         for order in orders:
             self._add(order.name(self._author), order.prompt)
@@ -221,7 +219,10 @@ class ModelledRollout:
         self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, label: str
     ) -> tuple[list[Trajectory], float]:
         """See RolloutWorker.generate."""
-        names = [Order(prompt=prompt, label=label).name(self._author) for prompt in prompts]
+        names = [
+            Order(prompt=prompt, label=label, sampling=sampling, seed=seed).name(self._author)
+            for prompt in prompts
+        ]
         for name, prompt in zip(names, prompts, strict=True):
             self._add(name, prompt)
         finished, spent = self._decode(math.inf)

@@ -66,11 +66,20 @@ class Workers(Protocol):
         """
 
     def wait_any(
-        self, references: Sequence[Reference], *, what: str, seconds: float
+        self,
+        references: Sequence[Reference],
+        *,
+        what: str,
+        seconds: float,
+        unhurried: Sequence[Reference] = (),
+        together_seconds: float = 0.0,
     ) -> list[Reference]:
         """Those that are done, failed ones among them, as soon as there is one; none after so long.
 
-        The references may be other groups' too.  Raises: WorkerError if a worker died.
+        unhurried: waited for too; where they are many, they may be heard of together, up to
+        together_seconds late. All may be other groups' references too.
+
+        Raises: WorkerError if a worker died.
         """
 
 

@@ -65,7 +65,10 @@ class LocalWorkers:
                 raise reference.error
         return [reference.value for reference in references] if fetch else []
 
-    def wait_any(self, references, *, what: str, seconds: float):
+    def wait_any(
+        self, references, *, what: str, seconds: float, unhurried=(), together_seconds: float = 0.0
+    ):
         assert what, "a wait must say what it waits for"
         assert seconds >= 0
-        return list(references)
+        assert together_seconds >= 0
+        return [*references, *unhurried]

@@ -110,11 +110,12 @@ class SimulatedWorkers:
         assert all(r.is_done for r in references), f"waited in vain for {what}"
         return [r.result for r in references] if fetch else []
 
-    def wait_any(self, references, *, what, seconds):
+    def wait_any(self, references, *, what, seconds, unhurried=(), together_seconds=0.0):
         assert what
-        assert all(isinstance(r, Call) for r in references)
-        self.clock.run_until(lambda: any(r.is_done for r in references), self.clock.now + seconds)
-        return [r for r in references if r.is_done]
+        every = [*references, *unhurried]
+        assert all(isinstance(r, Call) for r in every)
+        self.clock.run_until(lambda: any(r.is_done for r in every), self.clock.now + seconds)
+        return [r for r in every if r.is_done]
 
 
 @dataclass
@@ -130,7 +131,7 @@ class SimulatedWriter:
     version: int = 0
     under_way: dict[str, list[Any]] = field(default_factory=dict)
 
-    def advance(self, orders, sampling, seed, seconds):
+    def advance(self, orders, seconds):
         for order in orders:
             name = order.name(self.author)
             assert name not in self.under_way, f"{name} was ordered twice"

@@ -19,8 +19,7 @@ LOOK_SECONDS = 5.0
 DEATH_SECONDS = 2.0
 """A worker's death makes others fail too: so long a failure waits for the news of a death."""
 
-TOGETHER_SECONDS = 0.01
-MANY_CALLS = 32
+MANY_CALLS = 16
 
 LAST_TRACEBACK_LINES = 30
 
@@ -69,17 +68,26 @@ def wait_for(
 
 
 def wait_any(
-    references: Sequence[Reference], roster: Roster, *, what: str, seconds: float
+    references: Sequence[Reference],
+    roster: Roster,
+    *,
+    what: str,
+    seconds: float,
+    unhurried: Sequence[Reference] = (),
+    together_seconds: float = 0.0,
 ) -> list[Reference]:
     """Those that are done, failed ones among them, as soon as there is one; none after so long.
 
+    unhurried: waited for too; where they are many, those that end within together_seconds are heard
+    of together, unless one of the others ends before: it costs less.
+
     Raises: WorkerError if a worker of the roster died.
     """
-    every = list(references)
+    every = [*references, *unhurried]
     if every:
-        # Of many calls several end at nearly the same time: heard of together they cost less.
-        together = min(seconds, TOGETHER_SECONDS if len(every) > MANY_CALLS else 0.0)
-        done, _ = ray.wait(every, num_returns=len(every), timeout=together, fetch_local=False)
+        if len(unhurried) > MANY_CALLS:
+            _listen(list(references), list(unhurried), seconds=min(seconds, together_seconds))
+        done, _ = ray.wait(every, num_returns=len(every), timeout=0, fetch_local=False)
         if not done:
             done, _ = ray.wait(every, num_returns=1, timeout=seconds, fetch_local=False)
         if done:
@@ -90,16 +98,21 @@ def wait_any(
     return []
 
 
+def _listen(urgent: list[Reference], others: list[Reference], *, seconds: float) -> None:
+    """Return once an urgent one or all others are done, or after so long."""
+    if urgent:
+        ray.wait(urgent, num_returns=1, timeout=seconds, fetch_local=False)
+    else:
+        ray.wait(others, num_returns=len(others), timeout=seconds, fetch_local=False)
+
+
 def _fetch_all(references: Sequence[Reference]) -> list[Any] | None:
     """All results together where all are there and none has failed; one by one is slower."""
     if not references:
         return []
-    _, missing = ray.wait(list(references), num_returns=len(references), timeout=0)
-    if missing:
-        return None
     try:
-        return list(ray.get(list(references)))
-    except RayError:
+        return list(ray.get(list(references), timeout=0))
+    except RayError:  # a GetTimeoutError among them
         return None  # told by whoever looks at them one by one
 
 

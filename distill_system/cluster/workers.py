@@ -101,13 +101,26 @@ class RayWorkers:
         give_back([seat])
 
     def wait_any(
-        self, references: Sequence[Reference], *, what: str, seconds: float
+        self,
+        references: Sequence[Reference],
+        *,
+        what: str,
+        seconds: float,
+        unhurried: Sequence[Reference] = (),
+        together_seconds: float = 0.0,
     ) -> list[Reference]:
         """Those that are done as soon as there is one; none after so long; see wait_any.
 
         Raises: WorkerError if a worker of the roster died.
         """
-        return wait_any(references, self._roster, what=what, seconds=seconds)
+        return wait_any(
+            references,
+            self._roster,
+            what=what,
+            seconds=seconds,
+            unhurried=unhurried,
+            together_seconds=together_seconds,
+        )
 
     def stop(self) -> None:
         """End every process of the group and give its resources back."""

@@ -6,11 +6,11 @@ way, one running and one behind it, so that it goes on while the driver is busy 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from distill_system.records import Trajectory
-from distill_system.rollout.sampling import Sampling
 from distill_system.rollout.worker import Order, Slice
 from distill_system.workers import CallWatch, Reference, Workers
 
@@ -24,12 +24,13 @@ class _Desk:
     """One worker as the driver knows it.
 
     orders: for its next slice.  under_way: orders it was given and has not answered, by name.
-    calls: its slices under way.  version: the weights it last said it held.
+    calls: its slices under way, the first of which ends first.
+    version: the weights it last said it held.
     """
 
     orders: list[Order] = field(default_factory=list)
     under_way: dict[str, Order] = field(default_factory=dict)
-    calls: list[Reference] = field(default_factory=list)
+    calls: deque[Reference] = field(default_factory=deque)
     version: int = 0
 
 
@@ -45,21 +46,19 @@ class ContinuousRollouts:
         workers: Workers,
         watch: CallWatch,
         *,
-        sampling: Sampling,
-        seed: int,
         slice_seconds: float,
         version: int,
     ) -> None:
         self._workers = workers
         self._watch = watch
-        self._how = (sampling, seed, slice_seconds)
+        self._slice_seconds = slice_seconds
         self._desks = {worker: _Desk(version=version) for worker in workers.members}
         self._asked: dict[Reference, int] = {}
 
     @property
     def references(self) -> list[Reference]:
-        """All slices under way."""
-        return list(self._asked)
+        """The slices that end next, one of each worker that writes."""
+        return [desk.calls[0] for desk in self._desks.values() if desk.calls]
 
     @property
     def num_under_way(self) -> int:
@@ -72,10 +71,7 @@ class ContinuousRollouts:
         None if none does, or if it has more than its share already: a version does not reach all
         workers at once, and the first that holds it must not get what is meant for all.
         """
-        newest = max(desk.version for desk in self._desks.values())
-        if not suits(newest):
-            return None
-        suiting = {version: suits(version) for version in {d.version for d in self._desks.values()}}
+        suiting: dict[int, bool] = {}
         best: tuple[int, int, int] | None = None
         total = count = 0
         for worker, desk in self._desks.items():
@@ -83,7 +79,11 @@ class ContinuousRollouts:
                 continue  # it has no share of what is given out yet
             load = len(desk.under_way)
             total, count = total + load, count + 1
-            if suiting[desk.version] and (best is None or load < best[0]):
+            if best is not None and load >= best[0]:
+                continue
+            if desk.version not in suiting:
+                suiting[desk.version] = suits(desk.version)
+            if suiting[desk.version]:
                 best = (load, worker, desk.version)
         if best is None or best[0] * count > total:
             return None
@@ -115,7 +115,8 @@ class ContinuousRollouts:
 
     def _hear(self, worker: int, reference: Reference, said: Slice, now: float) -> None:
         desk = self._desks[worker]
-        desk.calls.remove(reference)
+        ended = desk.calls.popleft()
+        assert ended == reference, "a worker's slices end in their order"
         self._watch.end(worker, now, busy_seconds=said.busy_seconds)
         self._watch.hand_on(
             num_tokens=sum(trajectory.num_response_tokens for trajectory in said.trajectories),
@@ -150,7 +151,7 @@ class ContinuousRollouts:
 
     def _begin_slice(self, worker: int, desk: _Desk, now: float) -> None:
         orders, desk.orders = desk.orders, []
-        call = self._workers.start(worker, "advance", orders, *self._how)
+        call = self._workers.start(worker, "advance", orders, self._slice_seconds)
         self._watch.begin(worker, now)
         desk.calls.append(call)
         self._asked[call] = worker

@@ -50,10 +50,15 @@ class Slice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """One prompt to answer."""
+    """One prompt to answer, and how.
+
+    seed, label: with the prompt's id they seed its sample.
+    """
 
     prompt: Prompt
     label: str
+    sampling: Sampling
+    seed: int
 
     def name(self, author: Author | str) -> str:
         """Of the trajectory that answers it."""
@@ -108,7 +113,7 @@ class RolloutWorker:
             stop_token_ids=tuple(stop_token_ids),
             keep_stale_cache=keep_stale_cache,
         )
-        self._orders: dict[str, tuple[Order, Sampling]] = {}
+        self._orders: dict[str, Order] = {}
 
     @cached_property
     def _engine(self) -> GenerationEngine:
@@ -156,28 +161,26 @@ class RolloutWorker:
         )
         return trajectories
 
-    def advance(
-        self, orders: Sequence[Order], sampling: Sampling, seed: int, seconds: float
-    ) -> Slice:
+    def advance(self, orders: Sequence[Order], seconds: float) -> Slice:
         """Take orders in, decode for a slice of time, hand out what is finished.
 
         Sequences go on over slices, and other calls, such as new weights, come between them. A
-        prompt's sample depends on seed, label, prompt_id and the weights that wrote it.
+        prompt's sample depends on its order and the weights that wrote it.
 
         Raises: as generate does.
         """
         started = time.perf_counter()
         self._check_weights()
         for order in orders:
-            self._check_prompt(order.prompt, sampling)
+            self._check_prompt(order.prompt, order.sampling)
         for order in orders:
             name = order.name(self._author)
-            sample_seed = derive_seed(seed, "rollout", order.label, order.prompt.prompt_id)
-            self._engine.add(name, order.prompt.token_ids, sampling, sample_seed)
-            self._orders[name] = (order, sampling)
+            sample_seed = derive_seed(order.seed, "rollout", order.label, order.prompt.prompt_id)
+            self._engine.add(name, order.prompt.token_ids, order.sampling, sample_seed)
+            self._orders[name] = order
         finished = self._engine.decode(seconds)
         trajectories = tuple(
-            self._make_trajectory(*self._orders.pop(name), completion)
+            self._make_trajectory(self._orders.pop(name), completion)
             for name, completion in finished.items()
         )
         work = WorkDone(
@@ -192,14 +195,12 @@ class RolloutWorker:
             busy_seconds=work.busy_seconds,
         )
 
-    def _make_trajectory(
-        self, order: Order, sampling: Sampling, completion: Completion
-    ) -> Trajectory:
+    def _make_trajectory(self, order: Order, completion: Completion) -> Trajectory:
         return make_trajectory(
             order.prompt,
             completion,
             author=self._author,
-            sampling=sampling,
+            sampling=order.sampling,
             label=order.label,
         )
 

@@ -26,6 +26,8 @@ from distill_system.streams.streams import Streams
 from distill_system.workers import Reference
 
 LOOK_SECONDS = 1.0
+TOGETHER_SHARE = 0.2
+"""Of a slice: so long a turn listens for more. Each worker has another slice under way."""
 
 POOL_OF = {Stream.ON_POLICY: "student_rollout", Stream.OFF_POLICY: "teacher_rollout"}
 
@@ -183,13 +185,19 @@ class AheadStreams(Streams):
         writer = ContinuousRollouts(
             self._rollouts[POOL_OF[stream]],
             self._clocks[POOL_OF[stream]],
-            sampling=self._sampling(),
-            seed=self.config.seed,
             slice_seconds=self.config.rollout.slice_seconds,
             version=step,
         )
-        frontier = self.student if is_student else self.mixture.frontier
-        return StreamFlow(stream, window, writer, self._scoring, frontier=frontier, look_up=look_up)
+        return StreamFlow(
+            stream,
+            window,
+            writer,
+            self._scoring,
+            frontier=self.student if is_student else self.mixture.frontier,
+            look_up=look_up,
+            sampling=self._sampling(),
+            seed=self.config.seed,
+        )
 
     def _chunk_sequences(self, stream: Stream) -> int:
         """Most sequences scored together, so that every learner rank has a chunk of each stream."""
@@ -208,20 +216,22 @@ class AheadStreams(Streams):
         next_due = self._scoring.begin(now)
         writing = {stream: flow.writer.references for stream, flow in self._flows.items()}
         scoring = self._scoring.references
-        under_way = [*chain.from_iterable(writing.values()), *scoring]
-        every = [*under_way, *self._packing, *self._receiving, *extra]
+        urgent = [*extra, *self._packing, *scoring]
+        unhurried = [*self._receiving, *chain.from_iterable(writing.values())]
         done = self.pools.scorers.workers.wait_any(
-            every,
+            urgent,
             what="trajectories and the learner",
             seconds=LOOK_SECONDS if next_due is None else min(LOOK_SECONDS, max(0.0, next_due)),
+            unhurried=unhurried,
+            together_seconds=TOGETHER_SHARE * self.config.rollout.slice_seconds,
         )
         now = self._clock()
-        self._require_news(done, every, now)
+        self._require_news(done, [*urgent, *unhurried], now)
         heard = set(done)
         for stream, references in writing.items():
-            flow, slices = self._flows[stream], [each for each in references if each in heard]
-            if slices:
-                self._count("student" if flow.ages else "teacher", flow.hear_of(slices, now))
+            flow, ended = self._flows[stream], [each for each in references if each in heard]
+            if ended:
+                self._count("student" if flow.ages else "teacher", flow.hear_of(ended, now))
         for reference in scoring:
             if reference in heard:
                 self._scoring.collect(reference, now)

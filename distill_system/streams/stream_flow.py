@@ -9,7 +9,7 @@ from functools import partial
 from distill_system.data import PromptFrontier
 from distill_system.flow import StalenessWindow, Ticket
 from distill_system.records import Author, Prompt, Stream, Trajectory
-from distill_system.rollout import ContinuousRollouts, Order
+from distill_system.rollout import ContinuousRollouts, Order, Sampling
 from distill_system.scoring import ContinuousScoring, ScoredChunk
 from distill_system.workers import Reference
 
@@ -20,6 +20,7 @@ LookUp = Callable[[int], Prompt | Trajectory]
 class StreamFlow:
     """Gives out prompts as the window allows, and sorts what comes back into steps.
 
+    sampling, seed: how every prompt is answered.
     ages: whether what is written grows old: the student's text does, the teacher's does not.
     """
 
@@ -32,6 +33,8 @@ class StreamFlow:
         *,
         frontier: PromptFrontier,
         look_up: LookUp,
+        sampling: Sampling,
+        seed: int,
     ) -> None:
         self.stream = stream
         self.window = window
@@ -41,6 +44,7 @@ class StreamFlow:
         self._scoring = scoring
         self._frontier = frontier
         self._look_up = look_up
+        self._order = partial(Order, sampling=sampling, seed=seed)
         self._first_number = window.next_step * window.batch_size
         self._tickets: dict[str, Ticket] = {}
         self._handed_back: dict[str, Order] = {}
@@ -57,9 +61,11 @@ class StreamFlow:
             ticket = self.window.give(index, newest, again=dropped is not None)
             item = self._look_up(index)
             if isinstance(item, Prompt):
-                order = Order(prompt=item, label=f"ticket_{self._first_number + ticket.number}")
-                self._tickets[order.name(self._author)] = ticket
-                self.writer.give(worker, order.name(self._author), order)
+                number = self._first_number + ticket.number
+                order = self._order(prompt=item, label=f"ticket_{number}")
+                name = order.name(self._author)
+                self._tickets[name] = ticket
+                self.writer.give(worker, name, order)
             else:
                 self._arrive(ticket, item, now)
 

@@ -12,6 +12,7 @@ import pytest
 
 from distill_system.cluster import EveryWorker, RayWorkers
 from distill_system.cluster.roster import Roster
+from distill_system.cluster.waiting import MANY_CALLS
 from distill_system.errors import (
     DeadlineError,
     DistillError,
@@ -60,6 +61,28 @@ def test_results_come_in_the_order_of_the_calls(workers: Start) -> None:
     soon = group.start(1, "say", "second")
     assert group.finish([late, soon], what="words") == ["first", "second"]
     assert group.finish([late, soon], what="words", fetch=False) == []
+
+
+def test_many_unhurried_calls_are_heard_of_together(workers: Start) -> None:
+    group = workers(Speaker, count=2)
+    group.finish([group.start(index, "ready") for index in range(2)], what="a start")
+    how: dict[str, Any] = {"what": "words", "seconds": 60.0, "together_seconds": 60.0}
+    many = [group.start(0, "say_late", index, 0.02) for index in range(MANY_CALLS + 1)]
+    assert group.wait_any([], unhurried=many, **how) == many
+    few = [group.start(0, "say_late", index, 0.3) for index in range(MANY_CALLS)]
+    assert group.wait_any([], unhurried=few, **how) == few[:1]
+
+
+def test_an_urgent_call_does_not_wait_for_company(workers: Start) -> None:
+    group = workers(Speaker, count=2)
+    group.finish([group.start(index, "ready") for index in range(2)], what="a start")
+    many = [group.start(0, "say_late", index, 0.1) for index in range(MANY_CALLS + 20)]
+    urgent = group.start(1, "say_late", "urgent", 1.0)
+    done = group.wait_any(
+        [urgent], what="words", seconds=60.0, unhurried=many, together_seconds=60.0
+    )
+    assert urgent in done
+    assert 1 < len(done) < len(many)
 
 
 def test_a_deadline_names_the_worker_and_what_it_owes(workers: Start) -> None:

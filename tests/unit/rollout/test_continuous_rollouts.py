@@ -10,14 +10,14 @@ from simulated_pools import make_prompts
 from distill_system.observe import PoolClock
 from distill_system.rollout import ContinuousRollouts, Order, Sampling
 
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=4)
+
 
 def writers(count, *, version=0):
     workers = LocalWorkers([SimpleNamespace() for _ in range(count)])
     return ContinuousRollouts(
         workers,
         PoolClock(workers.members, 0.0),
-        sampling=Sampling(temperature=1.0, top_p=1.0, max_response_tokens=4),
-        seed=0,
         slice_seconds=0.1,
         version=version,
     )
@@ -30,7 +30,8 @@ def give_all(rollouts, prompts, needed):
         found = rollouts.find_free(lambda version: version >= needed)
         if found is None:
             break
-        rollouts.give(found[0], prompt.prompt_id, Order(prompt=prompt, label="ticket"))
+        order = Order(prompt=prompt, label="ticket", sampling=SAMPLING, seed=0)
+        rollouts.give(found[0], prompt.prompt_id, order)
         given.append(found[0])
     return given
 
