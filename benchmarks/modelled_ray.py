@@ -56,9 +56,10 @@ class Host:
 
     async def answer(self, at: int, method: str, *arguments: Any) -> Any:
         """The worker's result once its seconds are over."""
+        worker = self._workers[at]  # what an earlier run left under way is not for the next one's
         async with self._locks[at]:
             started = time.perf_counter()
-            result, seconds = getattr(self._workers[at], method)(*arguments)
+            result, seconds = getattr(worker, method)(*arguments)
             await asyncio.sleep(started + seconds - time.perf_counter())
             return result() if callable(result) else result
 
