@@ -29,7 +29,7 @@ TransferBackend = Literal["gloo", "nccl"]
 # Imported by vLLM in each process that holds a share of the model: knows the receiving ends.
 _WORKER_EXTENSION = "distill_system.weights.backends.ReceivesWeights"
 _RECEIVING_ENDS: dict[TransferBackend, str] = {"gloo": "gloo", "nccl": "sealed_nccl"}
-LONGEST_SLICE = 4
+LONGEST_SLICE = 2
 """A slice of decoding that finishes nothing is so many times as long as one that does."""
 
 _PADDING_MASK = "distill_system.rollout.padding_mask:PaddingMask"
