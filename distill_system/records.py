@@ -2,7 +2,8 @@
 
 Axes: P prompt tokens, T response tokens, H teacher hidden size, E action-embedding size.
 A record is never edited; a new one is made. Arrays that come out of Ray's object store are
-read-only and stay so.
+read-only and stay so. They have no slots: a frozen class with slots is pickled field by field in
+Python, which the driver would pay for with every call.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _require(holds: bool, record_id: str, expected: str, came: object) -> None:
         raise RecordError(f"record {record_id!r}: expected {expected}, got {came}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One prompt, tokenised.  Made by data, read by rollout and evaluation.
 
@@ -70,7 +71,7 @@ class Prompt:
         _require(ids.dtype == np.int32, self.prompt_id, "token_ids of int32", ids.dtype)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class VersionSpan:
     """Response tokens [start, end) were sampled from the student's weights of this version."""
 
@@ -79,7 +80,7 @@ class VersionSpan:
     end: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Trajectory:
     """One prompt with one response.  Made by rollout (or data), read by scoring and learner.
 
@@ -157,7 +158,7 @@ def trajectory_from_plain(plain: Mapping[str, Any]) -> Trajectory:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TeacherTargets:
     """What the teacher says of one trajectory.  Made by scoring, read by learner.
 
@@ -208,7 +209,7 @@ def deal_by_cost(costs: Sequence[int], count: int) -> list[list[int]]:
     return hands
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrajectoryChunk:
     """Trajectories of one stream that are scored together and learned from by one learner rank."""
 
@@ -238,7 +239,7 @@ class TrajectoryChunk:
         return sum(int(trajectory.token_ids.size) for trajectory in self.trajectories)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class WorkDone:
     """What a worker, or a pool of them, has done since it started; seconds are worker-seconds."""
 
@@ -258,7 +259,7 @@ class WorkDone:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PoolActivity:
     """What the workers of one pool did in a stretch of time, and what they handed on in it.
 
@@ -311,7 +312,7 @@ class PoolActivity:
         return min(1.0, part / self.worker_seconds) if self.worker_seconds > 0 else 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one learner step did.
 
@@ -331,7 +332,7 @@ class StepResult:
         return WorkDone(num_tokens=self.num_response_tokens, busy_seconds=self.seconds)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class WeightVersion:
     """A set of student weights that rollout workers now hold.
 

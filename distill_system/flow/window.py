@@ -70,6 +70,7 @@ class StalenessWindow:
         self.fewest = math.ceil(batch_size * min_share)
         self.num_given = 0
         self.num_dropped = 0
+        self._num_learned = 0
         self._unsorted: dict[int, Ticket] = {}
         self._batches: dict[int, _Batch] = {}
         self._dropped: deque[int] = deque()
@@ -77,7 +78,7 @@ class StalenessWindow:
     @property
     def num_under_way(self) -> int:
         """Tickets given out and not learned from or dropped: at most (S + 1) B."""
-        return len(self._unsorted) + sum(batch.size for batch in self._batches.values())
+        return self.num_given - self.num_dropped - self._num_learned
 
     def can_give(self, version: int) -> bool:
         """Whether a writer that holds this version may be given a prompt now.
@@ -145,7 +146,7 @@ class StalenessWindow:
     def take(self) -> None:
         """The next step learns from its batch; the step after it comes next."""
         assert self.is_enough(), "ask is_enough first"
-        del self._batches[self.next_step]
+        self._num_learned += len(self._batches.pop(self.next_step).written)
         self.next_step += 1
 
     def take_more(self, tickets: Iterable[Ticket]) -> None:
@@ -153,6 +154,7 @@ class StalenessWindow:
         for ticket in tickets:
             [holder] = [b for b in self._batches.values() if ticket.number in b.written]
             del holder.written[ticket.number]
+            self._num_learned += 1
 
     def prompts_under_way(self) -> list[int]:
         """Prompts given out and not learned from, which a resumed run gives out before new ones."""

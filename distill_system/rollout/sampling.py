@@ -10,7 +10,7 @@ from distill_system.errors import ConfigError
 _LOWEST_TEMPERATURE = 0.01
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Temperature, nucleus truncation and length limit of a batch of rollouts.
 

@@ -35,7 +35,7 @@ from distill_system.rollout.sampling import Sampling
 from distill_system.seeds import derive_seed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Slice:
     """What a worker has to say after a slice of decoding.
 
@@ -48,7 +48,7 @@ class Slice:
     busy_seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Order:
     """One prompt to answer, and how.
 

@@ -26,7 +26,7 @@ from distill_system.streams.streams import Streams
 from distill_system.workers import Reference
 
 LOOK_SECONDS = 1.0
-TOGETHER_SHARE = 0.2
+TOGETHER_SHARE = 0.25
 """Of a slice: so long a turn listens for more. Each worker has another slice under way."""
 
 POOL_OF = {Stream.ON_POLICY: "student_rollout", Stream.OFF_POLICY: "teacher_rollout"}

@@ -83,9 +83,10 @@ def play(
     most_under_way = 0
     for step in range(steps):
         scored = streams.take(step)
-        most_under_way = max(
-            most_under_way, *(f.window.num_under_way for f in streams._flows.values())
-        )
+        for window in [flow.window for flow in streams._flows.values()]:
+            waiting = window.num_under_way + len(window._dropped)
+            assert waiting == len(window.prompts_under_way())
+            most_under_way = max(most_under_way, window.num_under_way)
         streams.learn(step, scored)
         streams.publish(step + 1)
     return SimpleNamespace(
