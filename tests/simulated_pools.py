@@ -65,10 +65,14 @@ class Call:
 
 
 class SimulatedWorkers:
-    """Objects whose methods return (result, seconds); each runs its calls in their order."""
+    """Objects whose methods return (result, seconds); each runs its calls in their order.
 
-    def __init__(self, clock, objects):
+    many_calls: more than so many unhurried ones are heard of together, as Ray's are.
+    """
+
+    def __init__(self, clock, objects, *, many_calls=16):
         self.clock = clock
+        self.many_calls = many_calls
         self.objects = dict(enumerate(objects))
         self._queues = {worker: deque() for worker in self.objects}
         self._busy = dict.fromkeys(self.objects, False)
@@ -114,6 +118,9 @@ class SimulatedWorkers:
         assert what
         every = [*references, *unhurried]
         assert all(isinstance(r, Call) for r in every)
+        if len(unhurried) > self.many_calls:
+            together = self.clock.now + min(seconds, together_seconds)
+            self.clock.run_until(lambda: any(r.is_done for r in references), together)
         self.clock.run_until(lambda: any(r.is_done for r in every), self.clock.now + seconds)
         return [r for r in every if r.is_done]
 

@@ -59,7 +59,9 @@ def play(
         [SimulatedWriter(Author.TEACHER, draw.uniform(5, 200), length) for _ in range(workers[1])],
     )
     scorers = SimulatedWorkers(
-        clock, [SimulatedScorer(draw.uniform(50, 5000), 0.01) for _ in range(workers[2])]
+        clock,
+        [SimulatedScorer(draw.uniform(50, 5000), 0.01) for _ in range(workers[2])],
+        many_calls=seed % 2,
     )
     slow = draw.choice([0.01, 0.3, 2.0])
     learner = SimulatedLearner(
