@@ -51,7 +51,7 @@ class RolloutConfig(ConfigModel):
     teacher_engine: EngineConfig = EngineConfig()
     slice_seconds: PositiveFloat = 0.05
     """An engine decodes for so long before it hands out what is finished and takes what is new, and
-    four times as long if nothing is; where max_staleness is 0 it decodes a step's prompts to their
+    twice as long if nothing is; where max_staleness is 0 it decodes a step's prompts to their
     ends."""
     keep_stale_cache: bool = False
     """Let a sequence go on under new weights from the key-value cache of the old ones: nothing is
