@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import chain
 from typing import Any
 
@@ -207,16 +207,9 @@ class AheadStreams(Streams):
 
     def _turn(self, extra: Sequence[Reference] = ()) -> list[Reference]:
         """Give out what may be given, wait for news, hand it on; those of `extra` that are done."""
-        now = self._clock()
-        for flow in self._flows.values():
-            flow.give_out(now)
-            flow.writer.begin(now)
-            waits = Wait.STARVED if flow.awaits_weights(self._published) else Wait.BLOCKED
-            self._clocks[POOL_OF[flow.stream]].waits(waits, now)
-        next_due = self._scoring.begin(now)
+        next_due = self._give_out(self._clock())
         writing = {stream: flow.writer.references for stream, flow in self._flows.items()}
-        scoring = self._scoring.references
-        urgent = [*extra, *self._packing, *scoring]
+        urgent = [*extra, *self._packing, *self._scoring.references]
         unhurried = [*self._receiving, *chain.from_iterable(writing.values())]
         done = self.pools.scorers.workers.wait_any(
             urgent,
@@ -227,17 +220,30 @@ class AheadStreams(Streams):
         )
         now = self._clock()
         self._require_news(done, [*urgent, *unhurried], now)
-        heard = set(done)
+        self._hand_on(set(done), writing, now)
+        return done
+
+    def _give_out(self, now: float) -> float | None:
+        """Prompts to writers, chunks to scorers; seconds until a chunk has waited long enough."""
+        for flow in self._flows.values():
+            flow.give_out(now)
+            flow.writer.begin(now)
+            waits = Wait.STARVED if flow.awaits_weights(self._published) else Wait.BLOCKED
+            self._clocks[POOL_OF[flow.stream]].waits(waits, now)
+        return self._scoring.begin(now)
+
+    def _hand_on(
+        self, done: Set[Reference], writing: Mapping[Stream, Sequence[Reference]], now: float
+    ) -> None:
+        """What slices finished to scoring, scores to their steps, versions to who waits for them."""
         for stream, references in writing.items():
-            flow, ended = self._flows[stream], [each for each in references if each in heard]
+            flow, ended = self._flows[stream], [each for each in references if each in done]
             if ended:
                 self._count("student" if flow.ages else "teacher", flow.hear_of(ended, now))
-        for reference in scoring:
-            if reference in heard:
-                self._scoring.collect(reference, now)
-        for reference in [each for each in (*self._packing, *self._receiving) if each in heard]:
+        for reference in [each for each in self._scoring.references if each in done]:
+            self._scoring.collect(reference, now)
+        for reference in [each for each in (*self._packing, *self._receiving) if each in done]:
             self._hear_of_weights(reference)
-        return done
 
     def _hear_of_weights(self, reference: Reference) -> None:
         """The learner has packed a version, or a student worker holds it."""
