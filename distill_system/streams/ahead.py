@@ -235,7 +235,7 @@ class AheadStreams(Streams):
     def _hand_on(
         self, done: Set[Reference], writing: Mapping[Stream, Sequence[Reference]], now: float
     ) -> None:
-        """What slices finished to scoring, scores to their steps, versions to who waits for them."""
+        """Texts to scoring, scores to their steps, versions to the workers that hold them."""
         for stream, references in writing.items():
             flow, ended = self._flows[stream], [each for each in references if each in done]
             if ended:
