@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from distill_system.cluster.waiting import MANY_CALLS
 from distill_system.observe import Timings
 from distill_system.records import (
     Author,
@@ -70,7 +71,7 @@ class SimulatedWorkers:
     many_calls: more than so many unhurried ones are heard of together, as Ray's are.
     """
 
-    def __init__(self, clock, objects, *, many_calls=16):
+    def __init__(self, clock, objects, *, many_calls=MANY_CALLS):
         self.clock = clock
         self.many_calls = many_calls
         self.objects = dict(enumerate(objects))
@@ -119,10 +120,15 @@ class SimulatedWorkers:
         every = [*references, *unhurried]
         assert all(isinstance(r, Call) for r in every)
         if len(unhurried) > self.many_calls:
-            together = self.clock.now + min(seconds, together_seconds)
-            self.clock.run_until(lambda: any(r.is_done for r in references), together)
+            self._listen(references, unhurried, self.clock.now + min(seconds, together_seconds))
         self.clock.run_until(lambda: any(r.is_done for r in every), self.clock.now + seconds)
         return [r for r in every if r.is_done]
+
+    def _listen(self, urgent, others, end):
+        if urgent:
+            self.clock.run_until(lambda: any(r.is_done for r in urgent), end)
+        else:
+            self.clock.run_until(lambda: all(r.is_done for r in others), end)
 
 
 @dataclass
@@ -277,6 +283,23 @@ def make_prompts(count, num_tokens=4):
             prompt_id=f"p{index}",
             token_ids=np.full(num_tokens, index % 7, np.int32),
             text=f"prompt {index}",
+        )
+        for index in range(count)
+    ]
+
+
+def make_rows(name, count):
+    """Rows of data as the off-policy stream takes them: answers that nobody sampled."""
+    return [
+        Trajectory(
+            trajectory_id=f"{name}/{index}",
+            prompt_id=f"{name}:{index}",
+            author=Author.DATASET,
+            token_ids=np.ones(4, np.int32),
+            num_prompt_tokens=2,
+            behaviour_logprobs=np.zeros(0, np.float32),
+            temperature=1.0,
+            finish=Finish.STOP,
         )
         for index in range(count)
     ]

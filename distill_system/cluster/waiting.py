@@ -20,6 +20,7 @@ DEATH_SECONDS = 2.0
 """A worker's death makes others fail too: so long a failure waits for the news of a death."""
 
 MANY_CALLS = 16
+"""With more unhurried calls than this, hearing of each by itself costs more than waiting."""
 
 LAST_TRACEBACK_LINES = 30
 

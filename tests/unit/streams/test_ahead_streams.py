@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,13 +17,14 @@ from simulated_pools import (
     SimulatedWorkers,
     SimulatedWriter,
     make_prompts,
+    make_rows,
     simulated_run,
 )
 
 from distill_system.config import load_config
 from distill_system.data import PromptFrontier
 from distill_system.observe import RunDirectory
-from distill_system.records import Author, Finish, Trajectory
+from distill_system.records import Author
 from distill_system.streams.ahead import AheadStreams
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -245,24 +245,11 @@ def test_long_sequences_are_learned_from_in_their_turn(tmp_path):
 
 def test_rows_of_data_may_be_under_way_twice(tmp_path):
     """Three rows, four a step, three batches ahead: each step takes rows in their walk's order."""
-    rows = [
-        Trajectory(
-            trajectory_id=f"row/{index}",
-            prompt_id=f"row:{index}",
-            author=Author.DATASET,
-            token_ids=np.ones(5, np.int32),
-            num_prompt_tokens=2,
-            behaviour_logprobs=np.zeros(0, np.float32),
-            temperature=1.0,
-            finish=Finish.STOP,
-        )
-        for index in range(3)
-    ]
     played = play(
         tmp_path,
         seed=2,
         overrides=["distill.staleness.max_staleness=2", "distill.off_policy_source=dataset"],
-        rows=rows,
+        rows=make_rows("row", 3),
     )
     walk = PromptFrontier(3, 0, "dataset_rows")
     for batch in played.learner.trained:

@@ -6,38 +6,21 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from simulated_pools import make_prompts
+from simulated_pools import make_prompts, make_rows
 
 from distill_system.config import load_config
 from distill_system.data import PromptFrontier
-from distill_system.records import Author, Finish, Prompt, Trajectory
+from distill_system.records import Prompt
 from distill_system.streams.off_policy import OffPolicyMixture
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
 
-def _rows(name, count):
-    return [
-        Trajectory(
-            trajectory_id=f"{name}/{index}",
-            prompt_id=f"{name}:{index}",
-            author=Author.DATASET,
-            token_ids=np.ones(4, np.int32),
-            num_prompt_tokens=2,
-            behaviour_logprobs=np.zeros(0, np.float32),
-            temperature=1.0,
-            finish=Finish.STOP,
-        )
-        for index in range(count)
-    ]
-
-
 @pytest.fixture
 def build():
     data = SimpleNamespace(
-        prompts=make_prompts(7), stored=_rows("store", 5), student_sft=_rows("dataset", 3)
+        prompts=make_prompts(7), stored=make_rows("store", 5), student_sft=make_rows("dataset", 3)
     )
 
     def make(source):
