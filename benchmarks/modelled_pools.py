@@ -210,7 +210,6 @@ class ModelledRollout:
         said = Slice(
             trajectories=tuple(finished),
             version=self._version,
-            num_under_way=len(self._waiting) + len(self._running),
             busy_seconds=spent,
         )
         return said, spent

@@ -164,7 +164,6 @@ class SimulatedWriter:
         said = Slice(
             trajectories=tuple(finished),
             version=self.version,
-            num_under_way=len(self.under_way),
             busy_seconds=took,
         )
         return said, took

@@ -155,11 +155,6 @@ class GenerationEngine:
         for name in names:
             self._finished.pop(name, None)
 
-    @property
-    def num_under_way(self) -> int:
-        """Requests that are not finished."""
-        return len(self._under_way)
-
     def _step(self) -> None:
         for output in self._engine.step():
             del self._under_way[output.request_id]

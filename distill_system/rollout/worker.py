@@ -39,12 +39,11 @@ from distill_system.seeds import derive_seed
 class Slice:
     """What a worker has to say after a slice of decoding.
 
-    version: the weights it held as the slice ended.  num_under_way: sequences it still writes.
+    version: the weights it held as the slice ended.
     """
 
     trajectories: tuple[Trajectory, ...]
     version: int
-    num_under_way: int
     busy_seconds: float
 
 
@@ -191,7 +190,6 @@ class RolloutWorker:
         return Slice(
             trajectories=trajectories,
             version=self._engine.version,
-            num_under_way=self._engine.num_under_way,
             busy_seconds=work.busy_seconds,
         )
 
