@@ -27,7 +27,7 @@ from learner_case import SEED, Case, count_flops, deal_steps
 from objective_forms import CLOCKS, STEP, STOP
 from record import write_result
 
-from distill_system.learner.meeting_point import find_meeting_point
+from distill_system.learner.rendezvous import find_rendezvous
 
 MIB = 2**20
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -227,11 +227,11 @@ def _finish(
 @contextmanager
 def _start(case: Case) -> Iterator[list[Connection]]:
     """One process for each rank; where one fails, its traceback comes before our EOFError."""
-    meeting_point = find_meeting_point()
+    rendezvous = find_rendezvous()
     pipes, processes = [], []
     for rank in range(case.ranks):
         ours, theirs = PROCESSES.Pipe()
-        arguments = (case, theirs, rank, meeting_point)
+        arguments = (case, theirs, rank, rendezvous)
         processes.append(PROCESSES.Process(target=SERVE[case.form], args=arguments))
         processes[-1].start()
         theirs.close()  # theirs alone now, so that its end is the end of ours

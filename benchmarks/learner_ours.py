@@ -38,7 +38,7 @@ CHUNK_TOKENS = LearnerConfig().vocabulary_chunk_tokens
 Step = Callable[[Sequence[Ragged]], None]
 
 
-def serve(case: Case, pipe: Connection, rank: int, meeting_point: tuple[str, int]) -> None:
+def serve(case: Case, pipe: Connection, rank: int, rendezvous: tuple[str, int]) -> None:
     """Answer each STEP with (seconds, tokens, response tokens), STOP with the peak in bytes.
 
     Rank 0 says first what a matrix product reaches here, in operations per second.
@@ -49,9 +49,9 @@ def serve(case: Case, pipe: Connection, rank: int, meeting_point: tuple[str, int
     build = _build_padded if case.form == "padded" else _build_packed
     tiny = case.alone_and_tiny
     for sequences in deal_steps(tiny):
-        build(tiny, 0, meeting_point)(sequences)
+        build(tiny, 0, rendezvous)(sequences)
     memory = begin_memory(case)
-    step = build(case, rank, meeting_point)
+    step = build(case, rank, rendezvous)
     batches = deal_steps(case)
     if rank == 0:
         pipe.send(peak_flops)
@@ -70,7 +70,7 @@ def serve(case: Case, pipe: Connection, rank: int, meeting_point: tuple[str, int
     pipe.send(memory.above_base())
 
 
-def _build_packed(case: Case, rank: int, meeting_point: tuple[str, int]) -> Step:
+def _build_packed(case: Case, rank: int, rendezvous: tuple[str, int]) -> Step:
     learner = Learner(
         rank=rank,
         world_size=case.ranks,
@@ -90,7 +90,7 @@ def _build_packed(case: Case, rank: int, meeting_point: tuple[str, int]) -> Step
         uses_gpu=case.device == "cuda",
         timeout_seconds=600.0,
     )
-    learner.connect(*meeting_point)
+    learner.connect(*rendezvous)
     number = 0
 
     def step(sequences: Sequence[Ragged]) -> None:
@@ -118,7 +118,7 @@ def to_trajectory(sequence: Ragged, name: str) -> Trajectory:
     )
 
 
-def _build_padded(case: Case, rank: int, meeting_point: tuple[str, int]) -> Step:
+def _build_padded(case: Case, rank: int, rendezvous: tuple[str, int]) -> Step:
     """What a padding collator makes of a step: one batch, as long as its longest sequence."""
     model = build_plain_model(case).eval()
     if case.checkpointing:

@@ -28,7 +28,7 @@ from learner_case import (
 from objective_forms import CLOCKS, STOP
 
 
-def serve(case: Case, pipe: Connection, rank: int, meeting_point: tuple[str, int]) -> None:
+def serve(case: Case, pipe: Connection, rank: int, rendezvous: tuple[str, int]) -> None:
     """Answer each STEP with (seconds, tokens, response tokens), STOP with the peak in bytes.
 
     It says first what a matrix product reaches here, as our learner's process does.

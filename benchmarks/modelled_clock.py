@@ -15,7 +15,7 @@ from distill_system.observe import RunDirectory, Timings
 from distill_system.records import Author
 from distill_system.rollout import RolloutPool
 from distill_system.scoring import ScoringPool
-from distill_system.streams.ahead import AheadStreams
+from distill_system.streams.asynchronous import AsynchronousStreams
 from distill_system.streams.lockstep import LockstepStreams
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -63,7 +63,7 @@ def simulate(setting: Setting) -> Measured:
     with TemporaryDirectory() as folder:
         context = SimpleNamespace(config=config, timings=Timings(RunDirectory(Path(folder))))
         if setting.max_staleness:
-            streams = AheadStreams(context, pools, setting.data(), clock=clock)
+            streams = AsynchronousStreams(context, pools, setting.data(), clock=clock)
         else:
             streams = LockstepStreams(context, pools, setting.data())
         return _play(setting, clock, groups, streams)

@@ -30,7 +30,7 @@ from distill_system.records import (
     WeightVersion,
     WorkDone,
 )
-from distill_system.rollout import Order, Sampling, Slice
+from distill_system.rollout import DecodeSlice, GenerationRequest, Sampling
 from distill_system.rollout.engine import LONGEST_SLICE
 
 # Token counts of the 427 answers and instructions (with their inputs) of Self-Instruct's evaluation
@@ -202,12 +202,14 @@ class ModelledRollout:
         self._owed = 0.0
         self._work = WorkDone()
 
-    def advance(self, orders: Sequence[Order], seconds: float) -> tuple[Slice, float]:
+    def advance(
+        self, requests: Sequence[GenerationRequest], seconds: float
+    ) -> tuple[DecodeSlice, float]:
         """See RolloutWorker.advance."""
-        for order in orders:
-            self._add(order.name(self._author), order.prompt)
+        for request in requests:
+            self._add(request.name(self._author), request.prompt)
         finished, spent = self._decode(seconds)
-        said = Slice(
+        said = DecodeSlice(
             trajectories=tuple(finished),
             version=self._version,
             busy_seconds=spent,
@@ -219,7 +221,9 @@ class ModelledRollout:
     ) -> tuple[list[Trajectory], float]:
         """See RolloutWorker.generate."""
         names = [
-            Order(prompt=prompt, label=label, sampling=sampling, seed=seed).name(self._author)
+            GenerationRequest(prompt=prompt, label=label, sampling=sampling, seed=seed).name(
+                self._author
+            )
             for prompt in prompts
         ]
         for name, prompt in zip(names, prompts, strict=True):
@@ -233,7 +237,7 @@ class ModelledRollout:
         self._version = version
         self._owed += sum(self._reading(sequence) for sequence in self._running)
         seconds = self._send_seconds
-        return WeightVersion(version=version, num_bytes=0, checksum=0, seconds=seconds), seconds
+        return WeightVersion(version=version, num_bytes=0, digest=0, seconds=seconds), seconds
 
     def work_done(self) -> tuple[WorkDone, float]:
         """See RolloutWorker.work_done."""

@@ -27,15 +27,15 @@ from modelled_runs import POOLS, Measured, Setting, mean_ages
 from rich.console import Console
 
 from distill_system.cluster import ClusterSession, RayWorkers
-from distill_system.cluster.roster import Roster
+from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.driver import Driver
 from distill_system.learner import LearnerGroup
 from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
 from distill_system.records import Author
 from distill_system.rollout import RolloutPool
+from distill_system.run.context import RunContext
+from distill_system.run.pools import Pools
 from distill_system.scoring import ScoringPool
-from distill_system.stages.context import RunContext
-from distill_system.stages.pools import Pools
 
 PUBLISH_SECONDS = 60.0
 ROLLOUT_PROCESSES = 4
@@ -160,9 +160,9 @@ def _open_pools(setting: Setting, context: RunContext, hosts: Sequence[Any]) -> 
         "teacher_scoring": reading[setting.teachers :],
         "learner": [Hosted(learner_host, 0)],
     }
-    seconds, roster = context.config.deadlines.call_seconds, Roster()
+    seconds, monitor = context.config.deadlines.call_seconds, LivenessMonitor()
     groups = {
-        name: RayWorkers(name, handles[name], [], call_seconds=seconds, roster=roster)
+        name: RayWorkers(name, handles[name], [], call_seconds=seconds, monitor=monitor)
         for name in POOLS
     }
     learner_group = LearnerGroup(groups["learner"])
@@ -179,7 +179,7 @@ def _open_pools(setting: Setting, context: RunContext, hosts: Sequence[Any]) -> 
 
 
 class _Watched:
-    """The driver's steps with its ledger, and what they cost."""
+    """The driver's steps with its recorder, and what they cost."""
 
     def __init__(self, setting: Setting, driver: Driver, profile: Path | None) -> None:
         self._setting, self._driver, self._profile = setting, driver, profile
@@ -188,7 +188,7 @@ class _Watched:
     def play(self) -> Measured:
         setting, driver = self._setting, self._driver
         profiler = cProfile.Profile(time.thread_time) if self._profile is not None else None
-        driver.ledger.open()
+        driver.recorder.open()
         driver.streams.begin(0)
         begin, activity = self._mark(), {}
         for step in range(setting.last):
@@ -198,7 +198,7 @@ class _Watched:
                     profiler.enable()
             self._step(step)
         end, activity = self._mark(), driver.streams.pop_activity()
-        driver.streams.settle()  # the next run begins on the same hosts
+        driver.streams.wait_for_weight_sync()  # the next run begins on the same hosts
         if profiler is not None:
             profiler.disable()
             self._write(profiler)
@@ -208,8 +208,8 @@ class _Watched:
     def _step(self, step: int) -> None:
         started = time.perf_counter()
         result = self._driver.step(step)
-        metrics = self._driver.ledger.describe_step(result, time.perf_counter() - started)
-        self._driver.ledger.write(step + 1, metrics)
+        metrics = self._driver.recorder.describe_step(result, time.perf_counter() - started)
+        self._driver.recorder.write(step + 1, metrics)
         if step >= self._setting.first:
             self._rows.append(metrics)
 
@@ -232,7 +232,7 @@ class _Watched:
         )
 
     def _busy(self, pool: str, activity: dict[str, Any]) -> float:
-        """By the ledger's rows, which take the activity step by step, where they tell of it."""
+        """By the recorder's rows, which take the activity step by step, where they tell of it."""
         name = f"busy_share/{pool}"
         if not all(name in row for row in self._rows):
             return float(activity[pool].busy_share)

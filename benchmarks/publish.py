@@ -96,7 +96,7 @@ class EngineLess(Link):
         seal = broadcast_buckets(self.group, self.room.buffers)
         check_seal(self.group, seal, cpu)
         return WeightVersion(
-            version=version, num_bytes=seal.num_bytes, checksum=seal.checksum, seconds=0.0
+            version=version, num_bytes=seal.num_bytes, digest=seal.digest, seconds=0.0
         )
 
 
@@ -159,11 +159,11 @@ class RawLink:
         import ray
         import torch
 
-        from distill_system.learner.meeting_point import find_meeting_point
+        from distill_system.learner.rendezvous import find_rendezvous
         from distill_system.weights.gloo import GlooCommunicator
 
         self.receiver, self.buffer = receiver, torch.ones(num_bytes, dtype=torch.uint8)
-        address, port = find_meeting_point()
+        address, port = find_rendezvous()
         joining = receiver.join_link.remote(address, port, num_bytes)
         self.group = GlooCommunicator(
             address=address, port=port, rank=0, world_size=2, timeout_seconds=SECONDS
@@ -185,7 +185,7 @@ def measure(size: str, repeats: int) -> dict[str, object]:
     import ray
 
     from distill_system.cluster.weight_sync import EveryWorker
-    from distill_system.learner.meeting_point import find_meeting_point
+    from distill_system.learner.rendezvous import find_rendezvous
     from distill_system.weights import FanOutClient, WeightPublisher
 
     model = build_model(size)
@@ -193,7 +193,7 @@ def measure(size: str, repeats: int) -> dict[str, object]:
         receiver = start_receiver(size, model, Path(folder))
         ray.get(receiver.ready.remote())
     client = FanOutClient(EveryWorker({"student_rollout-0": receiver}, seconds=SECONDS), [1])
-    address, port = find_meeting_point()
+    address, port = find_rendezvous()
     publisher = WeightPublisher(
         model,
         backend="gloo",

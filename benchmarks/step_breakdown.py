@@ -20,9 +20,9 @@ from distill_system.config import load_config
 from distill_system.driver import Driver
 from distill_system.observe.metrics import read_metrics
 from distill_system.records import Author
-from distill_system.stages.context import RunContext
-from distill_system.stages.pools import open_pools, start_rollouts, wait_until_ready
-from distill_system.stages.preparation import open_run
+from distill_system.run.context import RunContext
+from distill_system.run.pools import open_pools, start_rollouts, wait_until_ready
+from distill_system.run.preparation import open_run
 from distill_system.stages.train import open_context, train
 
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"

@@ -330,8 +330,8 @@ def _is_met(requirement: Requirement, versions: Mapping[str, str]) -> bool:
 
 
 def _mismatch(requirement: Requirement, versions: Mapping[str, str]) -> str:
-    came = versions.get(canonicalize_name(requirement.name), "nothing")
-    return f"expected {requirement.specifier or 'any version'}, got {came}"
+    actual = versions.get(canonicalize_name(requirement.name), "nothing")
+    return f"expected {requirement.specifier or 'any version'}, got {actual}"
 
 
 def _processor_flags() -> frozenset[str]:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_system.errors import RecordError
+from distill_system.workers import Reference
 
 Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.floating]
@@ -46,9 +47,9 @@ class Stream(StrEnum):
     OFF_POLICY = "off_policy"
 
 
-def _require(holds: bool, record_id: str, expected: str, came: object) -> None:
+def _require(holds: bool, record_id: str, expected: str, actual: object) -> None:
     if not holds:
-        raise RecordError(f"record {record_id!r}: expected {expected}, got {came}")
+        raise RecordError(f"record {record_id!r}: expected {expected}, got {actual}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +110,8 @@ class Trajectory:
         )
         _require(num_response >= 1, name, "at least one response token", num_response)
         expected = 0 if self.author is Author.DATASET else num_response
-        came = self.behaviour_logprobs.shape
-        _require(came == (expected,), name, f"behaviour_logprobs [{expected}]", came)
+        actual = self.behaviour_logprobs.shape
+        _require(actual == (expected,), name, f"behaviour_logprobs [{expected}]", actual)
         if self.weight_versions:
             edges = [0, *(span.end for span in self.weight_versions)]
             starts = [span.start for span in self.weight_versions]
@@ -201,11 +202,11 @@ def deal_by_cost(costs: Sequence[int], count: int) -> list[list[int]]:
     costs more than 4/3 of the best possible (Graham 1969, longest processing time first).
     """
     hands: list[list[int]] = [[] for _ in range(count)]
-    loads = [(0, seat) for seat in range(count)]
+    loads = [(0, hand) for hand in range(count)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, seat = loads[0]
-        heapreplace(loads, (load + costs[index], seat))
-        hands[seat].append(index)
+        load, hand = loads[0]
+        heapreplace(loads, (load + costs[index], hand))
+        hands[hand].append(index)
     return hands
 
 
@@ -237,6 +238,18 @@ class TrajectoryChunk:
     def num_tokens(self) -> int:
         """Prompt and response tokens in the chunk."""
         return sum(int(trajectory.token_ids.size) for trajectory in self.trajectories)
+
+
+@dataclass(frozen=True)
+class ScoredChunk:
+    """A chunk with a reference to its targets.  Made by scoring, read by learner.
+
+    targets: result of the scorer's call, a list of TeacherTargets in the chunk's order. It goes
+    from scorer to learner without the driver; None where the objective asks nothing of the teacher.
+    """
+
+    chunk: TrajectoryChunk
+    targets: Reference | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,10 +349,10 @@ class StepResult:
 class WeightVersion:
     """A set of student weights that rollout workers now hold.
 
-    checksum: of its bytes, in [0, 2**56), verified by every worker (weights/checksum.py).
+    digest: of its bytes, in [0, 2**56), verified by every worker (weights/digest.py).
     """
 
     version: int
     num_bytes: int
-    checksum: int
+    digest: int
     seconds: float

@@ -56,7 +56,7 @@ def write_run(
     with MetricLog(run, run_name="run") as log:
         for done, falling in ((0, 3.0), (step // 2, 2.0), (step, 1.0)):
             row = {"held_out/on_policy_distance": falling * distance}
-            # As the ledger writes it: before the first step there is only what was measured.
+            # As the recorder writes it: before the first step there is only what was measured.
             kept = {n: v for n, v in (metrics or {}).items() if done or n.startswith("evaluation/")}
             log.log("distill", done, row | kept)
     splits = {name: Split(found, first_id) for name, found in values.items()}

@@ -26,7 +26,7 @@ from distill_system.records import (
     Trajectory,
     VersionSpan,
 )
-from distill_system.rollout import Slice
+from distill_system.rollout import DecodeSlice
 
 
 class Clock:
@@ -34,7 +34,7 @@ class Clock:
 
     def __init__(self):
         self.now = 0.0
-        self._order = itertools.count()
+        self._request = itertools.count()
         self._events: list[tuple[float, int, Any]] = []
 
     def __call__(self):
@@ -42,7 +42,7 @@ class Clock:
 
     def at(self, when, action):
         assert when >= self.now, "nothing happens in the past"
-        heapq.heappush(self._events, (when, next(self._order), action))
+        heapq.heappush(self._events, (when, next(self._request), action))
 
     def run_until(self, is_done, end):
         """Let things happen until is_done, or until `end`."""
@@ -144,11 +144,11 @@ class SimulatedWriter:
     version: int = 0
     under_way: dict[str, list[Any]] = field(default_factory=dict)
 
-    def advance(self, orders, seconds):
-        for order in orders:
-            name = order.name(self.author)
+    def advance(self, requests, seconds):
+        for request in requests:
+            name = request.name(self.author)
             assert name not in self.under_way, f"{name} was ordered twice"
-            self.under_way[name] = [order.prompt, self.draw_length(), 0.0, []]
+            self.under_way[name] = [request.prompt, self.draw_length(), 0.0, []]
         last = max((length - done for _, length, done, _ in self.under_way.values()), default=0.0)
         took = min(seconds, last / self.rate)
         finished = []
@@ -161,7 +161,7 @@ class SimulatedWriter:
             if end >= length:
                 finished.append(self._trajectory(name, prompt, length, spans))
                 del self.under_way[name]
-        said = Slice(
+        said = DecodeSlice(
             trajectories=tuple(finished),
             version=self.version,
             busy_seconds=took,
@@ -265,7 +265,7 @@ class SimulatedLearner:
 
 
 def simulated_run(config, data, *, students, teachers, scorers, learner, timings_folder):
-    """What AheadStreams is made with: a context and pools over simulated workers."""
+    """What AsynchronousStreams is made with: a context and pools over simulated workers."""
     context = SimpleNamespace(config=config, timings=Timings(timings_folder))
     pools = SimpleNamespace(
         students=SimpleNamespace(workers=students),

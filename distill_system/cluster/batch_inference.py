@@ -14,7 +14,7 @@ import pyarrow
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from distill_system.cluster.roster import plain_text
+from distill_system.cluster.liveness import plain_text
 from distill_system.config.pools import DeadlinesConfig, PoolConfig
 from distill_system.errors import DeadlineError, DistillError, ResourceError, WorkerError
 

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distill_system.config.pools import PoolConfig
 from distill_system.errors import DistillError
+from distill_system.workers import ElasticWorkers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +40,27 @@ class WorkerRequest:
     colocate_with: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ElasticPool:
+    """A pool that may change.  request: as the pool was started."""
+
+    workers: ElasticWorkers
+    request: WorkerRequest
+
+    @property
+    def config(self) -> PoolConfig:
+        """Its bounds, and what a worker asks of the cluster."""
+        return self.request.pool
+
+    def arguments(self, worker_id: int) -> dict[str, Any]:
+        """Of one more worker: those of the others, with a name of its own where they have one."""
+        first = self.request.arguments[0]
+        has_name = "name" in first
+        return {**first, "name": f"{self.request.name}-{worker_id}"} if has_name else dict(first)
+
+
 @dataclass(frozen=True, slots=True)
-class Seat:
+class Placement:
     """One worker's place: a bundle of a placement group, and Ray's promise that it is placed."""
 
     group: PlacementGroup
@@ -53,7 +73,9 @@ class Seat:
         return bool(ray.wait([self.placed], timeout=0)[0])
 
 
-def ask_for_seats(request: WorkerRequest, *, beside: Sequence[WorkerRequest] = ()) -> list[Seat]:
+def request_placements(
+    request: WorkerRequest, *, beside: Sequence[WorkerRequest] = ()
+) -> list[Placement]:
     """Ask the cluster for a place for each worker of a pool; returns at once.
 
     beside: the requests whose workers share the places.
@@ -63,29 +85,29 @@ def ask_for_seats(request: WorkerRequest, *, beside: Sequence[WorkerRequest] = (
     if request.gang:
         group = placement_group([bundle] * count, strategy="PACK")
         placed = group.ready()
-        return [Seat(group, index, placed) for index in range(count)]
+        return [Placement(group, index, placed) for index in range(count)]
     groups = [placement_group([bundle]) for _ in range(count)]
-    return [Seat(group, 0, group.ready()) for group in groups]
+    return [Placement(group, 0, group.ready()) for group in groups]
 
 
-def give_back(seats: Sequence[Seat]) -> None:
+def release_placements(placements: Sequence[Placement]) -> None:
     """Return places to the cluster; those not placed yet are asked for no more."""
-    for group in dict.fromkeys(seat.group for seat in seats):
+    for group in dict.fromkeys(placement.group for placement in placements):
         remove_placement_group(group)
 
 
 def start_process(
-    request: WorkerRequest, worker_id: int, arguments: Mapping[str, Any], seat: Seat
+    request: WorkerRequest, worker_id: int, arguments: Mapping[str, Any], placement: Placement
 ) -> Any:
     """Begin a worker's process in its place; returns its handle at once."""
     remote_class = ray.remote(_failing_when_ready(request.worker_class))
     return remote_class.options(
-        name=f"{request.name}-{worker_id}-{seat.group.id.hex()[:6]}",
+        name=f"{request.name}-{worker_id}-{placement.group.id.hex()[:6]}",
         num_cpus=request.pool.cpus,
         num_gpus=request.pool.gpus,
         resources=dict(request.pool.custom_resources),
         scheduling_strategy=PlacementGroupSchedulingStrategy(
-            placement_group=seat.group, placement_group_bundle_index=seat.bundle_index
+            placement_group=placement.group, placement_group_bundle_index=placement.bundle_index
         ),
         runtime_env={"env_vars": dict(request.environment)},
     ).remote(**arguments)

@@ -14,16 +14,16 @@ from typing import Any, Self
 
 import ray
 
+from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.placement import (
-    Seat,
+    Placement,
     WorkerRequest,
-    ask_for_seats,
     bundle_of,
     describe_supply,
-    give_back,
+    release_placements,
+    request_placements,
     start_process,
 )
-from distill_system.cluster.roster import Roster
 from distill_system.cluster.starting import StartingWorker
 from distill_system.cluster.workers import RayWorkers
 from distill_system.config import RunConfig
@@ -43,7 +43,7 @@ class ClusterSession:
     def __init__(self, config: RunConfig, *, say: Callable[[str], None]) -> None:
         self.config = config
         self.say = say
-        self.roster = Roster()
+        self.monitor = LivenessMonitor()
         self.groups: list[RayWorkers] = []
         self.starting: list[StartingWorker] = []
 
@@ -85,14 +85,14 @@ class ClusterSession:
 
         Raises: ResourceError when the cluster cannot place them before the deadline.
         """
-        seats = _ask_for_all(requests)
+        placements = _ask_for_all(requests)
         try:
-            self._wait_until_placed(requests, seats)
+            self._wait_until_placed(requests, placements)
         except BaseException:
             for name in _hosts(requests):
-                give_back(seats[name])
+                release_placements(placements[name])
             raise
-        started = [self._start(request, seats) for request in requests]
+        started = [self._start(request, placements) for request in requests]
         self.groups += started
         return started
 
@@ -143,12 +143,14 @@ class ClusterSession:
         for worker in starting:
             worker.cancel()
 
-    def _start(self, request: WorkerRequest, seats: Mapping[str, Sequence[Seat]]) -> RayWorkers:
+    def _start(
+        self, request: WorkerRequest, placements: Mapping[str, Sequence[Placement]]
+    ) -> RayWorkers:
         """Begin a pool's processes in their places, its own or those of the pool it shares."""
-        places = seats[request.colocate_with or request.name]
+        places = placements[request.colocate_with or request.name]
         handles = [
-            start_process(request, worker_id, arguments, seat)
-            for worker_id, (arguments, seat) in enumerate(
+            start_process(request, worker_id, arguments, placement)
+            for worker_id, (arguments, placement) in enumerate(
                 zip(request.arguments, places, strict=True)
             )
         ]
@@ -157,23 +159,23 @@ class ClusterSession:
             handles,
             [] if request.colocate_with else places,
             call_seconds=self.config.deadlines.call_seconds,
-            roster=self.roster,
+            monitor=self.monitor,
         )
 
     def _wait_until_placed(
-        self, requests: Sequence[WorkerRequest], seats: Mapping[str, Sequence[Seat]]
+        self, requests: Sequence[WorkerRequest], placements: Mapping[str, Sequence[Placement]]
     ) -> None:
         limit = self.config.deadlines.resources_seconds
         deadline = time.monotonic() + limit
-        # A gang's seats share one promise.
-        every = list({seat.placed: None for pool in seats.values() for seat in pool})
+        # A gang's placements share one promise.
+        every = list({placement.placed: None for pool in placements.values() for placement in pool})
         patience = PLACED_SECONDS
         while True:
             left = max(0.0, deadline - time.monotonic())
             placed, unplaced = ray.wait(every, num_returns=len(every), timeout=min(patience, left))
             if not unplaced:
                 return
-            wanted, supply = _describe_demand(requests, seats, set(placed)), describe_supply()
+            wanted, supply = _describe_demand(requests, placements, set(placed)), describe_supply()
             if time.monotonic() >= deadline:
                 raise ResourceError(
                     f"the cluster did not place {wanted} within {limit:.0f} s: {supply}. Lower "
@@ -183,10 +185,10 @@ class ClusterSession:
             patience = POLL_SECONDS
 
 
-def _ask_for_all(requests: Sequence[WorkerRequest]) -> dict[str, list[Seat]]:
+def _ask_for_all(requests: Sequence[WorkerRequest]) -> dict[str, list[Placement]]:
     """Places of every pool that does not stand in another's; by the pool's name."""
     return {
-        name: ask_for_seats(
+        name: request_placements(
             host, beside=[other for other in requests if other.colocate_with == name]
         )
         for name, host in _hosts(requests).items()
@@ -199,19 +201,19 @@ def _hosts(requests: Sequence[WorkerRequest]) -> dict[str, WorkerRequest]:
 
 def _describe_demand(
     requests: Sequence[WorkerRequest],
-    seats: Mapping[str, Sequence[Seat]],
+    placements: Mapping[str, Sequence[Placement]],
     placed: Collection[ray.ObjectRef[Any]],
 ) -> str:
     """What is not placed yet, pool by pool, with how much of it is."""
     parts = []
     for name, host in _hosts(requests).items():
         beside = [other for other in requests if other.colocate_with == name]
-        done = sum(seat.placed in placed for seat in seats[name])
-        if done < len(seats[name]):
+        done = sum(placement.placed in placed for placement in placements[name])
+        if done < len(placements[name]):
             pools = " and ".join([name, *(other.name for other in beside)])
             bundle = bundle_of(host.pool, *(other.pool for other in beside))
-            part = f"{len(seats[name])} x {bundle} for {pools}"
-            part += " together" if host.gang and len(seats[name]) > 1 else ""
+            part = f"{len(placements[name])} x {bundle} for {pools}"
+            part += " together" if host.gang and len(placements[name]) > 1 else ""
             parts.append(part + (f" ({done} placed)" if done else ""))
     return ", ".join(parts)
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import ray
 
+from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.placement import (
     WorkerRequest,
-    ask_for_seats,
     bundle_of,
     describe_supply,
-    give_back,
+    release_placements,
+    request_placements,
     start_process,
 )
-from distill_system.cluster.roster import Roster
 from distill_system.cluster.waiting import wait_for
 from distill_system.config.pools import DeadlinesConfig
 from distill_system.errors import DeadlineError, DistillError, ResourceError
@@ -52,7 +52,7 @@ class StartingWorker:
         self._arguments = dict(arguments)
         self._deadlines = deadlines
         self._since = time.monotonic()
-        [self._seat] = ask_for_seats(_one_of(request, self._arguments))
+        [self._seat] = request_placements(_one_of(request, self._arguments))
         self._handle: Any = None
         self._loaded: Any = None
 
@@ -80,7 +80,7 @@ class StartingWorker:
         self.stage = StartStage.GIVEN_UP
         if self._handle is not None:
             ray.kill(self._handle)
-        give_back([self._seat])
+        release_placements([self._seat])
 
     def _go_on(self) -> StartedWorker | None:
         assert self.stage is not StartStage.GIVEN_UP, f"{self.name} is given up"
@@ -107,8 +107,8 @@ class StartingWorker:
     def _look_whether_loaded(self) -> None:
         limit = self._deadlines.start_seconds
         if ray.wait([self._loaded], timeout=0, fetch_local=False)[0]:
-            roster = Roster({self.name: self._handle})
-            wait_for([self._loaded], roster, what="a new worker", seconds=1.0)  # raises its error
+            monitor = LivenessMonitor({self.name: self._handle})
+            wait_for([self._loaded], monitor, what="a new worker", seconds=1.0)  # raises its error
             self.stage = StartStage.READY
         elif time.monotonic() - self._since > limit:
             raise DeadlineError(

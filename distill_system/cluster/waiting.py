@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from distill_system.cluster.roster import Roster, death_of, plain_text
+from distill_system.cluster.liveness import LivenessMonitor, death_of, plain_text
 from distill_system.errors import DeadlineError, DistillError, WorkerError
 from distill_system.workers import Reference
 
@@ -27,7 +27,7 @@ LAST_TRACEBACK_LINES = 30
 
 def wait_for(
     references: Sequence[Reference],
-    roster: Roster,
+    monitor: LivenessMonitor,
     *,
     what: str,
     seconds: float,
@@ -36,8 +36,8 @@ def wait_for(
     """Results of all references in their order; the first failure as soon as it is known.
 
     Args:
-        references: results of calls of the roster's workers.
-        roster: names the workers; a death of any of them ends the wait.
+        references: results of calls of the monitor's workers.
+        monitor: names the workers; a death of any of them ends the wait.
         what: what is waited for, for messages.
         seconds: longest time without a new result.
         fetch: whether to bring the results here; without it a failed call counts as done, and
@@ -60,17 +60,17 @@ def wait_for(
         now = time.monotonic()
         if done:
             last_news = now
-            results |= {ref: _fetch(ref, roster, what) if fetch else None for ref in done}
+            results |= {ref: _fetch(ref, monitor, what) if fetch else None for ref in done}
         elif now - last_news >= seconds:
-            raise _deadline(references, pending, roster, what=what, seconds=seconds)
+            raise _deadline(references, pending, monitor, what=what, seconds=seconds)
         else:
-            roster.require_alive(seconds=0.0, waiting_for=what)
+            monitor.require_alive(seconds=0.0, waiting_for=what)
     return [results[reference] for reference in references] if fetch else []
 
 
 def wait_any(
     references: Sequence[Reference],
-    roster: Roster,
+    monitor: LivenessMonitor,
     *,
     what: str,
     seconds: float,
@@ -82,7 +82,7 @@ def wait_any(
     unhurried: waited for too; where they are many, those that end within together_seconds are heard
     of together, unless one of the others ends before: it costs less.
 
-    Raises: WorkerError if a worker of the roster died.
+    Raises: WorkerError if a worker of the monitor died.
     """
     every = [*references, *unhurried]
     if every:
@@ -95,7 +95,7 @@ def wait_any(
             return list(done)
     else:
         time.sleep(seconds)
-    roster.look_around(every=LOOK_SECONDS, waiting_for=what)
+    monitor.look_around(every=LOOK_SECONDS, waiting_for=what)
     return []
 
 
@@ -117,14 +117,14 @@ def _fetch_all(references: Sequence[Reference]) -> list[Any] | None:
         return None  # told by whoever looks at them one by one
 
 
-def _fetch(reference: Reference, roster: Roster, what: str) -> Any:
+def _fetch(reference: Reference, monitor: LivenessMonitor, what: str) -> Any:
     try:
         return ray.get(reference)
     except RayError as error:
-        who = roster.origin_of(error) or roster.worker_of(reference)
+        who = monitor.origin_of(error) or monitor.worker_of(reference)
         cause = getattr(error, "cause", error)
         if not isinstance(cause, RayActorError):
-            roster.require_alive(seconds=DEATH_SECONDS, waiting_for=what)
+            monitor.require_alive(seconds=DEATH_SECONDS, waiting_for=what)
         raise _told(who, cause, error, what) from error
 
 
@@ -140,12 +140,12 @@ def _told(who: str, cause: BaseException, error: RayError, what: str) -> Distill
 def _deadline(
     references: Sequence[Reference],
     pending: Sequence[Reference],
-    roster: Roster,
+    monitor: LivenessMonitor,
     *,
     what: str,
     seconds: float,
 ) -> DeadlineError:
-    owing = ", ".join(sorted({roster.worker_of(reference) for reference in pending}))
+    owing = ", ".join(sorted({monitor.worker_of(reference) for reference in pending}))
     return DeadlineError(
         f"waited {seconds:.0f} s for {what} from {owing}: {len(pending)} of {len(references)} "
         "results did not come. Raise the deadline under `deadlines`, or look at the worker's "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_system.cluster.roster import Roster
+from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.waiting import wait_for
 from distill_system.workers import Reference
 
@@ -35,4 +35,4 @@ class EveryWorker:
     def __call__(self, method: str, argument_tuples: Sequence[tuple[Any, ...]]) -> None:
         """Call every worker and wait for all."""
         references = self.start(method, argument_tuples)
-        wait_for(references, Roster(self.handles), what=method, seconds=self.seconds)
+        wait_for(references, LivenessMonitor(self.handles), what=method, seconds=self.seconds)

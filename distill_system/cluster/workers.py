@@ -7,8 +7,8 @@ from typing import Any
 
 import ray
 
-from distill_system.cluster.placement import Seat, give_back
-from distill_system.cluster.roster import Roster
+from distill_system.cluster.liveness import LivenessMonitor
+from distill_system.cluster.placement import Placement, release_placements
 from distill_system.cluster.waiting import wait_any, wait_for
 from distill_system.workers import Reference, StartedWorker
 
@@ -17,9 +17,9 @@ class RayWorkers:
     """Workers of one class, each in its own process; implements distill_system.workers.
 
     handles: of the workers that the group begins with, which get the ids 0, 1, ...
-    seats: the places that are given back with the group, one for each of the handles; none for
+    placements: the places that are given back with the group, one for each of the handles; none for
     workers that stand in places of another group.
-    roster: where the group's workers are watched over, each under name-id; by default alone.
+    monitor: where the group's workers are watched over, each under name-id; by default alone.
     call_seconds: longest wait without a new result.
     """
 
@@ -27,18 +27,18 @@ class RayWorkers:
         self,
         name: str,
         handles: Sequence[Any],
-        seats: Sequence[Seat],
+        placements: Sequence[Placement],
         *,
         call_seconds: float,
-        roster: Roster | None = None,
+        monitor: LivenessMonitor | None = None,
     ) -> None:
         self.name = name
         self.call_seconds = call_seconds
         self._handles: dict[int, Any] = dict(enumerate(handles))
-        self._seats: dict[int, Seat] = dict(enumerate(seats))
+        self._placements: dict[int, Placement] = dict(enumerate(placements))
         self._next_id = len(self._handles)
-        self._roster = Roster() if roster is None else roster
-        self._roster.add(self.named_handles())
+        self._monitor = LivenessMonitor() if monitor is None else monitor
+        self._monitor.add(self.named_handles())
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ class RayWorkers:
         Raises: the worker's own DistillError; WorkerError with its traceback; DeadlineError.
         """
         seconds = self.call_seconds if seconds is None else seconds
-        return wait_for(references, self._roster, what=what, seconds=seconds, fetch=fetch)
+        return wait_for(references, self._monitor, what=what, seconds=seconds, fetch=fetch)
 
     def take_id(self) -> int:
         """The id of a worker that is to be started; no other gets it, even if it never comes."""
@@ -84,8 +84,8 @@ class RayWorkers:
         assert worker_id < self._next_id, f"{self.name}-{worker_id}: the id was not given out"
         assert worker_id not in self._handles, f"{self.name}-{worker_id} is in the group already"
         self._handles[worker_id] = started.handle
-        self._seats[worker_id] = started.place
-        self._roster.add({f"{self.name}-{worker_id}": started.handle})
+        self._placements[worker_id] = started.place
+        self._monitor.add({f"{self.name}-{worker_id}": started.handle})
 
     def remove(self, worker_id: int) -> None:
         """End one worker's process and give its place back.
@@ -93,12 +93,12 @@ class RayWorkers:
         A call that is under way there fails with WorkerError where it is waited for: collect it
         before.
         """
-        handle, seat = self._handles.pop(worker_id), self._seats.pop(worker_id)
-        shared = any(other.group == seat.group for other in self._seats.values())
+        handle, placement = self._handles.pop(worker_id), self._placements.pop(worker_id)
+        shared = any(other.group == placement.group for other in self._placements.values())
         assert not shared, f"{self.name} was placed together and keeps its size"
-        self._roster.remove([f"{self.name}-{worker_id}"])
+        self._monitor.remove([f"{self.name}-{worker_id}"])
         ray.kill(handle)
-        give_back([seat])
+        release_placements([placement])
 
     def wait_any(
         self,
@@ -111,11 +111,11 @@ class RayWorkers:
     ) -> list[Reference]:
         """Those that are done as soon as there is one; none after so long; see wait_any.
 
-        Raises: WorkerError if a worker of the roster died.
+        Raises: WorkerError if a worker of the monitor died.
         """
         return wait_any(
             references,
-            self._roster,
+            self._monitor,
             what=what,
             seconds=seconds,
             unhurried=unhurried,
@@ -125,12 +125,12 @@ class RayWorkers:
     def stop(self) -> None:
         """End every process of the group and give its resources back."""
         self.kill()
-        give_back(list(self._seats.values()))
-        self._seats = {}
+        release_placements(list(self._placements.values()))
+        self._placements = {}
 
     def kill(self) -> None:
         """End every process of the group; waits for it fail with WorkerError."""
-        self._roster.remove(self.named_handles())
+        self._monitor.remove(self.named_handles())
         for handle in self._handles.values():
             ray.kill(handle)
         self._handles = {}

@@ -73,8 +73,8 @@ def _read_file(path: Path) -> Located:
     if tree is None:
         raise ConfigError(f"{path}: expected a mapping of keys to values, got an empty file")
     if not isinstance(tree.value, dict):
-        came = json.dumps(to_plain(tree))[:80]
-        raise ConfigError(f"{path}: expected a mapping of keys to values at the top, got {came}")
+        actual = json.dumps(to_plain(tree))[:80]
+        raise ConfigError(f"{path}: expected a mapping of keys to values at the top, got {actual}")
     return tree
 
 

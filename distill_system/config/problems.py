@@ -80,8 +80,10 @@ def _describe(found: Any, tree: Located, root: Slot) -> str:
             return _missing(path, spot.node or tree, quoted_list(list(spot.slot.alternatives)))
         case "union_tag_invalid":
             return _unknown_alternative(spot)
-    came = to_plain(spot.node) if spot.node else found["input"]
-    return f"{_head(spot)}: expected {describe(spot.slot)}, got {_show(came)}{_hint(spot, came)}"
+    actual = to_plain(spot.node) if spot.node else found["input"]
+    return (
+        f"{_head(spot)}: expected {describe(spot.slot)}, got {_show(actual)}{_hint(spot, actual)}"
+    )
 
 
 def _head(spot: _Spot) -> str:
@@ -125,9 +127,9 @@ def _show(value: object) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
-def _hint(spot: _Spot, came: object) -> str:
-    if spot.slot.annotation is str and isinstance(came, (bool, int, float)):
+def _hint(spot: _Spot, actual: object) -> str:
+    if spot.slot.annotation is str and isinstance(actual, (bool, int, float)):
         return "; put it in quotes"
-    if isinstance(came, float) and not math.isfinite(came):
+    if isinstance(actual, float) and not math.isfinite(actual):
         return "; it must be finite"
     return ""

@@ -117,9 +117,9 @@ def _find_file(path: str, directory: str, key: str) -> Path:
     tried = (Path(directory) / path).absolute()
     if tried.is_file():
         return tried
-    came = "it is a folder" if tried.is_dir() else "there is no such file"
+    actual = "it is a folder" if tried.is_dir() else "there is no such file"
     raise DataError(
-        f"{key}.path={path!r}: expected a file at {tried}, {came}; relative paths start from "
+        f"{key}.path={path!r}: expected a file at {tried}, {actual}; relative paths start from "
         f"data.directory={directory!r}"
     )
 

@@ -114,11 +114,11 @@ def make_rows(
         "response_text": response_texts or nothing,
     }
     for trajectory in trajectories:
-        came = (trajectory.author, trajectory.temperature)
-        if came != (origin.author, origin.temperature):
+        actual = (trajectory.author, trajectory.temperature)
+        if actual != (origin.author, origin.temperature):
             raise RecordError(
                 f"record {trajectory.trajectory_id!r}: expected author and temperature of its "
-                f"origin, {(origin.author, origin.temperature)}, got {came}"
+                f"origin, {(origin.author, origin.temperature)}, got {actual}"
             )
     return pyarrow.table(columns, schema=ROW_SCHEMA)
 

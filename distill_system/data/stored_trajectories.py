@@ -100,9 +100,9 @@ def read_trajectories(
     selection = selection or Selection()
     parts = find_parts(trajectory_folder(folder))
     if not parts:
-        came = "has no samples" if folder.is_dir() else "does not exist"
+        actual = "has no samples" if folder.is_dir() else "does not exist"
         raise DataError(
-            f"data.trajectory_store: the store {folder.absolute()} {came}. Fill it with "
+            f"data.trajectory_store: the store {folder.absolute()} {actual}. Fill it with "
             "`distill-system generate` and the same configuration, or give another folder"
         )
     for part in parts:

@@ -109,11 +109,11 @@ class TrajectoryStore:
         self._seen.add(part)
 
     def _require_own(self, rows: pyarrow.Table) -> None:
-        came = set(rows["tokenizer_fingerprint"].unique().to_pylist())
-        if came - {self.tokenizer_fingerprint}:
+        actual = set(rows["tokenizer_fingerprint"].unique().to_pylist())
+        if actual - {self.tokenizer_fingerprint}:
             raise DataError(
                 f"{self.folder}: expected samples of the tokenizer {self.tokenizer_fingerprint}, "
-                f"got samples of {sorted(came)}. Give them a store of their own"
+                f"got samples of {sorted(actual)}. Give them a store of their own"
             )
 
 
@@ -128,10 +128,10 @@ def require_tokenizer(part: Path, expected: str) -> None:
     Raises: DataError, which says what to do.
     """
     with open_part(part) as opened:
-        came = (opened.schema_arrow.metadata or {}).get(TOKENIZER_KEY, b"none").decode()
-    if came != expected:
+        actual = (opened.schema_arrow.metadata or {}).get(TOKENIZER_KEY, b"none").decode()
+    if actual != expected:
         raise DataError(
-            f"{part}: its token ids are of the tokenizer {came}, the run's tokenizer is "
+            f"{part}: its token ids are of the tokenizer {actual}, the run's tokenizer is "
             f"{expected}, in which they mean other texts. Give the run the tokenizer that the "
             "store was made with (tokenizer.path), or another store (data.trajectory_store, or "
             "--out of `distill-system generate`)"

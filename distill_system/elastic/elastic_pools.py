@@ -9,39 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from distill_system.cluster import WorkerRequest
-from distill_system.config.pools import PoolConfig, ScalingConfig
+from distill_system.cluster import ElasticPool, WorkerRequest
+from distill_system.config.pools import ScalingConfig
 from distill_system.elastic.scale_requests import PoolStatus, ScaleRequests, ScaleStatus
+from distill_system.elastic.scaling import AutoScaler, Look
 from distill_system.errors import DistillError
-from distill_system.flow.scaling import AutoScaler, Look
-from distill_system.workers import ElasticWorkers, StartedWorker
+from distill_system.workers import StartedWorker
 
 RECEIVES_WEIGHTS = "student_rollout"
 REMEMBERED_ANSWERS = 50
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ElasticPool:
-    """A pool that may change.  request: as the pool was started."""
-
-    workers: ElasticWorkers
-    request: WorkerRequest
-
-    @property
-    def config(self) -> PoolConfig:
-        """Its bounds, and what a worker asks of the cluster."""
-        return self.request.pool
-
-    def arguments(self, worker_id: int) -> dict[str, Any]:
-        """Of one more worker: those of the others, with a name of its own where they have one."""
-        first = self.request.arguments[0]
-        has_name = "name" in first
-        return {**first, "name": f"{self.request.name}-{worker_id}"} if has_name else dict(first)
 
 
 class Starting(Protocol):

@@ -182,13 +182,13 @@ def _generate(
 ) -> list[_Generation]:
     trajectories = generate(prompts, temperature, label)
     given = [prompt.prompt_id for prompt in prompts]
-    came = [trajectory.prompt_id for trajectory in trajectories]
-    if given != came:
-        pairs = enumerate(zip_longest(given, came))
+    actual = [trajectory.prompt_id for trajectory in trajectories]
+    if given != actual:
+        pairs = enumerate(zip_longest(given, actual))
         position = next(position for position, (wanted, got) in pairs if wanted != got)
         raise RecordError(
             f"{label} evaluation: expected one trajectory per prompt in the order given, "
-            f"{len(given)} in all, got {len(came)}; they part at position {position}"
+            f"{len(given)} in all, got {len(actual)}; they part at position {position}"
         )
     return [
         _Generation(

@@ -65,10 +65,10 @@ def find_family(config: Any, model: str) -> Family:
             "tests/pipeline/test_families.py"
         )
     for setting, value in family.requires.items():
-        came = getattr(config, setting, value)
-        if came != value:
+        actual = getattr(config, setting, value)
+        if actual != value:
             raise ModelError(
-                f"{model}: expected {setting}={value} in its config.json, got {came}: vLLM does "
+                f"{model}: expected {setting}={value} in its config.json, got {actual}: vLLM does "
                 f"not compute {config.model_type} models of that kind. Choose another model"
             )
     return family

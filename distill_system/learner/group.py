@@ -5,25 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from distill_system.learner.checkpoint_files import FileRecord
 from distill_system.learner.collate import StreamTotals
 from distill_system.learner.publishing import Publishing
-from distill_system.records import StepResult, Stream, Trajectory, TrajectoryChunk, WeightVersion
+from distill_system.records import (
+    ScoredChunk,
+    StepResult,
+    Stream,
+    Trajectory,
+    TrajectoryChunk,
+    WeightVersion,
+)
 from distill_system.workers import Reference, Workers
-
-
-class ScoredChunk(Protocol):
-    """A chunk and a reference to its targets, as the scoring pool makes them."""
-
-    @property
-    def chunk(self) -> TrajectoryChunk:
-        """The trajectories."""
-
-    @property
-    def targets(self) -> Reference | None:
-        """Where their targets are, if any: they go from scorer to rank without the driver."""
 
 
 class LearnerGroup:

@@ -23,7 +23,6 @@ from distill_system.learner.checkpoint import CheckpointWriter, load_checkpoint
 from distill_system.learner.checkpoint_files import FileRecord, find_alterations
 from distill_system.learner.collate import LearnerBatch, StreamTotals, collate
 from distill_system.learner.logprob_gap import measure_logprob_gap
-from distill_system.learner.meeting_point import find_meeting_point
 from distill_system.learner.microbatches import Microbatches
 from distill_system.learner.optimizer import (
     build_optimizers,
@@ -31,7 +30,9 @@ from distill_system.learner.optimizer import (
     learning_rate_at,
     set_learning_rate,
 )
+from distill_system.learner.peak_memory import read_peak_memory_bytes
 from distill_system.learner.ranks import Ranks
+from distill_system.learner.rendezvous import find_rendezvous
 from distill_system.learner.rollout_shares import rollout_shares
 from distill_system.learner.sharding import (
     Policy,
@@ -49,7 +50,6 @@ from distill_system.objectives import (
     build_objective,
     measure_stream,
 )
-from distill_system.peak_memory import read_peak_memory_bytes
 from distill_system.records import (
     StepResult,
     Stream,
@@ -115,7 +115,7 @@ class Learner:
 
     def address(self) -> tuple[str, int]:
         """This rank's host address and a free port on it, for the others to meet at."""
-        return find_meeting_point()
+        return find_rendezvous()
 
     def connect(self, address: str, port: int) -> None:
         """Join the other ranks, and share the model with them."""

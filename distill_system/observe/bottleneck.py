@@ -42,7 +42,7 @@ class Bottleneck:
     """
 
     pool: str
-    is_streaming: bool
+    is_asynchronous: bool
     is_bound: bool
     busy_share: float
     waiting_pool: str | None
@@ -59,7 +59,7 @@ class Bottleneck:
     @property
     def _cause(self) -> str:
         busy = f"{self.busy_share:.0%}"
-        if not self.is_streaming:
+        if not self.is_asynchronous:
             return f"the pools take turns, {self.pool} has {busy} of the step"
         waits = f"{self.waiting_pool} waits {self.waiting_share:.0%} of the time for"
         if self.is_bound:
@@ -74,7 +74,7 @@ class Bottleneck:
             return "raise max_staleness"
         unit = "rank at the next start" if self.pool == LEARNER else "worker"
         brings = f"one more {unit} would bring {self.speedup:.2f}x"
-        if not self.is_streaming:
+        if not self.is_asynchronous:
             return f"{brings}; max_staleness 1 lets them work beside each other"
         if not self.is_bound:
             return brings
@@ -85,34 +85,36 @@ class Bottleneck:
         return [f"{pool} has {count} more than it needs" for pool, count in self.spare.items()]
 
 
-def find_bottleneck(pools: Mapping[str, PoolActivity], *, is_streaming: bool) -> Bottleneck | None:
+def find_bottleneck(
+    pools: Mapping[str, PoolActivity], *, is_asynchronous: bool
+) -> Bottleneck | None:
     """Which of the pools bounds the run; None where none of them has worked.
 
     Args:
         pools: student_rollout, teacher_rollout, teacher_scoring, learner, over the same stretch of
             whole steps; one that the run does not have may be missing.
-        is_streaming: whether steps overlap, that is max_staleness > 0.
+        is_asynchronous: whether steps overlap, that is max_staleness > 0.
     """
     known = {name: pool for name, pool in pools.items() if pool.worker_seconds > 0}
     if not any(pool.busy_seconds > 0 for pool in known.values()):
         return None
-    model = _StepModel(known, is_streaming=is_streaming)
+    model = _StepModel(known, is_asynchronous=is_asynchronous)
     pool = model.find_dearest()
     more = model.change(pool, 1)
     busy = known[pool].busy_share
-    is_bound = not is_streaming or busy >= UNBOUND
+    is_bound = not is_asynchronous or busy >= UNBOUND
     waiting_pool, waiting_share = None, 0.0
-    if is_streaming:
+    if is_asynchronous:
         waiting_pool, waiting_share = _find_waiting(pool, known, is_bound=is_bound)
     return Bottleneck(
         pool=pool,
-        is_streaming=is_streaming,
+        is_asynchronous=is_asynchronous,
         is_bound=is_bound,
         busy_share=busy,
         waiting_pool=waiting_pool,
         waiting_share=waiting_share,
         speedup=model.step(model.times) / model.step(more),
-        next_pool=_largest(more) if is_streaming else pool,
+        next_pool=_largest(more) if is_asynchronous else pool,
         spare=model.count_spare(),
     )
 
@@ -120,8 +122,8 @@ def find_bottleneck(pools: Mapping[str, PoolActivity], *, is_streaming: bool) ->
 class _StepModel:
     """Step time from the pools' own times, all as shares of the measured step."""
 
-    def __init__(self, pools: Mapping[str, PoolActivity], *, is_streaming: bool) -> None:
-        self._is_streaming = is_streaming
+    def __init__(self, pools: Mapping[str, PoolActivity], *, is_asynchronous: bool) -> None:
+        self._is_streaming = is_asynchronous
         self._workers = {name: pool.num_workers for name, pool in pools.items()}
         self.times = {name: pool.busy_share for name, pool in pools.items()}
         # Beyond the model: what nobody works in, less what overlaps although the model adds it up.

@@ -118,7 +118,7 @@ def _describe_pool(pool: PoolActivity) -> dict[str, float]:
 
 def _find_bottleneck(pools: Mapping[str, PoolActivity], config: Mapping[str, Any]) -> str | None:
     staleness = config.get("distill", {}).get("staleness", {})
-    found = find_bottleneck(pools, is_streaming=staleness.get("max_staleness", 0) > 0)
+    found = find_bottleneck(pools, is_asynchronous=staleness.get("max_staleness", 0) > 0)
     return None if found is None else found.line
 
 

@@ -27,8 +27,8 @@ from distill_system.offline.samples import cut_batches
 from distill_system.offline.workers import TargetWriter
 from distill_system.planning import ModelShape, read_shape
 from distill_system.records import Author
-from distill_system.stages.sample_origin import describe_reading, sample_origin
-from distill_system.stages.worker_arguments import scorer_arguments, torch_environment
+from distill_system.run.sample_origin import describe_reading, sample_origin
+from distill_system.run.worker_arguments import scorer_arguments, torch_environment
 
 BATCH_BYTES = 64 * 2**20
 """Of the targets that one call sends, and that one part keeps."""

@@ -23,9 +23,9 @@ from distill_system.offline.cached_targets import CachedTargets
 from distill_system.offline.samples import SampleKeeper, cut_batches, plan_samples
 from distill_system.offline.workers import SampleWriter
 from distill_system.records import Author
-from distill_system.stages.preparation import open_run, prepare_tokenizer, record_start
-from distill_system.stages.sample_origin import sample_origin
-from distill_system.stages.worker_arguments import (
+from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
+from distill_system.run.sample_origin import sample_origin
+from distill_system.run.worker_arguments import (
     rollout_arguments,
     rollout_environment,
     rollout_pool,

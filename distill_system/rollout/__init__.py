@@ -1,19 +1,19 @@
 """Prompts in, trajectories out: vLLM engines behind rollout workers, and the pool of workers."""
 
-from distill_system.rollout.continuous import NO_VERSION, ContinuousRollouts
+from distill_system.rollout.asynchronous import NO_VERSION, AsynchronousRollouts
 from distill_system.rollout.environment import engine_environment
 from distill_system.rollout.pool import PendingRollouts, RolloutPool
 from distill_system.rollout.sampling import Sampling
-from distill_system.rollout.worker import Order, RolloutWorker, Slice
+from distill_system.rollout.worker import DecodeSlice, GenerationRequest, RolloutWorker
 
 __all__ = [
     "NO_VERSION",
-    "ContinuousRollouts",
-    "Order",
+    "AsynchronousRollouts",
+    "DecodeSlice",
+    "GenerationRequest",
     "PendingRollouts",
     "RolloutPool",
     "RolloutWorker",
     "Sampling",
-    "Slice",
     "engine_environment",
 ]

@@ -36,7 +36,7 @@ from distill_system.seeds import derive_seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slice:
+class DecodeSlice:
     """What a worker has to say after a slice of decoding.
 
     version: the weights it held as the slice ended.
@@ -48,7 +48,7 @@ class Slice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class GenerationRequest:
     """One prompt to answer, and how.
 
     seed, label: with the prompt's id they seed its sample.
@@ -112,7 +112,7 @@ class RolloutWorker:
             stop_token_ids=tuple(stop_token_ids),
             keep_stale_cache=keep_stale_cache,
         )
-        self._orders: dict[str, Order] = {}
+        self._requests: dict[str, GenerationRequest] = {}
 
     @cached_property
     def _engine(self) -> GenerationEngine:
@@ -160,26 +160,28 @@ class RolloutWorker:
         )
         return trajectories
 
-    def advance(self, orders: Sequence[Order], seconds: float) -> Slice:
-        """Take orders in, decode for a slice of time, hand out what is finished.
+    def advance(self, requests: Sequence[GenerationRequest], seconds: float) -> DecodeSlice:
+        """Take requests in, decode for a slice of time, hand out what is finished.
 
         Sequences go on over slices, and other calls, such as new weights, come between them. A
-        prompt's sample depends on its order and the weights that wrote it.
+        prompt's sample depends on its request and the weights that wrote it.
 
         Raises: as generate does.
         """
         started = time.perf_counter()
         self._check_weights()
-        for order in orders:
-            self._check_prompt(order.prompt, order.sampling)
-        for order in orders:
-            name = order.name(self._author)
-            sample_seed = derive_seed(order.seed, "rollout", order.label, order.prompt.prompt_id)
-            self._engine.add(name, order.prompt.token_ids, order.sampling, sample_seed)
-            self._orders[name] = order
+        for request in requests:
+            self._check_prompt(request.prompt, request.sampling)
+        for request in requests:
+            name = request.name(self._author)
+            sample_seed = derive_seed(
+                request.seed, "rollout", request.label, request.prompt.prompt_id
+            )
+            self._engine.add(name, request.prompt.token_ids, request.sampling, sample_seed)
+            self._requests[name] = request
         finished = self._engine.decode(seconds)
         trajectories = tuple(
-            self._make_trajectory(self._orders.pop(name), completion)
+            self._make_trajectory(self._requests.pop(name), completion)
             for name, completion in finished.items()
         )
         work = WorkDone(
@@ -187,19 +189,19 @@ class RolloutWorker:
             busy_seconds=time.perf_counter() - started,
         )
         self._work += work
-        return Slice(
+        return DecodeSlice(
             trajectories=trajectories,
             version=self._engine.version,
             busy_seconds=work.busy_seconds,
         )
 
-    def _make_trajectory(self, order: Order, completion: Completion) -> Trajectory:
+    def _make_trajectory(self, request: GenerationRequest, completion: Completion) -> Trajectory:
         return make_trajectory(
-            order.prompt,
+            request.prompt,
             completion,
             author=self._author,
-            sampling=order.sampling,
-            label=order.label,
+            sampling=request.sampling,
+            label=request.label,
         )
 
     def work_done(self) -> WorkDone:
@@ -227,13 +229,13 @@ class RolloutWorker:
         self._call_transfer("start_weight_update")
         self._call_transfer("update_weights", update_info=update_info)
         self._call_transfer("finish_weight_update")
-        num_bytes, checksum = self._call_transfer("received_seal")[0]
+        num_bytes, digest = self._call_transfer("received_seal")[0]
         self._holds_whole_weights = True
         self._engine.commit_version(version)
         return WeightVersion(
             version=version,
             num_bytes=num_bytes,
-            checksum=checksum,
+            digest=digest,
             seconds=time.perf_counter() - started,
         )
 

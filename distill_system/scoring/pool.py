@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from distill_system.config.objective import TeacherNeeds
-from distill_system.records import Stream, Trajectory, TrajectoryChunk, WorkDone
+from distill_system.records import ScoredChunk, Stream, Trajectory, TrajectoryChunk, WorkDone
 from distill_system.scoring.scorer import Shipped
 from distill_system.workers import Reference, Workers
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredChunk:
-    """A chunk and where its targets are: they go from scorer to learner without the driver.
-
-    targets is None where the objective asks nothing of the teacher.
-    """
-
-    chunk: TrajectoryChunk
-    targets: Reference | None
 
 
 class ScoringPool:

@@ -20,7 +20,7 @@ from distill_system.config.model import ModelConfig
 from distill_system.config.recipes import recipe_path
 from distill_system.errors import ConfigError
 from distill_system.observe import RunDirectory
-from distill_system.stages.context import model_path
+from distill_system.run.context import model_path
 from distill_system.stages.pilot import plan_steps
 from distill_system.stages.processes import Job, run_jobs
 from distill_system.stages.train import train

@@ -6,7 +6,7 @@ from distill_system.config import RunConfig
 from distill_system.config.data import TrainedTokenizer
 from distill_system.data.tokenizers import build_tokenizer
 from distill_system.planning import Plan, make_plan
-from distill_system.stages.vocabulary import vocabulary_size
+from distill_system.run.vocabulary import vocabulary_size
 
 
 def plan_run(config: RunConfig, *, device_gib: float) -> Plan:

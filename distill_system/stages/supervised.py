@@ -11,10 +11,10 @@ from distill_system.config.model import ModelConfig, SupervisedConfig
 from distill_system.data import PromptFrontier
 from distill_system.learner import LearnerGroup
 from distill_system.records import StepResult, Trajectory
-from distill_system.stages.checkpoints import CheckpointStore, resume_point
-from distill_system.stages.context import RunContext, sft_directory
-from distill_system.stages.export import export_model
-from distill_system.stages.pools import model_source, start_learner
+from distill_system.run.checkpoints import CheckpointStore, resume_point
+from distill_system.run.context import RunContext, sft_directory
+from distill_system.run.export import export_model
+from distill_system.run.pools import model_source, start_learner
 from distill_system.workers import Reference
 
 STEPS_IN_FLIGHT = 2

@@ -10,6 +10,7 @@ from distill_system.config import RunConfig
 from distill_system.data import RunData, load_run_data
 from distill_system.data.run_data import SetName
 from distill_system.driver import Driver
+from distill_system.driver.measuring import Measuring
 from distill_system.errors import RunStateError
 from distill_system.observe import (
     LiveView,
@@ -21,13 +22,12 @@ from distill_system.observe import (
     write_summary,
 )
 from distill_system.records import Author
-from distill_system.stages.checkpoints import CheckpointStore, resume_point
-from distill_system.stages.context import RunContext, sft_directory
-from distill_system.stages.measuring import Measuring
-from distill_system.stages.model_checks import check_data
-from distill_system.stages.pools import open_pools
-from distill_system.stages.preparation import open_run, prepare_tokenizer, record_start
-from distill_system.stages.sample_origin import sample_origin
+from distill_system.run.checkpoints import CheckpointStore, resume_point
+from distill_system.run.context import RunContext, sft_directory
+from distill_system.run.model_checks import check_data
+from distill_system.run.pools import open_pools
+from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
+from distill_system.run.sample_origin import sample_origin
 from distill_system.stages.supervised import fine_tune
 
 STAGES = ("sft", "distill", "evaluate", "report")

@@ -15,15 +15,15 @@ from distill_system.data import RunData
 from distill_system.records import (
     PoolActivity,
     Prompt,
+    ScoredChunk,
     StepResult,
     Stream,
     Trajectory,
     WorkDone,
 )
 from distill_system.rollout import PendingRollouts, Sampling
-from distill_system.scoring import ScoredChunk
-from distill_system.stages.context import RunContext
-from distill_system.stages.pools import Pools
+from distill_system.run.context import RunContext
+from distill_system.run.pools import Pools
 from distill_system.streams.replay import AdaptiveReplay, StepKind
 from distill_system.streams.streams import Streams
 
@@ -33,7 +33,7 @@ HELD_OUT_LOSS = "held_out/cross_entropy"
 class LockstepStreams(Streams):
     """One batch after another; every pool waits for the others."""
 
-    are_ahead = False
+    is_asynchronous = False
 
     def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
         super().__init__(context, pools, data)
@@ -79,7 +79,7 @@ class LockstepStreams(Streams):
         with self.context.timings.phase("publish"):
             self.pools.learner.publish(version)
 
-    def settle(self) -> None:
+    def wait_for_weight_sync(self) -> None:
         """Nothing is under way between two steps."""
 
     def release(self, pool: str, worker: int) -> bool:
@@ -99,10 +99,10 @@ class LockstepStreams(Streams):
             for pool, work in total.items()
         }
 
-    def hear(self, measured: Mapping[str, float]) -> None:
+    def on_metrics(self, measured: Mapping[str, float]) -> None:
         """The replay's schedule follows the held-out loss."""
         if self.replay is not None and HELD_OUT_LOSS in measured:
-            self.replay.hear(measured[HELD_OUT_LOSS])
+            self.replay.on_metrics(measured[HELD_OUT_LOSS])
 
     def state(self) -> dict[str, Any]:
         """See Streams."""

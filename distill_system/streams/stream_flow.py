@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from distill_system.data import PromptFrontier
-from distill_system.flow import StalenessWindow, Ticket
-from distill_system.records import Author, Prompt, Stream, Trajectory
-from distill_system.rollout import ContinuousRollouts, Order, Sampling
-from distill_system.scoring import ContinuousScoring, ScoredChunk
+from distill_system.records import Author, Prompt, ScoredChunk, Stream, Trajectory
+from distill_system.rollout import AsynchronousRollouts, GenerationRequest, Sampling
+from distill_system.scoring import AsynchronousScoring
+from distill_system.streams.window import StalenessWindow, Ticket
 from distill_system.workers import Reference
 
 LookUp = Callable[[int], Prompt | Trajectory]
@@ -28,8 +28,8 @@ class StreamFlow:
         self,
         stream: Stream,
         window: StalenessWindow,
-        writer: ContinuousRollouts,
-        scoring: ContinuousScoring,
+        writer: AsynchronousRollouts,
+        scoring: AsynchronousScoring,
         *,
         frontier: PromptFrontier,
         look_up: LookUp,
@@ -44,10 +44,10 @@ class StreamFlow:
         self._scoring = scoring
         self._frontier = frontier
         self._look_up = look_up
-        self._order = partial(Order, sampling=sampling, seed=seed)
+        self._request = partial(GenerationRequest, sampling=sampling, seed=seed)
         self._first_number = window.next_step * window.batch_size
         self._tickets: dict[str, Ticket] = {}
-        self._handed_back: dict[str, Order] = {}
+        self._handed_back: dict[str, GenerationRequest] = {}
         self._written: dict[str, Ticket] = {}
 
     def give_out(self, now: float) -> None:
@@ -62,10 +62,10 @@ class StreamFlow:
             item = self._look_up(index)
             if isinstance(item, Prompt):
                 number = self._first_number + ticket.number
-                order = self._order(prompt=item, label=f"ticket_{number}")
-                name = order.name(self._author)
+                request = self._request(prompt=item, label=f"ticket_{number}")
+                name = request.name(self._author)
                 self._tickets[name] = ticket
-                self.writer.give(worker, name, order)
+                self.writer.give(worker, name, request)
             else:
                 self._arrive(ticket, item, now)
 

@@ -12,21 +12,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_system.data import PromptFrontier, RunData, source_shares
-from distill_system.records import PoolActivity, StepResult, Stream, Trajectory
+from distill_system.records import PoolActivity, ScoredChunk, StepResult, Stream, Trajectory
 from distill_system.rollout import Sampling
-from distill_system.scoring import ScoredChunk
-from distill_system.stages.context import RunContext
-from distill_system.stages.pools import Pools
+from distill_system.run.context import RunContext
+from distill_system.run.pools import Pools
 from distill_system.streams.off_policy import OffPolicyMixture
 
 
 class Streams(ABC):
     """Both streams' prompts, and what the learner was fed of them.
 
-    are_ahead: whether trajectories are written while the learner learns from earlier ones.
+    is_asynchronous: whether trajectories are written while the learner learns from earlier ones.
     """
 
-    are_ahead: bool
+    is_asynchronous: bool
 
     def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
         self.context = context
@@ -56,11 +55,11 @@ class Streams(ABC):
         """Send the student's new weights to its rollout workers."""
 
     @abstractmethod
-    def settle(self) -> None:
+    def wait_for_weight_sync(self) -> None:
         """Return once every student worker holds what was published last."""
 
     @abstractmethod
-    def hear(self, measured: Mapping[str, float]) -> None:
+    def on_metrics(self, measured: Mapping[str, float]) -> None:
         """Take in what was measured on held-out data, where the schedule depends on it."""
 
     @abstractmethod

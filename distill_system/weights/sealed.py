@@ -1,7 +1,7 @@
 """The receiving end inside each vLLM worker: nothing is loaded before all of it is verified.
 
 vLLM's NCCL engine is subclassed. It loads bytes as they come; loading cannot be undone, so here all
-buckets are received first, their checksum is compared with the sender's, and only then are the
+buckets are received first, their digest is compared with the sender's, and only then are the
 model's old weights given up. Importing this module imports vLLM.
 """
 
@@ -80,9 +80,9 @@ class ReceivesWeights:
     weight_transfer_engine: Any
 
     def received_seal(self) -> tuple[int, int]:
-        """Bytes and checksum of what was received last."""
+        """Bytes and digest of what was received last."""
         seal = self.weight_transfer_engine.received
-        return seal.num_bytes, seal.checksum
+        return seal.num_bytes, seal.digest
 
 
 def _parameters(update_info: NCCLWeightTransferUpdateInfo) -> list[ParamMeta]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distill_system.errors import TransferError
-from distill_system.weights.checksum import Checksum
+from distill_system.weights.digest import Digest
 
 SENDER = 0
 """The sender's rank in the transfer group."""
@@ -30,30 +30,30 @@ class Seal:
     """What the sender says of what it sent, and a receiver of what it received."""
 
     num_bytes: int
-    checksum: int
+    digest: int
 
     def __str__(self) -> str:
-        return f"{self.num_bytes} bytes with checksum {self.checksum:014x}"
+        return f"{self.num_bytes} bytes with digest {self.digest:014x}"
 
 
 def broadcast_buckets(communicator: Any, buffers: Iterable[Tensor]) -> Seal:
     """Send these buckets, or receive into them; each is summed while the next one travels."""
-    checksum = Checksum()
+    digest = Digest()
     arrived: Tensor | None = None
     for buffer in buffers:
         travelling = communicator.broadcast(buffer, src=SENDER)
         if arrived is not None:
-            checksum.add(arrived)
+            digest.add(arrived)
         _wait(travelling)
         arrived = buffer
     if arrived is not None:
-        checksum.add(arrived)
-    return Seal(checksum.num_bytes, checksum.value)
+        digest.add(arrived)
+    return Seal(digest.num_bytes, digest.value)
 
 
 def send_seal(communicator: Any, seal: Seal, device: torch.device) -> None:
     """End a transfer with what was sent."""
-    numbers = torch.tensor([seal.num_bytes, seal.checksum], dtype=torch.int64, device=device)
+    numbers = torch.tensor([seal.num_bytes, seal.digest], dtype=torch.int64, device=device)
     _wait(communicator.broadcast(numbers, src=SENDER))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import ray
 
-from distill_system.cluster.roster import Roster
+from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.weight_sync import EveryWorker
 from distill_system.cluster.workers import RayWorkers
 from distill_system.config.rollout import EngineConfig
@@ -24,7 +24,7 @@ from distill_system.errors import (
     WorkerError,
 )
 from distill_system.learner.group import LearnerGroup
-from distill_system.learner.meeting_point import find_meeting_point
+from distill_system.learner.rendezvous import find_rendezvous
 from distill_system.records import Author, Finish, Prompt, Trajectory, VersionSpan
 from distill_system.rollout.environment import engine_environment
 from distill_system.rollout.pool import RolloutPool
@@ -69,7 +69,7 @@ class Learner:
         self.first_weights = [p.detach().clone() for p in self.model.parameters()]
 
     def address(self) -> tuple[str, int]:
-        return find_meeting_point()
+        return find_rendezvous()
 
     def connect_rollouts(
         self, backend: Any, client: Any, address: str, port: int, count: int, seconds: float
@@ -171,8 +171,10 @@ class Setting:
         self.learner = ray.remote(Learner).options(num_cpus=0).remote(str(folder))
         self.workers = [_start_worker(folder, index=index) for index in range(2)]
         ray.get([worker.ready.remote() for worker in self.workers])
-        self.roster = Roster({f"student_rollout-{at}": w for at, w in enumerate(self.workers)})
-        ranks = RayWorkers("learner", [self.learner], [], call_seconds=60.0, roster=self.roster)
+        self.monitor = LivenessMonitor(
+            {f"student_rollout-{at}": w for at, w in enumerate(self.workers)}
+        )
+        ranks = RayWorkers("learner", [self.learner], [], call_seconds=60.0, monitor=self.monitor)
         self.group = LearnerGroup(ranks)
         self.connect(self.workers)
 
@@ -243,7 +245,7 @@ def test_every_worker_writes_what_the_learner_would_after_each_publish(setting: 
 def test_a_flipped_bit_is_caught_and_the_next_publish_heals(setting: Setting) -> None:
     [version, _] = setting.versions()
     ray.get(setting.learner.flip_a_bit_of_the_next_version.remote())
-    with pytest.raises(TransferError, match="checksum"):
+    with pytest.raises(TransferError, match="digest"):
         setting.publish(version + 1)
     for worker in setting.workers:
         with pytest.raises(TransferError, match="publish the weights again"):
@@ -292,7 +294,7 @@ def test_workers_come_and_go_between_two_publishes(setting: Setting) -> None:
     assert time.perf_counter() - began < 15.0
     together = setting.publish(version + 2)
     assert setting.versions() == [version + 2] * 2
-    assert (alone.num_bytes, alone.checksum) != (together.num_bytes, together.checksum)
+    assert (alone.num_bytes, alone.digest) != (together.num_bytes, together.digest)
     _assert_equals_the_learner(setting, version + 2)
 
 
@@ -357,7 +359,7 @@ def test_a_dead_worker_ends_a_publish_and_the_others_can_be_connected_anew(
         setting.group.publish(version + 1)
     assert isinstance(caught.value, (WorkerError, TransferError))
     del setting.workers[1]
-    setting.roster.remove(["student_rollout-1"])
+    setting.monitor.remove(["student_rollout-1"])
     began = time.perf_counter()
     setting.connect(setting.workers)
     assert time.perf_counter() - began < 15.0

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from distill_system.cluster import EveryWorker, RayWorkers
-from distill_system.cluster.roster import Roster
+from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.waiting import MANY_CALLS
 from distill_system.errors import (
     DeadlineError,
@@ -195,13 +195,13 @@ def test_a_death_is_told_rather_than_the_failure_that_it_caused(workers: Start) 
 
 def test_an_answer_from_before_a_death_does_not_hide_it(workers: Start) -> None:
     group = workers(Speaker, count=1)
-    roster = Roster(group.named_handles())
+    monitor = LivenessMonitor(group.named_handles())
     [process] = group.finish([group.start(0, "ready")], what="a start")
-    roster.require_alive(seconds=0.0, waiting_for="nothing")  # asks, and goes on without an answer
+    monitor.require_alive(seconds=0.0, waiting_for="nothing")  # asks, and goes on without an answer
     group.finish([group.start(0, "say", "alive")], what="a word")
     psutil.Process(process).kill()
     with pytest.raises(WorkerError, match=r"^speaker-0 .* died while the run waited for a word"):
-        roster.require_alive(seconds=30.0, waiting_for="a word")
+        monitor.require_alive(seconds=30.0, waiting_for="a word")
 
 
 def test_every_worker_gets_its_own_arguments_and_the_first_failure_is_told(

@@ -14,8 +14,8 @@ from distill_system.cluster import WorkerRequest
 from distill_system.config.pools import PoolConfig, ScalingConfig
 from distill_system.elastic.elastic_pools import ElasticPool, ElasticPools
 from distill_system.elastic.scale_requests import ScaleRequests
+from distill_system.elastic.scaling import Look
 from distill_system.errors import ResourceError
-from distill_system.flow.scaling import Look
 from distill_system.observe import RunDirectory
 from distill_system.records import PoolActivity
 from distill_system.workers import StartedWorker

@@ -32,7 +32,7 @@ class Rank:
 
     def start_publish(self, version):
         self.log.append(version)
-        received = WeightVersion(version=version, num_bytes=8, checksum=5, seconds=99.0)
+        received = WeightVersion(version=version, num_bytes=8, digest=5, seconds=99.0)
         return [Done(error=a) if isinstance(a, Exception) else Done(received) for a in self.answers]
 
 
@@ -44,7 +44,7 @@ def _group(*ranks):
 
 def test_a_published_version_tells_what_the_workers_verified():
     published = _group(Rank(None, None), Rank()).publish(3)
-    assert (published.version, published.num_bytes, published.checksum) == (3, 8, 5)
+    assert (published.version, published.num_bytes, published.digest) == (3, 8, 5)
     assert 0 <= published.seconds < 10.0
 
 

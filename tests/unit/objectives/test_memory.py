@@ -156,8 +156,8 @@ class Problem:
             top_k_logprobs_NK=top[1],
         )
 
-    def train(self, config, ledger):
-        """One forward and backward of the objective under the ledger."""
+    def train(self, config, recorder):
+        """One forward and backward of the objective under the recorder."""
         objective = build_objective(config, max_response_tokens=8, total_steps=10)
         streams = ["off_policy", "on_policy"]
         reads = [config.reads(name) if config else name == "off_policy" for name in streams]
@@ -168,13 +168,13 @@ class Problem:
             else None
             for index in range(2)
         ]
-        with ledger:
+        with recorder:
             output = objective.compute_loss(self.heads, *rows, lambda tensor: tensor)
             output.loss_share.backward()
         assert isinstance(output, ObjectiveOutput)
         assert self.hidden.grad.isfinite().all()
         assert self.heads.unembedding_VH.grad.abs().sum() > 0
-        return ledger
+        return recorder
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -201,15 +201,15 @@ def test_the_ledger_sees_a_dense_loss_in_forward_and_backward():
     tokens, vocabulary = 24, 1000
     hidden = torch.randn(tokens, HIDDEN, requires_grad=True)
     unembedding = torch.randn(vocabulary, HIDDEN)
-    with MemoryLedger() as ledger:
+    with MemoryLedger() as recorder:
         logprobs = (hidden @ unembedding.T).log_softmax(-1)
-        forward_peak = ledger.peak_bytes
+        forward_peak = recorder.peak_bytes
         logprobs.square().sum().backward()
     whole = tokens * vocabulary * FLOAT_BYTES
-    assert ledger.largest_bytes == whole
+    assert recorder.largest_bytes == whole
     assert forward_peak == pytest.approx(2 * whole, rel=0.1)
-    assert ledger.peak_bytes >= 3 * whole
-    assert ledger.live_bytes < 2 * whole  # what backward made is gone, logprobs is still named
+    assert recorder.peak_bytes >= 3 * whole
+    assert recorder.live_bytes < 2 * whole  # what backward made is gone, logprobs is still named
 
 
 MEASURED = """

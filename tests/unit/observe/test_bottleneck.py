@@ -129,7 +129,7 @@ STREAMING = {
 def test_of_a_streaming_run_the_bounding_pool_and_its_gain_are_those_of_a_simulation(case, window):
     counts, service = STREAMING[case]
     now, activity = simulate(counts, service, window=window)
-    bottleneck = find_bottleneck(activity, is_streaming=True)
+    bottleneck = find_bottleneck(activity, is_asynchronous=True)
     assert bottleneck is not None
     gains = {}
     for pool, more in one_more_of_each(counts):
@@ -144,10 +144,10 @@ def test_of_a_streaming_run_the_bounding_pool_and_its_gain_are_those_of_a_simula
 @pytest.mark.parametrize("case", STREAMING)
 def test_the_pool_that_is_said_to_bound_next_bounds_once_the_worker_is_there(case):
     counts, service = STREAMING[case]
-    bottleneck = find_bottleneck(simulate(counts, service, window=5)[1], is_streaming=True)
+    bottleneck = find_bottleneck(simulate(counts, service, window=5)[1], is_asynchronous=True)
     assert bottleneck is not None
     more = dict(one_more_of_each(counts))[bottleneck.pool]
-    after = find_bottleneck(simulate(more, service, window=5)[1], is_streaming=True)
+    after = find_bottleneck(simulate(more, service, window=5)[1], is_asynchronous=True)
     assert after is not None
     assert bottleneck.next_pool == after.pool
 
@@ -156,7 +156,7 @@ def test_the_pool_that_is_said_to_bound_next_bounds_once_the_worker_is_there(cas
 def test_workers_said_to_be_spare_can_go_one_pool_at_a_time(case):
     counts, service = STREAMING[case]
     now, activity = simulate(counts, service, window=5)
-    bottleneck = find_bottleneck(activity, is_streaming=True)
+    bottleneck = find_bottleneck(activity, is_asynchronous=True)
     assert bottleneck is not None
     assert bottleneck.pool not in bottleneck.spare
     for pool, spare in bottleneck.spare.items():
@@ -167,7 +167,7 @@ def test_workers_said_to_be_spare_can_go_one_pool_at_a_time(case):
 
 def test_a_pool_far_too_large_is_found():
     _, activity = simulate((2, 4, 1, 1), (1.0, 0.2, 0.1, 4.0), window=5)
-    bottleneck = find_bottleneck(activity, is_streaming=True)
+    bottleneck = find_bottleneck(activity, is_asynchronous=True)
     assert bottleneck is not None
     assert bottleneck.spare == {"teacher_rollout": 3}
     assert "teacher_rollout has 3 more than it needs" in bottleneck.line
@@ -186,7 +186,7 @@ def test_of_a_synchronous_run_the_pool_worth_most_and_its_gain_are_those_of_a_si
     # Whole batches take turns; without the teacher's text, which is written a step ahead.
     service = (service[0], 0.0, *service[2:])
     now, activity = simulate(counts, service, window=1, barrier=True)
-    bottleneck = find_bottleneck(activity, is_streaming=False)
+    bottleneck = find_bottleneck(activity, is_asynchronous=False)
     assert bottleneck is not None
     gains = {
         pool: now / simulate(more, service, window=1, barrier=True)[0]
@@ -206,8 +206,8 @@ def pool(workers: int, busy: float, starved: float = 0.0, blocked: float = 0.0) 
     )
 
 
-def find(is_streaming: bool = True, **pools: PoolActivity) -> Bottleneck:
-    found = find_bottleneck(pools, is_streaming=is_streaming)
+def find(is_asynchronous: bool = True, **pools: PoolActivity) -> Bottleneck:
+    found = find_bottleneck(pools, is_asynchronous=is_asynchronous)
     assert found is not None
     return found
 
@@ -251,7 +251,7 @@ def test_where_everyone_waits_for_the_window_the_advice_is_more_staleness():
 
 def test_a_synchronous_run_is_told_as_turns():
     found = find(
-        is_streaming=False,
+        is_asynchronous=False,
         student_rollout=pool(1, 0.5, 0.5),
         teacher_scoring=pool(1, 0.2, 0.8),
         learner=pool(1, 0.25, 0.75),
@@ -267,11 +267,11 @@ def test_the_teachers_text_written_ahead_brings_nothing_to_a_synchronous_run():
         "teacher_scoring": pool(1, 0.2, 0.8),
         "learner": pool(1, 0.4, 0.6),
     }
-    found = find(is_streaming=False, **pools)
+    found = find(is_asynchronous=False, **pools)
     assert found.pool != "teacher_rollout"
     assert found.speedup == pytest.approx(1 / 0.8)
 
 
 def test_a_run_that_has_not_worked_has_no_bottleneck():
-    assert find_bottleneck({"learner": pool(1, 0.0, 1.0)}, is_streaming=True) is None
-    assert find_bottleneck({}, is_streaming=True) is None
+    assert find_bottleneck({"learner": pool(1, 0.0, 1.0)}, is_asynchronous=True) is None
+    assert find_bottleneck({}, is_asynchronous=True) is None

@@ -20,7 +20,7 @@ from distill_system.offline import samples as offline_samples
 from distill_system.offline.generate import GenerateRequest, generate
 from distill_system.offline.samples import SampleKeeper, cut_batches, plan_samples
 from distill_system.records import Author, Prompt
-from distill_system.stages.sample_origin import sample_origin
+from distill_system.run.sample_origin import sample_origin
 from distill_system.stages.train import open_context
 
 ORIGIN = SampleOrigin(

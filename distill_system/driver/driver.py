@@ -1,0 +1,110 @@
+"""The story of a distillation: who makes what for whom, and who waits for whom.
+
+    prompts --> student rollout --.
+                                   >--> teacher scoring --> learner --> weights --> student rollout
+    prompts --> teacher rollout --'
+
+One step: the student and the teacher write; the teacher reads both; the learner plays the critics
+up and the student down; every student rollout worker gets the new weights. How far the writers run
+ahead of the learner is the streams' business: in lockstep (max_staleness 0) the weights that wrote
+a trajectory learn from it, otherwise at most S + 1 batches are under way.
+"""
+
+from __future__ import annotations
+
+import time
+
+from distill_system.data import RunData
+from distill_system.driver.measuring import Measuring
+from distill_system.driver.recorder import RunRecorder
+from distill_system.elastic import ElasticPools, ScaleRequests
+from distill_system.records import StepResult
+from distill_system.run.context import RunContext
+from distill_system.run.pools import Pools
+from distill_system.streams import AsynchronousStreams, LockstepStreams, Streams
+
+
+class Driver:
+    """Runs the min-max game from its first step, or from a checkpoint, to the exported student."""
+
+    def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
+        self.context = context
+        self.config = context.config.distill
+        self.pools = pools
+        self.streams = open_streams(context, pools, data)
+        self.recorder = RunRecorder(context, pools, self.streams)
+        self.measuring = Measuring(context, pools, data)
+        self.elastic = ElasticPools(
+            pools.elastic,
+            context.cluster,
+            context.config.scaling,
+            ScaleRequests(context.run),
+            release=self.streams.release,
+            say=context.view.note,
+        )
+
+    def run(self) -> None:
+        """Evaluate, play every step, evaluate again, export."""
+        first = self.recorder.open()
+        self.pools.learner.publish(first)
+        self.measuring.evaluate_teacher()
+        if first == 0:
+            self.recorder.write(0, self.measuring.evaluate_student("before", step=0))
+        self.streams.begin(first)
+        with self.elastic, self.recorder.finished_on_failure():
+            for step in range(first, self.config.steps):
+                started = time.perf_counter()
+                result = self.step(step)
+                metrics = self.recorder.describe_step(result, time.perf_counter() - started)
+                measured = self._measure(step + 1)
+                self.streams.on_metrics(measured)
+                self.recorder.write(step + 1, metrics | measured)
+                if self._is_due(step + 1, self.config.checkpoint_every):
+                    self.recorder.checkpoint(step + 1)
+        self.recorder.close()
+
+    def step(self, step: int) -> StepResult:
+        """One update of critics and student, and the new weights on their way to the rollouts."""
+        scored = self.streams.take(step)
+        self._change_pools()
+        result = self.streams.learn(step, scored)
+        if self._student_writes_after(step + 1):
+            self.streams.publish(step + 1)
+        return result
+
+    def _change_pools(self) -> None:
+        """Let workers come and go, as a person or the automatic mode asks."""
+        self.elastic.go_on(self.recorder.look)
+        if self.elastic.has_changes():
+            self.streams.wait_for_weight_sync()
+            if self.elastic.adopt():
+                self.pools.connect_rollouts()
+            self.streams.welcome()
+
+    def _measure(self, done: int) -> dict[str, float]:
+        """What is to be measured once `done` steps are done."""
+        if not self._is_due(done, self.config.measure_every):
+            return {}
+        self.streams.wait_for_weight_sync()
+        pools = self.recorder.describe_measured()
+        if done == self.config.steps:
+            return pools | self.measuring.evaluate_student("after", step=done)
+        if self.config.evaluate_every and done % self.config.evaluate_every == 0:
+            most, label = self.context.config.evaluation.num_examples_during, f"step_{done:06d}"
+            return pools | self.measuring.evaluate_student(label, step=done, num_examples=most)
+        return pools | self.measuring.measure_distances()
+
+    def _student_writes_after(self, done: int) -> bool:
+        """Whether anyone asks the student to write before the next step is done."""
+        reads = self.config.objective.reads("on_policy")
+        return reads or self._is_due(done, self.config.measure_every)
+
+    def _is_due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self.config.steps
+
+
+def open_streams(context: RunContext, pools: Pools, data: RunData) -> Streams:
+    """Streams in lockstep with the learner, or ahead of it, as the configuration says."""
+    if context.config.distill.staleness.max_staleness == 0:
+        return LockstepStreams(context, pools, data)
+    return AsynchronousStreams(context, pools, data)

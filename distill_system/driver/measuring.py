@@ -1,0 +1,121 @@
+"""Scores of a model's generations, and both moment-matching distances on held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from distill_system.config.objective import MOMENTS
+from distill_system.data import RunData
+from distill_system.evaluation import SplitEvaluation, evaluate_splits
+from distill_system.observe import write_evaluation
+from distill_system.records import Prompt, ScoredChunk, Stream, Trajectory
+from distill_system.rollout import RolloutPool, Sampling
+from distill_system.run.context import RunContext
+from distill_system.run.pools import Pools
+from distill_system.weights import check_logprob_gap
+
+
+class Measuring:
+    """Evaluates through the run's own pools; the teacher's held-out part is made once."""
+
+    def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
+        self.context = context
+        self.pools = pools
+        self.data = data
+        self._teacher_held_out: list[ScoredChunk] = []
+
+    def measure_distances(self) -> dict[str, float]:
+        """d_on, d_off and cross-entropy of the student as it is now, under their metric names."""
+        if not self._teacher_held_out:
+            written = self._generate_held_out(self.pools.teachers)
+            self._teacher_held_out = self._score(written, Stream.OFF_POLICY)
+        student_held_out = self._score(
+            self._generate_held_out(self.pools.evaluation), Stream.ON_POLICY
+        )
+        distances = self.pools.learner.measure([*self._teacher_held_out, *student_held_out])
+        self._compare_sampler(distances["logprob_gap"], distances["max_logprob_gap"])
+        return {f"held_out/{name}": value for name, value in distances.items()}
+
+    def _compare_sampler(self, gap: float, largest: float) -> None:
+        """Tell of engines that write with other weights than the learner's, or end the run."""
+        config = self.context.config
+        dtypes = {config.rollout.student_engine.dtype, config.learner.compute_dtype}
+        note = check_logprob_gap(
+            gap,
+            largest,
+            limit=config.rollout.max_logprob_gap,
+            lower_precision=dtypes != {"float32"},
+        )
+        if note is not None:
+            self.context.view.note(note)
+
+    def evaluate_teacher(self) -> None:
+        """Write evaluations/teacher.json unless it stands."""
+        if not self.context.run.evaluation_path("teacher").exists():
+            splits = self._evaluate(self.pools.teachers, self.data.evaluation)
+            self._write("teacher", step=0, version=None, splits=splits, distances=None)
+
+    def evaluate_student(
+        self, label: str, *, step: int, num_examples: int | None = None
+    ) -> dict[str, float]:
+        """Write evaluations/<label>.json; returns its figures as metrics.
+
+        num_examples: the first so many of each split; None takes all.
+        """
+        chosen = {name: split[:num_examples] for name, split in self.data.evaluation.items()}
+        splits = self._evaluate(self.pools.evaluation, chosen)
+        distances = self.measure_distances()
+        plain = {stream: distances[f"held_out/{stream}_distance"] for stream in map(str, Stream)}
+        self._write(label, step=step, version=step, splits=splits, distances=plain)
+        scores = {
+            f"evaluation/{split}/{metric}": estimate.mean
+            for split, evaluation in splits.items()
+            for metric, estimate in evaluation.scores.items()
+        }
+        return scores | distances
+
+    def _evaluate(
+        self, pool: RolloutPool, splits: Mapping[str, Sequence[Prompt]]
+    ) -> dict[str, SplitEvaluation]:
+        config = self.context.config
+
+        def generate(prompts: Sequence[Prompt], temperature: float, label: str) -> list[Trajectory]:
+            longest = config.rollout.sampling.max_response_tokens
+            sampling = Sampling(temperature=temperature, top_p=1.0, max_response_tokens=longest)
+            return pool.generate(prompts, sampling, config.seed, f"evaluation_{label}")
+
+        def decode(token_ids: Sequence[int]) -> str:
+            return str(self.context.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+        return evaluate_splits(
+            splits, generate, decode, config.evaluation.metrics, config.evaluation.num_shown
+        )
+
+    def _generate_held_out(self, pool: RolloutPool) -> list[Trajectory]:
+        """The same prompts and seeds each time, so that a distance moves with the weights alone."""
+        config = self.context.config
+        longest = config.rollout.sampling.max_response_tokens
+        sampling = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=longest)
+        return pool.generate(self.data.held_out, sampling, config.seed, "held_out")
+
+    def _score(self, trajectories: Sequence[Trajectory], stream: Stream) -> list[ScoredChunk]:
+        ranks = self.context.config.pools.learner.count
+        return self.pools.scorers.start(trajectories, stream, needs=MOMENTS, num_shares=ranks)
+
+    def _write(
+        self,
+        label: str,
+        *,
+        step: int,
+        version: int | None,
+        splits: Mapping[str, SplitEvaluation],
+        distances: Mapping[str, float] | None,
+    ) -> None:
+        write_evaluation(
+            self.context.run,
+            label,
+            step=step,
+            weight_version=version,
+            splits=splits,
+            distances=distances,
+        )

@@ -1,0 +1,202 @@
+"""What a distillation writes down as it goes: metrics, timings, checkpoints, the final student."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+from distill_system.config.distill import DistillConfig
+from distill_system.elastic.scaling import Look
+from distill_system.errors import ConfigError
+from distill_system.observe import (
+    RecentActivity,
+    activity_metrics,
+    find_bottleneck,
+    join_stretches,
+    wire_metrics,
+)
+from distill_system.records import PoolActivity, StepResult, WorkDone
+from distill_system.run.checkpoints import CheckpointStore, resume_point
+from distill_system.run.context import RunContext
+from distill_system.run.export import export_model
+from distill_system.run.pools import Pools
+from distill_system.scoring import Shipped
+from distill_system.streams.streams import Streams
+
+STAGE = "distill"
+
+SHOWN = {
+    "tokens_per_second/step": "tok/s",
+    "held_out/on_policy_distance": "on-policy distance",
+    "held_out/off_policy_distance": "off-policy distance",
+}
+"""Metrics of the live view and their names there; a distance stays until it is measured again."""
+
+
+MEASURED = ("held_out/", "evaluation/")
+"""Metrics that a checkpoint can be best by begin so."""
+
+TIMINGS_SECONDS = 2.0
+"""Between two saves of the run's clock."""
+
+
+class RunRecorder:
+    """Keeps a run's books, so that the driver can tell its story without them."""
+
+    def __init__(self, context: RunContext, pools: Pools, streams: Streams) -> None:
+        self.context = context
+        self.pools = pools
+        self.streams = streams
+        config = context.config.distill
+        folder = context.run.checkpoints_directory / STAGE
+        self.store = CheckpointStore(folder, keep=config.keep_checkpoints, best=config.keep_best)
+        self._last: dict[str, float | None] = {}
+        self._shown: dict[str, float] = {}
+        self._recent = RecentActivity()
+        self._since_look: dict[str, PoolActivity] = {}
+        self._waited: dict[str, float] = {}
+        self._shipped = Shipped()
+        self._timings_saved = 0.0
+
+    def open(self) -> int:
+        """Take back the newest checkpoint, if the run is resumed; returns the steps done."""
+        checkpoint = resume_point(self.store, resume=self.context.resume, stage=STAGE)
+        done = -1 if checkpoint is None else checkpoint.step
+        self.context.log.truncate_after(STAGE, done)
+        self.context.prompts.truncate_after(STAGE, done)
+        if checkpoint is not None:
+            self.store.load(checkpoint, self.pools.learner)
+            self.streams.restore(checkpoint.state["streams"])
+            self._last = dict(checkpoint.metrics)
+            self.context.view.note(f"resuming {STAGE} after step {done}")
+        elif not self.context.resume:
+            self.context.timings.restart(STAGE)
+        self.context.timings.save()
+        done = max(done, 0)
+        self.task = self.context.view.start(
+            STAGE, self.context.config.distill.steps, first_step=done
+        )
+        return done
+
+    def write(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of `done` steps, to every place where somebody looks; what they trained on."""
+        self.context.log.log(STAGE, done, metrics)
+        if prompt_ids := self.streams.pop_prompts():
+            self.context.prompts.log(STAGE, done, prompt_ids)
+        self._last |= metrics
+        self._require_best_metric()
+        self._save_timings()
+        self.store.finish(self.pools.learner, wait=False)
+        self._shown |= {SHOWN[name]: metrics[name] for name in SHOWN if name in metrics}
+        self.task.update(done, self._shown)
+
+    def describe_step(self, result: StepResult, seconds: float) -> dict[str, float]:
+        """The step's metrics with where its time went; the driver's own part is what is left."""
+        waited = self.context.timings.pop_step()
+        for name, part in waited.items():
+            self._waited[name] = self._waited.get(name, 0.0) + part
+        clock = {**waited, "driver": seconds - sum(waited.values()), "step": seconds}
+        self.context.timings.add_work("learner", result.work)
+        return {
+            **result.metrics,
+            "learner/peak_memory_bytes": float(result.peak_memory_bytes),
+            **self.streams.pop_counts(),
+            **(self._describe_pools() if self.streams.is_asynchronous else {}),
+            **{f"seconds/{name}": value for name, value in clock.items()},
+            "tokens_per_second/step": result.num_response_tokens / seconds,
+            "tokens_per_second/learner": result.num_response_tokens / result.seconds,
+        }
+
+    def describe_measured(self) -> dict[str, float]:
+        """What is asked of the workers themselves, and so only where a step is measured."""
+        pools = {} if self.streams.is_asynchronous else self._describe_pools()
+        return pools | self._describe_wire()
+
+    def _describe_pools(self) -> dict[str, float]:
+        """What every pool did since this was last asked."""
+        activity = self.streams.pop_activity()
+        for pool, done in activity.items():
+            if pool != "learner":
+                work = WorkDone(num_tokens=done.num_tokens, busy_seconds=done.busy_seconds)
+                self.context.timings.add_work(pool, work)
+        self.context.timings.add_activity(activity)
+        for pool, done in activity.items():
+            earlier = self._since_look.get(pool)
+            self._since_look[pool] = done if earlier is None else join_stretches(earlier, done)
+        recent = self._recent.add(activity)
+        found = find_bottleneck(recent, is_asynchronous=self.streams.is_asynchronous)
+        self.context.view.show_pools(recent, "" if found is None else found.line)
+        return activity_metrics(activity)
+
+    def look(self) -> Look:
+        """What the automatic mode goes by: every pool, and whom the learner waited for, since the
+        last look."""
+        pools, self._since_look = self._since_look, {}
+        waited, self._waited = self._waited, {}
+        learner = pools.pop("learner", None)
+        longest = max(pools.keys() & waited.keys(), key=waited.__getitem__, default=None)
+        return Look(
+            at_seconds=time.monotonic(),
+            pools=pools,
+            learner_starved_share=0.0 if learner is None else learner.starved_share,
+            waited_for=longest,
+        )
+
+    def _describe_wire(self) -> dict[str, float]:
+        """Bytes that the scorers shipped for each response token since this was last asked."""
+        total = self.pools.scorers.shipped()
+        since = total - self._shipped
+        self._shipped = total
+        return wire_metrics(since.num_bytes, since.num_response_tokens)
+
+    def checkpoint(self, done: int) -> None:
+        """Begin to write everything that the steps to come depend on; they go on beside it."""
+        state = {"streams": self.streams.state(), "weight_version": done}
+        self.store.start(done, state, self.pools.learner, metrics=self._last)
+
+    def finished_on_failure(self) -> AbstractContextManager[None]:
+        """A block whose failure leaves the checkpoint under way behind as a whole one."""
+        return self.store.finished_on_failure(self.pools.learner)
+
+    def close(self) -> None:
+        """Finish the last checkpoint and export the final student."""
+        self.store.finish(self.pools.learner, wait=True)
+        config = self.context.config.distill
+        facts = {
+            "teacher": self.context.teacher_path,
+            "student before": self.context.student_path,
+            "objective": config.objective.model_dump_json(),
+            "steps": config.steps,
+            "on-policy sequences per step": config.sequences("on_policy"),
+            "off-policy sequences per step": config.sequences("off_policy"),
+            "off-policy source": _say_source(config),
+        }
+        folder = self.context.run.student_directory
+        export_model(self.context, self.pools.learner, folder, facts=facts)
+        self.task.finish()
+
+    def _save_timings(self) -> None:
+        """Now and then, so that a run that is killed loses seconds of its clock and no more."""
+        now = time.perf_counter()
+        if now - self._timings_saved >= TIMINGS_SECONDS:
+            self.context.timings.save()
+            self._timings_saved = now
+
+    def _require_best_metric(self) -> None:
+        """At once, and not when the first checkpoint is chosen by it hours later."""
+        best = self.context.config.distill.keep_best
+        if best is not None and best.metric not in self._last:
+            known = sorted(name for name in self._last if name.startswith(MEASURED))
+            raise ConfigError(
+                f"distill.keep_best.metric: this run measures no {best.metric!r}; choose one of "
+                f"{', '.join(known)}"
+            )
+
+
+def _say_source(config: DistillConfig) -> str:
+    """Who wrote the off-policy stream; several with their shares."""
+    if isinstance(config.off_policy_source, str):
+        return config.off_policy_source
+    mixture = config.off_policy_mixture.items()
+    return ", ".join(f"{source} {share:.3g}" for source, share in mixture)

@@ -1,0 +1,47 @@
+"""A model of the run in Hugging Face form: weights, configuration, tokenizer, a card of facts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from distill_system.learner import LearnerGroup
+from distill_system.run.context import RunContext
+
+
+def export_model(
+    context: RunContext, learner: LearnerGroup, folder: Path, *, facts: Mapping[str, object]
+) -> None:
+    """Write the learner's model to `folder`; it stands there whole or not at all.
+
+    facts: what the model card says of how it was made, one line each.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    learner.export(partial)
+    context.tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(_model_card(context, folder.name, facts))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _model_card(context: RunContext, name: str, facts: Mapping[str, object]) -> str:
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [distillation]
+---
+# {context.config.name}/{name}
+
+Made by distill_system, run `{context.config.name}`, seed {context.config.seed}.
+
+| fact | value |
+|---|---|
+{rows}
+
+Prompts were rendered as `{context.config.data.prompt_template}`{
+        " through the chat template" if context.config.data.use_chat_template else ""
+    }. The run's configuration and scores: `config.json` and `summary.json` of the run's folder.
+"""

@@ -1,0 +1,196 @@
+"""Before any worker is asked for: do models, tokenizer, lengths and data fit one another.
+
+Reads configurations and tokenizers of the models; no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+
+from distill_system.config import RunConfig
+from distill_system.config.data import PretrainedTokenizer
+from distill_system.config.model import LoraUpdate, ModelConfig
+from distill_system.data import RunData
+from distill_system.errors import ConfigError, DataError, ModelError
+from distill_system.language_model import choose_linear_modules, find_family
+from distill_system.records import Trajectory
+from distill_system.run.context import max_model_length
+from distill_system.run.vocabulary import check_exportable, stop_token_ids, vocabulary_size
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of an attention head that vLLM's attention on a CPU computes; another one starts and then
+fails at the first request. Source: CPUAttentionBackend.get_supported_head_sizes, vLLM 0.32."""
+
+
+def check_folders(config: RunConfig) -> None:
+    """Refuse a path that names no folder of a model, before anyone asks the hub for it.
+
+    Raises: ModelError.
+    """
+    for role, model in _models(config):
+        if model.path is not None and looks_local(model.path):
+            _require_files(f"{role}.path", model.path, "config.json", "*.safetensors")
+    path = config.tokenizer.path if isinstance(config.tokenizer, PretrainedTokenizer) else None
+    if path is not None and looks_local(path):
+        _require_files("tokenizer.path", path)
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path is meant as a folder of this machine; a hub name is "model" or "owner/model".
+
+    Asking the hub for a folder's name only takes long, and its answer says nothing of the folder.
+    """
+    return Path(path).exists() or path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+
+
+def check_models(config: RunConfig, tokenizer: Any) -> None:
+    """Refuse models that do not fit the tokenizer, one another, the lengths or the engine.
+
+    Raises: ModelError or ConfigError, naming the model and the key to change.
+    """
+    for role, model in _models(config):
+        _check_model(role, model, tokenizer, config)
+    _check_update(config)
+    stop_token_ids(config, tokenizer)
+    size = vocabulary_size(tokenizer)
+    for stream in ("off_policy", "on_policy"):
+        k = config.distill.objective.teacher_needs(stream).top_k
+        if k > size:
+            raise ConfigError(
+                f"distill.objective.{stream}.k must be at most the vocabulary of {size}, got {k}"
+            )
+
+
+def check_data(config: RunConfig, data: RunData) -> None:
+    """Refuse supervised rows that are longer than the model that learns from them can read.
+
+    Raises: DataError, naming the row.
+    """
+    for role, model in _models(config):
+        rows: tuple[Trajectory, ...] = getattr(data, f"{role}_sft")
+        limit = _context_limit(_shape(role, model)) if rows else None
+        longest = max(rows, key=lambda row: row.token_ids.size, default=None)
+        if limit is not None and longest is not None and longest.token_ids.size > limit:
+            key = f"{role}.path" if model.path else f"{role}.architecture.max_position_embeddings"
+            raise DataError(
+                f"{longest.trajectory_id!r} has {longest.token_ids.size} tokens, prompt and answer "
+                f"together; the {role} ({key}) reads at most {limit}. Remove or shorten the row"
+            )
+
+
+def _models(config: RunConfig) -> Iterator[tuple[str, ModelConfig]]:
+    yield from (("teacher", config.teacher), ("student", config.student))
+
+
+def _require_files(key: str, path: str, *patterns: str) -> None:
+    folder = Path(path)
+    missing = [pattern for pattern in patterns if not any(folder.glob(pattern))]
+    if missing or not folder.is_dir():
+        actual = f"no {missing[0]} in it" if folder.is_dir() else "no such folder"
+        raise ModelError(
+            f"{key}={path!r}: expected a folder that save_pretrained wrote, found {actual} (looked "
+            f"at {folder.absolute()}). Give such a folder, or a name of the Hugging Face hub"
+        )
+
+
+def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfig) -> None:
+    shape = _shape(role, model)
+    _check_head_size(role, model, shape, config)
+    if model.path is None:
+        return
+    _check_vocabulary(role, model, shape.vocab_size, tokenizer)
+    limit, longest = _context_limit(shape), max_model_length(config)
+    if limit is not None and limit < longest:
+        raise ModelError(
+            f"{role}.path={model.path!r} reads at most {limit} tokens, the run asks for "
+            f"data.max_prompt_tokens + rollout.sampling.max_response_tokens = {longest}; lower one "
+            "of the two, or choose a model of longer context"
+        )
+    if role == "student" or model.sft is not None:
+        check_exportable(role, model)
+
+
+def _check_update(config: RunConfig) -> None:
+    """Refuse adapters for layers that the student does not have."""
+    if isinstance(config.distill.update, LoraUpdate):
+        family = find_family(_shape("student", config.student), "student")
+        choose_linear_modules(family, config.distill.update.target_modules)
+
+
+def _check_vocabulary(role: str, model: ModelConfig, num_rows: int, tokenizer: Any) -> None:
+    own, ours = _read(AutoTokenizer, role, model).get_vocab(), tokenizer.get_vocab()
+    if own != ours:
+        differing = sorted(t for t in own.keys() | ours.keys() if own.get(t) != ours.get(t))
+        raise ModelError(
+            f"{role}.path={model.path!r}: its tokenizer of {len(own)} tokens differs from the "
+            f"run's tokenizer of {len(ours)} in {len(differing)} tokens, such as "
+            f"{differing[:3]}. Teacher and student must share one vocabulary"
+        )
+    if num_rows < vocabulary_size(tokenizer):
+        raise ModelError(
+            f"{role}.path={model.path!r}: its vocabulary of {num_rows} rows is smaller than its "
+            f"tokenizer of {vocabulary_size(tokenizer)} tokens: the two do not belong together. "
+            "Give the folder that model and tokenizer were saved to together"
+        )
+
+
+def _check_head_size(role: str, model: ModelConfig, shape: Any, config: RunConfig) -> None:
+    size = _head_size(shape)
+    on_cpu = getattr(config.pools, f"{role}_rollout").gpus == 0
+    if not on_cpu or size is None or size in CPU_HEAD_SIZES:
+        return
+    said = f"vLLM on a CPU computes attention heads of {CPU_HEAD_SIZES} components, got {size}"
+    if model.architecture is not None:
+        raise ConfigError(
+            f"{role}.architecture: {said} (hidden_size={shape.hidden_size} / "
+            f"num_heads={shape.num_attention_heads}). Change hidden_size or num_heads"
+        )
+    raise ModelError(
+        f"{role}.path={model.path!r}: {said}. Choose another model, or give "
+        f"pools.{role}_rollout.gpus"
+    )
+
+
+def _head_size(shape: Any) -> int | None:
+    """Components of an attention head; None for attention of another kind, which vLLM judges."""
+    if getattr(shape, "kv_lora_rank", None) or not getattr(shape, "num_attention_heads", None):
+        return None
+    return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+
+
+def _context_limit(shape: Any) -> int | None:
+    return getattr(shape, "max_position_embeddings", None)
+
+
+def _shape(role: str, model: ModelConfig) -> Any:
+    """What transformers calls the configuration of the text model.
+
+    Raises: ModelError for a model of no supported family.
+    """
+    if model.architecture is None:
+        config = _read(AutoConfig, role, model)
+        find_family(config, f"{role}.path={model.path!r}")
+        return config
+    return LlamaConfig(
+        hidden_size=model.architecture.hidden_size,
+        num_attention_heads=model.architecture.num_heads,
+        max_position_embeddings=model.architecture.max_position_embeddings,
+    )
+
+
+def _read(loader: Any, role: str, model: ModelConfig) -> Any:
+    try:
+        return loader.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
+        raise ModelError(
+            f"{role}.path={model.path!r} cannot be read: {_first_line(error)}. Give a "
+            "folder with config.json, tokenizer files and *.safetensors, or a hub name"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,190 @@
+"""The workers of a run: which classes, with which arguments, on which resources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from distill_system.cluster import (
+    ElasticPool,
+    EveryWorker,
+    RayWorkers,
+    WorkerRequest,
+    named_together,
+)
+from distill_system.config.model import ModelConfig, OptimizerConfig
+from distill_system.config.objective import ObjectiveConfig
+from distill_system.config.pools import ELASTIC_POOLS
+from distill_system.learner import LearnerGroup, ModelSource
+from distill_system.records import Author, WorkDone
+from distill_system.rollout import RolloutPool
+from distill_system.run.context import RunContext
+from distill_system.run.vocabulary import vocabulary_size
+from distill_system.run.worker_arguments import tensor_parallel_size
+from distill_system.run.worker_requests import (
+    learner_request,
+    rollout_request,
+    scoring_request,
+    transfer_backend,
+)
+from distill_system.scoring import ScoringPool
+from distill_system.weights import FanOutClient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pools:
+    """The pools of a distillation, loaded and connected.
+
+    evaluation: who writes the student's evaluations; `students` where there is no such pool.
+    elastic: the pools whose workers may come and go, by name.
+    connect_rollouts: opens the weight-transfer group anew, to the student's workers as they are
+    now; for after workers came or went, before the next publish.
+    """
+
+    students: RolloutPool
+    teachers: RolloutPool
+    scorers: ScoringPool
+    learner: LearnerGroup
+    evaluation: RolloutPool
+    elastic: Mapping[str, ElasticPool]
+    connect_rollouts: Callable[[], None]
+
+    def work_done(self) -> dict[str, WorkDone]:
+        """Tokens and busy worker-seconds of the pools that serve the learner, since they began."""
+        return {
+            "student_rollout": self.students.work_done(),
+            "teacher_rollout": self.teachers.work_done(),
+            "teacher_scoring": self.scorers.work_done(),
+        }
+
+
+def open_pools(context: RunContext, *, student_path: str) -> Pools:
+    """Start all pools at once, wait until each is ready, join learner and student rollouts."""
+    requests = _distillation_requests(context, student_path)
+    placed = context.cluster.start_pools(requests)
+    started = {request.name: workers for request, workers in zip(requests, placed, strict=True)}
+    learner = _gather_learner(context, started.pop("learner"))
+    for workers in started.values():
+        wait_until_ready(context, workers)
+    students = RolloutPool(started["student_rollout"])
+    alone = started.get("evaluation")
+    receivers = [started["student_rollout"], *([alone] if alone is not None else [])]
+    connect = partial(_connect_rollouts, context, learner, receivers)
+    connect()
+    return Pools(
+        students=students,
+        teachers=RolloutPool(started["teacher_rollout"]),
+        scorers=ScoringPool(started["teacher_scoring"]),
+        learner=learner,
+        evaluation=students if alone is None else RolloutPool(alone),
+        elastic={
+            request.name: ElasticPool(workers=started[request.name], request=request)
+            for request in requests
+            if request.name in ELASTIC_POOLS
+        },
+        connect_rollouts=connect,
+    )
+
+
+def _distillation_requests(context: RunContext, student_path: str) -> list[WorkerRequest]:
+    config = context.config
+    requests = [
+        rollout_request(context, "student_rollout", Author.STUDENT, student_path),
+        rollout_request(context, "teacher_rollout", Author.TEACHER, context.teacher_path),
+        scoring_request(context),
+        learner_request(
+            context,
+            name="learner",
+            source=ModelSource(
+                path=student_path,
+                trust_remote_code=config.student.trust_remote_code,
+                teacher_path=context.teacher_path,
+                teacher_dtype=config.scoring.dtype,
+                vocabulary_size=vocabulary_size(context.tokenizer),
+                update=config.distill.update,
+                action_dimension=config.distill.action_dimension,
+            ),
+            objective=config.distill.objective,
+            compute_dtype=config.learner.compute_dtype,
+            optimizer=config.distill.optimizer,
+            total_steps=config.distill.steps,
+        ),
+    ]
+    if config.pools.evaluation is not None:
+        requests.append(rollout_request(context, "evaluation", Author.STUDENT, student_path))
+    return requests
+
+
+def start_learner(
+    context: RunContext,
+    *,
+    name: str,
+    source: ModelSource,
+    objective: ObjectiveConfig | None,
+    compute_dtype: str,
+    optimizer: OptimizerConfig,
+    total_steps: int,
+) -> tuple[LearnerGroup, RayWorkers]:
+    """A learner group whose ranks have met; objective None is supervised fine-tuning."""
+    workers = context.cluster.start_workers(
+        learner_request(
+            context,
+            name=name,
+            source=source,
+            objective=objective,
+            compute_dtype=compute_dtype,
+            optimizer=optimizer,
+            total_steps=total_steps,
+        )
+    )
+    return _gather_learner(context, workers), workers
+
+
+def _gather_learner(context: RunContext, workers: RayWorkers) -> LearnerGroup:
+    group = LearnerGroup(workers)
+    wait_until_ready(context, workers)
+    group.connect()
+    return group
+
+
+def model_source(context: RunContext, model: ModelConfig) -> ModelSource:
+    """Where supervised fine-tuning takes a model from."""
+    tokenizer = context.tokenizer
+    return ModelSource(
+        path=model.path,
+        architecture=model.architecture,
+        vocabulary_size=vocabulary_size(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def start_rollouts(context: RunContext, author: Author, path: str) -> RayWorkers:
+    """A pool of rollout workers, placed but not yet loaded; only the student's receive weights."""
+    return context.cluster.start_workers(
+        rollout_request(context, f"{author}_rollout", author, path)
+    )
+
+
+def _connect_rollouts(
+    context: RunContext, learner: LearnerGroup, receivers: Sequence[RayWorkers]
+) -> None:
+    """Open the weight-transfer group between learner rank 0 and every engine of these pools."""
+    pools, seconds = context.config.pools.by_name, context.config.deadlines.publish_seconds
+    sizes = [
+        tensor_parallel_size(pools[workers.name]) for workers in receivers for _ in workers.members
+    ]
+    client = FanOutClient(EveryWorker(named_together(receivers), seconds=seconds), sizes)
+    learner.connect_rollouts(transfer_backend(context), client, client.num_receivers, seconds)
+
+
+def wait_until_ready(context: RunContext, workers: RayWorkers) -> None:
+    """Return once every worker has loaded its model; raises what kept it from that."""
+    workers.finish(
+        [workers.start(worker_id, "ready") for worker_id in workers.members],
+        what="the workers to load their model",
+        seconds=context.config.deadlines.start_seconds,
+    )

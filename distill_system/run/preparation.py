@@ -1,0 +1,131 @@
+"""Before any worker is asked for: the run's folder, the models' fit, the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from distill_system.config import RunConfig, dump_config, load_config
+from distill_system.data import build_tokenizer, tokenizer_texts
+from distill_system.errors import ConfigError, RunStateError
+from distill_system.observe import RunDirectory, write_environment
+from distill_system.observe.run_directory import read_json, remove_half_written, write_text
+from distill_system.run.model_checks import check_folders, check_models
+
+MAY_CHANGE = (
+    "deadlines",
+    "pools",
+    "scaling",
+    "cluster",
+    "evaluation",
+    "learner.activation_checkpointing",
+    "learner.max_tokens_per_microbatch",
+    "learner.offload",
+    "learner.shard_ranks",
+    "runs_directory",
+    "distill.measure_every",
+    "distill.evaluate_every",
+    "distill.checkpoint_every",
+    "distill.keep_checkpoints",
+    "distill.keep_best",
+)
+"""Keys that a run's second start may set otherwise: none of them changes what is learned, but for
+the last bits of a sum."""
+
+
+def open_run(config: RunConfig) -> RunDirectory:
+    """Find the run's folder, which need not exist yet.
+
+    Raises: RunStateError if the folder holds work of another configuration.
+    """
+    # Absolute: workers may be started in another folder than this process.
+    run = RunDirectory(Path(config.runs_directory).absolute() / config.name)
+    if run.config_path.exists():
+        _require_same(run, config)
+    return run
+
+
+def record_start(config: RunConfig, run: RunDirectory) -> None:
+    """Write down what runs: the resolved configuration, versions, git commit, machine, seeds.
+
+    Raises: RunStateError if the folder cannot be written.
+    """
+    try:
+        remove_half_written(run.path)
+        write_text(run.config_path, dump_config(config) + "\n")
+        write_environment(run, seeds={"seed": config.seed})
+    except OSError as error:
+        raise RunStateError(
+            f"the run's folder {run.path} cannot be written: {error}. Give another runs_directory"
+        ) from error
+
+
+def _require_same(run: RunDirectory, config: RunConfig) -> None:
+    old, new = _flatten(_read_recorded(run)), _flatten(json.loads(dump_config(config)))
+    changed = [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _may_change(key)
+    ]
+    if changed and _has_work(run):
+        raise RunStateError(
+            f"{run.path} holds work of another configuration: {'; '.join(changed)}. Give the run "
+            f"another name (name=...), or remove {run.path}"
+        )
+    if changed:
+        shutil.rmtree(run.tokenizer_directory, ignore_errors=True)  # made of the old one
+
+
+def _read_recorded(run: RunDirectory) -> Any:
+    """The configuration that the run began with, as today's models read it.
+
+    A key that has come since then has its default, which is what the run did; a file that today's
+    models refuse is compared as it stands.
+    """
+    try:
+        return json.loads(dump_config(load_config([run.config_path])))
+    except ConfigError:
+        return read_json(run.config_path)
+
+
+def _has_work(run: RunDirectory) -> bool:
+    """Whether anything was learned or measured; a tokenizer alone is made again in no time."""
+    models = (run.teacher_directory, run.student_sft_directory, run.student_directory)
+    others = (run.checkpoints_directory, run.evaluations_directory)
+    return any(path.exists() for path in (*models, *others))
+
+
+def _may_change(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+
+
+def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flatten(value, f"{path}.{key}" if path else key)
+    return leaves
+
+
+def prepare_tokenizer(config: RunConfig, run: RunDirectory) -> Any:
+    """The run's tokenizer, made at most once.
+
+    Raises: ModelError if tokenizer, teacher and student do not belong together or do not fit the
+        run; ConfigError for an architecture that does not.
+    """
+    check_folders(config)
+    if run.tokenizer_directory.exists():
+        tokenizer = AutoTokenizer.from_pretrained(run.tokenizer_directory)
+        check_models(config, tokenizer)
+        return tokenizer
+    tokenizer = build_tokenizer(config, tokenizer_texts(config))
+    check_models(config, tokenizer)
+    beside = run.tokenizer_directory.with_suffix(".partial")
+    tokenizer.save_pretrained(beside)
+    beside.rename(run.tokenizer_directory)
+    return tokenizer

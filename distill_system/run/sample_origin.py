@@ -1,0 +1,55 @@
+"""Who writes the samples of a store, and how, as the configuration says it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from distill_system.config import RunConfig
+from distill_system.config.objective import TeacherNeeds
+from distill_system.data import SampleOrigin, fingerprint_model, fingerprint_tokenizer
+from distill_system.errors import RunStateError
+from distill_system.observe import RunDirectory
+from distill_system.records import Author
+from distill_system.run.context import model_path, sft_directory
+from distill_system.run.vocabulary import stop_token_ids
+
+
+def sample_origin(
+    config: RunConfig, run: RunDirectory, tokenizer: Any, author: Author
+) -> SampleOrigin:
+    """One of the run's models with the run's sampling.
+
+    Raises: RunStateError if the model has still to be fine-tuned; ModelError if there is none.
+    """
+    sampling = config.rollout.sampling
+    path = model_path(config, run, author)
+    if getattr(config, author).sft is not None and not sft_directory(run, author).exists():
+        raise RunStateError(
+            f"the {author} that writes the trajectory store is fine-tuned by this run, and "
+            f"{path} does not exist yet: run `distill-system sft` with the same configuration, "
+            "then `distill-system generate`, then `distill-system train`"
+        )
+    return SampleOrigin(
+        author=author,
+        model=path,
+        model_fingerprint=fingerprint_model(path),
+        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_response_tokens=sampling.max_response_tokens,
+        stop_token_ids=stop_token_ids(config, tokenizer),
+        seed=config.seed,
+    )
+
+
+def describe_reading(config: RunConfig, teacher_fingerprint: str) -> str:
+    """Which teacher reads, how precisely, and what it is asked for off-policy."""
+    needs: TeacherNeeds = config.distill.objective.teacher_needs("off_policy")
+    reading = {
+        "teacher": teacher_fingerprint,
+        "dtype": config.scoring.dtype,
+        "action_dimension": config.distill.action_dimension,
+        **needs.model_dump(),
+    }
+    return json.dumps(reading)

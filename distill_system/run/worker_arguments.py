@@ -1,0 +1,87 @@
+"""What the workers of a run are built with, for whoever starts them: the run or the generator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from distill_system.config import RunConfig
+from distill_system.config.pools import PoolConfig
+from distill_system.config.rollout import EngineConfig
+from distill_system.records import Author
+from distill_system.rollout import engine_environment
+from distill_system.run.context import max_model_length
+from distill_system.run.vocabulary import stop_token_ids, vocabulary_size
+
+
+def rollout_pool(config: RunConfig, author: Author) -> PoolConfig:
+    """The pool of rollout workers of one model."""
+    pools = config.pools
+    return pools.student_rollout if author is Author.STUDENT else pools.teacher_rollout
+
+
+def rollout_arguments(
+    config: RunConfig, tokenizer: Any, author: Author, path: str
+) -> dict[str, Any]:
+    """Of a RolloutWorker that receives no weights, without its name.
+
+    path: folder or hub name of the model.
+    """
+    pool = rollout_pool(config, author)
+    return {
+        "model_path": path,
+        "author": author,
+        "engine": _engine(config, author),
+        "max_model_length": max_model_length(config),
+        "uses_gpu": pool.gpus > 0,
+        "tensor_parallel_size": tensor_parallel_size(pool),
+        "trust_remote_code": getattr(config, author).trust_remote_code,
+        "vocabulary_size": vocabulary_size(tokenizer),
+        "stop_token_ids": stop_token_ids(config, tokenizer),
+        "keep_stale_cache": config.rollout.keep_stale_cache,
+    }
+
+
+def rollout_environment(config: RunConfig, author: Author) -> dict[str, str]:
+    """Variables that stand in a RolloutWorker's environment."""
+    uses_gpu = rollout_pool(config, author).gpus > 0
+    return engine_environment(uses_gpu=uses_gpu, threads=_engine(config, author).threads)
+
+
+def scorer_arguments(config: RunConfig, tokenizer: Any, path: str) -> dict[str, Any]:
+    """Of a TeacherScorer.  path: folder or hub name of the teacher."""
+    pool = config.pools.teacher_scoring
+    return {
+        "model_path": path,
+        "config": config.scoring,
+        "vocabulary_chunk_tokens": config.learner.vocabulary_chunk_tokens,
+        "uses_gpu": pool.gpus > 0,
+        "shares_gpu": pool.colocate_with is not None and 0.0 < pool.gpus < 1.0,
+        "vocabulary_size": vocabulary_size(tokenizer),
+        "action_dimension": config.distill.action_dimension,
+        "trust_remote_code": config.teacher.trust_remote_code,
+    }
+
+
+def torch_environment(pool: PoolConfig, threads: int) -> Mapping[str, str]:
+    """Variables that stand in the environment of a worker that computes with torch alone."""
+    if pool.gpus > 0:
+        return {}
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        # Threads that spin while they wait starve the other workers of a small machine.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # oneDNN keeps compiled code for each shape it meets, and every ragged batch is a new one:
+        # by default 1,024 of them, over 2 GB for a bfloat16 model of 5 million parameters.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    }
+
+
+def tensor_parallel_size(pool: PoolConfig) -> int:
+    """GPUs that share one worker's model; 1 without a GPU."""
+    return max(1, int(pool.gpus))
+
+
+def _engine(config: RunConfig, author: Author) -> EngineConfig:
+    engine: EngineConfig = getattr(config.rollout, f"{author}_engine")
+    return engine

@@ -1,0 +1,102 @@
+"""What a run asks the cluster for, pool by pool."""
+
+from __future__ import annotations
+
+from distill_system.cluster import WorkerRequest
+from distill_system.config.model import OptimizerConfig
+from distill_system.config.objective import ObjectiveConfig
+from distill_system.config.pools import PoolConfig
+from distill_system.learner import Learner, ModelSource
+from distill_system.records import Author
+from distill_system.rollout import RolloutWorker, engine_environment
+from distill_system.run.context import RunContext
+from distill_system.run.stored_targets import find_stored_targets
+from distill_system.run.worker_arguments import (
+    rollout_arguments,
+    scorer_arguments,
+    tensor_parallel_size,
+    torch_environment,
+)
+from distill_system.scoring import TeacherScorer
+from distill_system.seeds import derive_seed
+
+
+def rollout_request(context: RunContext, name: str, author: Author, path: str) -> WorkerRequest:
+    """A pool of rollout workers of the model in `path`; only the student's receive weights.
+
+    name: student_rollout, teacher_rollout or evaluation.
+    """
+    config, pool = context.config, context.config.pools.by_name[name]
+    is_student, uses_gpu = author is Author.STUDENT, pool.gpus > 0
+    shared = {
+        **rollout_arguments(config, context.tokenizer, author, path),
+        "uses_gpu": uses_gpu,
+        "tensor_parallel_size": tensor_parallel_size(pool),
+        "weight_transfer_backend": transfer_backend(context) if is_student else None,
+    }
+    return WorkerRequest(
+        name=name,
+        worker_class=RolloutWorker,
+        arguments=[{"name": f"{name}-{index}", **shared} for index in range(pool.count)],
+        pool=pool,
+        environment=engine_environment(uses_gpu=uses_gpu, threads=shared["engine"].threads),
+        colocate_with=pool.colocate_with,
+    )
+
+
+def scoring_request(context: RunContext) -> WorkerRequest:
+    """The pool of teacher scorers."""
+    config, pool = context.config, context.config.pools.teacher_scoring
+    arguments = {
+        **scorer_arguments(config, context.tokenizer, context.teacher_path),
+        "known_targets": find_stored_targets(context),
+    }
+    return WorkerRequest(
+        name="teacher_scoring",
+        worker_class=TeacherScorer,
+        arguments=[arguments] * pool.count,
+        pool=pool,
+        environment=torch_environment(pool, config.scoring.threads),
+        colocate_with=pool.colocate_with,
+    )
+
+
+def learner_request(
+    context: RunContext,
+    *,
+    name: str,
+    source: ModelSource,
+    objective: ObjectiveConfig | None,
+    compute_dtype: str,
+    optimizer: OptimizerConfig,
+    total_steps: int,
+) -> WorkerRequest:
+    """The learner's ranks; objective None is supervised fine-tuning."""
+    config = context.config
+    pool: PoolConfig = config.pools.learner
+    shared = {
+        "world_size": pool.count,
+        "source": source,
+        "objective": objective,
+        "optimizer": optimizer,
+        "config": config.learner.model_copy(update={"compute_dtype": compute_dtype}),
+        "total_steps": total_steps,
+        "max_response_tokens": config.rollout.sampling.max_response_tokens,
+        "seed": derive_seed(config.seed, name, "weights"),
+        "uses_gpu": pool.gpus > 0,
+        "timeout_seconds": config.deadlines.call_seconds,
+        "staleness": config.distill.staleness,
+    }
+    return WorkerRequest(
+        name=name,
+        worker_class=Learner,
+        arguments=[{"rank": rank, **shared} for rank in range(pool.count)],
+        pool=pool,
+        environment=torch_environment(pool, config.learner.threads),
+        gang=True,
+    )
+
+
+def transfer_backend(context: RunContext) -> str:
+    """How weights travel from the learner to the student's engines."""
+    return "nccl" if context.config.pools.learner.gpus > 0 else "gloo"

@@ -1,0 +1,184 @@
+"""The books of a distillation over two lives, with a learner and streams that only count."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from distill_system.driver.recorder import RunRecorder
+from distill_system.errors import ConfigError, NonFiniteError
+from distill_system.learner import describe_file, find_alterations
+from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
+from distill_system.observe.metrics import read_metrics
+from distill_system.observe.prompt_log import read_prompts
+from distill_system.observe.run_directory import read_json, write_json
+from distill_system.records import PoolActivity, StepResult
+
+BEST = "distill.keep_best={metric: held_out/on_policy_distance, mode: min}"
+
+
+class _Learner:
+    """Its state is the number of steps; a save is done when it is next waited for."""
+
+    steps = 0
+
+    def start_save(self, folder):
+        self.folder, self.saved = folder, self.steps
+
+    def finish_save(self, *, wait):
+        if not wait:
+            return None
+        (self.folder / "steps").write_text(str(self.saved))
+        return {"steps": describe_file(self.folder / "steps")}
+
+    def find_alterations(self, folder, files):
+        return find_alterations(folder, files)
+
+    def load(self, folder):
+        self.steps = int((folder / "steps").read_text())
+
+
+class _Streams:
+    """Feeds one prompt a step, by its number."""
+
+    def __init__(self):
+        self.position, self.fed = 0, {}
+
+    def feed(self):
+        self.fed = {"on_policy": [f"prompts:{self.position}"]}
+        self.position += 1
+
+    def pop_prompts(self):
+        fed, self.fed = self.fed, {}
+        return fed
+
+    def state(self):
+        return {"position": self.position}
+
+    def restore(self, state):
+        self.position = state["position"]
+
+
+@pytest.fixture
+def live(configure, tmp_path):
+    """One life: steps until `until`, checkpoints after `saves`; then it ends as if by signal 9."""
+
+    def run(*, until, saves=(), resume=False, overrides=(), failure=None):
+        config = configure("distill.keep_checkpoints=1", *overrides)
+        run = RunDirectory(tmp_path / "books")
+        learner, streams = _Learner(), _Streams()
+        with MetricLog(run, run_name="books") as log, PromptLog(run) as prompts:
+            context = SimpleNamespace(
+                config=config,
+                run=run,
+                log=log,
+                prompts=prompts,
+                timings=Timings(run),
+                view=LiveView("test", console=None),
+                resume=resume,
+            )
+            recorder = RunRecorder(context, SimpleNamespace(learner=learner), streams)
+            first = recorder.open()
+            assert (learner.steps, streams.position) == (first, first)
+            if first == 0:
+                recorder.write(0, {"held_out/on_policy_distance": 9.0})
+            with recorder.finished_on_failure():
+                for done in range(first + 1, until + 1):
+                    streams.feed()
+                    learner.steps += 1
+                    recorder.write(done, {"learner/loss": 1.0 / done})
+                    if done in saves:
+                        recorder.checkpoint(done)
+                if failure is not None:
+                    raise failure
+        return first, run
+
+    return run
+
+
+def test_a_second_life_goes_on_after_the_last_whole_checkpoint_and_doubles_nothing(live):
+    live(until=7, saves=(3, 5))  # the one of step 5 is still being written when it ends
+    first, run = live(until=9, resume=True)
+    assert first == 3
+    assert [row.step for row in read_metrics(run)] == list(range(10))
+    assert [row.step for row in read_prompts(run)] == list(range(1, 10))
+    fed = [at for row in read_prompts(run) for at in row.prompt_ids["on_policy"]]
+    assert fed == [f"prompts:{at}" for at in range(9)]
+
+
+def test_a_failure_in_a_step_keeps_the_checkpoint_that_was_being_written(live):
+    with pytest.raises(NonFiniteError):
+        live(until=7, saves=(3, 5), failure=NonFiniteError())
+    assert live(until=8, resume=True)[0] == 5
+
+
+def test_a_life_without_any_checkpoint_begins_anew(live):
+    live(until=2)
+    first, run = live(until=1, resume=True)
+    assert first == 0
+    assert [row.step for row in read_metrics(run)] == [0, 1]
+
+
+def test_the_clock_goes_on_over_lives_and_from_zero_for_who_begins_anew(live, tmp_path):
+    def lived(seconds):
+        form = read_json(path)
+        form["seconds"]["distill"] += seconds
+        write_json(path, form)
+
+    def total():
+        return read_json(path)["seconds"]["distill"]
+
+    path = RunDirectory(tmp_path / "books").timings_path
+
+    live(until=3, saves=(1, 3))
+    lived(100.0)
+    live(until=3, resume=True)
+    assert 100.0 <= total() < 200.0
+    lived(100.0)
+    live(until=5, saves=(), resume=True)
+    assert 200.0 <= total() < 300.0
+
+
+def test_a_checkpoint_is_best_by_what_was_measured_last_before_it(live):
+    _first, run = live(until=5, saves=(1, 2, 3), overrides=(BEST,))
+    folder = run.checkpoints_directory / "distill"
+    kept = {path.name for path in folder.iterdir()}
+    assert kept == {"step_000001", "step_000002", "step_000003.partial"}, "equals: the earlier"
+
+
+def test_a_metric_that_is_never_measured_is_refused_as_training_begins(live):
+    with pytest.raises(ConfigError, match=r"no 'held_out/typo'; choose one of held_out/on_policy"):
+        live(until=1, overrides=("distill.keep_best={metric: held_out/typo, mode: min}",))
+
+
+def test_the_best_may_be_asked_for_in_a_later_life(live):
+    live(until=3, saves=(1, 3))
+    assert live(until=4, resume=True, overrides=(BEST,))[0] == 1
+
+
+def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tmp_path):
+    run = RunDirectory(tmp_path / "look")
+    context = SimpleNamespace(
+        config=configure(), run=run, timings=Timings(run), view=LiveView("test", console=None)
+    )
+    pools = {
+        name: PoolActivity(num_workers=1, seconds=10.0, starved_seconds=starved)
+        for name, starved in (("teacher_rollout", 0.0), ("student_rollout", 0.0), ("learner", 4.0))
+    }
+    streams = SimpleNamespace(is_asynchronous=True, pop_activity=lambda: pools, pop_counts=dict)
+    recorder = RunRecorder(context, SimpleNamespace(), streams)
+    assert recorder.look().waited_for is None
+    for phase, seconds in (
+        ("student_rollout", 0.001),
+        ("teacher_rollout", 0.03),
+        ("learner", 0.06),
+    ):
+        with context.timings.phase(phase):
+            time.sleep(seconds)
+    recorder.describe_step(StepResult(step=0, metrics={}, num_response_tokens=1, seconds=1.0), 1.0)
+    look = recorder.look()
+    assert (look.waited_for, look.learner_starved_share) == ("teacher_rollout", 0.4)
+    assert set(look.pools) == {"teacher_rollout", "student_rollout"}
+    assert recorder.look().waited_for is None

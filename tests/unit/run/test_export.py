@@ -1,0 +1,61 @@
+"""An exported model stands whole or not at all, and loads in plain transformers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from local_workers import LocalWorkers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distill_system.learner import LearnerGroup
+from distill_system.run.export import export_model
+
+
+class Exporter:
+    """A learner's last duty; `breaks` ends it halfway, as a full disk does."""
+
+    def __init__(self, folder, *, breaks=False):
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.breaks = breaks
+
+    def export(self, folder):
+        self.model.save_pretrained(folder)
+        if self.breaks:
+            raise OSError("no space left on device")
+
+
+@pytest.fixture
+def context(configure, tiny_model_folder):
+    return SimpleNamespace(
+        config=configure(), tokenizer=AutoTokenizer.from_pretrained(tiny_model_folder())
+    )
+
+
+def _export(context, source, folder, **options):
+    learner = LearnerGroup(LocalWorkers([Exporter(source, **options)]))
+    export_model(context, learner, folder, facts={"steps": 3})
+
+
+def test_the_folder_loads_in_plain_transformers_with_its_card(context, tiny_model_folder, tmp_path):
+    source = tiny_model_folder(seed=4)
+    _export(context, source, tmp_path / "student")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name, weight in original.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert tokenizer("w7 w8")["input_ids"] == [7, 8]
+    assert "| steps | 3 |" in (tmp_path / "student/README.md").read_text()
+    assert [path.name for path in tmp_path.glob("student*")] == ["student"]
+
+
+def test_a_failure_halfway_leaves_no_folder_that_counts_as_done(
+    context, tiny_model_folder, tmp_path
+):
+    with pytest.raises(OSError, match="no space"):
+        _export(context, tiny_model_folder(), tmp_path / "student", breaks=True)
+    assert not (tmp_path / "student").exists()
+    _export(context, tiny_model_folder(), tmp_path / "student")
+    assert [path.name for path in tmp_path.glob("student*")] == ["student"]

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distill_system.config import load_config
+from distill_system.errors import RunStateError
+from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
+
+QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
+
+
+def _config(tmp_path, *overrides):
+    return load_config([QUICKSTART], [f"runs_directory={tmp_path}", *overrides])
+
+
+def _start(tmp_path, *overrides):
+    config = _config(tmp_path, *overrides)
+    run = open_run(config)
+    record_start(config, run)
+    return run
+
+
+def test_what_runs_is_written_down_before_anything_is_made(tmp_path):
+    run = _start(tmp_path, "seed=4")
+    assert run.path == tmp_path / "quickstart"
+    assert json.loads(run.config_path.read_text())["seed"] == 4
+    environment = json.loads(run.environment_path.read_text())
+    assert environment["seeds"] == {"seed": 4}
+    assert environment["versions"]["torch"].startswith("2.13")
+
+
+def test_work_of_another_configuration_is_not_gone_on_with(tmp_path):
+    run = _start(tmp_path)
+    run.teacher_directory.mkdir()
+    with pytest.raises(RunStateError) as caught:
+        open_run(_config(tmp_path, "seed=1", "distill.objective.on_policy_weight=0.25"))
+    said = str(caught.value)
+    assert "seed: 0 -> 1" in said
+    assert "distill.objective.on_policy_weight: 0.5 -> 0.25" in said
+    assert "name=" in said
+
+
+@pytest.mark.parametrize("made", ["student_sft", "student", "checkpoints", "evaluations"])
+def test_whatever_was_learned_or_measured_is_work(tmp_path, made):
+    (_start(tmp_path).path / made).mkdir()
+    with pytest.raises(RunStateError, match="seed: 0 -> 1"):
+        open_run(_config(tmp_path, "seed=1"))
+
+
+def test_what_changes_nothing_learned_may_change(tmp_path):
+    run = _start(tmp_path)
+    run.teacher_directory.mkdir()
+    changed = ("pools.learner.count=2", "deadlines.call_seconds=9", "distill.keep_checkpoints=5")
+    assert open_run(_config(tmp_path, *changed)).path == run.path
+
+
+def test_an_empty_folder_takes_any_configuration(tmp_path):
+    _start(tmp_path)
+    assert open_run(_config(tmp_path, "seed=9")).path == tmp_path / "quickstart"
+
+
+def test_the_tokenizer_is_made_once(tmp_path):
+    config = _config(tmp_path)
+    run = _start(tmp_path)
+    first = prepare_tokenizer(config, run)
+    written = (run.tokenizer_directory / "tokenizer.json").stat().st_mtime_ns
+    second = prepare_tokenizer(config, run)
+    assert first.get_vocab() == second.get_vocab()
+    assert (run.tokenizer_directory / "tokenizer.json").stat().st_mtime_ns == written
+
+
+def test_a_tokenizer_that_served_nothing_goes_with_its_configuration(tmp_path):
+    prepare_tokenizer(_config(tmp_path), _start(tmp_path))
+    run = open_run(_config(tmp_path, "data.max_prompt_tokens=50"))
+    assert not run.tokenizer_directory.exists()
+
+
+def test_a_look_at_a_run_makes_no_folder(tmp_path):
+    assert not open_run(_config(tmp_path)).path.exists()
+
+
+def test_a_damaged_configuration_is_told(tmp_path):
+    _start(tmp_path).config_path.write_text('{"name"')
+    with pytest.raises(RunStateError, match=r"config\.json is not JSON"):
+        open_run(_config(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "a_file").write_text("")
+    with pytest.raises(RunStateError, match=r"cannot be written.*another runs_directory"):
+        _start(tmp_path, f"runs_directory={tmp_path / 'a_file'}")
+
+
+def test_a_key_that_has_come_since_then_does_not_part_a_run_from_its_configuration(tmp_path):
+    run = _start(tmp_path)
+    run.teacher_directory.mkdir()
+    recorded = json.loads(run.config_path.read_text())
+    del recorded["distill"]["replay"], recorded["distill"]["objective"]["discount"]
+    run.config_path.write_text(json.dumps(recorded))
+    assert open_run(_config(tmp_path)).path == run.path
+    with pytest.raises(RunStateError, match=r"discount: 1\.0 -> 0\.9"):
+        open_run(_config(tmp_path, "distill.objective.discount=0.9"))
+
+
+def test_a_record_that_todays_models_refuse_is_compared_as_it_stands(tmp_path):
+    run = _start(tmp_path)
+    run.teacher_directory.mkdir()
+    recorded = json.loads(run.config_path.read_text())
+    recorded["distill"]["a_key_of_old"] = 3
+    run.config_path.write_text(json.dumps(recorded))
+    with pytest.raises(RunStateError, match="a_key_of_old: 3 -> None"):
+        open_run(_config(tmp_path))

@@ -1,0 +1,388 @@
+"""The streaming pipeline under a simulated clock: any delays, and what must hold all the same."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from simulated_pools import (
+    Clock,
+    SimulatedLearner,
+    SimulatedScorer,
+    SimulatedWorkers,
+    SimulatedWriter,
+    make_prompts,
+    make_rows,
+    simulated_run,
+)
+
+from distill_system.config import load_config
+from distill_system.data import PromptFrontier
+from distill_system.observe import RunDirectory
+from distill_system.records import Author
+from distill_system.streams.asynchronous import AsynchronousStreams
+
+QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+STEPS = 7
+
+
+def play(
+    folder, *, seed, overrides, workers=(2, 1, 1), batch=4, steps=STEPS, num_prompts=11, rows=()
+):
+    """A whole run with delays drawn from a seed; returns the learner, the streams and the clock."""
+    draw = random.Random(seed)
+    config = load_config(
+        [QUICKSTART],
+        [
+            f"distill.steps={steps}",
+            f"distill.student_prompts_per_step={batch}",
+            f"distill.teacher_prompts_per_step={batch}",
+            *overrides,
+        ],
+    )
+
+    def length():
+        return draw.choice([1, 1, 2, 3, 5, 30, 80])
+
+    clock = Clock()
+    students = SimulatedWorkers(
+        clock,
+        [SimulatedWriter(Author.STUDENT, draw.uniform(5, 200), length) for _ in range(workers[0])],
+    )
+    teachers = SimulatedWorkers(
+        clock,
+        [SimulatedWriter(Author.TEACHER, draw.uniform(5, 200), length) for _ in range(workers[1])],
+    )
+    scorers = SimulatedWorkers(
+        clock,
+        [SimulatedScorer(draw.uniform(50, 5000), 0.01) for _ in range(workers[2])],
+        many_calls=seed % 2,
+    )
+    slow = draw.choice([0.01, 0.3, 2.0])
+    learner = SimulatedLearner(
+        clock,
+        students,
+        draw_step_seconds=lambda: draw.uniform(0.0, slow),
+        draw_publish_seconds=lambda: draw.choice([0.0, 0.01, 0.5]),
+    )
+    data = SimpleNamespace(prompts=make_prompts(num_prompts), student_sft=rows, stored=[])
+    context, pools, data = simulated_run(
+        config,
+        data,
+        students=students,
+        teachers=teachers,
+        scorers=scorers,
+        learner=learner,
+        timings_folder=RunDirectory(folder),
+    )
+    streams = AsynchronousStreams(context, pools, data, clock=clock)
+    streams.begin(0)
+    most_under_way = 0
+    for step in range(steps):
+        scored = streams.take(step)
+        for window in [flow.window for flow in streams._flows.values()]:
+            waiting = window.num_under_way + len(window._dropped)
+            assert waiting == len(window.prompts_under_way())
+            most_under_way = max(most_under_way, window.num_under_way)
+        streams.learn(step, scored)
+        streams.publish(step + 1)
+    return SimpleNamespace(
+        learner=learner, streams=streams, clock=clock, most_under_way=most_under_way
+    )
+
+
+def ages(learner, stream="on_policy"):
+    return [
+        step - trajectory.oldest_version
+        for step, batch in enumerate(learner.trained)
+        for name, trajectory in batch
+        if name == stream
+    ]
+
+
+anything = settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+seeds = st.integers(0, 10**6)
+bounds = st.sampled_from([1, 2, 4])
+
+
+@anything
+@given(seed=seeds, bound=bounds, num_workers=st.integers(1, 5))
+def test_in_order_nothing_is_too_old_and_every_step_has_its_own_prompts(
+    tmp_path, seed, bound, num_workers
+):
+    played = play(
+        tmp_path,
+        seed=seed,
+        overrides=[f"distill.staleness.max_staleness={bound}"],
+        workers=(num_workers, 1, 2),
+    )
+    assert all(0 <= age <= bound for age in ages(played.learner))
+    assert played.most_under_way <= (bound + 1) * 4
+    # The same prompts in the same steps whatever the delays: as a walk over the prompts says.
+    quiet = play(
+        tmp_path, seed=0, overrides=["distill.staleness.max_staleness=1"], workers=(1, 1, 1)
+    )
+    for one, other in zip(played.learner.trained, quiet.learner.trained, strict=True):
+        assert Counter((s, t.prompt_id) for s, t in one) == Counter(
+            (s, t.prompt_id) for s, t in other
+        )
+
+
+@anything
+@given(seed=seeds, bound=bounds, num_workers=st.integers(1, 5))
+def test_reissuing_keeps_the_bound_and_loses_no_prompt(tmp_path, seed, bound, num_workers):
+    played = play(
+        tmp_path,
+        seed=seed,
+        overrides=[
+            f"distill.staleness.max_staleness={bound}",
+            "distill.staleness.too_old=reissue",
+        ],
+        workers=(num_workers, 1, 2),
+    )
+    assert all(0 <= age <= bound for age in ages(played.learner))
+    assert played.most_under_way <= (bound + 1) * 4
+    trained = Counter(
+        t.prompt_id for batch in played.learner.trained for s, t in batch if s == "on_policy"
+    )
+    left = Counter(
+        f"p{index}" for index in played.streams._flows["on_policy"].window.prompts_under_way()
+    )
+    taken = sum(w.num_taken for w in played.streams.student._walks.values())
+    assert sum((trained + left).values()) == taken == STEPS * 4 + sum(left.values())
+
+
+@anything
+@given(seed=seeds, bound=bounds)
+def test_weighing_trains_on_every_prompt_once_an_epoch(tmp_path, seed, bound):
+    played = play(
+        tmp_path,
+        seed=seed,
+        overrides=[
+            f"distill.staleness.max_staleness={bound}",
+            "distill.staleness.too_old=weigh",
+            "distill.staleness.importance=token",
+        ],
+        workers=(3, 1, 1),
+    )
+    assert min(ages(played.learner)) >= 0
+    assert [sum(s == "on_policy" for s, _ in batch) for batch in played.learner.trained] == [
+        4
+    ] * STEPS
+
+
+@anything
+@given(seed=seeds, share=st.sampled_from([0.25, 0.5, 0.75]))
+def test_a_step_may_go_on_without_the_late_ones(tmp_path, seed, share):
+    played = play(
+        tmp_path,
+        seed=seed,
+        overrides=[
+            "distill.staleness.max_staleness=2",
+            "distill.staleness.too_old=reissue",
+            f"distill.staleness.min_on_policy_share={share}",
+        ],
+        workers=(2, 1, 1),
+    )
+    assert all(0 <= age <= 2 for age in ages(played.learner))
+    for batch in played.learner.trained:
+        assert share * 4 <= sum(s == "on_policy" for s, _ in batch) <= 4
+        assert 4 <= sum(s == "off_policy" for s, _ in batch) <= 8 - share * 4
+
+
+@anything
+@given(seed=seeds, budget=st.sampled_from([40, 200, 1000]))
+def test_a_budget_of_tokens_is_filled_with_what_is_ready(tmp_path, seed, budget):
+    played = play(
+        tmp_path,
+        seed=seed,
+        overrides=[
+            "distill.staleness.max_staleness=2",
+            "distill.staleness.too_old=reissue",
+            f"distill.staleness.tokens_per_step={budget}",
+        ],
+        workers=(4, 1, 2),
+        num_prompts=300,
+    )
+    assert all(0 <= age <= 2 for age in ages(played.learner))
+    assert played.most_under_way <= 3 * 4
+    for batch in played.learner.trained:
+        students = [t for s, t in batch if s == "on_policy"]
+        tokens = sum(t.num_response_tokens for _, t in batch)
+        assert len(students) >= 4
+        assert tokens <= budget or len(students) == 4
+    trained = [t.prompt_id for b in played.learner.trained for s, t in b if s == "on_policy"]
+    assert len(trained) == len(set(trained))
+
+
+def test_long_sequences_are_learned_from_in_their_turn(tmp_path):
+    """In order no length is preferred: what a step learns from has the lengths that were drawn."""
+    played = play(
+        tmp_path,
+        seed=3,
+        overrides=["distill.staleness.max_staleness=2"],
+        steps=40,
+        num_prompts=97,
+    )
+    lengths = [
+        [t.num_response_tokens for s, t in batch if s == "on_policy"]
+        for batch in played.learner.trained
+    ]
+    long_share = sum(length >= 30 for batch in lengths for length in batch) / (40 * 4)
+    early = sum(length >= 30 for batch in lengths[:10] for length in batch) / 40
+    assert long_share == pytest.approx(2 / 7, abs=0.1)
+    assert early == pytest.approx(2 / 7, abs=0.2)
+
+
+def test_rows_of_data_may_be_under_way_twice(tmp_path):
+    """Three rows, four a step, three batches ahead: each step takes rows in their walk's order."""
+    played = play(
+        tmp_path,
+        seed=2,
+        overrides=["distill.staleness.max_staleness=2", "distill.off_policy_source=dataset"],
+        rows=make_rows("row", 3),
+    )
+    walk = PromptFrontier(3, 0, "dataset_rows")
+    for batch in played.learner.trained:
+        fed = sorted(t.prompt_id for s, t in batch if s == "off_policy")
+        assert fed == sorted(f"row:{index}" for index in walk.take(4))
+
+
+def test_what_is_dropped_is_given_out_again_and_learned_from(tmp_path):
+    """A seed at which some come too late: each is dropped once, and its prompt trained on later."""
+    played = play(
+        tmp_path,
+        seed=3,
+        overrides=["distill.staleness.max_staleness=1", "distill.staleness.too_old=reissue"],
+        steps=40,
+        num_prompts=200,
+        workers=(3, 1, 1),
+    )
+    assert played.streams._flows["on_policy"].window.num_dropped > 3
+    trained = [
+        t.prompt_id for batch in played.learner.trained for s, t in batch if s == "on_policy"
+    ]
+    assert len(trained) == len(set(trained)) == 160
+
+
+def test_running_ahead_hides_the_writing_behind_the_learning(tmp_path):
+    """Writing and learning take one second a step each: in turn two, ahead of each other one."""
+    seconds = {}
+    for bound in (1, 2):
+        clock = Clock()
+        writers = [SimulatedWriter(Author.STUDENT, 10.0, lambda: 10)]
+        students = SimulatedWorkers(clock, writers)
+        learner = SimulatedLearner(
+            clock, students, draw_step_seconds=lambda: 1.0, draw_publish_seconds=lambda: 0.0
+        )
+        config = load_config(
+            [QUICKSTART],
+            ["distill.steps=20", f"distill.staleness.max_staleness={bound}"],
+        )
+        context, pools, data = simulated_run(
+            config,
+            SimpleNamespace(prompts=make_prompts(9), student_sft=[], stored=[]),
+            students=students,
+            teachers=SimulatedWorkers(clock, [SimulatedWriter(Author.TEACHER, 1e3, lambda: 10)]),
+            scorers=SimulatedWorkers(clock, [SimulatedScorer(1e6)]),
+            learner=learner,
+            timings_folder=RunDirectory(tmp_path),
+        )
+        streams = AsynchronousStreams(context, pools, data, clock=clock)
+        streams.begin(0)
+        for step in range(20):
+            streams.learn(step, streams.take(step))
+            streams.publish(step + 1)
+        seconds[bound] = clock.now
+    assert seconds[2] == pytest.approx(20 * 1.0 + 1.0, rel=0.1)
+    assert seconds[1] <= 20 * 1.25
+
+
+@anything
+@given(seed=seeds, bound=bounds, leaves=st.integers(0, STEPS - 1), joins=st.integers(0, STEPS - 1))
+def test_workers_come_and_go_and_every_step_keeps_its_prompts(tmp_path, seed, bound, leaves, joins):
+    """One writer of each model and one scorer leave, others join, at any steps."""
+    draw = random.Random(seed)
+    clock = Clock()
+
+    def writers(author):
+        def length():
+            return draw.choice([1, 2, 5, 40])
+
+        made = [SimulatedWriter(author, draw.uniform(5, 200), length) for _ in range(3)]
+        return SimulatedWorkers(clock, made)
+
+    students, teachers = writers(Author.STUDENT), writers(Author.TEACHER)
+    scorers = SimulatedWorkers(clock, [SimulatedScorer(draw.uniform(50, 5000)) for _ in range(3)])
+    learner = SimulatedLearner(
+        clock,
+        students,
+        draw_step_seconds=lambda: draw.uniform(0, 0.5),
+        draw_publish_seconds=lambda: draw.choice([0.0, 0.2]),
+    )
+    overrides = [
+        f"distill.steps={STEPS}",
+        "distill.student_prompts_per_step=4",
+        "distill.teacher_prompts_per_step=4",
+        f"distill.staleness.max_staleness={bound}",
+    ]
+    context, pools, data = simulated_run(
+        load_config([QUICKSTART], overrides),
+        SimpleNamespace(prompts=make_prompts(100), student_sft=[], stored=[]),
+        students=students,
+        teachers=teachers,
+        scorers=scorers,
+        learner=learner,
+        timings_folder=RunDirectory(tmp_path),
+    )
+    groups = {"student_rollout": students, "teacher_rollout": teachers, "teacher_scoring": scorers}
+    absent = {name: group.objects.pop(2) for name, group in groups.items()}
+    streams = AsynchronousStreams(context, pools, data, clock=clock)
+    streams.begin(0)
+    for step in range(STEPS):
+        scored = streams.take(step)
+        if step == leaves:
+            for name, group in groups.items():
+                while not streams.release(name, 0):
+                    streams._turn()
+                streams.wait_for_weight_sync()
+                group.objects.pop(0)
+        streams.wait_for_weight_sync()
+        if step == joins:
+            for name, group in groups.items():
+                group.objects[2] = absent[name]
+            streams.welcome()
+        streams.learn(step, scored)
+        streams.publish(step + 1)
+    assert all(0 <= age <= bound for age in ages(learner))
+    walk = PromptFrontier(100, 0, "student_prompts")
+    for batch in learner.trained:
+        trained = sorted(t.prompt_id for s, t in batch if s == "on_policy")
+        assert trained == sorted(f"p{index}" for index in walk.take(4))
+
+
+def test_a_budget_of_tokens_lets_steps_take_more_than_their_own(tmp_path):
+    played = play(
+        tmp_path,
+        seed=1,
+        overrides=[
+            "distill.staleness.max_staleness=2",
+            "distill.staleness.too_old=reissue",
+            "distill.staleness.tokens_per_step=400",
+        ],
+        steps=30,
+        workers=(4, 1, 2),
+        num_prompts=300,
+    )
+    counts = [sum(s == "on_policy" for s, _ in batch) for batch in played.learner.trained]
+    assert min(counts) == 4
+    assert max(counts) > 4
