@@ -34,7 +34,7 @@ class Clock:
 
     def __init__(self):
         self.now = 0.0
-        self._request = itertools.count()
+        self._serial = itertools.count()
         self._events: list[tuple[float, int, Any]] = []
 
     def __call__(self):
@@ -42,7 +42,7 @@ class Clock:
 
     def at(self, when, action):
         assert when >= self.now, "nothing happens in the past"
-        heapq.heappush(self._events, (when, next(self._request), action))
+        heapq.heappush(self._events, (when, next(self._serial), action))
 
     def run_until(self, is_done, end):
         """Let things happen until is_done, or until `end`."""
