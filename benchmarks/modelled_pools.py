@@ -28,7 +28,6 @@ from distill_system.records import (
     TrajectoryChunk,
     VersionSpan,
     WeightVersion,
-    WorkDone,
 )
 from distill_system.rollout import DecodeSlice, GenerationRequest, Sampling
 from distill_system.rollout.engine import LONGEST_SLICE
@@ -200,7 +199,6 @@ class ModelledRollout:
         self._running: list[_Sequence] = []
         self._version = 0
         self._owed = 0.0
-        self._work = WorkDone()
 
     def advance(
         self, requests: Sequence[GenerationRequest], seconds: float
@@ -239,10 +237,6 @@ class ModelledRollout:
         seconds = self._send_seconds
         return WeightVersion(version=version, num_bytes=0, digest=0, seconds=seconds), seconds
 
-    def work_done(self) -> tuple[WorkDone, float]:
-        """See RolloutWorker.work_done."""
-        return self._work, 0.0
-
     def _add(self, name: str, prompt: Prompt) -> None:
         self._waiting.append(_Sequence(name, prompt, self._lengths.of(prompt.prompt_id)))
 
@@ -270,8 +264,6 @@ class ModelledRollout:
             done = [s for s in self._running if s.written == s.length]
             self._running = [s for s in self._running if s.written < s.length]
             finished += [sequence.trajectory(self._author) for sequence in done]
-        tokens = sum(trajectory.num_response_tokens for trajectory in finished)
-        self._work += WorkDone(num_tokens=tokens, busy_seconds=spent)
         return finished, spent
 
 
@@ -279,21 +271,16 @@ class ModelledScorer:
     """A teacher that reads chunks."""
 
     def __init__(self, cost: tuple[float, float]) -> None:
-        self._cost, self._work = cost, WorkDone()
+        self._cost = cost
 
     def score(self, chunk: TrajectoryChunk, needs: Any) -> tuple[list[TeacherTargets], float]:
         """See TeacherScorer.score; nothing is in the targets."""
         seconds = self._cost[0] + self._cost[1] * chunk.num_tokens
-        self._work += WorkDone(num_tokens=chunk.num_tokens, busy_seconds=seconds)
         targets = [
             TeacherTargets(trajectory_id=t.trajectory_id, num_tokens=t.num_response_tokens)
             for t in chunk.trajectories
         ]
         return targets, seconds
-
-    def work_done(self) -> tuple[WorkDone, float]:
-        """See TeacherScorer.work_done."""
-        return self._work, 0.0
 
 
 class ModelledLearner:

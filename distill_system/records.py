@@ -253,32 +253,12 @@ class ScoredChunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkDone:
-    """What a worker, or a pool of them, has done since it started; seconds are worker-seconds."""
-
-    num_tokens: int = 0
-    busy_seconds: float = 0.0
-
-    def __add__(self, other: WorkDone) -> WorkDone:
-        return WorkDone(
-            num_tokens=self.num_tokens + other.num_tokens,
-            busy_seconds=self.busy_seconds + other.busy_seconds,
-        )
-
-    def __sub__(self, other: WorkDone) -> WorkDone:
-        return WorkDone(
-            num_tokens=self.num_tokens - other.num_tokens,
-            busy_seconds=self.busy_seconds - other.busy_seconds,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class PoolActivity:
     """What the workers of one pool did in a stretch of time, and what they handed on in it.
 
     num_workers: mean over the stretch, since workers join and leave.  seconds: the stretch's.
     busy_, starved_, blocked_seconds: worker-seconds at work; idle with nothing to work on; idle
-    because what comes after is full.  num_tokens, num_sequences, num_bytes: handed on.
+    because what comes after is full.  num_tokens, num_sequences: handed on.
     queued: items that waited before the pool at the stretch's end.
     """
 
@@ -289,7 +269,6 @@ class PoolActivity:
     blocked_seconds: float = 0.0
     num_tokens: int = 0
     num_sequences: int = 0
-    num_bytes: int = 0
     queued: int = 0
 
     def __post_init__(self) -> None:
@@ -338,11 +317,6 @@ class StepResult:
     num_response_tokens: int
     seconds: float
     peak_memory_bytes: int = 0
-
-    @property
-    def work(self) -> WorkDone:
-        """The step as work of the learner group; ranks work side by side, seconds count once."""
-        return WorkDone(num_tokens=self.num_response_tokens, busy_seconds=self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

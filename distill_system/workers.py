@@ -10,28 +10,6 @@ Reference = Any
 """A result that may not exist yet. It may be handed to another worker's call without being read."""
 
 
-class CallWatch(Protocol):
-    """Hears when workers come and go, and when their calls begin and end.
-
-    now: seconds of one clock.
-    """
-
-    def join(self, worker: int, now: float) -> None:
-        """The worker belongs to the pool from now on, idle."""
-
-    def leave(self, worker: int, now: float) -> None:
-        """The worker is gone, and with it the calls that it had under way."""
-
-    def begin(self, worker: int, now: float) -> None:
-        """A call of the worker is under way."""
-
-    def end(self, worker: int, now: float, *, busy_seconds: float | None = None) -> None:
-        """It has ended; busy_seconds is what the worker measured, if it did."""
-
-    def hand_on(self, *, num_tokens: int = 0, num_sequences: int = 0, num_bytes: int = 0) -> None:
-        """What the pool has finished."""
-
-
 class Workers(Protocol):
     """A group of workers of one class."""
 
@@ -79,7 +57,8 @@ class Workers(Protocol):
         unhurried: waited for too; where they are many, they may be heard of together, up to
         together_seconds late. All may be other groups' references too.
 
-        Raises: WorkerError if a worker died.
+        Raises: WorkerError if a worker died; DeadlineError once nothing has come for as long as any
+        call may take.
         """
 
 

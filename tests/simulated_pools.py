@@ -219,13 +219,13 @@ class SimulatedLearner:
         self.clock, self.students = clock, students
         self.draw_publish_seconds = draw_publish_seconds
         self.trained: list[list[tuple[str, Trajectory]]] = []
-        self.version = 0
+        self.first = self.version = 0
         self._sending: list[Call] = []
         self.workers = SimulatedWorkers(clock, [self])
         self.draw_step_seconds = draw_step_seconds
 
     def start_step(self, step, scored):
-        assert step == len(self.trained) == self.version, "steps come in order"
+        assert step == self.first + len(self.trained) == self.version, "steps come in order"
         for part in scored:
             assert part.targets is None or part.targets.is_done, "a step needs no wait for scores"
         self.trained.append(
@@ -236,7 +236,7 @@ class SimulatedLearner:
     def step(self, step):
         self.version = step + 1
         seconds = self.draw_step_seconds()
-        tokens = sum(t.num_response_tokens for _, t in self.trained[step])
+        tokens = sum(t.num_response_tokens for _, t in self.trained[-1])
         result = StepResult(step=step, metrics={}, num_response_tokens=tokens, seconds=seconds)
         return result, seconds
 

@@ -62,7 +62,7 @@ def wait_for(
             last_news = now
             results |= {ref: _fetch(ref, monitor, what) if fetch else None for ref in done}
         elif now - last_news >= seconds:
-            raise _deadline(references, pending, monitor, what=what, seconds=seconds)
+            raise deadline_error(references, pending, monitor, what=what, seconds=seconds)
         else:
             monitor.require_alive(seconds=0.0, waiting_for=what)
     return [results[reference] for reference in references] if fetch else []
@@ -137,7 +137,7 @@ def _told(who: str, cause: BaseException, error: RayError, what: str) -> Distill
     return WorkerError("\n".join([f"{who} failed at {what}:", *lines]))
 
 
-def _deadline(
+def deadline_error(
     references: Sequence[Reference],
     pending: Sequence[Reference],
     monitor: LivenessMonitor,
@@ -145,6 +145,7 @@ def _deadline(
     what: str,
     seconds: float,
 ) -> DeadlineError:
+    """What to raise where nothing has ended for so long; names the workers that owe results."""
     owing = ", ".join(sorted({monitor.worker_of(reference) for reference in pending}))
     return DeadlineError(
         f"waited {seconds:.0f} s for {what} from {owing}: {len(pending)} of {len(references)} "

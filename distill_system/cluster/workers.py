@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import ray
 
 from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.placement import Placement, release_placements
-from distill_system.cluster.waiting import wait_any, wait_for
+from distill_system.cluster.waiting import deadline_error, wait_any, wait_for
 from distill_system.workers import Reference, StartedWorker
 
 
@@ -38,6 +39,7 @@ class RayWorkers:
         self._placements: dict[int, Placement] = dict(enumerate(placements))
         self._next_id = len(self._handles)
         self._monitor = LivenessMonitor() if monitor is None else monitor
+        self._silent_seconds = 0.0
         self._monitor.add(self.named_handles())
 
     @property
@@ -111,9 +113,11 @@ class RayWorkers:
     ) -> list[Reference]:
         """Those that are done as soon as there is one; none after so long; see wait_any.
 
-        Raises: WorkerError if a worker of the monitor died.
+        Raises: WorkerError if a worker of the monitor died; DeadlineError once waits one after the
+        other have brought nothing for call_seconds. Time between two waits does not count.
         """
-        return wait_any(
+        began = time.monotonic()
+        done = wait_any(
             references,
             self._monitor,
             what=what,
@@ -121,6 +125,11 @@ class RayWorkers:
             unhurried=unhurried,
             together_seconds=together_seconds,
         )
+        self._silent_seconds = 0.0 if done else self._silent_seconds + time.monotonic() - began
+        if self._silent_seconds >= self.call_seconds:
+            every, silent = [*references, *unhurried], self._silent_seconds
+            raise deadline_error(every, every, self._monitor, what=what, seconds=silent)
+        return done
 
     def stop(self) -> None:
         """End every process of the group and give its resources back."""

@@ -39,7 +39,7 @@ class Driver:
             context.cluster,
             context.config.scaling,
             ScaleRequests(context.run),
-            release=self.streams.release,
+            release=self.streams.release_worker,
             say=context.view.note,
         )
 
@@ -79,7 +79,7 @@ class Driver:
             self.streams.wait_for_weight_sync()
             if self.elastic.adopt():
                 self.pools.connect_rollouts()
-            self.streams.welcome()
+            self.streams.admit_workers()
 
     def _measure(self, done: int) -> dict[str, float]:
         """What is to be measured once `done` steps are done."""

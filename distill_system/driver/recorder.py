@@ -16,7 +16,7 @@ from distill_system.observe import (
     join_stretches,
     wire_metrics,
 )
-from distill_system.records import PoolActivity, StepResult, WorkDone
+from distill_system.records import PoolActivity, StepResult
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext
 from distill_system.run.export import export_model
@@ -97,29 +97,26 @@ class RunRecorder:
         for name, part in waited.items():
             self._waited[name] = self._waited.get(name, 0.0) + part
         clock = {**waited, "driver": seconds - sum(waited.values()), "step": seconds}
-        self.context.timings.add_work("learner", result.work)
         return {
             **result.metrics,
             "learner/peak_memory_bytes": float(result.peak_memory_bytes),
             **self.streams.pop_counts(),
-            **(self._describe_pools() if self.streams.is_asynchronous else {}),
+            **self._describe_pools(),
             **{f"seconds/{name}": value for name, value in clock.items()},
             "tokens_per_second/step": result.num_response_tokens / seconds,
             "tokens_per_second/learner": result.num_response_tokens / result.seconds,
         }
 
     def describe_measured(self) -> dict[str, float]:
-        """What is asked of the workers themselves, and so only where a step is measured."""
-        pools = {} if self.streams.is_asynchronous else self._describe_pools()
-        return pools | self._describe_wire()
+        """What is asked of the scorers themselves, and so only where a step is measured: bytes
+        that they shipped for each response token since this was last asked."""
+        total = self.pools.scorers.shipped()
+        since, self._shipped = total - self._shipped, total
+        return wire_metrics(since.num_bytes, since.num_response_tokens)
 
     def _describe_pools(self) -> dict[str, float]:
         """What every pool did since this was last asked."""
         activity = self.streams.pop_activity()
-        for pool, done in activity.items():
-            if pool != "learner":
-                work = WorkDone(num_tokens=done.num_tokens, busy_seconds=done.busy_seconds)
-                self.context.timings.add_work(pool, work)
         self.context.timings.add_activity(activity)
         for pool, done in activity.items():
             earlier = self._since_look.get(pool)
@@ -142,13 +139,6 @@ class RunRecorder:
             learner_starved_share=0.0 if learner is None else learner.starved_share,
             waited_for=longest,
         )
-
-    def _describe_wire(self) -> dict[str, float]:
-        """Bytes that the scorers shipped for each response token since this was last asked."""
-        total = self.pools.scorers.shipped()
-        since = total - self._shipped
-        self._shipped = total
-        return wire_metrics(since.num_bytes, since.num_response_tokens)
 
     def checkpoint(self, done: int) -> None:
         """Begin to write everything that the steps to come depend on; they go on beside it."""

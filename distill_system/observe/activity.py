@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -44,26 +44,31 @@ class PoolClock:
     rest, in which call and answer travel; without a call it is what `waits` said last.
     """
 
-    def __init__(self, workers: Iterable[Hashable], now: float) -> None:
+    def __init__(self, workers: Iterable[int], now: float) -> None:
         self._since = now
         self._wait = Wait.STARVED
-        self._workers: dict[Hashable, _Worker] = {}
+        self._workers: dict[int, _Worker] = {}
         self._busy = self._starved = self._blocked = 0.0
-        self._tokens = self._sequences = self._bytes = 0
+        self._tokens = self._sequences = 0
         for worker in workers:
             self.join(worker, now)
 
-    def join(self, worker: Hashable, now: float) -> None:
+    @property
+    def workers(self) -> frozenset[int]:
+        """Workers that belong to the pool now."""
+        return frozenset(self._workers)
+
+    def join(self, worker: int, now: float) -> None:
         """The worker belongs to the pool from now on, idle."""
         assert worker not in self._workers, f"worker {worker!r} is in the pool already"
         self._workers[worker] = _Worker(counted_to=now)
 
-    def leave(self, worker: Hashable, now: float) -> None:
+    def leave(self, worker: int, now: float) -> None:
         """The worker is gone, and with it the calls that it had under way."""
         self._count(self._find(worker), now)
         self._settle(self._workers.pop(worker), now)
 
-    def begin(self, worker: Hashable, now: float) -> None:
+    def begin(self, worker: int, now: float) -> None:
         """A call of the worker is under way."""
         found = self._find(worker)
         self._count(found, now)
@@ -71,7 +76,7 @@ class PoolClock:
             found.call_since = now
         found.num_calls += 1
 
-    def end(self, worker: Hashable, now: float, *, busy_seconds: float | None = None) -> None:
+    def end(self, worker: int, now: float, *, busy_seconds: float | None = None) -> None:
         """A call of the worker has ended.
 
         busy_seconds: what the worker itself measured; None counts the whole call as work.
@@ -90,11 +95,10 @@ class PoolClock:
                 self._count(worker, now)
             self._wait = reason
 
-    def hand_on(self, *, num_tokens: int = 0, num_sequences: int = 0, num_bytes: int = 0) -> None:
+    def hand_on(self, *, num_tokens: int = 0, num_sequences: int = 0) -> None:
         """Count what the pool has finished."""
         self._tokens += num_tokens
         self._sequences += num_sequences
-        self._bytes += num_bytes
 
     def pop(self, now: float, *, queued: int = 0) -> PoolActivity:
         """The stretch since the last pop, or since the beginning; a new one begins.
@@ -115,15 +119,14 @@ class PoolClock:
             blocked_seconds=self._blocked,
             num_tokens=self._tokens,
             num_sequences=self._sequences,
-            num_bytes=self._bytes,
             queued=queued,
         )
         self._since = now
         self._busy = self._starved = self._blocked = 0.0
-        self._tokens = self._sequences = self._bytes = 0
+        self._tokens = self._sequences = 0
         return activity
 
-    def _find(self, worker: Hashable) -> _Worker:
+    def _find(self, worker: int) -> _Worker:
         assert worker in self._workers, f"worker {worker!r} is not in the pool"
         return self._workers[worker]
 
@@ -164,7 +167,6 @@ def join_stretches(first: PoolActivity, second: PoolActivity) -> PoolActivity:
         blocked_seconds=first.blocked_seconds + second.blocked_seconds,
         num_tokens=first.num_tokens + second.num_tokens,
         num_sequences=first.num_sequences + second.num_sequences,
-        num_bytes=first.num_bytes + second.num_bytes,
         queued=second.queued,
     )
 

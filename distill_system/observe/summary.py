@@ -16,7 +16,7 @@ from distill_system.records import PoolActivity
 from distill_system.standard_errors import paired_bootstrap_standard_error, paired_standard_error
 
 DISTANCES = ("on_policy", "off_policy")
-HANDED_ON = ("num_tokens", "num_sequences", "num_bytes")
+HANDED_ON = ("num_tokens", "num_sequences")
 
 
 class JsonForm(Protocol):
@@ -81,7 +81,7 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
         distances[on_policy | off_policy]: before, after.
         seconds[stage], tokens_per_second[phase], versions, git, machine, seeds.
         pools[pool]: num_workers, busy_share, starved_share, blocked_share, num_tokens,
-        num_sequences, num_bytes, over the run; empty for a run that did not keep them.
+        num_sequences, over the run; empty for a run that did not keep them.
         bottleneck: which pool bounds the run, in words.  staleness: see summarise_staleness.
         missing: files of a whole run that this one lacks.
         A figure whose part is missing is None.

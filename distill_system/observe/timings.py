@@ -1,8 +1,7 @@
 """Where a run's time goes, kept over a resume.
 
-Two views: stages and phases count the driver's clock (a phase is what the driver waited for), work
-counts the workers' own busy seconds and tokens; pools count what each pool's workers did with all
-their time.
+Two views: stages and phases count the driver's clock (a phase is what the driver waited for);
+pools count what each pool's workers did with all their time.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 from distill_system.errors import RecordError, RunStateError
 from distill_system.observe.activity import join_stretches
 from distill_system.observe.run_directory import RunDirectory, read_json, write_json
-from distill_system.records import PoolActivity, WorkDone
+from distill_system.records import PoolActivity
 
 MAIN_STAGE = "distill"
 
@@ -27,6 +26,7 @@ class _Stage:
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     step: dict[str, float] = field(default_factory=dict)
+    pools: dict[str, PoolActivity] = field(default_factory=dict)
     running_since: float | None = None
 
 
@@ -41,8 +41,6 @@ class Timings:
         self._run = run
         self._lock = threading.Lock()
         self._stages: dict[str, _Stage] = {}
-        self._work: dict[str, WorkDone] = {}
-        self._pools: dict[str, PoolActivity] = {}
         if run.timings_path.exists():
             self._load(read_json(run.timings_path))
 
@@ -66,8 +64,6 @@ class Timings:
             is_running = self._find(stage).running_since is not None
             now = time.perf_counter() if is_running else None
             self._stages[stage] = _Stage(running_since=now)
-            if stage == MAIN_STAGE:
-                self._pools.clear()
 
     @contextmanager
     def phase(self, name: str, *, stage: str = MAIN_STAGE) -> Iterator[None]:
@@ -88,18 +84,13 @@ class Timings:
             step, found.step = found.step, {}
             return step
 
-    def add_work(self, pool: str, work: WorkDone) -> None:
-        """Count tokens and busy worker-seconds of a pool, or of a stage's learner."""
+    def add_activity(self, pools: Mapping[str, PoolActivity], *, stage: str = MAIN_STAGE) -> None:
+        """Count what each pool's workers did in a stretch of a stage."""
         with self._lock:
-            self._work[pool] = self._work.get(pool, WorkDone()) + work
-
-    def add_activity(self, pools: Mapping[str, PoolActivity]) -> None:
-        """Count what each pool's workers did in a stretch of the main stage."""
-        with self._lock:
+            found = self._find(stage).pools
             for name, activity in pools.items():
-                earlier = self._pools.get(name)
-                joined = activity if earlier is None else join_stretches(earlier, activity)
-                self._pools[name] = joined
+                earlier = found.get(name)
+                found[name] = activity if earlier is None else join_stretches(earlier, activity)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -109,20 +100,20 @@ class Timings:
 
     @property
     def tokens_per_second(self) -> dict[str, float]:
-        """Pool -> tokens per busy second of one of its workers."""
+        """Tokens per busy second of one worker: by pool in the main stage, else by stage."""
         with self._lock:
             return {
-                pool: work.num_tokens / work.busy_seconds
-                for pool, work in self._work.items()
-                if work.busy_seconds > 0
+                pool if name == MAIN_STAGE else name: activity.num_tokens / activity.busy_seconds
+                for name, stage in self._stages.items()
+                for pool, activity in stage.pools.items()
+                if activity.busy_seconds > 0
             }
 
     def save(self) -> None:
         """Write timings.json.
 
         {"seconds": {stage: s}, "tokens_per_second": {pool: r},
-         "phases": {stage: {phase: s}}, "work": {pool: {"num_tokens", "busy_seconds"}},
-         "pools": {pool: the fields of PoolActivity}}
+         "phases": {stage: {phase: s}}, "pools": {stage: {pool: the fields of PoolActivity}}}
         """
         seconds, rates = self.seconds, self.tokens_per_second
         with self._lock:
@@ -130,17 +121,21 @@ class Timings:
                 "seconds": seconds,
                 "tokens_per_second": rates,
                 "phases": {name: dict(stage.phases) for name, stage in self._stages.items()},
-                "work": {pool: asdict(work) for pool, work in self._work.items()},
-                "pools": {pool: asdict(activity) for pool, activity in self._pools.items()},
+                "pools": {
+                    name: {pool: asdict(activity) for pool, activity in stage.pools.items()}
+                    for name, stage in self._stages.items()
+                },
             }
             write_json(self._run.timings_path, form)
 
     def _load(self, form: dict[str, Any]) -> None:
         try:
             for name, phases in form["phases"].items():
-                self._stages[name] = _Stage(seconds=form["seconds"][name], phases=dict(phases))
-            self._work = {pool: WorkDone(**work) for pool, work in form["work"].items()}
-            self._pools = read_pools(form)
+                self._stages[name] = _Stage(
+                    seconds=form["seconds"][name],
+                    phases=dict(phases),
+                    pools=read_pools(form, stage=name),
+                )
         except (KeyError, TypeError, AttributeError) as error:
             raise RunStateError(
                 f"{self._run.timings_path}: expected seconds and phases of each stage as "
@@ -157,16 +152,17 @@ class Timings:
         return stage.seconds + time.perf_counter() - stage.running_since
 
 
-def read_pools(form: Mapping[str, Any]) -> dict[str, PoolActivity]:
-    """Every pool's activity over the run, from what Timings.save wrote; older files have none.
+def read_pools(form: Mapping[str, Any], *, stage: str = MAIN_STAGE) -> dict[str, PoolActivity]:
+    """Every pool's activity over a stage, from what Timings.save wrote; none for another stage.
 
     Raises:
         RunStateError: something else stands there.
     """
     try:
-        return {name: PoolActivity(**pool) for name, pool in form.get("pools", {}).items()}
+        pools = form.get("pools", {}).get(stage, {})
+        return {name: PoolActivity(**pool) for name, pool in pools.items()}
     except (TypeError, AttributeError, RecordError) as error:
         raise RunStateError(
-            f"timings.json: expected pools with the fields of PoolActivity ({error}); delete the "
-            "file to count from zero"
+            f"timings.json: expected pools of each stage, with PoolActivity's fields ({error}); "
+            "delete the file to count from zero"
         ) from error

@@ -1,14 +1,11 @@
 """Prompts in, trajectories out: vLLM engines behind rollout workers, and the pool of workers."""
 
-from distill_system.rollout.asynchronous import NO_VERSION, AsynchronousRollouts
 from distill_system.rollout.environment import engine_environment
 from distill_system.rollout.pool import PendingRollouts, RolloutPool
 from distill_system.rollout.sampling import Sampling
 from distill_system.rollout.worker import DecodeSlice, GenerationRequest, RolloutWorker
 
 __all__ = [
-    "NO_VERSION",
-    "AsynchronousRollouts",
     "DecodeSlice",
     "GenerationRequest",
     "PendingRollouts",

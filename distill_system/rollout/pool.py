@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distill_system.records import Prompt, Trajectory, WorkDone
+from distill_system.records import Prompt, Trajectory
 from distill_system.rollout.sampling import Sampling
 from distill_system.workers import Reference, Workers
 
@@ -53,11 +53,6 @@ class RolloutPool:
         for shard, trajectories in zip(pending.shards, results, strict=True):
             placed.update(zip(shard, trajectories, strict=True))
         return [placed[at] for at in range(len(placed))]
-
-    def work_done(self) -> WorkDone:
-        """Response tokens written and worker-seconds of the whole pool since it started."""
-        asked = [self.workers.start(at, "work_done") for at in self.workers.members]
-        return sum(self.workers.finish(asked, what="the rollouts' work"), start=WorkDone())
 
 
 def deal_by_length(lengths: Sequence[int], num_workers: int) -> tuple[tuple[int, ...], ...]:

@@ -23,7 +23,6 @@ from distill_system.records import (
     Trajectory,
     VersionSpan,
     WeightVersion,
-    WorkDone,
 )
 from distill_system.rollout.engine import (
     Completion,
@@ -98,7 +97,6 @@ class RolloutWorker:
         self._author = author
         self._max_model_length = max_model_length
         self._holds_whole_weights = True
-        self._work = WorkDone()
         self._specification = EngineSpecification(
             model_path=model_path,
             config=engine,
@@ -141,7 +139,6 @@ class RolloutWorker:
         Raises: DataError if a prompt and its response do not fit the model; ModelError if a prompt
         holds a token that the model does not know; TransferError after a failed weight update.
         """
-        started = time.perf_counter()
         self._check_weights()
         for prompt in prompts:
             self._check_prompt(prompt, sampling)
@@ -150,15 +147,10 @@ class RolloutWorker:
             sampling,
             [derive_seed(seed, "rollout", label, prompt.prompt_id) for prompt in prompts],
         )
-        trajectories = [
+        return [
             make_trajectory(prompt, completion, author=self._author, sampling=sampling, label=label)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        self._work += WorkDone(
-            num_tokens=sum(trajectory.num_response_tokens for trajectory in trajectories),
-            busy_seconds=time.perf_counter() - started,
-        )
-        return trajectories
 
     def advance(self, requests: Sequence[GenerationRequest], seconds: float) -> DecodeSlice:
         """Take requests in, decode for a slice of time, hand out what is finished.
@@ -184,15 +176,10 @@ class RolloutWorker:
             self._make_trajectory(self._requests.pop(name), completion)
             for name, completion in finished.items()
         )
-        work = WorkDone(
-            num_tokens=sum(trajectory.num_response_tokens for trajectory in trajectories),
-            busy_seconds=time.perf_counter() - started,
-        )
-        self._work += work
         return DecodeSlice(
             trajectories=trajectories,
             version=self._engine.version,
-            busy_seconds=work.busy_seconds,
+            busy_seconds=time.perf_counter() - started,
         )
 
     def _make_trajectory(self, request: GenerationRequest, completion: Completion) -> Trajectory:
@@ -203,10 +190,6 @@ class RolloutWorker:
             sampling=request.sampling,
             label=request.label,
         )
-
-    def work_done(self) -> WorkDone:
-        """Response tokens written and the seconds that took."""
-        return self._work
 
     def init_weight_transfer_engine(self, init_info: dict[str, object]) -> None:
         """Join the group that weights travel in, leaving an earlier one.

@@ -17,7 +17,7 @@ from distill_system.config.model import ModelConfig, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.config.pools import ELASTIC_POOLS
 from distill_system.learner import LearnerGroup, ModelSource
-from distill_system.records import Author, WorkDone
+from distill_system.records import Author
 from distill_system.rollout import RolloutPool
 from distill_system.run.context import RunContext
 from distill_system.run.vocabulary import vocabulary_size
@@ -49,14 +49,6 @@ class Pools:
     evaluation: RolloutPool
     elastic: Mapping[str, ElasticPool]
     connect_rollouts: Callable[[], None]
-
-    def work_done(self) -> dict[str, WorkDone]:
-        """Tokens and busy worker-seconds of the pools that serve the learner, since they began."""
-        return {
-            "student_rollout": self.students.work_done(),
-            "teacher_rollout": self.teachers.work_done(),
-            "teacher_scoring": self.scorers.work_done(),
-        }
 
 
 def open_pools(context: RunContext, *, student_path: str) -> Pools:

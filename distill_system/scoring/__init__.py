@@ -1,7 +1,6 @@
 """The frozen teacher reads trajectories and says what the objective needs of it."""
 
-from distill_system.scoring.asynchronous import AsynchronousScoring
 from distill_system.scoring.pool import ScoringPool
 from distill_system.scoring.scorer import Shipped, TeacherScorer
 
-__all__ = ["AsynchronousScoring", "ScoringPool", "Shipped", "TeacherScorer"]
+__all__ = ["ScoringPool", "Shipped", "TeacherScorer"]

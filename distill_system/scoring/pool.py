@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distill_system.config.objective import TeacherNeeds
-from distill_system.records import ScoredChunk, Stream, Trajectory, TrajectoryChunk, WorkDone
+from distill_system.records import ScoredChunk, Stream, Trajectory, TrajectoryChunk
 from distill_system.scoring.scorer import Shipped
 from distill_system.workers import Reference, Workers
 
@@ -38,11 +38,6 @@ class ScoringPool:
     def _start(self, index: int, chunk: TrajectoryChunk, needs: TeacherNeeds) -> Reference:
         members = self.workers.members
         return self.workers.start(members[index % len(members)], "score", chunk, needs)
-
-    def work_done(self) -> WorkDone:
-        """Tokens read and worker-seconds of the whole pool since it started."""
-        asked = [self.workers.start(at, "work_done") for at in self.workers.members]
-        return sum(self.workers.finish(asked, what="the scorers' work"), start=WorkDone())
 
     def shipped(self) -> Shipped:
         """What all scorers have handed on since they started."""

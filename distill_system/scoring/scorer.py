@@ -5,7 +5,6 @@ Axes: N response tokens, H teacher hidden size, E action-embedding size, V vocab
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,6 @@ from distill_system.records import (
     TeacherTargets,
     Trajectory,
     TrajectoryChunk,
-    WorkDone,
 )
 
 TARGET_FIELDS = ("features", "expected_embedding", "logprobs", "top_k_ids", "top_k_logprobs")
@@ -113,15 +111,10 @@ class TeacherScorer:
         self.unembedding_VH = unembedding(self.model, vocabulary_size)
         embeddings_VE = cut_rows(self.model.get_input_embeddings().weight, vocabulary_size)
         self.action_embeddings_VE = make_action_embeddings(embeddings_VE, action_dimension)
-        self._work = WorkDone()
         self._shipped = Shipped()
 
     def ready(self) -> None:
         """Return once the teacher is loaded."""
-
-    def work_done(self) -> WorkDone:
-        """Tokens read, prompts included, and the seconds that took."""
-        return self._work
 
     def shipped(self) -> Shipped:
         """What this scorer has handed on since it started."""
@@ -135,16 +128,12 @@ class TeacherScorer:
         (whose 8 bits of precision float16 holds), as float32 when it computes in float32.
         Raises: NonFiniteError if the teacher's output is not finite.
         """
-        started = time.perf_counter()
         ids = [trajectory.trajectory_id for trajectory in chunk.trajectories]
         said = {} if self.known_targets is None else self.known_targets.read(ids)
         unread = [each for each in chunk.trajectories if each.trajectory_id not in said]
         if unread:
             said |= {target.trajectory_id: target for target in self._score(unread, needs)}
         targets = [said[trajectory_id] for trajectory_id in ids]
-        self._work += WorkDone(
-            num_tokens=chunk.num_tokens, busy_seconds=time.perf_counter() - started
-        )
         self._shipped += Shipped.of(targets)
         return targets
 

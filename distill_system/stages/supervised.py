@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -10,12 +11,16 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from distill_system.config.model import ModelConfig, SupervisedConfig
 from distill_system.data import PromptFrontier
 from distill_system.learner import LearnerGroup
+from distill_system.observe import PoolClock
 from distill_system.records import StepResult, Trajectory
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
 from distill_system.run.export import export_model
 from distill_system.run.pools import model_source, start_learner
 from distill_system.workers import Reference
+
+LEARNER = 0
+"""The learner's ranks work side by side: its clock counts them as one worker."""
 
 STEPS_IN_FLIGHT = 2
 """Updates asked for ahead, so that the learner never waits for the driver to make a batch."""
@@ -85,6 +90,7 @@ class FineTuning:
         self.learner = learner
         self.rows = rows
         self.frontier = PromptFrontier(len(rows), context.config.seed, stage)
+        self.clock = PoolClock([LEARNER], time.perf_counter())
         folder = context.run.checkpoints_directory / stage
         self.store = CheckpointStore(folder, keep=1)
 
@@ -123,6 +129,7 @@ class FineTuning:
             if stop.is_set():
                 return
             batch = [self.rows[i] for i in self.frontier.take(self.config.batch_size)]
+            self.clock.begin(LEARNER, time.perf_counter())
             asked = self.learner.start_supervised(step, batch)
             in_flight.append((asked, [row.prompt_id for row in batch]))
             saves = (step + 1) % self.config.checkpoint_every == 0
@@ -140,7 +147,10 @@ class FineTuning:
     ) -> tuple[StepResult, list[str]]:
         with self.context.timings.phase("learner", stage=self.stage):
             result = self.learner.finish_supervised(references)
-        self.context.timings.add_work(self.stage, result.work)
+        now = time.perf_counter()
+        self.clock.end(LEARNER, now, busy_seconds=result.seconds)
+        self.clock.hand_on(num_tokens=result.num_response_tokens, num_sequences=len(prompt_ids))
+        self.context.timings.add_activity({"learner": self.clock.pop(now)}, stage=self.stage)
         return result, prompt_ids
 
     def _resume(self) -> int:

@@ -1,42 +1,49 @@
-"""Both streams ahead of the learner, within a bound (max_staleness S > 0).
+"""Both streams asynchronous to the learner, within a bound (max_staleness S > 0).
 
-Prompts go to engines one by one, each finished sequence goes to a scorer, scored ones wait for the
-step that learns from them; at most S + 1 batches are under way. One loop in this process hears of
-all of it: whoever waits for something lets the others go on.
+Prompts go to engines one by one, each finished text goes to a scorer, scored ones wait for the step
+that learns from them; at most S + 1 batches are in flight. One loop in this process (`_turn`) hears
+of all of it: whoever waits for something lets the others go on.
+
+    state      GIVEN        WRITING        WRITTEN       SCORING        SCORED
+    kept by    in_flight.py, one entry per trajectory: the map of states and moves stands there
+    moved by   stream_flow  writers        writers       scorers        scorers; `take` ends it
+
+A rollout worker that leaves or is lost hands its entries back (WRITING -> GIVEN); they are written
+again under the same names, so that they become the same samples.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from distill_system.data import RunData
-from distill_system.observe import PoolClock, Wait, staleness_metrics
-from distill_system.records import PoolActivity, ScoredChunk, StepResult, Stream
-from distill_system.rollout import NO_VERSION, AsynchronousRollouts
+from distill_system.observe import Wait, staleness_metrics
+from distill_system.records import ScoredChunk, Stream
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
-from distill_system.scoring import AsynchronousScoring
+from distill_system.streams.in_flight import InFlight
+from distill_system.streams.scorers import Scorers
 from distill_system.streams.stream_flow import LookUp, StreamFlow
 from distill_system.streams.streams import Streams
 from distill_system.streams.window import StalenessWindow
+from distill_system.streams.writers import NO_VERSION, Writers
 from distill_system.workers import Reference
 
 LOOK_SECONDS = 1.0
+"""Longest wait before the driver looks again whether all workers live."""
+
 TOGETHER_SHARE = 0.25
-"""Of a slice: so long a turn listens for more. Each worker has another slice under way."""
+"""Of a slice: so long a turn listens for more. Each worker has another slice in flight."""
 
 POOL_OF = {Stream.ON_POLICY: "student_rollout", Stream.OFF_POLICY: "teacher_rollout"}
 
 
 class AsynchronousStreams(Streams):
-    """The pools' event loop; see the module.
-
-    clock: seconds, never backwards; tests bring their own.
-    """
+    """The pools' event loop; see the module."""
 
     is_asynchronous = True
 
@@ -48,9 +55,7 @@ class AsynchronousStreams(Streams):
         *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        super().__init__(context, pools, data)
-        self._clock = clock
-        self._last_news = clock()
+        super().__init__(context, pools, data, clock=clock)
         self._flows: dict[Stream, StreamFlow] = {}
         self._recent_off_policy: deque[ScoredChunk] = deque()
         self._staleness: dict[str, float] = {}
@@ -61,56 +66,32 @@ class AsynchronousStreams(Streams):
 
     def begin(self, step: int) -> None:
         """Open the windows and begin to write."""
-        now = self._clock()
+        super().begin(step)
         self._published = step
-        self._rollouts = {
-            POOL_OF[Stream.ON_POLICY]: self.pools.students.workers,
-            POOL_OF[Stream.OFF_POLICY]: self.pools.teachers.workers,
-        }
-        scorers = self.pools.scorers.workers
-        pools = {**self._rollouts, "teacher_scoring": scorers}
-        self._clocks = {name: PoolClock(group.members, now) for name, group in pools.items()}
-        self._clocks["learner"] = PoolClock([0], now)  # its ranks work side by side, as one
-        self._scoring = AsynchronousScoring(
-            scorers,
-            self._clocks["teacher_scoring"],
+        self._flows = {s: self._open_flow(s, step) for s in Stream if self._sequences(s) > 0}
+        self._scorers = Scorers(
+            self._watched["teacher_scoring"],
+            {stream: flow.buffer for stream, flow in self._flows.items()},
             needs={s: self.config.distill.objective.teacher_needs(s.value) for s in Stream},
             max_tokens=self.config.scoring.max_tokens_per_batch,
             max_sequences={s: self._chunk_sequences(s) for s in Stream},
             max_wait_seconds=self.config.scoring.max_wait_seconds,
+            clock=self._clock,
         )
-        self._flows = {s: self._open_flow(s, step) for s in Stream if self._sequences(s) > 0}
         self._turn()
 
     def take(self, step: int) -> list[ScoredChunk]:
         """Wait for the step's batches; whichever pool it waits for is told as the phase."""
-        while (missing := self._find_missing(step)) is not None:
+        while (missing := self._find_missing()) is not None:
             with self.context.timings.phase(missing):
                 self._turn()
-        off_policy = self._take_stream(step, Stream.OFF_POLICY)
-        on_policy = self._take_stream(step, Stream.ON_POLICY)
-        on_policy += self._take_more(step, [*off_policy, *on_policy])
+        off_policy = self._take_stream(Stream.OFF_POLICY)
+        on_policy = self._take_stream(Stream.ON_POLICY)
+        on_policy += self._take_more([*off_policy, *on_policy])
         self._describe_staleness(step, on_policy)
         again = self._fill(on_policy)
         self._recent_off_policy.extend(off_policy)
         return [*off_policy, *again, *on_policy]
-
-    def learn(self, step: int, scored: Sequence[ScoredChunk]) -> StepResult:
-        """The other pools go on while the learner learns."""
-        clock = self._clocks["learner"]
-        with self.context.timings.phase("learner"):
-            clock.begin(0, self._clock())
-            references = self.pools.learner.start_step(step, scored)
-            under_way = list(references)
-            while under_way:
-                done = self._turn(under_way)
-                under_way = [reference for reference in under_way if reference not in done]
-            result = self.pools.learner.finish_step(step, references)
-            clock.end(0, self._clock(), busy_seconds=result.seconds)
-            clock.hand_on(
-                num_tokens=result.num_response_tokens, num_sequences=_num_sequences(scored)
-            )
-        return result
 
     def publish(self, version: int) -> None:
         """Begin to send; the learner goes on once it has packed its weights."""
@@ -124,16 +105,13 @@ class AsynchronousStreams(Streams):
         while self._packing or self._receiving:
             self._turn()
 
-    def on_metrics(self, measured: Mapping[str, float]) -> None:
-        """No schedule follows measurements here; the pools' time in them is not the run's own."""
-        if measured:
-            self.pop_activity()
-
     def state(self) -> dict[str, Any]:
-        """What is under way is given out again, in its order."""
+        """What is in flight is given out again, in its order."""
+        in_flight = {stream: flow.buffer.prompts() for stream, flow in self._flows.items()}
+        student, teacher = (in_flight.get(s, []) for s in (Stream.ON_POLICY, Stream.OFF_POLICY))
         return {
-            "student": self.student.state(under_way=self._under_way(Stream.ON_POLICY)),
-            "teacher": self.mixture.frontier.state(under_way=self._under_way(Stream.OFF_POLICY)),
+            "student": self.student.state(under_way=student),
+            "teacher": self.mixture.frontier.state(under_way=teacher),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -141,35 +119,31 @@ class AsynchronousStreams(Streams):
         self.student.restore(state["student"])
         self.mixture.frontier.restore(state["teacher"])
 
-    def release(self, pool: str, worker: int) -> bool:
+    def release_worker(self, pool: str, worker: int) -> bool:
         """See Streams; a rollout worker's prompts go to the others at once."""
         if pool == "teacher_scoring":
-            return self._scoring.release(worker, self._clock())
+            return self._scorers.leave(worker)
         for stream, flow in self._flows.items():
-            if POOL_OF[stream] == pool and worker in flow.writer.workers:
-                flow.take_back(worker, self._clock())
+            if POOL_OF[stream] == pool and worker in flow.writers.members:
+                flow.writers.leave(worker)
         return True
 
-    def welcome(self) -> None:
+    def admit_workers(self) -> None:
         """See Streams; a student worker gets prompts once it holds published weights."""
-        now = self._clock()
-        for worker in set(self.pools.scorers.workers.members) - self._scoring.workers:
-            self._scoring.take_in(worker, now)
+        for worker in set(self._watched["teacher_scoring"].members) - self._scorers.members:
+            self._scorers.join(worker)
         for stream, flow in self._flows.items():
-            for worker in set(self._rollouts[POOL_OF[stream]].members) - flow.writer.workers:
-                flow.writer.take_in(worker, now, version=NO_VERSION if flow.ages else 0)
-
-    def pop_activity(self) -> dict[str, PoolActivity]:
-        """What every pool did since this was last asked."""
-        now = self._clock()
-        queued = {POOL_OF[s]: flow.writer.num_under_way for s, flow in self._flows.items()}
-        queued["teacher_scoring"] = self._scoring.num_waiting
-        return {name: c.pop(now, queued=queued.get(name, 0)) for name, c in self._clocks.items()}
+            for worker in set(self._watched[POOL_OF[stream]].members) - flow.writers.members:
+                flow.writers.join(worker, version=NO_VERSION if flow.buffer.ages else 0)
 
     def pop_counts(self) -> dict[str, float]:
-        """With how old the step's text was, and how much of both streams is under way."""
-        under_way = sum(flow.window.num_under_way for flow in self._flows.values())
-        return super().pop_counts() | self._staleness | {"in_flight/sequences": float(under_way)}
+        """With how old the step's text was, and how much of both streams is in flight."""
+        in_flight = sum(flow.buffer.num_in_flight for flow in self._flows.values())
+        return super().pop_counts() | self._staleness | {"in_flight/sequences": float(in_flight)}
+
+    def _queued(self) -> dict[str, int]:
+        queued = {POOL_OF[s]: flow.buffer.num_writing() for s, flow in self._flows.items()}
+        return queued | {"teacher_scoring": self._scorers.num_waiting}
 
     def _open_flow(self, stream: Stream, step: int) -> StreamFlow:
         staleness, is_student = self.config.distill.staleness, stream is Stream.ON_POLICY
@@ -182,21 +156,23 @@ class AsynchronousStreams(Streams):
             too_old=staleness.too_old if is_student else "wait",
             min_share=staleness.min_on_policy_share if is_student else 1.0,
         )
-        writer = AsynchronousRollouts(
-            self._rollouts[POOL_OF[stream]],
-            self._clocks[POOL_OF[stream]],
+        buffer = InFlight(window, ages=is_student)
+        writers = Writers(
+            self._watched[POOL_OF[stream]],
+            buffer,
             slice_seconds=self.config.rollout.slice_seconds,
             version=step,
+            clock=self._clock,
         )
         return StreamFlow(
             stream,
-            window,
-            writer,
-            self._scoring,
+            buffer,
+            writers,
             frontier=self.student if is_student else self.mixture.frontier,
             look_up=look_up,
             sampling=self._sampling(),
             seed=self.config.seed,
+            clock=self._clock,
         )
 
     def _chunk_sequences(self, stream: Stream) -> int:
@@ -205,45 +181,47 @@ class AsynchronousStreams(Streams):
         fewest = self._sequences(stream) * (share.min_on_policy_share if is_student else 1.0)
         return max(1, int(fewest) // self.config.pools.learner.count)
 
-    def _turn(self, extra: Sequence[Reference] = ()) -> list[Reference]:
+    def _wait(self, references: Sequence[Reference], *, what: str) -> None:
+        left = list(references)
+        while left:
+            done = self._turn(left, what=what)
+            left = [reference for reference in left if reference not in done]
+
+    def _turn(
+        self, extra: Sequence[Reference] = (), *, what: str = "trajectories"
+    ) -> list[Reference]:
         """Give out what may be given, wait for news, hand it on; those of `extra` that are done."""
-        next_due = self._give_out(self._clock())
-        writing = {stream: flow.writer.references for stream, flow in self._flows.items()}
-        urgent = [*extra, *self._packing, *self._scoring.references]
-        unhurried = [*self._receiving, *chain.from_iterable(writing.values())]
+        next_due = self._give_out()
+        slices = {stream: flow.writers.references for stream, flow in self._flows.items()}
         done = self.pools.scorers.workers.wait_any(
-            urgent,
-            what="trajectories and the learner",
+            [*extra, *self._packing, *self._scorers.references],
+            what=what,
             seconds=LOOK_SECONDS if next_due is None else min(LOOK_SECONDS, max(0.0, next_due)),
-            unhurried=unhurried,
+            unhurried=[*self._receiving, *chain.from_iterable(slices.values())],
             together_seconds=TOGETHER_SHARE * self.config.rollout.slice_seconds,
         )
-        now = self._clock()
-        self._require_news(done, [*urgent, *unhurried], now)
-        self._hand_on(set(done), writing, now)
+        ended = set(done)
+        for stream, references in slices.items():
+            self._collect_text(stream, [each for each in references if each in ended])
+        for reference in [each for each in self._scorers.references if each in ended]:
+            self._scorers.collect(reference)
+        for reference in [each for each in (*self._packing, *self._receiving) if each in ended]:
+            self._hear_of_weights(reference)
         return done
 
-    def _give_out(self, now: float) -> float | None:
+    def _give_out(self) -> float | None:
         """Prompts to writers, chunks to scorers; seconds until a chunk has waited long enough."""
         for flow in self._flows.values():
-            flow.give_out(now)
-            flow.writer.begin(now)
-            waits = Wait.STARVED if flow.awaits_weights(self._published) else Wait.BLOCKED
-            self._clocks[POOL_OF[flow.stream]].waits(waits, now)
-        return self._scoring.begin(now)
+            flow.give_out()
+            flow.writers.begin()
+            reason = Wait.STARVED if flow.awaits_weights(self._published) else Wait.BLOCKED
+            flow.writers.workers.wait_for(reason)
+        return self._scorers.begin()
 
-    def _hand_on(
-        self, done: Set[Reference], writing: Mapping[Stream, Sequence[Reference]], now: float
-    ) -> None:
-        """Texts to scoring, scores to their steps, versions to the workers that hold them."""
-        for stream, references in writing.items():
-            flow, ended = self._flows[stream], [each for each in references if each in done]
-            if ended:
-                self._count("student" if flow.ages else "teacher", flow.hear_of(ended, now))
-        for reference in [each for each in self._scoring.references if each in done]:
-            self._scoring.collect(reference, now)
-        for reference in [each for each in (*self._packing, *self._receiving) if each in done]:
-            self._hear_of_weights(reference)
+    def _collect_text(self, stream: Stream, slices: Sequence[Reference]) -> None:
+        if slices:
+            author = "student" if stream is Stream.ON_POLICY else "teacher"
+            self._count(author, self._flows[stream].writers.collect(slices))
 
     def _hear_of_weights(self, reference: Reference) -> None:
         """The learner has packed a version, or a student worker holds it."""
@@ -255,42 +233,31 @@ class AsynchronousStreams(Streams):
             return
         worker = self._receiving.pop(reference)
         if Stream.ON_POLICY in self._flows:
-            self._flows[Stream.ON_POLICY].writer.hold(worker, self._published)
+            self._flows[Stream.ON_POLICY].writers.hold(worker, self._published)
         if not self._receiving:
             self.pools.learner.finish_publish()
 
-    def _require_news(
-        self, done: Sequence[Reference], waited: Sequence[Reference], now: float
-    ) -> None:
-        """Raises: DeadlineError if nothing has come for deadlines.call_seconds."""
-        if done:
-            self._last_news = now
-        elif now - self._last_news > self.config.deadlines.call_seconds:
-            self.pools.scorers.workers.finish(
-                waited, what="trajectories and the learner", fetch=False, seconds=LOOK_SECONDS
-            )
-
-    def _find_missing(self, step: int) -> str | None:
+    def _find_missing(self) -> str | None:
         """The pool that owes a part of what the step learns from, as a phase; None if none does."""
         for stream, flow in self._flows.items():
-            if not flow.window.is_enough():
+            if not flow.buffer.has_enough():
                 return POOL_OF[stream]
-            self._scoring.close(step, stream)
-        scored = all(self._scoring.is_scored(step, stream) for stream in self._flows)
-        return None if scored else "teacher_scoring"
+            flow.buffer.demand()
+        is_scored = all(flow.buffer.is_scored() for flow in self._flows.values())
+        return None if is_scored else "teacher_scoring"
 
-    def _take_stream(self, step: int, stream: Stream) -> list[ScoredChunk]:
+    def _take_stream(self, stream: Stream) -> list[ScoredChunk]:
         if stream not in self._flows:
             return []
-        return self._fed_on(stream.value, self._flows[stream].take(step))
+        return self._fed_on(stream.value, self._flows[stream].buffer.take())
 
-    def _take_more(self, step: int, scored: Sequence[ScoredChunk]) -> list[ScoredChunk]:
+    def _take_more(self, scored: Sequence[ScoredChunk]) -> list[ScoredChunk]:
         """The student's text that is ready for the next step, up to the step's budget of tokens."""
         budget = self.config.distill.staleness.tokens_per_step
         if budget is None or Stream.ON_POLICY not in self._flows:
             return []
         left = budget - sum(part.chunk.num_response_tokens for part in scored)
-        more = self._flows[Stream.ON_POLICY].take_more(step + 1, left)
+        more = self._flows[Stream.ON_POLICY].buffer.take_more(left)
         return self._fed_on(Stream.ON_POLICY.value, more)
 
     def _fed_on(self, stream: str, scored: list[ScoredChunk]) -> list[ScoredChunk]:
@@ -305,7 +272,7 @@ class AsynchronousStreams(Streams):
         """
         if Stream.ON_POLICY not in self._flows:
             return []
-        window = self._flows[Stream.ON_POLICY].window
+        window = self._flows[Stream.ON_POLICY].buffer.window
         lacks, again = window.batch_size - _num_sequences(on_policy), list[ScoredChunk]()
         while _num_sequences(self._recent_off_policy) > window.batch_size - window.fewest:
             self._recent_off_policy.popleft()
@@ -316,18 +283,15 @@ class AsynchronousStreams(Streams):
 
     def _describe_staleness(self, step: int, on_policy: Sequence[ScoredChunk]) -> None:
         if Stream.ON_POLICY in self._flows:
-            window = self._flows[Stream.ON_POLICY].window
-            dropped, self._num_dropped = window.num_dropped - self._num_dropped, window.num_dropped
+            buffer = self._flows[Stream.ON_POLICY].buffer
+            dropped, self._num_dropped = buffer.num_dropped - self._num_dropped, buffer.num_dropped
             self._staleness = staleness_metrics(
                 (trajectory for part in on_policy for trajectory in part.chunk.trajectories),
                 step,
-                max_staleness=window.max_staleness,
+                max_staleness=buffer.window.max_staleness,
                 num_reissued=dropped,
                 num_dropped=dropped,
             )
-
-    def _under_way(self, stream: Stream) -> list[int]:
-        return self._flows[stream].window.prompts_under_way() if stream in self._flows else []
 
 
 def _num_sequences(scored: Iterable[ScoredChunk]) -> int:

@@ -1,4 +1,4 @@
-"""Both streams in step with the learner (max_staleness 0): a run repeats to the bit.
+"""Both streams in lockstep with the learner (max_staleness 0): a run repeats to the bit.
 
 The student writes a step's text under the weights that learn from it. The off-policy stream does
 not depend on the student: it is asked for one step ahead, so that the teacher writes while others
@@ -7,27 +7,22 @@ work.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_system.data import RunData
-from distill_system.records import (
-    PoolActivity,
-    Prompt,
-    ScoredChunk,
-    StepResult,
-    Stream,
-    Trajectory,
-    WorkDone,
-)
-from distill_system.rollout import PendingRollouts, Sampling
+from distill_system.records import Prompt, ScoredChunk, StepResult, Stream, Trajectory
+from distill_system.rollout import PendingRollouts, RolloutPool, Sampling
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
+from distill_system.scoring import ScoringPool
 from distill_system.streams.replay import AdaptiveReplay, StepKind
 from distill_system.streams.streams import Streams
+from distill_system.workers import Reference
 
 HELD_OUT_LOSS = "held_out/cross_entropy"
+LOOK_SECONDS = 1.0
+"""Longest wait before the driver looks again whether all workers live."""
 
 
 class LockstepStreams(Streams):
@@ -37,9 +32,6 @@ class LockstepStreams(Streams):
 
     def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
         super().__init__(context, pools, data)
-        self._work: dict[str, WorkDone] = {}
-        self._work_since = time.perf_counter()
-        self._learned = WorkDone()
         self._before = self.mixture.frontier.state()
         self._ahead: list[Prompt | Trajectory] = []
         self._writing: PendingRollouts | None = None
@@ -52,6 +44,10 @@ class LockstepStreams(Streams):
 
     def begin(self, step: int) -> None:
         """Let the teacher write this step's off-policy stream."""
+        super().begin(step)
+        self._students = RolloutPool(self._watched["student_rollout"])
+        self._teachers = RolloutPool(self._watched["teacher_rollout"])
+        self._scorers = ScoringPool(self._watched["teacher_scoring"])
         self._ask_ahead(step)
 
     def take(self, step: int) -> list[ScoredChunk]:
@@ -63,16 +59,13 @@ class LockstepStreams(Streams):
             written = self._feed("on_policy", self._on_policy(step))
         with waiting_for("teacher_scoring"):
             scored = [*off_policy, *self._score(written, Stream.ON_POLICY)]
-            self.pools.scorers.wait(scored)
+            self._wait_for_scores(scored)
         return scored
 
     def learn(self, step: int, scored: Sequence[ScoredChunk]) -> StepResult:
         """The teacher writes the next step's text meanwhile."""
         self._ask_ahead(step + 1)
-        with self.context.timings.phase("learner"):
-            result = self.pools.learner.learn(step, scored)
-        self._learned += result.work
-        return result
+        return super().learn(step, scored)
 
     def publish(self, version: int) -> None:
         """Returns once every student worker holds the version."""
@@ -82,27 +75,24 @@ class LockstepStreams(Streams):
     def wait_for_weight_sync(self) -> None:
         """Nothing is under way between two steps."""
 
-    def release(self, pool: str, worker: int) -> bool:
-        """See Streams: between `take` and `learn` nothing is under way anywhere."""
+    def release_worker(self, pool: str, worker: int) -> bool:
+        """See Streams: between `take` and `learn` no worker of these pools has a call."""
+        watched = self._watched[pool]
+        if worker in watched.present:
+            watched.leave(worker)
         return True
 
-    def welcome(self) -> None:
-        """See Streams: every step deals its work to those who are there."""
-
-    def pop_activity(self) -> dict[str, PoolActivity]:
-        """By what the workers say of themselves; who does not work waits for the others."""
-        now, total = time.perf_counter(), {**self.pools.work_done(), "learner": self._learned}
-        seconds = now - self._work_since
-        before, self._work, self._work_since = self._work, total, now
-        return {
-            pool: _describe(self._num_workers(pool), seconds, work - before.get(pool, WorkDone()))
-            for pool, work in total.items()
-        }
+    def admit_workers(self) -> None:
+        """See Streams: every step deals its work to all members of a pool."""
+        for watched in self._watched.values():
+            for worker in set(watched.members) - watched.present:
+                watched.join(worker)
 
     def on_metrics(self, measured: Mapping[str, float]) -> None:
         """The replay's schedule follows the held-out loss."""
+        super().on_metrics(measured)
         if self.replay is not None and HELD_OUT_LOSS in measured:
-            self.replay.on_metrics(measured[HELD_OUT_LOSS])
+            self.replay.on_held_out_loss(measured[HELD_OUT_LOSS])
 
     def state(self) -> dict[str, Any]:
         """See Streams."""
@@ -124,7 +114,7 @@ class LockstepStreams(Streams):
             self._ahead = self._take_off_policy()
             prompts = [item for item in self._ahead if isinstance(item, Prompt)]
             if prompts:
-                self._writing = self.pools.teachers.start(prompts, *self._how(step))
+                self._writing = self._teachers.start(prompts, *self._how(step))
 
     def _off_policy(self, step: int) -> Sequence[Trajectory]:
         """The step's rows, stored samples, and what the teacher was asked for a step ago."""
@@ -133,7 +123,7 @@ class LockstepStreams(Streams):
             self._ahead = self._take_off_policy() if chosen else []
         written: Sequence[Trajectory] = ()
         if self._writing is not None:
-            written = self._count("teacher", self.pools.teachers.finish(self._writing))
+            written = self._finish_writing("teacher", self._teachers, self._writing)
             self._writing = None
         answers = iter(written)
         stream = [next(answers) if isinstance(item, Prompt) else item for item in self._ahead]
@@ -152,38 +142,49 @@ class LockstepStreams(Streams):
         if kind is StepKind.DATA:
             return ()
         prompts = [self.data.prompts[index] for index in self.student.take(count)]
-        written = self._count("student", self.pools.students.generate(prompts, *self._how(step)))
+        pending = self._students.start(prompts, *self._how(step))
+        written = self._finish_writing("student", self._students, pending)
         if self.replay is not None:
             self.replay.keep(written)
+        return written
+
+    def _finish_writing(
+        self, author: str, pool: RolloutPool, pending: PendingRollouts
+    ) -> Sequence[Trajectory]:
+        self._wait(pending.calls, what="rollouts")
+        written = self._count(author, pool.finish(pending))
+        self._watched[f"{author}_rollout"].hand_on(
+            num_tokens=sum(trajectory.num_response_tokens for trajectory in written),
+            num_sequences=len(written),
+        )
         return written
 
     def _score(self, trajectories: Sequence[Trajectory], stream: Stream) -> list[ScoredChunk]:
         """Let the teacher read while others work; nobody waits here."""
         ranks = self.config.pools.learner.count
         needs = self.config.distill.objective.teacher_needs(stream.value)
-        return self.pools.scorers.start(trajectories, stream, needs=needs, num_shares=ranks)
+        return self._scorers.start(trajectories, stream, needs=needs, num_shares=ranks)
 
-    def _num_workers(self, pool: str) -> int:
-        """The learner's ranks work side by side, as one."""
-        groups = {
-            "student_rollout": self.pools.students.workers,
-            "teacher_rollout": self.pools.teachers.workers,
-            "teacher_scoring": self.pools.scorers.workers,
-        }
-        return groups[pool].count if pool in groups else 1
+    def _wait_for_scores(self, scored: Sequence[ScoredChunk]) -> None:
+        targets = [part.targets for part in scored if part.targets is not None]
+        self._wait(targets, what="teacher scores")
+        self._scorers.wait(scored)  # a scorer that failed raises its own error here
+        self._watched["teacher_scoring"].hand_on(
+            num_tokens=sum(part.chunk.num_tokens for part in scored if part.targets is not None),
+            num_sequences=sum(len(part.chunk.trajectories) for part in scored),
+        )
+
+    def _wait(self, references: Sequence[Reference], *, what: str) -> None:
+        """See Streams; each pool's clock hears of a call as it ends, not when it is needed."""
+        left = list(references)
+        while left:
+            others = [call for watched in self._watched.values() for call in watched.calls]
+            waited = list(dict.fromkeys([*left, *others]))
+            done = self.pools.scorers.workers.wait_any(waited, what=what, seconds=LOOK_SECONDS)
+            for watched in self._watched.values():
+                watched.end(done)
+            left = [reference for reference in left if reference not in done]
 
     def _how(self, step: int) -> tuple[Sampling, int, str]:
         """Sampling, seed and label of a step's rollouts."""
         return self._sampling(), self.config.seed, f"step_{step}"
-
-
-def _describe(num_workers: int, seconds: float, work: WorkDone) -> PoolActivity:
-    """Who does not work waits for the others; what a worker did that has left is left out."""
-    busy = min(max(0.0, work.busy_seconds), num_workers * seconds)
-    return PoolActivity(
-        num_workers=num_workers,
-        seconds=seconds,
-        busy_seconds=busy,
-        starved_seconds=num_workers * seconds - busy,
-        num_tokens=max(0, work.num_tokens),
-    )

@@ -58,7 +58,7 @@ class AdaptiveReplay:
         chosen = self._random(step, "sample").choice(len(self.buffer), size=count, replace=False)
         return [self.buffer[index] for index in chosen]
 
-    def on_metrics(self, held_out_loss: float) -> None:
+    def on_held_out_loss(self, held_out_loss: float) -> None:
         """Raise the share if the loss has risen since it was last measured."""
         if self.last_loss is not None and held_out_loss > self.last_loss + self.config.tolerance:
             self.share = min(1.0, self.share + self.config.increase)

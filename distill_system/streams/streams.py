@@ -1,33 +1,48 @@
 """The two streams of a distillation, as the driver sees them: take, learn, publish.
 
-`Streams` walks over prompts in a seeded order and counts what was fed. Two kinds of it bring
-trajectories to the learner: in step with it (lockstep.py), or ahead of it within a bound
-(streaming.py).
+`Streams` walks over prompts in a seeded order, and counts what was fed and what the pools did. Two
+kinds of it bring trajectories to the learner: in lockstep with it (lockstep.py), or asynchronously,
+within a bound (asynchronous.py).
 """
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distill_system.data import PromptFrontier, RunData, source_shares
+from distill_system.observe import PoolClock
 from distill_system.records import PoolActivity, ScoredChunk, StepResult, Stream, Trajectory
 from distill_system.rollout import Sampling
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
 from distill_system.streams.off_policy import OffPolicyMixture
+from distill_system.streams.watched_workers import WatchedWorkers
+from distill_system.workers import Reference
+
+LEARNER = 0
+"""The learner's ranks work side by side: its clock counts them as one worker."""
 
 
 class Streams(ABC):
-    """Both streams' prompts, and what the learner was fed of them.
+    """Both streams' prompts, what the learner was fed of them, and what the pools did for it.
 
     is_asynchronous: whether trajectories are written while the learner learns from earlier ones.
+    clock: seconds that never run backwards; tests bring their own.
     """
 
     is_asynchronous: bool
 
-    def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        pools: Pools,
+        data: RunData,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.context = context
         self.config = context.config
         self.pools = pools
@@ -35,20 +50,39 @@ class Streams(ABC):
         shares = source_shares(data.prompts, self.config.data.prompt_weights)
         self.student = PromptFrontier(shares, self.config.seed, "student_prompts")
         self.mixture = OffPolicyMixture(self.config, data)
+        self._clock = clock
         self._sampled = {"student": 0, "teacher": 0}
         self._fed: dict[str, list[str]] = {}
 
-    @abstractmethod
     def begin(self, step: int) -> None:
         """Let the pools work towards this step; every student worker holds version `step`."""
+        groups = {
+            "student_rollout": self.pools.students.workers,
+            "teacher_rollout": self.pools.teachers.workers,
+            "teacher_scoring": self.pools.scorers.workers,
+        }
+        self._watched = {
+            pool: WatchedWorkers(workers, self._clock) for pool, workers in groups.items()
+        }
+        self._learner_clock = PoolClock([LEARNER], self._clock())
 
     @abstractmethod
     def take(self, step: int) -> Sequence[ScoredChunk]:
         """What this step learns from, once it is written and read by the teacher."""
 
-    @abstractmethod
     def learn(self, step: int, scored: Sequence[ScoredChunk]) -> StepResult:
         """The step itself; the other pools go on meanwhile."""
+        with self.context.timings.phase("learner"):
+            self._learner_clock.begin(LEARNER, self._clock())
+            references = self.pools.learner.start_step(step, scored)
+            self._wait(references, what="the learner's step")
+            result = self.pools.learner.finish_step(step, references)
+            self._learner_clock.end(LEARNER, self._clock(), busy_seconds=result.seconds)
+        self._learner_clock.hand_on(
+            num_tokens=result.num_response_tokens,
+            num_sequences=sum(len(part.chunk.trajectories) for part in scored),
+        )
+        return result
 
     @abstractmethod
     def publish(self, version: int) -> None:
@@ -58,9 +92,13 @@ class Streams(ABC):
     def wait_for_weight_sync(self) -> None:
         """Return once every student worker holds what was published last."""
 
-    @abstractmethod
     def on_metrics(self, measured: Mapping[str, float]) -> None:
-        """Take in what was measured on held-out data, where the schedule depends on it."""
+        """Take in what was measured on held-out data.
+
+        The pools' time in measurements is not the run's own: it is left out of their activity.
+        """
+        if measured:
+            self.pop_activity()
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -71,19 +109,24 @@ class Streams(ABC):
         """Continue from a position that `state` returned."""
 
     @abstractmethod
-    def release(self, pool: str, worker: int) -> bool:
+    def release_worker(self, pool: str, worker: int) -> bool:
         """Give this worker nothing more and take back what it has; True once it may be ended.
 
-        Asked between `take` and `learn`, as is `welcome`.
+        Asked between `take` and `learn`, as is `admit_workers`.
         """
 
     @abstractmethod
-    def welcome(self) -> None:
+    def admit_workers(self) -> None:
         """Workers have joined: let them take part, a student worker from the next publish on."""
 
-    @abstractmethod
     def pop_activity(self) -> dict[str, PoolActivity]:
         """What every pool did since this was last asked."""
+        queued = self._queued()
+        activity = {
+            pool: watched.pop_activity(queued=queued.get(pool, 0))
+            for pool, watched in self._watched.items()
+        }
+        return activity | {"learner": self._learner_clock.pop(self._clock())}
 
     def pop_counts(self) -> dict[str, float]:
         """Response tokens that each model sampled since this was last asked, as metrics."""
@@ -94,6 +137,17 @@ class Streams(ABC):
         """Prompt ids of each stream that was fed since this was last asked: one step's."""
         fed, self._fed = self._fed, {}
         return fed
+
+    @abstractmethod
+    def _wait(self, references: Sequence[Reference], *, what: str) -> None:
+        """Return once these calls have ended; the other pools' calls are heard of meanwhile.
+
+        Raises: WorkerError if a worker died; DeadlineError.
+        """
+
+    def _queued(self) -> dict[str, int]:
+        """Items that wait before each pool; pools before which nothing can wait are left out."""
+        return {}
 
     def _feed(self, stream: str, fed: Sequence[Trajectory]) -> Sequence[Trajectory]:
         self._fed.setdefault(stream, []).extend(trajectory.prompt_id for trajectory in fed)

@@ -109,31 +109,31 @@ def test_the_three_parts_add_up_to_the_workers_time_whatever_workers_report(even
 
 
 def test_a_call_cut_by_a_pop_is_put_right_by_what_its_worker_reports():
-    clock = PoolClock(["w"], 0.0)
-    clock.begin("w", 0.0)
+    clock = PoolClock([0], 0.0)
+    clock.begin(0, 0.0)
     first = clock.pop(4.0)
-    clock.end("w", 10.0, busy_seconds=7.0)
+    clock.end(0, 10.0, busy_seconds=7.0)
     second = clock.pop(12.0)
     assert (first.busy_seconds, first.starved_seconds) == (4.0, 0.0)
     assert (second.busy_seconds, second.starved_seconds) == (3.0, 5.0)
 
 
 def test_two_calls_under_way_are_served_one_after_the_other():
-    clock = PoolClock(["w"], 0.0)
-    clock.begin("w", 0.0)
-    clock.begin("w", 0.5)
+    clock = PoolClock([0], 0.0)
+    clock.begin(0, 0.0)
+    clock.begin(0, 0.5)
     # Both end 1 s of work each; the driver hears of the first late, and of the second at once.
-    clock.end("w", 1.75, busy_seconds=1.0)
-    clock.end("w", 2.0, busy_seconds=1.0)
+    clock.end(0, 1.75, busy_seconds=1.0)
+    clock.end(0, 2.0, busy_seconds=1.0)
     activity = clock.pop(2.5)
     assert (activity.busy_seconds, activity.starved_seconds) == (2.0, 0.5)
 
 
 def test_workers_that_join_and_leave_count_for_as_long_as_they_belong():
-    clock = PoolClock(["a", "b"], 10.0)
+    clock = PoolClock([0, 1], 10.0)
     clock.waits(Wait.BLOCKED, 10.0)
-    clock.leave("b", 12.0)
-    clock.join("c", 16.0)
+    clock.leave(1, 12.0)
+    clock.join(2, 16.0)
     activity = clock.pop(20.0)
     assert activity.num_workers == pytest.approx((10 + 2 + 4) / 10)
     assert activity.blocked_seconds == 16.0
@@ -141,12 +141,12 @@ def test_workers_that_join_and_leave_count_for_as_long_as_they_belong():
 
 
 def test_what_is_handed_on_belongs_to_one_stretch():
-    clock = PoolClock(["w"], 0.0)
-    clock.hand_on(num_tokens=5, num_sequences=1, num_bytes=80)
+    clock = PoolClock([0], 0.0)
+    clock.hand_on(num_tokens=5, num_sequences=1)
     clock.hand_on(num_tokens=7, num_sequences=2)
     first, second = clock.pop(1.0, queued=3), clock.pop(2.0)
-    assert (first.num_tokens, first.num_sequences, first.num_bytes, first.queued) == (12, 3, 80, 3)
-    assert (second.num_tokens, second.num_sequences, second.num_bytes, second.queued) == (0,) * 4
+    assert (first.num_tokens, first.num_sequences, first.queued) == (12, 3, 3)
+    assert (second.num_tokens, second.num_sequences, second.queued) == (0,) * 3
 
 
 def activity(seconds: float, workers: float, busy: float, tokens: int = 0) -> PoolActivity:
@@ -161,15 +161,15 @@ def activity(seconds: float, workers: float, busy: float, tokens: int = 0) -> Po
 
 
 def test_two_stretches_joined_are_as_one_pop_over_both():
-    cut, whole = PoolClock(["a"], 0.0), PoolClock(["a"], 0.0)
+    cut, whole = PoolClock([0], 0.0), PoolClock([0], 0.0)
     halves = []
     for clock in (cut, whole):
-        clock.begin("a", 1.0)
-        clock.end("a", 3.0)
+        clock.begin(0, 1.0)
+        clock.end(0, 3.0)
         if clock is cut:
             halves.append(clock.pop(4.0))
-        clock.join("b", 5.0)
-        clock.begin("b", 5.5)
+        clock.join(1, 5.0)
+        clock.begin(1, 5.5)
         clock.hand_on(num_tokens=3)
     joined = join_stretches(halves[0], cut.pop(9.0, queued=2))
     assert joined == whole.pop(9.0, queued=2)
@@ -210,15 +210,15 @@ def test_bytes_on_the_wire_are_told_per_response_token_and_field():
 
 
 def test_a_clock_that_runs_backwards_or_an_unknown_worker_is_our_mistake():
-    clock = PoolClock(["w"], 5.0)
+    clock = PoolClock([0], 5.0)
     with pytest.raises(AssertionError, match="backwards"):
-        clock.begin("w", 4.0)
+        clock.begin(0, 4.0)
     with pytest.raises(AssertionError, match="not in the pool"):
         clock.begin("v", 6.0)
     with pytest.raises(AssertionError, match="no call under way"):
-        clock.end("w", 6.0)
+        clock.end(0, 6.0)
     with pytest.raises(AssertionError, match="already"):
-        clock.join("w", 6.0)
+        clock.join(0, 6.0)
 
 
 def test_an_empty_pool_has_no_shares():

@@ -127,7 +127,7 @@ def add_pools(run: RunDirectory) -> None:
     """A streaming run's time: 2 student rollouts always busy, a learner half of the time."""
     timings = Timings(run)
     for busy in (30.0, 10.0):
-        student = PoolActivity(num_workers=2, seconds=busy / 2, busy_seconds=busy, num_bytes=8)
+        student = PoolActivity(num_workers=2, seconds=busy / 2, busy_seconds=busy)
         learner = PoolActivity(
             num_workers=1, seconds=busy / 2, busy_seconds=busy / 4, starved_seconds=busy / 4
         )
@@ -150,7 +150,6 @@ def test_the_summary_says_what_the_pools_did_and_which_bounds_the_run(tmp_path: 
         "blocked_share": 0.0,
         "num_tokens": 0,
         "num_sequences": 0,
-        "num_bytes": 16,
     }
     assert summary["pools"]["learner"]["starved_share"] == 0.5
     assert summary["bottleneck"].startswith(

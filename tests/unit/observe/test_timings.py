@@ -7,16 +7,20 @@ import pytest
 from distill_system.errors import RunStateError
 from distill_system.observe.run_directory import RunDirectory, read_json, write_json
 from distill_system.observe.timings import Timings, read_pools
-from distill_system.records import PoolActivity, WorkDone
+from distill_system.records import PoolActivity
 
 
 def test_work_gives_tokens_per_busy_second_of_each_pool(tmp_path: Path) -> None:
     timings = Timings(RunDirectory(tmp_path))
     for tokens in (100, 300):
-        timings.add_work("student_rollout", WorkDone(num_tokens=tokens, busy_seconds=0.5))
-    timings.add_work("sft_teacher", WorkDone(num_tokens=5, busy_seconds=10.0))
-    timings.add_work("idle", WorkDone())
+        timings.add_activity({"student_rollout": _stretch(tokens, 0.5)})
+    timings.add_activity({"learner": _stretch(5, 10.0)}, stage="sft_teacher")
+    timings.add_activity({"idle": _stretch(0, 0.0)})
     assert timings.tokens_per_second == {"student_rollout": 400.0, "sft_teacher": 0.5}
+
+
+def _stretch(tokens: int, busy_seconds: float) -> PoolActivity:
+    return PoolActivity(num_workers=1, seconds=10.0, busy_seconds=busy_seconds, num_tokens=tokens)
 
 
 def test_one_steps_phases_are_given_once(tmp_path: Path) -> None:
@@ -38,14 +42,14 @@ def test_a_resumed_run_goes_on_from_what_was_saved(tmp_path: Path) -> None:
     with first.stage("distill"):
         with first.phase("learner"):
             time.sleep(0.03)
-        first.add_work("learner", WorkDone(num_tokens=10, busy_seconds=0.5))
+        first.add_activity({"learner": _stretch(10, 0.5)})
         first.save()
         saved = read_json(run.timings_path)["seconds"]["distill"]  # type: ignore[index]
         assert saved >= 0.03  # a run killed here keeps the time of the running stage
     second = Timings(run)
     with second.stage("distill"), second.phase("learner"):
         time.sleep(0.03)
-    second.add_work("learner", WorkDone(num_tokens=20, busy_seconds=0.5))
+    second.add_activity({"learner": _stretch(20, 0.5)})
     second.save()
     assert second.seconds["distill"] >= first.seconds["distill"] + 0.03
     assert second.tokens_per_second == {"learner": 30.0}
@@ -129,9 +133,12 @@ def test_pools_activity_is_added_up_over_a_resume_and_dropped_with_a_new_start(
 
 def test_timings_from_before_pools_were_counted_are_read(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    write_json(run.timings_path, {"seconds": {}, "phases": {}, "work": {}})
+    write_json(run.timings_path, {"seconds": {"distill": 1.0}, "phases": {"distill": {}}})
     Timings(run).save()
-    assert read_json(run.timings_path)["pools"] == {}
-    write_json(run.timings_path, {"seconds": {}, "phases": {}, "work": {}, "pools": {"a": {}}})
+    assert read_json(run.timings_path)["pools"] == {"distill": {}}
+    bad = {"distill": {"a": {}}}
+    write_json(
+        run.timings_path, {"seconds": {"distill": 1.0}, "phases": {"distill": {}}, "pools": bad}
+    )
     with pytest.raises(RunStateError, match=r"timings\.json: expected pools"):
         Timings(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -26,15 +27,30 @@ from distill_system.data import PromptFrontier
 from distill_system.observe import RunDirectory
 from distill_system.records import Author
 from distill_system.streams.asynchronous import AsynchronousStreams
+from distill_system.streams.in_flight import State
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 STEPS = 7
 
 
 def play(
-    folder, *, seed, overrides, workers=(2, 1, 1), batch=4, steps=STEPS, num_prompts=11, rows=()
+    folder,
+    *,
+    seed,
+    overrides,
+    workers=(2, 1, 1),
+    batch=4,
+    steps=STEPS,
+    num_prompts=11,
+    rows=(),
+    begin=0,
+    stop=None,
+    state=None,
 ):
-    """A whole run with delays drawn from a seed; returns the learner, the streams and the clock."""
+    """A whole run, or a part of one, with delays drawn from a seed.
+
+    begin, state: where it goes on.  stop: after so many steps; the result has its state there.
+    """
     draw = random.Random(seed)
     config = load_config(
         [QUICKSTART],
@@ -81,19 +97,44 @@ def play(
         timings_folder=RunDirectory(folder),
     )
     streams = AsynchronousStreams(context, pools, data, clock=clock)
-    streams.begin(0)
+    learner.version = learner.first = begin
+    for writer in students.objects.values():
+        writer.version = begin
+    if state is not None:
+        streams.restore(state)
+    streams.begin(begin)
     most_under_way = 0
-    for step in range(steps):
+    for step in range(begin, steps if stop is None else stop):
         scored = streams.take(step)
-        for window in [flow.window for flow in streams._flows.values()]:
-            waiting = window.num_under_way + len(window._dropped)
-            assert waiting == len(window.prompts_under_way())
-            most_under_way = max(most_under_way, window.num_under_way)
+        for buffer in [flow.buffer for flow in streams._flows.values()]:
+            require_one_place_each(buffer)
+            most_under_way = max(most_under_way, buffer.num_in_flight)
         streams.learn(step, scored)
         streams.publish(step + 1)
     return SimpleNamespace(
-        learner=learner, streams=streams, clock=clock, most_under_way=most_under_way
+        learner=learner,
+        streams=streams,
+        clock=clock,
+        most_under_way=most_under_way,
+        state=json.loads(json.dumps(streams.state())),
     )
+
+
+def require_one_place_each(buffer):
+    """Every entry stands once in each view of the buffer, and the counts say the same."""
+    placed = [
+        (step, state, entry)
+        for (step, state), entries in buffer._by_state.items()
+        for entry in entries.values()
+    ]
+    assert len({entry.number for _, _, entry in placed}) == len(placed)
+    assert all(state is entry.state for _, state, entry in placed)
+    in_flight = [entry for _, state, entry in placed if state is not State.DROPPED]
+    assert len(in_flight) == buffer.num_in_flight
+    assert sorted(buffer.prompts()) == sorted(entry.prompt for _, _, entry in placed)
+    writing = {entry.name: entry.worker for _, state, entry in placed if state is State.WRITING}
+    of_workers = {name: worker for worker, held in buffer._by_worker.items() for name in held}
+    assert writing == of_workers
 
 
 def ages(learner, stream="on_policy"):
@@ -154,9 +195,7 @@ def test_reissuing_keeps_the_bound_and_loses_no_prompt(tmp_path, seed, bound, nu
     trained = Counter(
         t.prompt_id for batch in played.learner.trained for s, t in batch if s == "on_policy"
     )
-    left = Counter(
-        f"p{index}" for index in played.streams._flows["on_policy"].window.prompts_under_way()
-    )
+    left = Counter(f"p{index}" for index in played.streams._flows["on_policy"].buffer.prompts())
     taken = sum(w.num_taken for w in played.streams.student._walks.values())
     assert sum((trained + left).values()) == taken == STEPS * 4 + sum(left.values())
 
@@ -267,7 +306,7 @@ def test_what_is_dropped_is_given_out_again_and_learned_from(tmp_path):
         num_prompts=200,
         workers=(3, 1, 1),
     )
-    assert played.streams._flows["on_policy"].window.num_dropped > 3
+    assert played.streams._flows["on_policy"].buffer.num_dropped > 3
     trained = [
         t.prompt_id for batch in played.learner.trained for s, t in batch if s == "on_policy"
     ]
@@ -352,7 +391,7 @@ def test_workers_come_and_go_and_every_step_keeps_its_prompts(tmp_path, seed, bo
         scored = streams.take(step)
         if step == leaves:
             for name, group in groups.items():
-                while not streams.release(name, 0):
+                while not streams.release_worker(name, 0):
                     streams._turn()
                 streams.wait_for_weight_sync()
                 group.objects.pop(0)
@@ -360,7 +399,7 @@ def test_workers_come_and_go_and_every_step_keeps_its_prompts(tmp_path, seed, bo
         if step == joins:
             for name, group in groups.items():
                 group.objects[2] = absent[name]
-            streams.welcome()
+            streams.admit_workers()
         streams.learn(step, scored)
         streams.publish(step + 1)
     assert all(0 <= age <= bound for age in ages(learner))
@@ -386,3 +425,57 @@ def test_a_budget_of_tokens_lets_steps_take_more_than_their_own(tmp_path):
     counts = [sum(s == "on_policy" for s, _ in batch) for batch in played.learner.trained]
     assert min(counts) == 4
     assert max(counts) > 4
+
+
+@pytest.mark.parametrize("stop", [1, 3, 6])
+def test_a_resumed_run_trains_on_the_prompts_that_were_in_flight(tmp_path, stop):
+    """In order: the same prompts in the same steps of both streams, as samples of their own."""
+    overrides = ["distill.staleness.max_staleness=2"]
+    whole = play(tmp_path, seed=5, overrides=overrides, num_prompts=60)
+    first = play(tmp_path, seed=6, overrides=overrides, num_prompts=60, stop=stop)
+    second = play(
+        tmp_path, seed=7, overrides=overrides, num_prompts=60, begin=stop, state=first.state
+    )
+    resumed = [*first.learner.trained, *second.learner.trained]
+    for one, other in zip(whole.learner.trained, resumed, strict=True):
+        assert Counter((s, t.prompt_id) for s, t in one) == Counter(
+            (s, t.prompt_id) for s, t in other
+        )
+    names = [
+        t.trajectory_id for batch in resumed for s, t in batch if s in ("on_policy", "off_policy")
+    ]
+    assert len(names) == len(set(names)), "labels go on where the first life stopped"
+
+
+def _slow_student():
+    return SimulatedWriter(Author.STUDENT, 1.0, lambda: 9, version=4)
+
+
+def test_what_is_handed_back_waits_for_a_writer_with_weights_that_are_new_enough(tmp_path):
+    clock = Clock()
+    students = SimulatedWorkers(clock, [_slow_student(), _slow_student()])
+    learner = SimulatedLearner(
+        clock, students, draw_step_seconds=lambda: 1.0, draw_publish_seconds=lambda: 0.0
+    )
+    context, pools, data = simulated_run(
+        load_config([QUICKSTART], ["distill.staleness.max_staleness=1"]),
+        SimpleNamespace(prompts=make_prompts(99), student_sft=[], stored=[]),
+        students=students,
+        teachers=SimulatedWorkers(clock, [SimulatedWriter(Author.TEACHER, 1e3, lambda: 1)]),
+        scorers=SimulatedWorkers(clock, [SimulatedScorer(1e6)]),
+        learner=learner,
+        timings_folder=RunDirectory(tmp_path),
+    )
+    streams = AsynchronousStreams(context, pools, data, clock=clock)
+    streams.begin(4)
+    flow = streams._flows["on_policy"]
+    for worker in (0, 1):
+        flow.writers.hold(worker, 5)
+    entry = list(flow.buffer._by_worker[0].values())[-1]
+    entry.needs_version = 6
+    streams.release_worker("student_rollout", 0)
+    flow.give_out()
+    assert flow.buffer.handed_back() == [entry], "the others are written again, under their names"
+    flow.writers.hold(1, 6)
+    flow.give_out()
+    assert flow.buffer.find_writing(1, entry.name) is entry

@@ -45,7 +45,7 @@ def test_only_a_rise_of_the_loss_raises_the_share():
     replay = _replay(increase=0.3, tolerance=0.1)
     shares = []
     for loss in (2.0, 1.5, 1.55, 1.7, 1.9, 1.0, 1.2, 1.4, 1.6):
-        replay.on_metrics(loss)
+        replay.on_held_out_loss(loss)
         shares.append(round(replay.share, 6))
     assert shares == [0, 0, 0, 0.3, 0.6, 0.6, 0.9, 1.0, 1.0]
 
@@ -63,11 +63,11 @@ def test_the_oldest_text_leaves_first_and_a_sample_repeats_nothing():
 def test_a_resumed_schedule_goes_on_as_if_it_had_not_been_ended():
     replay = _replay(initial_share=0.6, capacity=5)
     replay.keep(make_trajectories(9))
-    replay.on_metrics(1.0)
+    replay.on_held_out_loss(1.0)
     resumed = _replay(initial_share=0.6, capacity=5)
     resumed.restore(json.loads(json.dumps(replay.state())))
     for one in (replay, resumed):
-        one.on_metrics(2.0)
+        one.on_held_out_loss(2.0)
     assert _kinds(resumed) == _kinds(replay)
     for step in range(5):
         ours = [trajectory.token_ids.tolist() for trajectory in resumed.sample(step, 3)]
