@@ -30,7 +30,9 @@ TransferBackend = Literal["gloo", "nccl"]
 _WORKER_EXTENSION = "distill_system.weights.backends.ReceivesWeights"
 _RECEIVING_ENDS: dict[TransferBackend, str] = {"gloo": "gloo", "nccl": "sealed_nccl"}
 LONGEST_SLICE = 2
-"""A slice of decoding that finishes nothing is so many times as long as one that does."""
+"""A slice of decoding ends once its time is up and a sequence has finished. Where none finishes it
+runs for up to this many times its length: an early answer would say nothing."""
+
 
 _PADDING_MASK = "distill_system.rollout.padding_mask:PaddingMask"
 # Without a size vLLM would take nearly all of the machine's memory for each engine on a CPU, and
@@ -134,7 +136,7 @@ class GenerationEngine:
         self._under_way[name] = self._engine.add_request(name, prompt_input, params)
 
     def decode(self, seconds: float) -> dict[str, Completion]:
-        """Step for so long, and on until something is finished, up to LONGEST_SLICE times as long.
+        """Step for `seconds`; while nothing has finished, for up to LONGEST_SLICE times as long.
 
         Returns what is finished, by name.
         """
