@@ -6,10 +6,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from fakes.text_saver import TextSaver
 
 from distill_system.driver.recorder import RunRecorder
 from distill_system.errors import ConfigError, NonFiniteError
-from distill_system.learner import describe_file, find_alterations
 from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
 from distill_system.observe.metrics import read_metrics
 from distill_system.observe.prompt_log import read_prompts
@@ -17,27 +17,6 @@ from distill_system.observe.run_directory import read_json, write_json
 from distill_system.records import PoolActivity, StepResult
 
 BEST = "distill.keep_best={metric: held_out/on_policy_distance, mode: min}"
-
-
-class _Learner:
-    """Its state is the number of steps; a save is done when it is next waited for."""
-
-    steps = 0
-
-    def start_save(self, folder):
-        self.folder, self.saved = folder, self.steps
-
-    def finish_save(self, *, wait):
-        if not wait:
-            return None
-        (self.folder / "steps").write_text(str(self.saved))
-        return {"steps": describe_file(self.folder / "steps")}
-
-    def find_alterations(self, folder, files):
-        return find_alterations(folder, files)
-
-    def load(self, folder):
-        self.steps = int((folder / "steps").read_text())
 
 
 class _Streams:
@@ -68,7 +47,7 @@ def live(configure, tmp_path):
     def run(*, until, saves=(), resume=False, overrides=(), failure=None):
         config = configure("distill.keep_checkpoints=1", *overrides)
         run = RunDirectory(tmp_path / "books")
-        learner, streams = _Learner(), _Streams()
+        learner, streams = TextSaver("0", writing=True), _Streams()
         with MetricLog(run, run_name="books") as log, PromptLog(run) as prompts:
             context = SimpleNamespace(
                 config=config,
@@ -81,13 +60,13 @@ def live(configure, tmp_path):
             )
             recorder = RunRecorder(context, SimpleNamespace(learner=learner), streams)
             first = recorder.open()
-            assert (learner.steps, streams.position) == (first, first)
+            assert (int(learner.text), streams.position) == (first, first)
             if first == 0:
                 recorder.write(0, {"held_out/on_policy_distance": 9.0})
             with recorder.finished_on_failure():
                 for done in range(first + 1, until + 1):
                     streams.feed()
-                    learner.steps += 1
+                    learner.text = str(done)
                     recorder.write(done, {"learner/loss": 1.0 / done})
                     if done in saves:
                         recorder.checkpoint(done)

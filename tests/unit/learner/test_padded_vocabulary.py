@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from local_workers import LocalWorkers
+from fakes.local_workers import LocalWorkers
 from safetensors.torch import load_file, save_file
 from tiny_families import save_family
 from trajectories import make_trajectories

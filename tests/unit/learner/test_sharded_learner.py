@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from local_workers import LocalWorkers
+from fakes.local_workers import LocalWorkers
 from safetensors import safe_open
 from tiny_families import save_family
 from trajectories import make_trajectories

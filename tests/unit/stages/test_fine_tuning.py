@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from local_workers import LocalWorkers
+from fakes.local_workers import LocalWorkers
 from trajectories import make_trajectories
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig, SupervisedConfig
