@@ -31,8 +31,8 @@ def find_misfits(fake: type, interface: type, *, own: Collection[str] | None = (
 
 def require_call(worker_class: type, method: str, arguments: Sequence[Any]) -> None:
     """Raises: AssertionError unless the class has the method and it takes such arguments."""
-    function = getattr(worker_class, method, None)
-    known = callable(function) and not method.startswith("_")
+    function: Any = getattr(worker_class, method, None)
+    known = inspect.isroutine(function) and not method.startswith("_")
     assert known, f"{worker_class.__name__} has no method {method!r}"
     try:
         inspect.signature(function).bind(None, *arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fakes.text_saver import TextSaver
@@ -47,9 +48,10 @@ def live(configure, tmp_path):
     def run(*, until, saves=(), resume=False, overrides=(), failure=None):
         config = configure("distill.keep_checkpoints=1", *overrides)
         run = RunDirectory(tmp_path / "books")
-        learner, streams = TextSaver("0", writing=True), _Streams()
+        learner = TextSaver("0", writing=True)
+        streams: Any = _Streams()
         with MetricLog(run, run_name="books") as log, PromptLog(run) as prompts:
-            context = SimpleNamespace(
+            context: Any = SimpleNamespace(
                 config=config,
                 run=run,
                 log=log,
@@ -58,7 +60,8 @@ def live(configure, tmp_path):
                 view=LiveView("test", console=None),
                 resume=resume,
             )
-            recorder = RunRecorder(context, SimpleNamespace(learner=learner), streams)
+            pools: Any = SimpleNamespace(learner=learner)
+            recorder = RunRecorder(context, pools, streams)
             first = recorder.open()
             assert (int(learner.text), streams.position) == (first, first)
             if first == 0:
@@ -102,12 +105,13 @@ def test_a_life_without_any_checkpoint_begins_anew(live):
 
 def test_the_clock_goes_on_over_lives_and_from_zero_for_who_begins_anew(live, tmp_path):
     def lived(seconds):
-        form = read_json(path)
+        form: Any = read_json(path)
         form["seconds"]["distill"] += seconds
         write_json(path, form)
 
     def total():
-        return read_json(path)["seconds"]["distill"]
+        form: Any = read_json(path)
+        return form["seconds"]["distill"]
 
     path = RunDirectory(tmp_path / "books").timings_path
 
@@ -139,15 +143,18 @@ def test_the_best_may_be_asked_for_in_a_later_life(live):
 
 def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tmp_path):
     run = RunDirectory(tmp_path / "look")
-    context = SimpleNamespace(
+    context: Any = SimpleNamespace(
         config=configure(), run=run, timings=Timings(run), view=LiveView("test", console=None)
     )
     pools = {
         name: PoolActivity(num_workers=1, seconds=10.0, starved_seconds=starved)
         for name, starved in (("teacher_rollout", 0.0), ("student_rollout", 0.0), ("learner", 4.0))
     }
-    streams = SimpleNamespace(is_asynchronous=True, pop_activity=lambda: pools, pop_counts=dict)
-    recorder = RunRecorder(context, SimpleNamespace(), streams)
+    no_pools: Any = SimpleNamespace()
+    streams: Any = SimpleNamespace(
+        is_asynchronous=True, pop_activity=lambda: pools, pop_counts=dict
+    )
+    recorder = RunRecorder(context, no_pools, streams)
     assert recorder.look().waited_for is None
     for phase, seconds in (
         ("student_rollout", 0.001),

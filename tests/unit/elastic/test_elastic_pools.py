@@ -11,9 +11,9 @@ import pytest
 from fakes.local_workers import LocalWorkers
 from fakes.starts import LateStarts
 
-from distill_system.cluster import WorkerRequest
+from distill_system.cluster import ElasticPool, WorkerRequest
 from distill_system.config.pools import PoolConfig, ScalingConfig
-from distill_system.elastic.elastic_pools import ElasticPool, ElasticPools
+from distill_system.elastic.elastic_pools import ElasticPools
 from distill_system.elastic.scale_requests import ScaleRequests
 from distill_system.elastic.scaling import Look
 from distill_system.errors import ResourceError
