@@ -21,11 +21,10 @@ from distill_system.cluster import ClusterSession, EveryWorker, RayWorkers
 from distill_system.cluster.starting import StartingWorker
 from distill_system.elastic.elastic_pools import Starting, Starts
 from distill_system.learner import LearnerGroup
-from distill_system.observe import PoolClock
 from distill_system.run.checkpoints import Saver
 from distill_system.weights import FanOutClient
 from distill_system.weights.client import EveryRolloutWorker, WeightSyncClient
-from distill_system.workers import CallWatch, ElasticWorkers, StartedWorker, Workers
+from distill_system.workers import ElasticWorkers, StartedWorker, Workers
 
 
 @pytest.mark.parametrize(
@@ -50,7 +49,6 @@ def test_a_fake_has_exactly_the_members_of_its_interface(
     ("real", "interface"),
     [
         (RayWorkers, ElasticWorkers),
-        (PoolClock, CallWatch),
         (EveryWorker, EveryRolloutWorker),
         (FanOutClient, WeightSyncClient),
         (StartingWorker, Starting),
