@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -32,7 +33,7 @@ _SHAPE = {
 _GATED = {**_SHAPE, "intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 32}
 
 
-def make_configuration(family: str, *, num_rows: int):
+def make_configuration(family: str, *, num_rows: int) -> Any:
     """One model of a family; the variants that differ most from the others where there are some."""
     size = {"vocab_size": num_rows}
     if family == "llama":

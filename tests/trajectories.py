@@ -7,7 +7,9 @@ import numpy as np
 from distill_system.records import Author, Finish, Trajectory, VersionSpan
 
 
-def make_trajectory(index: int, num_prompt: int, num_response: int, author=Author.STUDENT):
+def make_trajectory(
+    index: int, num_prompt: int, num_response: int, author: Author = Author.STUDENT
+) -> Trajectory:
     generator = np.random.default_rng(index)
     spans = (VersionSpan(version=3, start=0, end=num_response),)
     known = author is not Author.DATASET
@@ -24,7 +26,9 @@ def make_trajectory(index: int, num_prompt: int, num_response: int, author=Autho
     )
 
 
-def make_trajectories(count: int, author=Author.STUDENT, first: int = 0):
+def make_trajectories(
+    count: int, author: Author = Author.STUDENT, first: int = 0
+) -> list[Trajectory]:
     """Ragged: prompts of 2 to 8 tokens, responses of 1 to 11."""
     return [
         make_trajectory(i, 2 + (3 * i) % 7, 1 + (5 * i) % 11, author)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from distill_system.config.objective import TokenLossConfig
 from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
 from distill_system.objectives.token_losses import bind_token_loss
 from distill_system.objectives.vocabulary import read_top_k
@@ -65,7 +66,9 @@ class TwoPolicies:
             chunk_tokens=chunk,
         )
 
-    def read(self, config, *, chunk: int = 4, temperature: float = 1.0, k: int = 0) -> Reading:
+    def read(
+        self, config: TokenLossConfig, *, chunk: int = 4, temperature: float = 1.0, k: int = 0
+    ) -> Reading:
         """Through PolicyHeads.sum, in float32."""
         hidden = self.hidden.clone().requires_grad_()
         unembedding = self.unembedding.clone().requires_grad_()
@@ -78,7 +81,7 @@ class TwoPolicies:
             tokens_together=config.tokens_together,
         )
         result.total.backward()
-        return Reading(result.total.detach(), result.values_N, hidden.grad, unembedding.grad)
+        return Reading(result.total.detach(), result.values_N, *_gradients(hidden, unembedding))
 
     def read_densely(self, loss: DenseLoss, *, temperature: float = 1.0) -> Reading:
         """From whole tables of probabilities, in float64."""
@@ -88,12 +91,18 @@ class TwoPolicies:
         values = loss(self.teacher(temperature), student, self.ids)
         total = (values * self.weights.double()).sum()
         total.backward()
-        return Reading(total.detach(), values.detach(), hidden.grad, unembedding.grad)
+        return Reading(total.detach(), values.detach(), *_gradients(hidden, unembedding))
 
     def teacher(self, temperature: float = 1.0) -> Tensor:
         """Its probabilities, float64 [N, V]."""
         logits = self.features.double() @ self.teacher_unembedding.double().T
         return (logits / temperature).softmax(-1)
+
+
+def _gradients(hidden: Tensor, unembedding: Tensor) -> tuple[Tensor, Tensor]:
+    assert hidden.grad is not None
+    assert unembedding.grad is not None
+    return hidden.grad, unembedding.grad
 
 
 def assert_same_reading(ours: Reading, expected: Reading, *, tolerance: float = 1e-5) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from enumerable_language import EnumerableLanguage
+from fakes.fixed_critic import FixedCritic
 
 from distill_system.config.objective import AmmdConfig
 from distill_system.objectives.ammd import Ammd
@@ -44,14 +45,6 @@ def _performance(policy_SV, rewards_SV):
     return float((policy_SV[start] * _action_values(policy_SV, rewards_SV)[start]).sum())
 
 
-class _Given:
-    def __init__(self, critic_FE):
-        self.critic_FE = critic_FE
-
-    def respond(self, moment_FE):
-        return self.critic_FE
-
-
 def _rows(response, teacher_SV):
     states = LANGUAGE.state_rows(response)
     one_hot = torch.eye(len(STATES))[states]
@@ -77,15 +70,15 @@ def _expected(author_SV, student_table_SV, teacher_SV, critic_SV, *, stream):
         AmmdConfig(on_policy_weight=weight, discount=DISCOUNT, moment_target="sampled"),
         max_response_tokens=3,
     )
-    objective.on_critic = objective.off_critic = _Given(critic_SV)
+    objective.on_critic = objective.off_critic = FixedCritic(critic_SV)
     head = PolicyHeads(
         unembedding_VH=student_table_SV.T, action_embeddings_VE=torch.eye(3), chunk_tokens=8
     )
     total = 0.0
     for response in LANGUAGE.responses:
         rows = _rows(response, teacher_SV)
-        streams = (None, rows) if stream == "on_policy" else (rows, None)
-        output = objective.compute_loss(head, *streams, lambda tensor: tensor)
+        off, on = (None, rows) if stream == "on_policy" else (rows, None)
+        output = objective.compute_loss(head, off, on, lambda tensor: tensor)
         value = (
             -output.metric_shares["reward_to_go"] if stream == "on_policy" else output.loss_share
         )

@@ -13,26 +13,23 @@ from dataclasses import replace
 import pytest
 import torch
 from enumerable_language import EnumerableLanguage
+from fakes.fixed_critic import FixedCritic
 
-from distill_system.config.objective import AmmdConfig, MinillmConfig, TokenMatchingConfig
+from distill_system.config.objective import (
+    AmmdConfig,
+    ForwardKlConfig,
+    MinillmConfig,
+    RelationalConfig,
+    TokenMatchingConfig,
+)
 from distill_system.objectives import Importance, build_objective
+from distill_system.objectives.ammd import Ammd
 from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
 from distill_system.objectives.vocabulary import read_top_k
 
 LANGUAGE = EnumerableLanguage(vocabulary=3, length=3)
 V, T, NUM_STATES = LANGUAGE.vocabulary, LANGUAGE.length, len(LANGUAGE.states)
 STATE = Importance(kind="state")
-
-
-class Given:
-    """A critic that does not answer back, and remembers what it was told."""
-
-    def __init__(self, critic_FE):
-        self.critic_FE, self.moment_FE = critic_FE, None
-
-    def respond(self, moment_FE):
-        self.moment_FE = moment_FE
-        return self.critic_FE
 
 
 class World:
@@ -93,8 +90,8 @@ class World:
     def build(self, config, importance):
         settings = {"max_response_tokens": T, "total_steps": 1, "importance": importance}
         objective = build_objective(config, **settings)
-        if isinstance(config, AmmdConfig):
-            objective.on_critic = Given(self.critic_FE)
+        if isinstance(objective, Ammd):
+            objective.on_critic = FixedCritic(self.critic_FE)
         return objective
 
     def means(self, config, writer_SV, importance=None):
@@ -106,7 +103,8 @@ class World:
             off = self.rows((2, 0, 1), known=False) if config.reads("off_policy") else None
             share = objective.compute_loss(self.heads(), off, rows, lambda x: x).loss_share
             [gradient_SV] = torch.autograd.grad(share, self.student_SV)
-            moment = objective.on_critic.moment_FE if isinstance(config, AmmdConfig) else 0.0
+            critic = objective.on_critic if isinstance(objective, Ammd) else None
+            moment = critic.moment_FE if isinstance(critic, FixedCritic) else 0.0
             chance = self.chance(writer_SV, response)
             parts = (share.detach().double(), gradient_SV, moment)
             totals = [total + chance * part for total, part in zip(totals, parts, strict=True)]
@@ -115,7 +113,8 @@ class World:
 
 def _matching(kind, **settings):
     loss = {"type": kind, **settings}
-    return TokenMatchingConfig(type="token_matching", on_policy=loss, on_policy_weight=1.0)
+    form = {"type": "token_matching", "on_policy": loss, "on_policy_weight": 1.0}
+    return TokenMatchingConfig.model_validate(form)
 
 
 def _ammd(**settings):
@@ -152,9 +151,9 @@ TOKEN_LOSSES = {
     "minillm_prefix_mixture": _minillm(teacher_mixture=0.3, importance="prefix"),
     "relational": TokenMatchingConfig(
         type="token_matching",
-        on_policy={"type": "forward_kl"},
+        on_policy=ForwardKlConfig(type="forward_kl"),
         on_policy_weight=1.0,
-        terms=({"type": "relational", "weight": 3.0},),
+        terms=(RelationalConfig(type="relational", weight=3.0),),
     ),
 }
 

@@ -8,9 +8,12 @@ is compared with is differentiated by autograd from sums over all responses.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from enumerable_language import EnumerableLanguage
+from fakes.fixed_critic import FixedCritic
 
 from distill_system.config.objective import AmmdConfig, MinillmConfig
 from distill_system.objectives import build_objective
@@ -22,16 +25,6 @@ V, T = LANGUAGE.vocabulary, LANGUAGE.length
 STATES = torch.tensor([LANGUAGE.state_rows(response) for response in LANGUAGE.responses])
 TOKENS = torch.tensor(LANGUAGE.responses)
 NUM_STATES, NUM_RESPONSES = len(LANGUAGE.states), len(LANGUAGE.responses)
-
-
-class _Given:
-    """A critic that does not answer back."""
-
-    def __init__(self, critic_FE):
-        self.critic_FE = critic_FE
-
-    def respond(self, moment_FE):
-        return self.critic_FE
 
 
 class World:
@@ -105,11 +98,11 @@ class World:
     def ammd(self, **settings):
         config = AmmdConfig(on_policy_weight=1.0, baseline="none", **settings)
         objective = Ammd(config, max_response_tokens=T)
-        objective.on_critic = _Given(self.critic_FE)
+        objective.on_critic = FixedCritic(self.critic_FE)
         return objective
 
 
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "reward_to_go": {"policy_gradient": "reward_to_go"},
     "immediate_plus_future": {
         "policy_gradient": "immediate_plus_future",
@@ -221,11 +214,11 @@ def test_sampled_responses_agree_with_the_exact_gradient_within_their_error():
     for _ in range(40):
         drawn = torch.multinomial(probabilities_R, 500, replacement=True, generator=generator)
         means.append(_batch_gradient(world, drawn))
-    means = torch.stack(means)
-    error_SV = means.std(0) / 40**0.5
+    means_KSV = torch.stack(means)
+    error_SV = means_KSV.std(0) / 40**0.5
     seen = error_SV > 1e-4  # states that the student reaches often enough to judge
     assert seen.sum() > 50
-    deviations = ((means.mean(0) - exact_SV) / error_SV)[seen]
+    deviations = ((means_KSV.mean(0) - exact_SV) / error_SV)[seen]
     assert deviations.abs().max() < 5.0
     assert deviations.square().mean() < 2.0
 

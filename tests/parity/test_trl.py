@@ -13,11 +13,16 @@ import pytest
 import torch
 from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, ChunkedDivergenceFunction
 
-from distill_system.config.objective import ForwardKlConfig, GeneralizedJsdConfig, ReverseKlConfig
+from distill_system.config.objective import (
+    ForwardKlConfig,
+    GeneralizedJsdConfig,
+    ReverseKlConfig,
+    TokenLossConfig,
+)
 from distill_system.objectives.token_losses import bind_token_loss
 from distill_system.objectives.vocabulary import TeacherDistribution, sum_over_vocabulary
 
-LOSSES = {
+LOSSES: dict[float, TokenLossConfig] = {
     0.0: ForwardKlConfig(type="forward_kl"),
     0.1: GeneralizedJsdConfig(type="generalized_jsd", mixture_weight=0.1),
     0.5: GeneralizedJsdConfig(type="generalized_jsd", mixture_weight=0.5),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from command_line import Run, start
+from pipeline.command_line import Run, start
 
 
 @pytest.fixture

@@ -151,7 +151,7 @@ def _build_learner(folder: Path, variant: Variant) -> Any:
 
 
 def _connect(learner: Any, worker: Any) -> None:
-    from threaded_calls import ThreadedCalls
+    from fakes.threaded_calls import ThreadedCalls
 
     from distill_system.weights import FanOutClient
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Run, wait_until, write_configuration
+from pipeline.command_line import Run, wait_until, write_configuration
 
 from distill_system.data import PromptFrontier
 from distill_system.observe import RunDirectory

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Run, write_configuration, write_rows
+from pipeline.command_line import Run, write_configuration, write_rows
 
 Launch = Callable[..., Run]
 

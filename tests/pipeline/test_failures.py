@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Run, wait_until, write_configuration, write_rows
+from pipeline.command_line import Run, wait_until, write_configuration, write_rows
 
 Launch = Callable[..., Run]
 

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from family_trial import MAX_RESPONSE, NUM_TOKENS, Variant, run_trial, set_environment
+from pipeline.family_trial import MAX_RESPONSE, NUM_TOKENS, Variant, run_trial, set_environment
 
 from distill_system.config.model import LoraUpdate
 from distill_system.rollout import engine_environment

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 import torch
-from command_line import Run, wait_until, write_configuration
+from pipeline.command_line import Run, wait_until, write_configuration
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill_system.data import TargetStore, fingerprint_tokenizer, read_trajectories

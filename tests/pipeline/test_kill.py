@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Run, write_configuration
+from pipeline.command_line import Run, write_configuration
 
 from distill_system.observe import RunDirectory
 from distill_system.observe.metrics import MetricRow, read_metrics

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ CLOCKS = (
 )
 """Metrics that no two runs have alike."""
 
-TINY = {
+TINY: dict[str, Any] = {
     "data": {
         "teacher_sft": {"num_examples": 1500},
         "student_sft": {"num_examples": 500},

@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,8 +142,10 @@ def test_a_trajectory_survives_json_to_the_bit():
             ours, theirs = getattr(again, name), getattr(trajectory, name)
             assert ours.dtype == theirs.dtype
             np.testing.assert_array_equal(ours, theirs)
-        same = {"token_ids": trajectory.token_ids, "behaviour_logprobs": again.behaviour_logprobs}
-        assert repr(replace(again, **same)) == repr(replace(trajectory, **same))
+        ids, logprobs = trajectory.token_ids, again.behaviour_logprobs
+        assert repr(replace(again, token_ids=ids, behaviour_logprobs=logprobs)) == repr(
+            replace(trajectory, token_ids=ids, behaviour_logprobs=logprobs)
+        )
 
 
 def test_shares_of_a_pool_are_of_all_its_workers_time():
@@ -155,7 +158,9 @@ def test_shares_of_a_pool_are_of_all_its_workers_time():
 
 
 def test_a_pool_that_claims_more_time_than_its_workers_had_is_refused():
-    thirds = dict.fromkeys(("busy_seconds", "starved_seconds", "blocked_seconds"), 0.1 + 0.2)
+    thirds: dict[str, Any] = dict.fromkeys(
+        ("busy_seconds", "starved_seconds", "blocked_seconds"), 0.1 + 0.2
+    )
     PoolActivity(num_workers=3, seconds=0.3, **thirds)  # 0.1 + 0.2 > 0.3 is rounding
     with pytest.raises(RecordError, match=r"at most 2\.0 worker-seconds, got 2\.1"):
         PoolActivity(num_workers=2, seconds=1.0, busy_seconds=1.0, starved_seconds=1.1)

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.util import placement_group_table
 

@@ -12,7 +12,7 @@ from distill_system.comparison.significance import Difference, compare_scores
 from distill_system.standard_errors import FloatArray, bootstrap_replicates
 
 
-def score(values: Sequence[float], first_id: str = "p0") -> Score:
+def score(values: Sequence[float] | FloatArray, first_id: str = "p0") -> Score:
     array = np.array(values, dtype=np.float64)
     ids = (first_id, *(f"p{index}" for index in range(1, len(array))))
     return Score(mean=float(array.mean()), prompt_ids=ids, per_example_N=array)
@@ -104,7 +104,7 @@ def test_a_corpus_score_is_paired_by_its_replicates() -> None:
 
 def test_replicates_of_a_mean_say_what_its_examples_say() -> None:
     rng = np.random.default_rng(1)
-    by_example, by_replicate = ({}, {})  # type: ignore[var-annotated]
+    by_example, by_replicate = ({}, {})
     for seed in range(3):
         values_N = rng.normal(1.0, 5.0, size=60)
         by_example[seed] = (score(values_N),)

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 
 from distill_system.config import RunConfig, dump_config, load_config
 from distill_system.config.data import EmbeddedSource, JsonlSource, MessagesFields
-from distill_system.config.objective import ClosedFormCritic, GradientCritic
+from distill_system.config.objective import (
+    AmmdConfig,
+    ClosedFormCritic,
+    CriticConfig,
+    GradientCritic,
+)
 from distill_system.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -45,6 +50,11 @@ def complete(tmp_path: Path) -> Path:
     return _write(tmp_path / "complete.yaml", COMPLETE)
 
 
+def _critic(config: RunConfig) -> CriticConfig:
+    assert isinstance(config.distill.objective, AmmdConfig)
+    return config.distill.objective.critic
+
+
 def _write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
@@ -62,7 +72,7 @@ def test_a_complete_file_loads_with_defaults_filled_in(complete: Path) -> None:
     assert config.data.prompts == EmbeddedSource(
         type="embedded", split="train", num_examples=40, seed=7
     )
-    assert config.distill.objective.critic == ClosedFormCritic()
+    assert _critic(config) == ClosedFormCritic()
     assert config.pools.learner.count == 1
 
 
@@ -98,8 +108,8 @@ def test_an_alternative_that_the_default_chose_is_replaced_too(
 ) -> None:
     low = _write(tmp_path / "low.yaml", "distill: {objective: {critic: {ball: spectral}}}")
     top = _write(tmp_path / "top.yaml", "distill: {objective: {critic: {type: gradient_ascent}}}")
-    assert load_config([complete, low]).distill.objective.critic == ClosedFormCritic()
-    critic = load_config([complete, low, top]).distill.objective.critic
+    assert _critic(load_config([complete, low])) == ClosedFormCritic()
+    critic = _critic(load_config([complete, low, top]))
     assert critic == GradientCritic(type="gradient_ascent")  # whose own default is frobenius
 
 
@@ -231,7 +241,7 @@ def test_each_problem_says_what_was_expected(complete: Path, override: str, said
 
 def test_a_key_below_one_with_a_default_type_takes_that_type(complete: Path) -> None:
     config = load_config([complete], ["distill.objective.critic.radius=2"])
-    assert config.distill.objective.critic == ClosedFormCritic(radius=2.0)
+    assert _critic(config) == ClosedFormCritic(radius=2.0)
 
 
 def test_a_missing_key_names_the_mapping_it_belongs_to(complete: Path, tmp_path: Path) -> None:

@@ -6,10 +6,17 @@ from collections import Counter
 
 import pytest
 
+from distill_system.config.data import EmbeddedSplit
 from distill_system.data.embedded_tasks import Task, collect_unique, generate_tasks, is_reserved
 from distill_system.errors import DataError
 
-TEST_SPLITS = ("in_distribution", "paraphrase", "longer_input", "composition", "distractor")
+TEST_SPLITS: tuple[EmbeddedSplit, ...] = (
+    "in_distribution",
+    "paraphrase",
+    "longer_input",
+    "composition",
+    "distractor",
+)
 ANIMALS = "bee cat cow dog fox hen owl pig"
 FRUITS = "apple fig grape kiwi lime melon pear plum"
 COLORS = "black blue gold gray green pink red white"

@@ -1,16 +1,18 @@
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from tokenizers import Tokenizer, models
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from distill_system.config.data import EmbeddedSplit
 from distill_system.data import build_tokenizer, tokenizer_texts
 from distill_system.data.embedded_tasks import generate_tasks
 from distill_system.errors import DataError, ModelError
 
-SPLITS = ("train", "in_distribution", "paraphrase", "longer_input", "composition", "distractor")
+SPLITS: tuple[EmbeddedSplit, ...] = get_args(EmbeddedSplit)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +122,9 @@ def test_training_without_text_is_refused(build_config):
 
 def test_only_trained_tokenizers_ask_for_texts(build_config):
     assert tokenizer_texts(build_config()) is None
-    texts = tokenizer_texts(build_config(tokenizer={"type": "train_bpe", "vocab_size": 300}))
-    assert texts is not None
-    texts = list(texts)
+    stream = tokenizer_texts(build_config(tokenizer={"type": "train_bpe", "vocab_size": 300}))
+    assert stream is not None
+    texts = list(stream)
     tasks = generate_tasks("train", 40, 0)
     assert texts == [text for task in tasks for text in (task.prompt + "<sep>", task.answer)]
 

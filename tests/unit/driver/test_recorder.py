@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from fakes.text_saver import TextSaver
 
 from distill_system.driver.recorder import RunRecorder
 from distill_system.errors import ConfigError, NonFiniteError
-from distill_system.learner import describe_file, find_alterations
 from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
 from distill_system.observe.metrics import read_metrics
 from distill_system.observe.prompt_log import read_prompts
@@ -17,27 +18,6 @@ from distill_system.observe.run_directory import read_json, write_json
 from distill_system.records import PoolActivity, StepResult
 
 BEST = "distill.keep_best={metric: held_out/on_policy_distance, mode: min}"
-
-
-class _Learner:
-    """Its state is the number of steps; a save is done when it is next waited for."""
-
-    steps = 0
-
-    def start_save(self, folder):
-        self.folder, self.saved = folder, self.steps
-
-    def finish_save(self, *, wait):
-        if not wait:
-            return None
-        (self.folder / "steps").write_text(str(self.saved))
-        return {"steps": describe_file(self.folder / "steps")}
-
-    def find_alterations(self, folder, files):
-        return find_alterations(folder, files)
-
-    def load(self, folder):
-        self.steps = int((folder / "steps").read_text())
 
 
 class _Streams:
@@ -68,9 +48,10 @@ def live(configure, tmp_path):
     def run(*, until, saves=(), resume=False, overrides=(), failure=None):
         config = configure("distill.keep_checkpoints=1", *overrides)
         run = RunDirectory(tmp_path / "books")
-        learner, streams = _Learner(), _Streams()
+        learner = TextSaver("0", writing=True)
+        streams: Any = _Streams()
         with MetricLog(run, run_name="books") as log, PromptLog(run) as prompts:
-            context = SimpleNamespace(
+            context: Any = SimpleNamespace(
                 config=config,
                 run=run,
                 log=log,
@@ -79,15 +60,16 @@ def live(configure, tmp_path):
                 view=LiveView("test", console=None),
                 resume=resume,
             )
-            recorder = RunRecorder(context, SimpleNamespace(learner=learner), streams)
+            pools: Any = SimpleNamespace(learner=learner)
+            recorder = RunRecorder(context, pools, streams)
             first = recorder.open()
-            assert (learner.steps, streams.position) == (first, first)
+            assert (int(learner.text), streams.position) == (first, first)
             if first == 0:
                 recorder.write(0, {"held_out/on_policy_distance": 9.0})
             with recorder.finished_on_failure():
                 for done in range(first + 1, until + 1):
                     streams.feed()
-                    learner.steps += 1
+                    learner.text = str(done)
                     recorder.write(done, {"learner/loss": 1.0 / done})
                     if done in saves:
                         recorder.checkpoint(done)
@@ -123,12 +105,13 @@ def test_a_life_without_any_checkpoint_begins_anew(live):
 
 def test_the_clock_goes_on_over_lives_and_from_zero_for_who_begins_anew(live, tmp_path):
     def lived(seconds):
-        form = read_json(path)
+        form: Any = read_json(path)
         form["seconds"]["distill"] += seconds
         write_json(path, form)
 
     def total():
-        return read_json(path)["seconds"]["distill"]
+        form: Any = read_json(path)
+        return form["seconds"]["distill"]
 
     path = RunDirectory(tmp_path / "books").timings_path
 
@@ -160,15 +143,18 @@ def test_the_best_may_be_asked_for_in_a_later_life(live):
 
 def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tmp_path):
     run = RunDirectory(tmp_path / "look")
-    context = SimpleNamespace(
+    context: Any = SimpleNamespace(
         config=configure(), run=run, timings=Timings(run), view=LiveView("test", console=None)
     )
     pools = {
         name: PoolActivity(num_workers=1, seconds=10.0, starved_seconds=starved)
         for name, starved in (("teacher_rollout", 0.0), ("student_rollout", 0.0), ("learner", 4.0))
     }
-    streams = SimpleNamespace(is_asynchronous=True, pop_activity=lambda: pools, pop_counts=dict)
-    recorder = RunRecorder(context, SimpleNamespace(), streams)
+    no_pools: Any = SimpleNamespace()
+    streams: Any = SimpleNamespace(
+        is_asynchronous=True, pop_activity=lambda: pools, pop_counts=dict
+    )
+    recorder = RunRecorder(context, no_pools, streams)
     assert recorder.look().waited_for is None
     for phase, seconds in (
         ("student_rollout", 0.001),

@@ -59,12 +59,13 @@ class Pipeline:
         """Idle time is starved behind the slowest pool, blocked before it or before the learner."""
         used = _within(rate / (size * self.rates[name]) + noise.uniform(-spread, spread))
         behind = name == "teacher_scoring" and rate < self.learner_rate and slowest != name
-        kind = "starved_seconds" if behind else "blocked_seconds"
+        idle = (1.0 - used) * size * 10.0
         return PoolActivity(
             num_workers=size,
             seconds=10.0,
             busy_seconds=used * size * 10.0,
-            **{kind: (1.0 - used) * size * 10.0},
+            starved_seconds=idle if behind else 0.0,
+            blocked_seconds=0.0 if behind else idle,
         )
 
 

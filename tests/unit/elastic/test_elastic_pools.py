@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from local_workers import LocalWorkers
+from fakes.local_workers import LocalWorkers
+from fakes.starts import LateStarts
 
-from distill_system.cluster import WorkerRequest
+from distill_system.cluster import ElasticPool, WorkerRequest
 from distill_system.config.pools import PoolConfig, ScalingConfig
-from distill_system.elastic.elastic_pools import ElasticPool, ElasticPools
+from distill_system.elastic.elastic_pools import ElasticPools
 from distill_system.elastic.scale_requests import ScaleRequests
 from distill_system.elastic.scaling import Look
 from distill_system.errors import ResourceError
 from distill_system.observe import RunDirectory
 from distill_system.records import PoolActivity
-from distill_system.workers import StartedWorker
 
 
 class Clerk:
@@ -26,60 +26,11 @@ class Clerk:
         self.name = name
 
 
-class FakeStart:
-    """A start that is ready when the test says so; it refuses to be asked after its end."""
-
-    def __init__(self, name: str, worker_id: int, arguments: Mapping[str, Any]) -> None:
-        self.name = f"{name}-{worker_id}"
-        self.worker_id = worker_id
-        self.arguments = arguments
-        self.is_ready = False
-        self.error: Exception | None = None
-        self.is_over = False
-
-    def poll(self) -> StartedWorker | None:
-        assert not self.is_over, f"{self.name} is polled after its end"
-        if self.error is not None:
-            self.is_over = True
-            raise self.error
-        return (
-            StartedWorker(self.worker_id, Clerk(**self.arguments), None) if self.is_ready else None
-        )
-
-    def cancel(self) -> None:
-        assert not self.is_over, f"{self.name} is cancelled after its end"
-        self.is_over = True
-
-
-class FakeSession:
-    def __init__(self) -> None:
-        self.starts: list[FakeStart] = []
-
-    def begin_worker(
-        self, request: WorkerRequest, worker_id: int, arguments: Mapping[str, Any]
-    ) -> FakeStart:
-        assert set(arguments) == {"name"}
-        assert all(worker_id != start.worker_id for start in self._of(request.name)), (
-            "id given twice"
-        )
-        self.starts.append(FakeStart(request.name, worker_id, arguments))
-        return self.starts[-1]
-
-    def _of(self, pool: str) -> list[FakeStart]:
-        return [start for start in self.starts if start.name.startswith(pool)]
-
-    def adopt_worker(self, workers: LocalWorkers, starting: FakeStart) -> None:
-        started = starting.poll()
-        assert started is not None
-        starting.is_over = True
-        workers.add(started)
-
-
 class Run:
     """A run's elastic side with two workers in each of two pools, and what others see of it."""
 
     def __init__(self, folder: Path, **scaling: Any) -> None:
-        self.session = FakeSession()
+        self.session = LateStarts()
         self.requests = ScaleRequests(RunDirectory(folder))
         self.said: list[str] = []
         self.busy: set[tuple[str, int]] = set()

@@ -66,6 +66,12 @@ FAMILIES = {
 
 
 @pytest.fixture
+def families():
+    """Names that make_family_model knows."""
+    return sorted(FAMILIES)
+
+
+@pytest.fixture
 def make_family_model():
     """Makes a model: make(family, dtype=torch.float64, attention="packed"), always the same."""
 
@@ -81,5 +87,4 @@ def make_family_model():
                 parameter.data += 0.1 * torch.randn_like(parameter)
         return model.to(dtype).eval()
 
-    make.families = sorted(FAMILIES)
     return make

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -83,8 +84,8 @@ def test_a_packed_line_is_read_as_each_sequence_alone(make_family_model, family,
             assert _relative(came[name], expected[name]) < tolerance, name
 
 
-def test_every_family_is_tested(make_family_model):
-    assert make_family_model.families == FAMILIES
+def test_every_family_is_tested(families):
+    assert families == FAMILIES
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -152,7 +153,7 @@ def test_autocast_computes_in_bfloat16(make_family_model, family):
 
 @pytest.fixture
 def one_rank_mesh():
-    store = torch.distributed.HashStore()
+    store = HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()

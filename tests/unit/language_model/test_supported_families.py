@@ -34,11 +34,9 @@ def test_a_familys_final_hidden_state_times_unembedding_is_its_logits(variant, t
         hidden_1LH = model.base_model(input_ids=ids).last_hidden_state
         logits_1LV = hidden_1LH @ unembedding(model, 64).T
         torch.testing.assert_close(logits_1LV, truth(input_ids=ids).logits[..., :64])
-    for which, matrix in (
-        ("input", truth.get_input_embeddings().weight),
-        ("output", truth.get_output_embeddings().weight),
-    ):
-        assert torch.equal(load_embedding(str(folder), which=which), matrix.detach())
+    into, out = truth.get_input_embeddings().weight, truth.get_output_embeddings().weight
+    assert torch.equal(load_embedding(str(folder), which="input"), into.detach())
+    assert torch.equal(load_embedding(str(folder), which="output"), out.detach())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

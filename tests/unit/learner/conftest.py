@@ -3,7 +3,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from forked_workers import ForkedWorkers
+from fakes.forked_workers import ForkedWorkers
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig
 from distill_system.config.objective import AmmdConfig

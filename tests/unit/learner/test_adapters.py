@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from forked_workers import ForkedWorkers
-from local_workers import LocalWorkers
+from fakes.forked_workers import ForkedWorkers
+from fakes.local_workers import LocalWorkers
 from peft import PeftModel
 from tiny_families import save_family
 from trajectories import make_trajectories

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from local_workers import Done, LocalWorkers
+from fakes.local_workers import Done, LocalWorkers
 from trajectories import make_trajectories
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig

@@ -7,14 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from local_workers import LocalWorkers
+from fakes.local_workers import LocalWorkers
 from trajectories import make_trajectories
 
 from distill_system.config.distill import StalenessConfig
 from distill_system.config.model import LearnerConfig, OptimizerConfig
 from distill_system.config.objective import (
+    AdvantageConfig,
     AmmdConfig,
+    HiddenMatchingConfig,
     MinillmConfig,
+    RelationalConfig,
     ReverseKlConfig,
     TokenMatchingConfig,
 )
@@ -29,13 +32,13 @@ REVERSE_KL = ReverseKlConfig(type="reverse_kl")
 OBJECTIVES = {
     "ammd": AmmdConfig(),
     "futures": AmmdConfig(
-        policy_gradient="immediate_plus_future", advantage={"type": "soft_advantage"}
+        policy_gradient="immediate_plus_future", advantage=AdvantageConfig(type="soft_advantage")
     ),
     "tokens": TokenMatchingConfig(
         type="token_matching",
         off_policy=REVERSE_KL,
         on_policy=REVERSE_KL,
-        terms=({"type": "relational"}, {"type": "hidden_matching"}),
+        terms=(RelationalConfig(type="relational"), HiddenMatchingConfig(type="hidden_matching")),
     ),
     "minillm": MinillmConfig(type="minillm"),
 }

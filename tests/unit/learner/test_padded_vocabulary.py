@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from local_workers import LocalWorkers
+from fakes.local_workers import LocalWorkers
 from safetensors.torch import load_file, save_file
 from tiny_families import save_family
 from trajectories import make_trajectories
@@ -73,10 +74,10 @@ def _learn(student, teacher, objective, *, update, vocabulary_size=None):
     )
     group = LearnerGroup(LocalWorkers([learner]))
     pool = ScoringPool(LocalWorkers([_scorer(teacher, vocabulary_size)]))
-    how = {"needs": EVERYTHING, "num_shares": 1}
+    start = partial(pool.start, needs=EVERYTHING, num_shares=1)
     scored = [
-        *pool.start(make_trajectories(6, Author.TEACHER), Stream.OFF_POLICY, **how),
-        *pool.start(make_trajectories(6, first=50), Stream.ON_POLICY, **how),
+        *start(make_trajectories(6, Author.TEACHER), Stream.OFF_POLICY),
+        *start(make_trajectories(6, first=50), Stream.ON_POLICY),
     ]
     losses = [group.learn(step, scored).metrics["learner/loss"] for step in range(4)]
     return learner, losses, group.measure(scored)
@@ -151,6 +152,6 @@ def test_a_matrix_without_padding_is_the_models_own(tmp_path):
     (cut.sum()).backward()
     assert model.lm_head.weight.grad[:TOKENS].eq(1).all()
     assert not model.lm_head.weight.grad[TOKENS:].any()
-    for which, matrix in (("output", cut), ("input", model.get_input_embeddings().weight[:TOKENS])):
-        stored = load_embedding(str(folder), which=which, vocabulary_size=TOKENS)
-        assert torch.equal(stored, matrix.detach())
+    load = partial(load_embedding, str(folder), vocabulary_size=TOKENS)
+    assert torch.equal(load(which="output"), cut.detach())
+    assert torch.equal(load(which="input"), model.get_input_embeddings().weight[:TOKENS].detach())

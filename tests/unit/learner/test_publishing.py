@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from local_workers import Done, LocalWorkers
+from fakes.local_workers import Done, LocalWorkers
 from trajectories import make_trajectories
 
 from distill_system.config.objective import MOMENTS
 from distill_system.errors import TransferError
-from distill_system.learner import LearnerGroup
+from distill_system.learner import Learner, LearnerGroup
 from distill_system.records import Author, Stream, WeightVersion
 from distill_system.scoring import ScoringPool
 
@@ -37,7 +37,7 @@ class Rank:
 
 
 def _group(*ranks):
-    group = LearnerGroup(LocalWorkers(ranks))
+    group = LearnerGroup(LocalWorkers(ranks, stands_for=Learner))
     group.connect_rollouts("gloo", None, 2, 10.0)
     return group
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from local_workers import LocalWorkers
+from fakes.local_workers import LocalWorkers
 from safetensors import safe_open
 from trajectories import make_trajectories
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from local_workers import LocalWorkers
+from fakes.local_workers import LocalWorkers
 from safetensors import safe_open
 from tiny_families import save_family
 from trajectories import make_trajectories
@@ -155,8 +155,11 @@ def test_ranks_of_unequal_work_go_through_the_same_microbatches(
 def test_blocks_that_are_run_again_change_nothing(make_learner, scorer):
     scored = _scored(scorer, shares=1)
     metrics = [
-        _learn(LocalWorkers([make_learner(config=LearnerConfig(**changes))]), scored)
-        for changes in ({}, {"activation_checkpointing": True})
+        _learn(
+            LocalWorkers([make_learner(config=LearnerConfig(activation_checkpointing=again))]),
+            scored,
+        )
+        for again in (False, True)
     ]
     assert metrics[0] == metrics[1]
 
@@ -164,12 +167,12 @@ def test_blocks_that_are_run_again_change_nothing(make_learner, scorer):
 def test_what_saves_memory_keeps_fewer_activations(make_learner):
     rows = make_trajectories(40)
     kept = {}
-    for name, changes in {
-        "all": {},
-        "checkpointing": {"activation_checkpointing": True},
-        "microbatches": {"max_tokens_per_microbatch": 100},
+    for name, config in {
+        "all": LearnerConfig(),
+        "checkpointing": LearnerConfig(activation_checkpointing=True),
+        "microbatches": LearnerConfig(max_tokens_per_microbatch=100),
     }.items():
-        learner, sizes = make_learner(config=LearnerConfig(**changes)), []
+        learner, sizes = make_learner(config=config), []
         limit = learner.config.max_tokens_per_microbatch
         batch = SequenceBatch.collate(rows, learner.device, max_tokens=limit)
         pack = partial(_weigh, sizes)
@@ -286,8 +289,8 @@ def test_a_rank_that_fails_alone_is_heard_while_the_other_waits_for_it(make_rank
 
 
 def test_ranks_fine_tune_a_student_of_random_weights(make_learner, make_ranks):
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 2}
-    source = ModelSource(architecture=ArchitectureConfig(**shape), vocabulary_size=67)
+    shape = ArchitectureConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
+    source = ModelSource(architecture=shape, vocabulary_size=67)
     how = {"source": source, "objective": None, "optimizer": ADAMW}
     alone, rows = make_learner(**how), make_trajectories(8, Author.DATASET)
     ranks = make_ranks(2, config=LearnerConfig(shard_ranks="all"), **how)

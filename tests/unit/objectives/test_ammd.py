@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from enumerable_language import EnumerableLanguage
+from fakes.fixed_critic import FixedCritic
 
 from distill_system.config.objective import AmmdConfig, ClosedFormCritic, GradientCritic
 from distill_system.objectives.ammd import Ammd
@@ -19,18 +20,6 @@ NUM_STATES = len(LANGUAGE.states)
 
 def identity(tensor):
     return tensor
-
-
-class FixedCritic:
-    """A critic that does not answer back, so that a gradient has one meaning."""
-
-    def __init__(self, critic_FE):
-        self.critic_FE = critic_FE
-
-    def respond(self, moment_FE):
-        assert moment_FE.shape == self.critic_FE.shape
-        assert not moment_FE.requires_grad
-        return self.critic_FE
 
 
 class Game:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from fakes.fixed_critic import FixedCritic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +15,7 @@ from distill_system.config.objective import AmmdConfig, ClosedFormCritic, Gradie
 from distill_system.objectives.ammd import Ammd
 from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "frobenius": {"critic": ClosedFormCritic(ball="frobenius")},
     "averaged": {"critic": ClosedFormCritic(average=0.5)},
@@ -217,14 +219,6 @@ def test_an_averaged_critic_answers_the_mean_moment_and_is_scored_on_this_steps(
     torch.testing.assert_close(critic.respond(moment / 5), -first, atol=1e-5, rtol=1e-5)
 
 
-class _Given:
-    def __init__(self, critic_FE):
-        self.critic_FE = critic_FE
-
-    def respond(self, moment_FE):
-        return self.critic_FE
-
-
 @pytest.mark.parametrize(
     ("baseline", "share_of_exact"), [("none", 1.0), ("leave_one_out", 1.0), ("position", 0.5)]
 )
@@ -261,7 +255,7 @@ def test_leave_one_out_is_unbiased_over_every_pair_of_responses(baseline, share_
     [exact] = torch.autograd.grad(total / length, student_SV)
 
     objective = _ammd(on_policy_weight=1.0, policy_gradient="reward_to_go", baseline=baseline)
-    objective.on_critic = _Given(critic_FE)
+    objective.on_critic = FixedCritic(critic_FE)
     heads = PolicyHeads(
         unembedding_VH=torch.eye(vocabulary), action_embeddings_VE=actions_VE, chunk_tokens=9
     )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -89,7 +91,7 @@ def test_long_ascent_ends_at_the_closed_form(ball):
 
 def test_kept_ascent_continues_and_fresh_ascent_starts_over():
     moment = _moment()
-    shared = {"type": "gradient_ascent", "steps": 1, "step_size": 0.1}
+    shared: dict[str, Any] = {"type": "gradient_ascent", "steps": 1, "step_size": 0.1}
     keeps = AscentCritic(GradientCritic(**shared, keep=True))
     fresh = AscentCritic(GradientCritic(**shared, keep=False))
     first = (

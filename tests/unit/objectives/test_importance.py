@@ -11,7 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_system.config.objective import AmmdConfig, MinillmConfig, TokenMatchingConfig
+from distill_system.config.objective import (
+    AdvantageConfig,
+    AmmdConfig,
+    MinillmConfig,
+    TokenMatchingConfig,
+    WhitenedFeatures,
+)
 from distill_system.objectives import Importance, build_objective, chunked_products
 from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
 from distill_system.objectives.vocabulary import read_vocabulary
@@ -21,17 +27,18 @@ TERMS = ({"type": "hidden_matching", "weight": 0.5}, {"type": "relational", "wei
 
 
 def _matching(kind, **changes):
-    return TokenMatchingConfig(
-        type="token_matching", on_policy={"type": kind}, on_policy_weight=1.0, **changes
-    )
+    form = {"type": "token_matching", "on_policy": {"type": kind}, "on_policy_weight": 1.0}
+    return TokenMatchingConfig.model_validate({**form, **changes})
 
 
 CONFIGS = {
-    "immediate": AmmdConfig(on_policy_weight=1.0, features={"type": "whitened"}, discount=0.9),
+    "immediate": AmmdConfig(
+        on_policy_weight=1.0, features=WhitenedFeatures(type="whitened"), discount=0.9
+    ),
     "future": AmmdConfig(
         on_policy_weight=1.0,
         policy_gradient="immediate_plus_future",
-        advantage={"type": "soft_advantage"},
+        advantage=AdvantageConfig(type="soft_advantage"),
     ),
     "reward_to_go": AmmdConfig(
         on_policy_weight=1.0, policy_gradient="reward_to_go", moment_target="sampled"
@@ -203,10 +210,10 @@ def test_chunks_and_blocks_leave_no_trace(config, kind, monkeypatch):
 
 COPIED = {
     "immediate": AmmdConfig(
-        on_policy_weight=1.0, features={"type": "whitened", "decay": 0.0}, baseline="none"
+        on_policy_weight=1.0, features=WhitenedFeatures(type="whitened", decay=0.0), baseline="none"
     ),
     "sampled": AmmdConfig(on_policy_weight=1.0, moment_target="sampled"),
-    "log_ratio": AmmdConfig(on_policy_weight=1.0, advantage={"type": "log_ratio"}),
+    "log_ratio": AmmdConfig(on_policy_weight=1.0, advantage=AdvantageConfig(type="log_ratio")),
     "reward_to_go": AmmdConfig(
         on_policy_weight=1.0, policy_gradient="reward_to_go", baseline="none"
     ),

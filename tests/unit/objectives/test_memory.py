@@ -6,15 +6,15 @@ live at once. It is exact, but sees no buffers inside a kernel; the last test as
 
 from __future__ import annotations
 
-import os
-import subprocess
+import ctypes
 import sys
-import textwrap
 import weakref
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from fakes.forked_workers import ForkedWorkers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,12 +33,19 @@ from distill_system.objectives import (
     build_objective,
     chunked_products,
 )
+from distill_system.objectives.divergences import kl_divergence
 from distill_system.objectives.rows import ObjectiveOutput
-from distill_system.objectives.vocabulary import read_top_k, unit_rows
+from distill_system.objectives.vocabulary import (
+    TeacherDistribution,
+    read_top_k,
+    sum_over_vocabulary,
+    unit_rows,
+)
 
 TOKENS, CHUNK = 16, 8
 HIDDEN, FEATURES = 4, 6
-VOCABULARIES = [32_000, 152_000]
+VOCABULARIES = [9_000, 18_000]
+"""Bounds are in rows of a vocabulary, so that a small one hides less of what is beside them."""
 FLOAT_BYTES = 4
 BLOCK_ROWS = 12
 """Temporaries that a loss may hold of one row: the dearest of them sorts, in int64."""
@@ -69,8 +76,8 @@ def _list_objectives():
         yield pytest.param(config, id=f"ammd_to_go_{advantage}")
     for model in _members(TokenLossConfig):
         loss = model(type=_type_name(model), **SMALL.get(model, {}))
-        config = TokenMatchingConfig(type="token_matching", off_policy=loss, on_policy=loss)
-        yield pytest.param(config, id=loss.type)
+        matching = TokenMatchingConfig(type="token_matching", off_policy=loss, on_policy=loss)
+        yield pytest.param(matching, id=loss.type)
     yield pytest.param(None, id="supervised")
 
 
@@ -169,7 +176,7 @@ class Problem:
             for index in range(2)
         ]
         with recorder:
-            output = objective.compute_loss(self.heads, *rows, lambda tensor: tensor)
+            output = objective.compute_loss(self.heads, rows[0], rows[1], lambda tensor: tensor)
             output.loss_share.backward()
         assert isinstance(output, ObjectiveOutput)
         assert self.hidden.grad.isfinite().all()
@@ -212,54 +219,61 @@ def test_the_ledger_sees_a_dense_loss_in_forward_and_backward():
     assert recorder.live_bytes < 2 * whole  # what backward made is gone, logprobs is still named
 
 
-MEASURED = """
-    import torch
+class MeasuredProcess:
+    """A process of its own: memory that it frees goes back to the system, and comes anew."""
 
-    from distill_system.objectives.divergences import kl_divergence
-    from distill_system.objectives.vocabulary import TeacherDistribution, sum_over_vocabulary
+    VOCABULARY, HIDDEN, CHUNK = 40_000, 8, 16
+    CHUNK_BYTES = CHUNK * VOCABULARY * FLOAT_BYTES
 
-    VOCABULARY, HIDDEN = 152_000, 8
-    torch.set_num_threads(1)
-    unembedding = torch.randn(VOCABULARY, HIDDEN).requires_grad_()
+    def __init__(self):
+        torch.set_num_threads(1)
+        threshold = -3  # M_MMAP_THRESHOLD: what is larger than so many bytes has pages of its own
+        assert ctypes.CDLL(None).mallopt(threshold, 1_000_000) == 1
+        ctypes.CDLL(None).malloc_trim(0)  # what the process it was forked from had freed
+        self.unembedding = torch.randn(self.VOCABULARY, self.HIDDEN).requires_grad_()
+        self.chunked(32)  # what stays for ever is there from now on
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 
-    def reverse_kl(chunk):
-        return kl_divergence(chunk.student_logprobs_cV, chunk.teacher_logprobs_cV)
+    def chunked(self, num_tokens):
+        """Most bytes ever resident, after a loss over so many tokens and its backward pass."""
 
-    def chunked(hidden, ids):
+        def reverse_kl(chunk):
+            return kl_divergence(chunk.student_logprobs_cV, chunk.teacher_logprobs_cV)
+
+        hidden, ids = self._draw(num_tokens), torch.zeros(num_tokens, dtype=torch.long)
         teacher = TeacherDistribution(
-            features_NF=hidden.detach().flip(0), unembedding_VF=unembedding.detach()
+            features_NF=hidden.detach().flip(0), unembedding_VF=self.unembedding.detach()
         )
-        weights = torch.ones(len(hidden))
         sum_over_vocabulary(
-            hidden, ids, unembedding, weights, reverse_kl, teacher=teacher, chunk_tokens=32
+            *(hidden, ids, self.unembedding, torch.ones(num_tokens), reverse_kl),
+            teacher=teacher,
+            chunk_tokens=self.CHUNK,
         ).total.backward()
+        return self._peak()
 
-    def dense(hidden, ids):
-        (hidden @ unembedding.T).log_softmax(-1)
+    def dense(self, num_tokens):
+        """The same after whole tables of log-probabilities."""
+        (self._draw(num_tokens) @ self.unembedding.T).log_softmax(-1)
+        return self._peak()
 
-    def peak_bytes():
-        # of this process alone: getrusage would pass on what its parent once held
-        with open("/proc/self/status") as status:
-            [line] = [line for line in status if line.startswith("VmHWM")]
+    def _draw(self, num_tokens):
+        return torch.randn(num_tokens, self.HIDDEN, requires_grad=True)
+
+    def _peak(self):
+        status = Path("/proc/self/status").read_text().splitlines()
+        [line] = [line for line in status if line.startswith("VmHWM")]
         return int(line.split()[1]) * 1024
-
-    for tokens, read in ((64, chunked), (128, chunked), (256, dense)):
-        read(torch.randn(tokens, HIDDEN, requires_grad=True), torch.zeros(tokens).long())
-        print(peak_bytes())
-"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's count of resident pages")
 def test_the_process_itself_grows_by_less_than_a_chunk():
     """Peak resident memory after N tokens, after 2 N, and after the dense form of 4 N."""
-    settled = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # freed is given back
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEASURED)],
-        env={**os.environ, **settled},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    once, twice, densely = (int(line) for line in done.stdout.split())
-    assert twice - once < 32 * 152_000 * FLOAT_BYTES / 2
-    assert densely - twice > 256 * 152_000 * FLOAT_BYTES
+    process = ForkedWorkers([MeasuredProcess])
+    try:
+        [once] = process.ask(MeasuredProcess.chunked, 64)
+        [twice] = process.ask(MeasuredProcess.chunked, 128)
+        [densely] = process.ask(MeasuredProcess.dense, 256)
+    finally:
+        process.stop()
+    assert twice - once < MeasuredProcess.CHUNK_BYTES / 4
+    assert densely - twice > 8 * MeasuredProcess.CHUNK_BYTES

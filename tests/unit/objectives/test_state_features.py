@@ -67,7 +67,7 @@ def test_the_second_moment_is_summed_over_ranks():
     hidden = _hidden()
     halves = hidden[:50], hidden[50:]
     units = [torch.nn.functional.normalize(half, dim=-1) for half in halves]
-    total = sum(unit.T @ unit for unit in units)
+    total = units[0].T @ units[0] + units[1].T @ units[1]
     config = WhitenedFeatures(type="whitened")
     parts = [build_features(config).extract(half, 200, lambda _: total) for half in halves]
     whole = build_features(config).extract(hidden, 200, identity)

@@ -124,7 +124,7 @@ def test_a_restored_term_goes_on_as_the_one_that_was_saved():
 
 def dense_relational(hidden, features):
     """Response by response and pair by pair."""
-    total = 0.0
+    total = torch.zeros(())
     for tokens in (range(6), range(6, 7), range(7, 13)):
         gaps = [
             torch.cosine_similarity(hidden[i], hidden[j], dim=0)

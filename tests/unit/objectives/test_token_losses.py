@@ -176,8 +176,8 @@ def test_bounds_hold_near_and_far(scale):
             SkewReverseKlConfig(type="skew_reverse_kl", skew=skew),
         ):
             assert policies.read(config).values.max() <= -math.log(skew) + rounding
-    for config in (FORWARD_KL, REVERSE_KL):  # Pinsker
-        assert (2 * total_variation.square() <= policies.read(config).values + rounding).all()
+    for divergence in (FORWARD_KL, REVERSE_KL):  # Pinsker
+        assert (2 * total_variation.square() <= policies.read(divergence).values + rounding).all()
 
 
 def test_the_generalised_jsd_ends_at_the_two_kl_divergences():

@@ -17,13 +17,14 @@ from distill_system.config.objective import (
     GeneralizedJsdConfig,
     ReverseKlConfig,
     TeacherNeeds,
+    TokenLossConfig,
     TokenMatchingConfig,
     TopKConfig,
 )
 
 VOCABULARY = 23
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-WHOLE = {
+WHOLE: dict[str, TokenLossConfig] = {
     "forward_kl": ForwardKlConfig(type="forward_kl"),
     "reverse_kl": ReverseKlConfig(type="reverse_kl"),
     "jsd": GeneralizedJsdConfig(type="generalized_jsd"),

@@ -214,7 +214,7 @@ def test_a_clock_that_runs_backwards_or_an_unknown_worker_is_our_mistake():
     with pytest.raises(AssertionError, match="backwards"):
         clock.begin(0, 4.0)
     with pytest.raises(AssertionError, match="not in the pool"):
-        clock.begin("v", 6.0)
+        clock.begin(7, 6.0)
     with pytest.raises(AssertionError, match="no call under way"):
         clock.end(0, 6.0)
     with pytest.raises(AssertionError, match="already"):

@@ -150,7 +150,7 @@ def record_panel(**console_options: object) -> list[str]:
         view.show_pools(build_pools(), LINE)
     if isinstance(output, io.TextIOWrapper):
         output.flush()
-        text = output.buffer.getvalue().decode()  # type: ignore[attr-defined]
+        text = output.buffer.getvalue().decode()
     else:
         text = output.getvalue()
     return text.rpartition("quickstart")[2].splitlines()

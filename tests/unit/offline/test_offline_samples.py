@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -65,7 +66,12 @@ def test_a_prompt_that_stands_there_twice_is_asked_once():
 
 
 def test_labels_tell_models_and_samplings_apart():
-    others = [{"seed": 1}, {"model_fingerprint": "g"}, {"top_p": 0.5}, {"max_response_tokens": 9}]
+    others: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"model_fingerprint": "g"},
+        {"top_p": 0.5},
+        {"max_response_tokens": 9},
+    ]
     labels = {plan(prompts(1), origin=replace(ORIGIN, **o))["label"][0].as_py() for o in others}
     assert len(labels) == len(others)
 

@@ -1,40 +1,23 @@
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from fakes.local_workers import LocalWorkers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distill_system.records import Author, Finish, Prompt, Trajectory
 from distill_system.rollout.pool import RolloutPool, deal_by_length
 from distill_system.rollout.sampling import Sampling
+from distill_system.rollout.worker import RolloutWorker
 
 SAMPLING = Sampling(temperature=1.0, max_response_tokens=4)
 
 
-class CheckingWorkers:
-    """Workers in this process that answer with the prompt's length; checks what it is given."""
+class Writer:
+    """Stands for RolloutWorker.generate: answers with the prompt's length."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.members = tuple(range(count))
-        self.called: list[int] = []
-
-    def start(self, worker: int, method: str, *arguments: Any) -> list[Trajectory]:
-        assert method == "generate"
-        assert worker in range(self.count)
-        self.called.append(worker)
-        return self._generate(*arguments)
-
-    def finish(
-        self, references: Sequence[list[Trajectory]], *, what: str, fetch: bool = True
-    ) -> list[list[Trajectory]]:
-        assert what
-        assert fetch
-        return list(references)
-
-    def _generate(
-        self, prompts: list[Prompt], sampling: Sampling, seed: int, label: str
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, label: str
     ) -> list[Trajectory]:
         assert prompts, "a worker without prompts must not be called"
         assert (sampling, seed, label) == (SAMPLING, 3, "step-0")
@@ -53,6 +36,10 @@ class CheckingWorkers:
         ]
 
 
+def _writers(count: int) -> LocalWorkers:
+    return LocalWorkers([Writer() for _ in range(count)], stands_for=RolloutWorker)
+
+
 def _prompt(name: str, length: int) -> Prompt:
     return Prompt(prompt_id=name, token_ids=np.ones(length, np.int32), text="")
 
@@ -63,11 +50,13 @@ LENGTHS = st.lists(st.integers(1, 400), max_size=40)
 @given(lengths=LENGTHS, num_workers=st.integers(1, 9))
 def test_trajectories_come_back_in_the_prompts_order(lengths: list[int], num_workers: int) -> None:
     prompts = [_prompt(str(at), length) for at, length in enumerate(lengths)]
-    workers = CheckingWorkers(num_workers)
+    workers = _writers(num_workers)
     trajectories = RolloutPool(workers).generate(prompts, SAMPLING, 3, "step-0")
     assert [trajectory.prompt_id for trajectory in trajectories] == [p.prompt_id for p in prompts]
     assert [int(trajectory.response_ids[0]) for trajectory in trajectories] == lengths
-    assert sorted(workers.called) == list(range(min(num_workers, len(lengths))))
+    assert workers.calls == [
+        (worker, "generate") for worker in range(min(num_workers, len(lengths)))
+    ]
 
 
 @given(lengths=LENGTHS, num_workers=st.integers(1, 9))
@@ -83,7 +72,7 @@ def test_shards_are_a_partition_of_like_cost(lengths: list[int], num_workers: in
 
 
 def test_a_pool_finishes_rollouts_begun_earlier_in_any_order() -> None:
-    pool = RolloutPool(CheckingWorkers(2))
+    pool = RolloutPool(_writers(2))
     first = pool.start([_prompt("a", 3), _prompt("b", 1)], SAMPLING, 3, "step-0")
     second = pool.start([_prompt("c", 2)], SAMPLING, 3, "step-0")
     assert [trajectory.prompt_id for trajectory in pool.finish(second)] == ["c"]
@@ -92,5 +81,5 @@ def test_a_pool_finishes_rollouts_begun_earlier_in_any_order() -> None:
 
 def test_a_prompt_that_stands_in_a_call_twice_is_answered_twice() -> None:
     prompts = [_prompt("a", 3), _prompt("b", 1), _prompt("a", 3)]
-    trajectories = RolloutPool(CheckingWorkers(2)).generate(prompts, SAMPLING, 3, "step-0")
+    trajectories = RolloutPool(_writers(2)).generate(prompts, SAMPLING, 3, "step-0")
     assert [trajectory.prompt_id for trajectory in trajectories] == ["a", "b", "a"]

@@ -4,43 +4,16 @@ import json
 import zlib
 
 import pytest
+from fakes.text_saver import TextSaver
 
 from distill_system.config.distill import BestConfig
 from distill_system.errors import DeadlineError, NonFiniteError, RunStateError, WorkerError
-from distill_system.learner import FileRecord, describe_file, find_alterations
+from distill_system.learner import FileRecord, describe_file
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 
 
-class _Learner:
-    """Writes a text; `writing` holds a write back until it is asked to wait for it."""
-
-    def __init__(self, text="", *, writing=False):
-        self.text = text
-        self.writing = writing
-        self.folder = None
-        self.failure = None
-
-    def start_save(self, folder):
-        self.folder, self.written = folder, self.text
-
-    def finish_save(self, *, wait):
-        if self.failure is not None:
-            raise self.failure
-        if self.writing and not wait:
-            return None
-        (self.folder / "model").mkdir(exist_ok=True)
-        (self.folder / "model" / "weights").write_text(self.written)
-        return {"model/weights": describe_file(self.folder / "model" / "weights")}
-
-    def find_alterations(self, folder, files):
-        return find_alterations(folder, files)
-
-    def load(self, folder):
-        self.text = (folder / "model" / "weights").read_text()
-
-
 def _save(store, step, text=None, *, state=None, **metrics):
-    learner = _Learner(f"weights {step}" if text is None else text)
+    learner = TextSaver(f"weights {step}" if text is None else text)
     store.start(step, state or {}, learner, metrics=metrics)
     assert store.finish(learner, wait=True)
 
@@ -62,7 +35,7 @@ def test_the_newest_checkpoint_comes_back_with_its_state(tmp_path):
         {"feed": {"position": 200}},
         {"loss": 50.0},
     )
-    learner = _Learner()
+    learner = TextSaver()
     again.load(latest, learner)
     assert learner.text == "weights 100"
 
@@ -77,7 +50,7 @@ def test_the_manifest_names_every_file_with_its_length_and_checksum(tmp_path):
 
 
 def test_steps_go_on_beside_a_write_and_the_checkpoint_stands_only_when_it_is_done(tmp_path):
-    store, learner = CheckpointStore(tmp_path, keep=1), _Learner("one", writing=True)
+    store, learner = CheckpointStore(tmp_path, keep=1), TextSaver("one", writing=True)
     store.start(1, {}, learner)
     learner.text = "two"
     assert not store.finish(learner, wait=False)
@@ -89,7 +62,7 @@ def test_steps_go_on_beside_a_write_and_the_checkpoint_stands_only_when_it_is_do
 
 
 def test_the_next_checkpoint_waits_for_the_one_before(tmp_path):
-    store, learner = CheckpointStore(tmp_path, keep=5), _Learner("one", writing=True)
+    store, learner = CheckpointStore(tmp_path, keep=5), TextSaver("one", writing=True)
     store.start(1, {}, learner)
     learner.text = "two"
     store.start(2, {}, learner)
@@ -127,7 +100,7 @@ def test_of_equally_good_checkpoints_the_earlier_stays_and_no_number_is_no_best(
 def test_a_crash_while_writing_leaves_the_one_before(tmp_path):
     store = CheckpointStore(tmp_path, keep=1)
     _save(store, 1, "one")
-    store.start(2, {}, _Learner("half"))
+    store.start(2, {}, TextSaver("half"))
     survivor = CheckpointStore(tmp_path, keep=1)
     latest = survivor.latest()
     assert latest is not None
@@ -163,7 +136,7 @@ def _fail_beside_a_write(store, learner, step, error):
 
 
 def test_a_failure_beside_a_write_leaves_the_checkpoint_whole(tmp_path):
-    store, learner = CheckpointStore(tmp_path, keep=2), _Learner("one", writing=True)
+    store, learner = CheckpointStore(tmp_path, keep=2), TextSaver("one", writing=True)
     with pytest.raises(NonFiniteError):
         _fail_beside_a_write(store, learner, 1, NonFiniteError())
     assert _names(tmp_path) == ["step_000001"]
@@ -171,7 +144,7 @@ def test_a_failure_beside_a_write_leaves_the_checkpoint_whole(tmp_path):
 
 @pytest.mark.parametrize("failure", [WorkerError("the learner died"), DeadlineError("no answer")])
 def test_a_failure_of_the_learner_itself_leaves_the_one_before(tmp_path, failure):
-    store, learner = CheckpointStore(tmp_path, keep=2), _Learner("two")
+    store, learner = CheckpointStore(tmp_path, keep=2), TextSaver("two")
     _save(store, 1)
     learner.failure = failure
     with pytest.raises(type(failure), match=str(failure)):
@@ -214,7 +187,7 @@ def test_an_altered_byte_is_found_before_anything_is_loaded(tmp_path):
         store.latest()
     state.write_text(whole)
     (tmp_path / "step_000007" / "model" / "weights").write_text("eleve")
-    latest, learner = store.latest(), _Learner("untouched")
+    latest, learner = store.latest(), TextSaver("untouched")
     assert latest is not None
     with pytest.raises(RunStateError, match=r"weights was altered: .* go on from step_000006"):
         store.load(latest, learner)

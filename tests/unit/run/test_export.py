@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from local_workers import LocalWorkers
+from fakes.local_workers import LocalWorkers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distill_system.learner import LearnerGroup
+from distill_system.learner import Learner, LearnerGroup
 from distill_system.run.export import export_model
 
 
@@ -34,7 +34,7 @@ def context(configure, tiny_model_folder):
 
 
 def _export(context, source, folder, **options):
-    learner = LearnerGroup(LocalWorkers([Exporter(source, **options)]))
+    learner = LearnerGroup(LocalWorkers([Exporter(source, **options)], stands_for=Learner))
     export_model(context, learner, folder, facts={"steps": 3})
 
 

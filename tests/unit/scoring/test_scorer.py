@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from local_workers import LocalWorkers
+from fakes.local_workers import LocalWorkers
 from trajectories import make_trajectories
 from transformers import AutoModelForCausalLM
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from local_workers import LocalWorkers
+from fakes.local_workers import LocalWorkers
 from trajectories import make_trajectories
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig, SupervisedConfig
@@ -37,7 +38,7 @@ class _StoppingView(LiveView):
         self.stop, self.after = stop, after
 
     def start(self, stage, total_steps, *, first_step=0):
-        task = super().start(stage, total_steps, first_step=first_step)
+        task: Any = super().start(stage, total_steps, first_step=first_step)
         update = task.update
 
         def update_and_stop(step, values):
@@ -68,7 +69,7 @@ def fine_tune(tiny_model_folder, tmp_path):
         directory = RunDirectory(tmp_path / name)
         stop = threading.Event()
         with MetricLog(directory, run_name=name) as log, PromptLog(directory) as prompts:
-            context = SimpleNamespace(
+            context: Any = SimpleNamespace(
                 config=SimpleNamespace(seed=3),
                 run=directory,
                 log=log,

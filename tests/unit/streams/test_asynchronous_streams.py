@@ -25,7 +25,7 @@ from simulated_pools import (
 from distill_system.config import load_config
 from distill_system.data import PromptFrontier
 from distill_system.observe import RunDirectory
-from distill_system.records import Author
+from distill_system.records import Author, Stream
 from distill_system.streams.asynchronous import AsynchronousStreams
 from distill_system.streams.in_flight import State
 
@@ -468,7 +468,7 @@ def test_what_is_handed_back_waits_for_a_writer_with_weights_that_are_new_enough
     )
     streams = AsynchronousStreams(context, pools, data, clock=clock)
     streams.begin(4)
-    flow = streams._flows["on_policy"]
+    flow = streams._flows[Stream.ON_POLICY]
     for worker in (0, 1):
         flow.writers.hold(worker, 5)
     entry = list(flow.buffer._by_worker[0].values())[-1]

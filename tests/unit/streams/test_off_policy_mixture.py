@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from simulated_pools import make_prompts, make_rows
@@ -19,7 +20,7 @@ QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
 @pytest.fixture
 def build():
-    data = SimpleNamespace(
+    data: Any = SimpleNamespace(
         prompts=make_prompts(7), stored=make_rows("store", 5), student_sft=make_rows("dataset", 3)
     )
 

@@ -1,0 +1,132 @@
+"""A group of plain objects behind the ElasticWorkers protocol: each call runs at once, in here.
+
+It checks what a Ray group would need: that the worker, its method and the arguments fit, that what
+travels survives pickling, that references are of this group's calls, and that nobody fetches a
+result a second time.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distill_system.workers import StartedWorker
+from fakes.interfaces import require_call
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """A reference whose result is here already, or whose call failed.
+
+    Made by hand it is of a call elsewhere, such as those that a learner's rank hands on.
+    """
+
+    value: Any = None
+    error: Exception | None = None
+
+
+class Call(Done):
+    """A reference to a call that a group began."""
+
+
+class LocalWorkers:
+    """Implements ElasticWorkers.
+
+    stands_for: the class whose methods may be called, where the objects only stand for it; by
+    default each object's own.
+    calls: of every call the worker's id and the method, in their order.
+    """
+
+    def __init__(self, objects: Sequence[Any], *, stands_for: type | None = None) -> None:
+        self.objects: dict[int, Any] = dict(enumerate(objects))
+        self.stands_for = stands_for
+        self.calls: list[tuple[int, str]] = []
+        self._next_id = len(self.objects)
+        self._begun: set[Done] = set()
+        self._fetched: set[Done] = set()
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return tuple(sorted(self.objects))
+
+    @property
+    def count(self) -> int:
+        return len(self.objects)
+
+    def take_id(self) -> int:
+        self._next_id += 1
+        return self._next_id - 1
+
+    def add(self, started: StartedWorker) -> None:
+        assert started.worker_id < self._next_id, "the id was not given out"
+        assert started.worker_id not in self.objects, "the worker is in the group already"
+        self.objects[started.worker_id] = started.handle
+
+    def remove(self, worker_id: int) -> None:
+        assert worker_id in self.objects, f"there is no worker {worker_id}"
+        del self.objects[worker_id]
+
+    def start(self, worker_id: int, method: str, *arguments: Any) -> Call:
+        assert worker_id in self.objects, f"there is no worker {worker_id}"
+        worker = self.objects[worker_id]
+        require_call(self.stands_for or type(worker), method, arguments)
+        self.calls.append((worker_id, method))
+        call = _run(getattr(worker, method), arguments)
+        self._begun.add(call)
+        return call
+
+    def finish(
+        self,
+        references: Sequence[Any],
+        *,
+        what: str,
+        fetch: bool = True,
+        seconds: float | None = None,
+    ) -> list[Any]:
+        _check_wait(references, what=what, seconds=seconds)
+        if not fetch:
+            return []  # a failed call counts as done; whoever is handed its result fails
+        return [self._fetch(reference, what) for reference in references]
+
+    def wait_any(
+        self,
+        references: Sequence[Any],
+        *,
+        what: str,
+        seconds: float,
+        unhurried: Sequence[Any] = (),
+        together_seconds: float = 0.0,
+    ) -> list[Any]:
+        _check_wait([*references, *unhurried], what=what, seconds=seconds)
+        assert together_seconds >= 0
+        return [*references, *unhurried]
+
+    def _fetch(self, reference: Done, what: str) -> Any:
+        is_ours = reference in self._begun or not isinstance(reference, Call)
+        assert is_ours, f"{what}: the call is another group's"
+        assert reference not in self._fetched, f"{what}: the result was fetched before"
+        self._fetched.add(reference)
+        if reference.error is not None:
+            raise reference.error
+        return reference.value
+
+
+def _run(method: Any, arguments: Sequence[Any]) -> Call:
+    for argument in arguments:
+        if isinstance(argument, Done) and argument.error is not None:
+            return Call(error=argument.error)
+    resolved = [a.value if isinstance(a, Done) else a for a in arguments]
+    try:
+        result = method(*pickle.loads(pickle.dumps(resolved)))
+    except Exception as error:
+        return Call(error=error)
+    return Call(value=pickle.loads(pickle.dumps(result)))
+
+
+def _check_wait(references: Sequence[Any], *, what: str, seconds: float | None) -> None:
+    assert what, "a wait must say what it waits for"
+    assert seconds is None or seconds >= 0, f"{what}: {seconds} s are no time to wait for"
+    for reference in references:
+        assert isinstance(reference, Done), f"{what}: expected a reference, got {reference!r}"
