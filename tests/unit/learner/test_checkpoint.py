@@ -201,6 +201,19 @@ def test_a_model_of_other_shape_or_other_weights_is_refused(tmp_path):
         _load(_build(frozen=True), tmp_path)
 
 
+def test_the_first_weights_of_another_model_are_named_in_their_order(tmp_path):
+    made = _build()
+    for name in "gfbedca":
+        made.model.register_buffer(f"extra_{name}", torch.zeros(2))
+    _save(made, tmp_path)
+    four = r"\['extra_a', 'extra_b', 'extra_c', 'extra_d'\] of 7"
+    with pytest.raises(RunStateError, match=rf"lacks the weights \[\] of 0 and holds {four}"):
+        _load(_build(), tmp_path)
+    _save(_build(), tmp_path / "plain")
+    with pytest.raises(RunStateError, match=rf"lacks the weights {four} and holds \[\] of 0"):
+        _load(made, tmp_path / "plain")
+
+
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "a_file").write_text("")
     writer = _start(_build(), tmp_path / "a_file")
