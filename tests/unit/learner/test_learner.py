@@ -199,6 +199,13 @@ def test_targets_of_another_trajectory_are_refused_even_where_the_lengths_agree(
         _group(make_learner()).learn(0, foreign)
 
 
+def test_a_trajectory_without_targets_is_refused(make_learner, scorer):
+    scored = _scored(scorer, shares=1)
+    few = [replace(scored[0], targets=Done(scored[0].targets.value[:-1])), *scored[1:]]
+    with pytest.raises(ValueError, match="shorter"):
+        _group(make_learner()).learn(0, few)
+
+
 def test_what_the_student_wrote_is_described_over_all_ranks(make_learner, make_ranks, scorer):
     """Only a response that stopped has ended by itself: one that was cut or aborted has not."""
     ends = [Finish.STOP, Finish.LENGTH, Finish.ABORT, Finish.STOP, Finish.ABORT, Finish.ABORT]
