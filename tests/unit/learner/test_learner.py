@@ -195,7 +195,7 @@ def test_targets_of_another_trajectory_are_refused_even_where_the_lengths_agree(
     said[3] = replace(said[3], trajectory_id="another")
     name = scored[0].chunk.trajectories[3].trajectory_id
     foreign = [replace(scored[0], targets=Done(said)), *scored[1:]]
-    with pytest.raises(RecordError, match=f"'{name}' of .* came with targets of 'another'"):
+    with pytest.raises(RecordError, match=f"'{name}'.* came with targets of 'another'"):
         _group(make_learner()).learn(0, foreign)
 
 
