@@ -13,9 +13,9 @@ from typing import Any
 from distill_system.workers import StartedWorker
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Done:
-    """A reference whose result is here already, or whose call failed."""
+    """A reference whose result is here already, or whose call failed; each is its own key."""
 
     value: Any = None
     error: Exception | None = None

@@ -238,26 +238,6 @@ def test_a_step_may_go_on_without_the_late_ones(tmp_path, seed, share):
         assert 4 <= sum(s == "off_policy" for s, _ in batch) <= 8 - share * 4
 
 
-def test_a_step_needs_a_whole_sequence_more_where_the_share_is_not_whole(tmp_path):
-    """0.3 of 8 is 2.4: no step begins with 2, some begin with 3."""
-    counts = Counter(
-        sum(s == "on_policy" for s, _ in batch)
-        for seed in range(6)
-        for batch in play(
-            tmp_path,
-            seed=seed,
-            overrides=[
-                "distill.staleness.max_staleness=2",
-                "distill.staleness.too_old=reissue",
-                "distill.staleness.min_on_policy_share=0.3",
-            ],
-            batch=8,
-            num_prompts=100,
-        ).learner.trained
-    )
-    assert min(counts) == 3
-
-
 @anything
 @given(seed=seeds, budget=st.sampled_from([40, 200, 1000]))
 def test_a_budget_of_tokens_is_filled_with_what_is_ready(tmp_path, seed, budget):

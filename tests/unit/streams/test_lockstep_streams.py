@@ -27,7 +27,6 @@ from distill_system.records import (
     Trajectory,
     VersionSpan,
     WeightVersion,
-    WorkDone,
 )
 from distill_system.rollout import RolloutPool
 from distill_system.run.pools import Pools
@@ -44,24 +43,49 @@ REPLAY = ("distill.off_policy_source=dataset", "distill.replay={initial_share: 0
 RISING = [{"held_out/cross_entropy": 1.0 + step} for step in range(STEPS)]
 
 
+class Later(Done):
+    """A call that runs when it is waited for, so that it lasts from its start on."""
+
+    def __init__(self, run):
+        super().__init__()
+        object.__setattr__(self, "run", run)
+
+    def complete(self):
+        if self.run is not None:
+            result, _ = self.run(), object.__setattr__(self, "run", None)
+            for field in ("value", "error"):
+                object.__setattr__(self, field, getattr(result, field))
+
+
+class WaitedForWorkers(LocalWorkers):
+    """Workers whose calls run one after another, as somebody waits for them."""
+
+    def start(self, worker, method, *arguments):
+        return Later(lambda: LocalWorkers.start(self, worker, method, *arguments))
+
+    def finish(self, references, **how):
+        for reference in references:
+            if isinstance(reference, Later):
+                reference.complete()
+        return super().finish(references, **how)
+
+    def wait_any(self, references, *, what, seconds, unhurried=(), together_seconds=0.0):
+        references[0].complete()
+        return [reference for reference in references if reference.run is None]
+
+
 class Writer:
     """A rollout worker. log: of (author, label, prompt ids), shared by all workers of a run."""
 
     def __init__(self, author, log, *, seconds=0.0):
         self.author, self.log, self.seconds = author, log, seconds
-        self.version = 0
-        self.work = WorkDone()
+        self.version, self.sampling = 0, None
 
     def generate(self, prompts, sampling, seed, label):
-        started = time.perf_counter()
         time.sleep(self.seconds)
         self.log.append((str(self.author), label, [prompt.prompt_id for prompt in prompts]))
         self.sampling, self.seed = sampling, seed
-        written = [self._write(prompt, seed, label) for prompt in prompts]
-        tokens = sum(trajectory.num_response_tokens for trajectory in written)
-        busy = time.perf_counter() - started
-        self.work += WorkDone(num_tokens=tokens, busy_seconds=busy)
-        return written
+        return [self._write(prompt, seed, label) for prompt in prompts]
 
     def _write(self, prompt, seed, label):
         own = derive_seed(seed, label, prompt.prompt_id, self.version)
@@ -80,26 +104,18 @@ class Writer:
             weight_versions=(span,) if student else (),
         )
 
-    def work_done(self):
-        return self.work
-
 
 class Scorer:
     def __init__(self, log):
         self.log, self.needs = log, {}
-        self.work = WorkDone()
 
     def score(self, chunk, needs):
         self.log.append(("scorer", str(chunk.stream)))
         self.needs[chunk.stream] = needs
-        self.work += WorkDone(num_tokens=chunk.num_tokens)
         return [
             TeacherTargets(trajectory_id=t.trajectory_id, num_tokens=t.num_response_tokens)
             for t in chunk.trajectories
         ]
-
-    def work_done(self):
-        return self.work
 
 
 class Rank:
@@ -134,7 +150,7 @@ class Rank:
 class Run:
     """Streams over pools of their own, and what went through them."""
 
-    def __init__(self, folder, *overrides, students=2, teachers=1, ranks=1, seconds=0.0):
+    def __init__(self, folder, *overrides, students=2, ranks=1, seconds=0.0, workers=LocalWorkers):
         self.config = load_config(
             [QUICKSTART],
             [
@@ -153,11 +169,13 @@ class Run:
             stored=make_rows("store", 5),
             student_sft=make_rows("dataset", 7),
         )
-        self.students = self._writers(Author.STUDENT, students, seconds)
-        self.teachers = self._writers(Author.TEACHER, teachers, seconds)
-        self.scorers = LocalWorkers([Scorer(self.log)])
+        self.students, self.teachers = (
+            workers([Writer(author, self.log, seconds=seconds) for _ in range(count)])
+            for author, count in ((Author.STUDENT, students), (Author.TEACHER, 1))
+        )
+        self.scorers = workers([Scorer(self.log)])
         rank = Rank(self.log, self.learned, self.students)
-        learner = LearnerGroup(LocalWorkers([rank] * ranks))
+        learner = LearnerGroup(workers([rank] * ranks))
         learner.connect_rollouts("gloo", None, students, 10.0)
         self.context = SimpleNamespace(
             config=self.config, timings=Timings(RunDirectory(folder / "run"))
@@ -172,9 +190,6 @@ class Run:
             connect_rollouts=lambda: None,
         )
         self.streams = LockstepStreams(self.context, self.pools, self.data)
-
-    def _writers(self, author, count, seconds):
-        return LocalWorkers([Writer(author, self.log, seconds=seconds) for _ in range(count)])
 
     def play(self, first=0, end=STEPS, *, metrics=RISING):
         """Steps as the driver takes them; the state after each, as a checkpoint would keep it."""
@@ -350,6 +365,7 @@ def test_replay_learns_from_one_stream_a_step_and_counts_only_what_was_sampled(t
 
 def test_only_the_held_out_loss_moves_the_replays_schedule(tmp_path):
     run = Run(tmp_path, *REPLAY)
+    run.streams.begin(0)
     share = run.streams.state()["replay"]["share"]
     for loss in (1.0, 2.0, 3.0):
         run.streams.on_metrics({"held_out/on_policy_distance": loss})
@@ -400,10 +416,9 @@ def test_the_scorers_are_asked_for_what_each_stream_needs_in_as_many_shares_as_r
 
 
 def test_every_pools_time_is_busy_or_starved_and_its_tokens_are_told_once(tmp_path):
-    run = Run(tmp_path, students=2, teachers=1, ranks=2, seconds=0.01)
-    run.streams.pop_activity()
-    run.streams.begin(0)
+    run = Run(tmp_path, ranks=2, seconds=0.01, workers=WaitedForWorkers)
     began = time.perf_counter()
+    run.streams.begin(0)
     for step in range(3):
         run.step(step)
     played = time.perf_counter() - began
@@ -416,22 +431,39 @@ def test_every_pools_time_is_busy_or_starved_and_its_tokens_are_told_once(tmp_pa
         "learner": 1,  # ranks work side by side, as one
     }
     for pool, done in activity.items():
-        assert done.seconds >= played, pool
+        assert done.seconds == pytest.approx(played, abs=0.05), pool
         assert done.blocked_seconds == 0
         assert done.busy_seconds + done.starved_seconds == pytest.approx(done.worker_seconds)
-    # Three steps: each of two students wrote in each, the teacher in each and once ahead.
+    # Two students and the teacher wrote in each step.
     assert activity["student_rollout"].busy_seconds >= 6 * 0.01
-    assert activity["teacher_rollout"].busy_seconds >= 4 * 0.01
+    assert activity["teacher_rollout"].busy_seconds >= 3 * 0.01
     assert activity["student_rollout"].starved_seconds > 0
     learned = [t for fed in run.learned.values() for _, t in fed]
-    written = [t for t in learned if t.author is Author.STUDENT]
-    assert activity["student_rollout"].num_tokens == sum(t.num_response_tokens for t in written)
-    assert activity["teacher_scoring"].num_tokens == sum(t.token_ids.size for t in learned)
-    assert activity["learner"].num_tokens == sum(t.num_response_tokens for t in learned)
+    response = {
+        author: sum(t.num_response_tokens for t in learned if t.author == author)
+        for author in ("student", "teacher")
+    }
+    everything = sum(t.token_ids.size for t in learned)
+    done = {pool: (done.num_tokens, done.num_sequences) for pool, done in activity.items()}
+    assert done == {
+        "student_rollout": (response["student"], 3 * 4),
+        "teacher_rollout": (response["teacher"], 3 * 3),
+        "teacher_scoring": (everything, 3 * 7),
+        "learner": (sum(response.values()), 3 * 7),
+    }
     idle = run.streams.pop_activity()
-    assert {pool: (done.num_tokens, done.busy_seconds) for pool, done in idle.items()} == (
-        dict.fromkeys(activity, (0, 0.0))
-    )
+    assert {pool: done.num_tokens for pool, done in idle.items()} == dict.fromkeys(activity, 0)
+    assert idle["student_rollout"].busy_seconds == 0.0
+
+
+def test_measurements_leave_no_trace_in_what_the_pools_did(tmp_path):
+    run = Run(tmp_path, seconds=0.01)
+    run.streams.begin(0)
+    run.step(0, measured={})
+    assert run.streams.pop_activity()["student_rollout"].num_tokens > 0
+    run.step(1, measured={"held_out/on_policy_distance": 1.0})
+    after = run.streams.pop_activity()
+    assert {done.num_tokens for done in after.values()} == {0}
 
 
 def test_what_the_driver_waited_for_is_told_by_pool(tmp_path):
@@ -452,19 +484,22 @@ def test_what_the_driver_waited_for_is_told_by_pool(tmp_path):
 def test_workers_leave_and_join_between_take_and_learn_without_a_trace_in_the_text(tmp_path):
     same = Run(tmp_path)
     same.play()
-    run = Run(tmp_path)
+    run, counts = Run(tmp_path), []
     run.streams.begin(0)
     for step in range(STEPS):
         scored = run.streams.take(step)
         if step == 2:
-            assert run.streams.release("student_rollout", 0)
+            for _ in range(2):  # it may be asked for again
+                assert run.streams.release_worker("student_rollout", 0)
             run.students.remove(0)
         if step == 4:
             worker_id = run.students.take_id()
             joined = Writer(Author.STUDENT, run.log)
             run.students.add(StartedWorker(worker_id, joined, None))
-            run.streams.welcome()
+            run.streams.admit_workers()
         run.streams.learn(step, scored)
         run.streams.publish(step + 1)
+        counts.append(run.streams.pop_activity()["student_rollout"].num_workers)
     assert _content(run.learned) == _content(same.learned)
-    assert joined.work.num_tokens > 0
+    assert joined.sampling is not None, "who joined was asked to write"
+    assert [counts[step] for step in (0, 1, 3, 5, 6)] == [2, 2, 1, 2, 2]
