@@ -38,3 +38,13 @@ def test_a_step_begins_with_a_sequence_of_the_student_for_every_rank():
     _load(*shared, "distill.staleness.min_on_policy_share=0.5")
     with pytest.raises(ConfigError, match=r"begin with 2 of .* at least pools.learner.count=4"):
         _load(*shared, "distill.staleness.min_on_policy_share=0.25")
+
+
+def test_a_part_of_a_sequence_counts_as_one_in_what_a_step_needs():
+    """0.3 of 8 is 2.4: a step needs 3."""
+    ahead = ["distill.staleness.max_staleness=2", "distill.staleness.too_old=reissue"]
+    shared = [*ahead, "distill.student_prompts_per_step=8"]
+    share = "distill.staleness.min_on_policy_share=0.3"
+    _load(*shared, share, "pools.learner.count=3")
+    with pytest.raises(ConfigError, match=r"begin with 3 of .* at least pools.learner.count=4"):
+        _load(*shared, share, "pools.learner.count=4")

@@ -9,6 +9,7 @@ import torch
 from fakes.forked_workers import ForkedWorkers
 from fakes.local_workers import LocalWorkers
 from peft import PeftModel
+from safetensors import safe_open
 from tiny_families import save_family
 from trajectories import make_trajectories
 from transformers import AutoModelForCausalLM
@@ -68,6 +69,7 @@ def _move(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_adapters_leave_every_logit_as_it_was(load, family):
     adapted = load(family, LORA)
+    assert not any(module.training for module in adapted.modules())
     assert torch.equal(_logits(adapted), _logits(load(family)))
     _move(adapted)
     assert (_logits(adapted) - _logits(load(family))).abs().max() > 0.1
@@ -184,6 +186,8 @@ def test_the_exported_model_and_the_exported_adapter_are_the_student(make_learne
     assert (_logits(base) - ours).abs().max() > 1e-2
     peft_model = PeftModel.from_pretrained(base, tmp_path / "export/adapter")
     torch.testing.assert_close(_logits(peft_model), ours, atol=2e-5, rtol=1e-5)
+    with safe_open(tmp_path / "export/adapter/adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}, "some readers refuse a file that does not say"
     plain = learner.source.update.model_copy(update={"save_adapter": False})
     _learner(make_learner, folder, plain).export(str(tmp_path / "merged"))
     assert not (tmp_path / "merged/adapter").exists()

@@ -5,13 +5,12 @@ A reference that never stops, and weights read back by safetensors alone, are wh
 
 from __future__ import annotations
 
-import multiprocessing
-from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from process_groups import TIMEOUT, run_ranks
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,8 +20,6 @@ from torch.distributed.tensor import DTensor
 from distill_system.errors import RunStateError
 from distill_system.learner.checkpoint import CheckpointWriter, load_checkpoint
 from distill_system.learner.checkpoint_files import find_alterations
-
-TIMEOUT = timedelta(seconds=60)
 
 
 class _Model(nn.Module):
@@ -204,6 +201,19 @@ def test_a_model_of_other_shape_or_other_weights_is_refused(tmp_path):
         _load(_build(frozen=True), tmp_path)
 
 
+def test_the_first_weights_of_another_model_are_named_in_their_order(tmp_path):
+    made = _build()
+    for name in "gfbedca":
+        made.model.register_buffer(f"extra_{name}", torch.zeros(2))
+    _save(made, tmp_path)
+    four = r"\['extra_a', 'extra_b', 'extra_c', 'extra_d'\] of 7"
+    with pytest.raises(RunStateError, match=rf"lacks the weights \[\] of 0 and holds {four}"):
+        _load(_build(), tmp_path)
+    _save(_build(), tmp_path / "plain")
+    with pytest.raises(RunStateError, match=rf"lacks the weights {four} and holds \[\] of 0"):
+        _load(made, tmp_path / "plain")
+
+
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "a_file").write_text("")
     writer = _start(_build(), tmp_path / "a_file")
@@ -229,27 +239,6 @@ def test_missing_truncated_and_altered_files_are_named(tmp_path):
     ]
 
 
-def _in_processes(count, meeting, main, *arguments):
-    """Run main(rank, *arguments) in `count` processes that form a gloo group."""
-    context = multiprocessing.get_context("fork")
-    answers = context.SimpleQueue()
-
-    def rank_main(rank):
-        dist.init_process_group(
-            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=TIMEOUT
-        )
-        answers.put((rank, main(rank, *arguments)))
-        dist.destroy_process_group()
-
-    processes = [context.Process(target=rank_main, args=(rank,)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    return dict(answers.get() for _ in range(count))
-
-
 def _train_and_save(rank, folder):
     made = _build(sharded=True)
     losses = [_step(made, step) for step in range(3)]
@@ -271,7 +260,7 @@ def _load_and_train(rank, folder):
 
 def test_two_sharded_ranks_resume_as_two_and_as_one(tmp_path):
     folder = tmp_path / "checkpoint"
-    saved = _in_processes(2, tmp_path / "a", _train_and_save, folder)
+    saved = run_ranks(2, tmp_path / "a", _train_and_save, folder)
     losses = saved[0][0]
     assert saved[1][0] == losses
     reference = _build()
@@ -283,7 +272,7 @@ def test_two_sharded_ranks_resume_as_two_and_as_one(tmp_path):
     on_disk = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert written.keys() == on_disk
 
-    two = _in_processes(2, tmp_path / "b", _load_and_train, folder)
+    two = run_ranks(2, tmp_path / "b", _load_and_train, folder)
     assert two[0][0] == two[1][0] == losses[3:]
     for rank in (0, 1):
         torch.manual_seed(100 + rank)
@@ -302,6 +291,6 @@ def test_one_rank_resumes_as_two(tmp_path):
         _step(one, step)
     _save(one, tmp_path / "checkpoint")
     losses = [_step(one, step) for step in range(3, 6)]
-    two = _in_processes(2, tmp_path / "a", _load_and_train, tmp_path / "checkpoint")
+    two = run_ranks(2, tmp_path / "a", _load_and_train, tmp_path / "checkpoint")
     assert two[0][0] == two[1][0] == pytest.approx(losses, rel=3e-3)
     assert two[0][1] != two[1][1], "the new rank draws numbers of its own"

@@ -13,7 +13,7 @@ from distill_system.config.objective import MOMENTS, AmmdConfig, GradientCritic
 from distill_system.errors import NonFiniteError, RecordError, RunStateError
 from distill_system.learner import LearnerGroup
 from distill_system.learner.sharding import gather
-from distill_system.records import Author, Stream
+from distill_system.records import Author, Finish, Stream
 from distill_system.scoring import ScoringPool
 
 
@@ -21,11 +21,11 @@ def _weights(learner):
     return torch.cat([gather(p.detach()).reshape(-1) for p in learner.model.parameters()])
 
 
-def _scored(scorer, *, shares, count=12):
+def _scored(scorer, *, shares, count=12, written=None):
     pool = ScoringPool(LocalWorkers([scorer]))
     how = {"needs": MOMENTS, "num_shares": shares}
     off = pool.start(make_trajectories(count, Author.TEACHER), Stream.OFF_POLICY, **how)
-    on = pool.start(make_trajectories(count, first=100), Stream.ON_POLICY, **how)
+    on = pool.start(written or make_trajectories(count, first=100), Stream.ON_POLICY, **how)
     return [*off, *on]
 
 
@@ -185,6 +185,42 @@ def test_targets_of_another_trajectory_are_refused(make_learner, scorer):
     swapped = [replace(part, targets=scored[0].targets) for part in scored]
     with pytest.raises(RecordError, match="came with targets of"):
         _group(make_learner()).learn(0, swapped)
+
+
+def test_targets_of_another_trajectory_are_refused_even_where_the_lengths_agree(
+    make_learner, scorer
+):
+    scored = _scored(scorer, shares=1)
+    said = list(scored[0].targets.value)
+    said[3] = replace(said[3], trajectory_id="another")
+    name = scored[0].chunk.trajectories[3].trajectory_id
+    foreign = [replace(scored[0], targets=Done(said)), *scored[1:]]
+    with pytest.raises(RecordError, match=f"'{name}'.* came with targets of 'another'"):
+        _group(make_learner()).learn(0, foreign)
+
+
+def test_a_trajectory_without_targets_is_refused(make_learner, scorer):
+    scored = _scored(scorer, shares=1)
+    few = [replace(scored[0], targets=Done(scored[0].targets.value[:-1])), *scored[1:]]
+    with pytest.raises(ValueError, match="shorter"):
+        _group(make_learner()).learn(0, few)
+
+
+def test_what_the_student_wrote_is_described_over_all_ranks(make_learner, make_ranks, scorer):
+    """Only a response that stopped has ended by itself: one that was cut or aborted has not."""
+    ends = [Finish.STOP, Finish.LENGTH, Finish.ABORT, Finish.STOP, Finish.ABORT, Finish.ABORT]
+    written = [
+        replace(trajectory, finish=finish)
+        for trajectory, finish in zip(make_trajectories(6), ends, strict=True)
+    ]
+    scored = _scored(scorer, shares=2, count=6, written=written)
+    lengths = [trajectory.num_response_tokens for trajectory in written]
+    for workers in (LocalWorkers([make_learner()]), make_ranks(2)):
+        metrics = LearnerGroup(workers).learn(0, scored).metrics
+        assert metrics["learner/student_ended_share"] == pytest.approx(2 / 6)
+        assert metrics["learner/mean_student_response_tokens"] == pytest.approx(sum(lengths) / 6)
+        tokens = sum(part.chunk.num_response_tokens for part in scored)
+        assert metrics["learner/response_tokens"] == tokens
 
 
 def test_the_export_loads_in_transformers_with_the_same_logits(make_learner, scorer, tmp_path):

@@ -8,7 +8,12 @@ import torch
 
 from distill_system.config.model import OptimizerConfig
 from distill_system.errors import NonFiniteError
-from distill_system.learner.optimizer import build_optimizers, clip_gradients, learning_rate_at
+from distill_system.learner.optimizer import (
+    build_optimizers,
+    clip_gradients,
+    learning_rate_at,
+    set_learning_rate,
+)
 
 CONFIG = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_learning_rate_fraction=0.1)
 
@@ -48,6 +53,34 @@ def test_every_parameter_has_one_optimizer_and_only_hidden_matrices_decay(kind):
         for p in o.param_groups[0]["params"]
     ]
     assert [id(p) for p in muon] == ([id(net.hidden.weight)] if kind == "muon" else [])
+
+
+@pytest.mark.parametrize("shape", [(256, 64), (64, 256), (96, 96)])
+def test_a_step_of_muon_is_as_long_as_one_of_adamw_and_both_follow_the_rate(shape):
+    """0.2 x rate is AdamW's usual root mean square, so that one rate serves both."""
+    rate, net = 0.03, torch.nn.Module()
+    net.hidden = torch.nn.Parameter(torch.zeros(shape))
+    net.embedding = torch.nn.Parameter(torch.zeros(7, 4))
+    config = OptimizerConfig(type="muon", learning_rate=1.0, weight_decay=0.0)
+    optimizers = build_optimizers(net, [net.embedding], config)
+    set_learning_rate(optimizers, rate)
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn(parameter.shape)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert float(net.hidden.detach().square().mean().sqrt()) == pytest.approx(0.2 * rate, rel=0.15)
+    # The first step of Adam is the rate itself, whatever the gradient.
+    torch.testing.assert_close(net.embedding.abs(), torch.full((7, 4), rate), rtol=1e-4, atol=0)
+
+
+def test_adamw_takes_its_decay_rates_from_the_configuration():
+    for kind in ("adamw", "muon"):
+        config = OptimizerConfig(type=kind, learning_rate=1.0, adam_betas=(0.7, 0.8))
+        net = _Net()
+        adamw = build_optimizers(net, [net.embedding.weight], config)[-1]
+        assert isinstance(adamw, torch.optim.AdamW)
+        assert {group["betas"] for group in adamw.param_groups} == {(0.7, 0.8)}
 
 
 def test_clipping_returns_the_norm_before_and_refuses_what_is_not_finite():

@@ -165,6 +165,7 @@ def test_a_failure_of_the_learner_itself_leaves_the_one_before(tmp_path, failure
         ("state.json", "[7]", r"state\.json has 3 bytes, was written with"),
         ("model/weights", None, r"model/weights is missing"),
         ("model/weights", "sev", r"model/weights has 3 bytes, was written with 5"),
+        ("model/weights", "sevens", r"model/weights has 6 bytes, was written with 5"),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_named_with_the_way_on(tmp_path, name, damaged, said):

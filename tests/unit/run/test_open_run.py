@@ -57,6 +57,57 @@ def test_what_changes_nothing_learned_may_change(tmp_path):
     assert open_run(_config(tmp_path, *changed)).path == run.path
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "deadlines.call_seconds=9",
+        "pools.student_rollout.cpus=0.5",
+        "scaling.look_every_seconds=77",
+        "cluster.dashboard=true",
+        "evaluation.num_examples_during=7",
+        "learner.activation_checkpointing=true",
+        "learner.max_tokens_per_microbatch=500",
+        "learner.offload=true",
+        "learner.shard_ranks=all",
+        "distill.measure_every=10",
+        "distill.evaluate_every=40",
+        "distill.checkpoint_every=3",
+        "distill.keep_checkpoints=5",
+        "distill.keep_best={metric: held_out/x, mode: min}",
+    ],
+)
+def test_where_and_how_often_may_change_in_a_run_that_has_work(tmp_path, change):
+    run = _start(tmp_path)
+    run.teacher_directory.mkdir()
+    assert open_run(_config(tmp_path, change)).path == run.path
+    assert run.teacher_directory.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "learner.compute_dtype=bfloat16",
+        "distill.steps=221",
+        "rollout.sampling.temperature=0.5",
+        "distill.optimizer.learning_rate=1.0",
+        "data.max_prompt_tokens=50",
+    ],
+)
+def test_what_is_learned_may_not_change_in_a_run_that_has_work(tmp_path, change):
+    run = _start(tmp_path)
+    run.teacher_directory.mkdir()
+    key, _, value = change.partition("=")
+    with pytest.raises(RunStateError, match=rf"another configuration: {key}: .* -> .*{value}"):
+        open_run(_config(tmp_path, change))
+
+
+def test_a_run_that_was_moved_with_its_folder_goes_on(tmp_path):
+    run = _start(tmp_path / "first")
+    run.teacher_directory.mkdir()
+    (tmp_path / "first").rename(tmp_path / "second")
+    assert open_run(_config(tmp_path / "second")).teacher_directory.exists()
+
+
 def test_an_empty_folder_takes_any_configuration(tmp_path):
     _start(tmp_path)
     assert open_run(_config(tmp_path, "seed=9")).path == tmp_path / "quickstart"

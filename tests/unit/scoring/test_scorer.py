@@ -66,6 +66,23 @@ def test_bfloat16_travels_as_float16_and_stays_close(tiny_model_folder):
         np.testing.assert_allclose(one.expected_embedding, other.expected_embedding, atol=0.03)
 
 
+def test_what_float16_cannot_hold_travels_as_float32(tiny_model_folder):
+    """Its largest number is 65,504; 7e4 would come out as infinity."""
+    chunk = TrajectoryChunk(stream=Stream.ON_POLICY, trajectories=tuple(make_trajectories(6)))
+    scorer = _scorer(tiny_model_folder(), dtype="bfloat16")
+    largest = {}
+    for wanted in (6e4, 7e4):
+        now = max(np.abs(t.features).max() for t in scorer.score(chunk, EVERYTHING))
+        with torch.no_grad():
+            scorer.model.model.norm.weight *= wanted / float(now)
+        targets = scorer.score(chunk, TeacherNeeds(features=True))
+        largest[wanted] = max(np.abs(t.features.astype(np.float64)).max() for t in targets)
+        assert largest[wanted] == pytest.approx(wanted, rel=0.02)
+        assert {t.features.dtype for t in targets} == {
+            np.dtype(np.float16 if wanted == 6e4 else np.float32)
+        }
+
+
 @pytest.mark.parametrize(("scorers", "ranks"), [(1, 1), (3, 1), (1, 2), (3, 2), (2, 4)])
 def test_chunks_come_in_equal_numbers_per_rank_and_use_every_scorer(
     tiny_model_folder, scorers, ranks

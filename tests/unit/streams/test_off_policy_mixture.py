@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from simulated_pools import make_prompts, make_rows
+from trajectories import make_trajectories
 
 from distill_system.config import load_config
-from distill_system.data import PromptFrontier
-from distill_system.records import Prompt
+from distill_system.data import PromptFrontier, SampleOrigin, TrajectoryStore, read_trajectories
+from distill_system.records import Author, Prompt
+from distill_system.run.stored_targets import PREFIX
 from distill_system.streams.off_policy import OffPolicyMixture
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -50,6 +53,55 @@ def test_an_epoch_holds_everything_of_a_source_once(build):
     mixture = build("store")
     epoch = [mixture.look_up(index).prompt_id for index in mixture.frontier.take(5)]
     assert sorted(epoch) == [f"store:{index}" for index in range(5)]
+
+
+def test_the_teachers_share_is_parted_among_the_prompts_by_their_weights():
+    """A quarter of the sequences is the teacher's, three in four of these from the source a."""
+    rows = "source: {type: embedded, split: train, num_examples: 9, seed: 3}"
+    sources = f"{{a: {{{rows}, weight: 6}}, b: {{{rows}, weight: 2}}}}"
+    overrides = [
+        f"data.prompts={{type: mixture, sources: {sources}}}",
+        "distill.off_policy_source={teacher: 1, store: 3}",
+        "data.trajectory_store=store",
+    ]
+    named = zip(["prompts.a"] * 5 + ["prompts.b"] * 4, make_prompts(9), strict=True)
+    prompts = [replace(prompt, source=name) for name, prompt in named]
+    data = SimpleNamespace(prompts=prompts, stored=make_rows("store", 5), student_sft=())
+    mixture = OffPolicyMixture(load_config([QUICKSTART], overrides), data)
+    items = [mixture.look_up(index) for index in mixture.frontier.take(160)]
+    asked = [item.source for item in items if isinstance(item, Prompt)]
+    assert Counter(asked) == {"prompts.a": 30, "prompts.b": 10}
+
+
+def test_a_stored_sample_goes_by_its_key_under_which_its_targets_may_stand(tmp_path):
+    origin = SampleOrigin(
+        author=Author.TEACHER,
+        model="teacher",
+        model_fingerprint="f",
+        tokenizer_fingerprint="t",
+        temperature=1.0,
+        top_p=1.0,
+        max_response_tokens=50,
+        stop_token_ids=(1,),
+        seed=0,
+    )
+    store = TrajectoryStore(tmp_path / "store", "t")
+    store.append(make_trajectories(4, Author.TEACHER), origin, label="a")
+    stored = read_trajectories(tmp_path / "store", "t")
+    data = SimpleNamespace(prompts=make_prompts(3), stored=stored, student_sft=())
+    overrides = ["distill.off_policy_source={teacher: 1, store: 1}", "data.trajectory_store=store"]
+    mixture = OffPolicyMixture(load_config([QUICKSTART], overrides), data)
+    for index in range(4):
+        sample = mixture.look_up(3 + index)
+        assert sample.trajectory_id == PREFIX + stored.key(index)
+        assert sample.prompt_id == stored[index].prompt_id
+        assert sample.token_ids.tolist() == stored[index].token_ids.tolist()
+
+
+@pytest.mark.parametrize("source", ["teacher", "{teacher: 1, store: 1}"])
+def test_an_index_behind_all_sets_is_a_mistake_of_ours(build, source):
+    with pytest.raises(AssertionError, match="walks over these sets"):
+        build(source).look_up(7 + (5 if "store" in source else 0))
 
 
 @pytest.mark.parametrize(

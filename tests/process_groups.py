@@ -1,0 +1,34 @@
+"""A torch process group of forked processes, for code that needs ranks and no learner."""
+
+from __future__ import annotations
+
+import multiprocessing
+from datetime import timedelta
+
+import torch.distributed as dist
+
+TIMEOUT = timedelta(seconds=60)
+
+
+def run_ranks(count, meeting, main, *arguments):
+    """Run main(rank, *arguments) in `count` processes that form a gloo group; answers by rank.
+
+    meeting: a file that does not exist yet, where they find one another.
+    """
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+
+    def rank_main(rank):
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=TIMEOUT
+        )
+        answers.put((rank, main(rank, *arguments)))
+        dist.destroy_process_group()
+
+    processes = [context.Process(target=rank_main, args=(rank,)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return dict(answers.get() for _ in range(count))

@@ -1,0 +1,505 @@
+"""Both streams in step with the learner: who is asked for what and when, and that a run repeats.
+
+The real pools stand over workers of this process whose text follows from seed, label, prompt and
+weights, as a rollout worker's does: two runs agree to the bit only if they asked for the same.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fakes.local_workers import Done, LocalWorkers
+from simulated_pools import make_prompts, make_rows
+
+from distill_system.config import load_config
+from distill_system.learner import LearnerGroup
+from distill_system.observe import RunDirectory, Timings
+from distill_system.records import (
+    Author,
+    Finish,
+    StepResult,
+    TeacherTargets,
+    Trajectory,
+    VersionSpan,
+    WeightVersion,
+)
+from distill_system.rollout import RolloutPool
+from distill_system.run.pools import Pools
+from distill_system.scoring import ScoringPool
+from distill_system.seeds import derive_seed
+from distill_system.streams import LockstepStreams
+from distill_system.streams.off_policy import OffPolicyMixture
+from distill_system.workers import StartedWorker
+
+QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+STEPS = 7
+MIXTURE = "distill.off_policy_source={teacher: 1, store: 1, dataset: 1}"
+REPLAY = ("distill.off_policy_source=dataset", "distill.replay={initial_share: 0.7, capacity: 6}")
+RISING = [{"held_out/cross_entropy": 1.0 + step} for step in range(STEPS)]
+
+
+class Later(Done):
+    """A call that runs when it is waited for, so that it lasts from its start on."""
+
+    def __init__(self, run):
+        super().__init__()
+        object.__setattr__(self, "run", run)
+
+    def complete(self):
+        if self.run is not None:
+            result, _ = self.run(), object.__setattr__(self, "run", None)
+            for field in ("value", "error"):
+                object.__setattr__(self, field, getattr(result, field))
+
+
+class WaitedForWorkers(LocalWorkers):
+    """Workers whose calls run one after another, as somebody waits for them."""
+
+    def start(self, worker, method, *arguments):
+        return Later(lambda: LocalWorkers.start(self, worker, method, *arguments))
+
+    def finish(self, references, **how):
+        for reference in references:
+            if isinstance(reference, Later):
+                reference.complete()
+        return super().finish(references, **how)
+
+    def wait_any(self, references, *, what, seconds, unhurried=(), together_seconds=0.0):
+        references[0].complete()
+        return [reference for reference in references if reference.run is None]
+
+
+class Writer:
+    """A rollout worker. log: of (author, label, prompt ids), shared by all workers of a run."""
+
+    def __init__(self, author, log, *, seconds=0.0):
+        self.author, self.log, self.seconds = author, log, seconds
+        self.version, self.sampling = 0, None
+
+    def generate(self, prompts, sampling, seed, label):
+        time.sleep(self.seconds)
+        self.log.append((str(self.author), label, [prompt.prompt_id for prompt in prompts]))
+        self.sampling, self.seed = sampling, seed
+        return [self._write(prompt, seed, label) for prompt in prompts]
+
+    def _write(self, prompt, seed, label):
+        own = derive_seed(seed, label, prompt.prompt_id, self.version)
+        response = np.random.default_rng(own).integers(64, size=1 + own % 5).astype(np.int32)
+        student = self.author is Author.STUDENT
+        span = VersionSpan(version=self.version, start=0, end=response.size)
+        return Trajectory(
+            trajectory_id=f"{label}/{self.author}/{prompt.prompt_id}",
+            prompt_id=prompt.prompt_id,
+            author=self.author,
+            token_ids=np.concatenate([prompt.token_ids, response]),
+            num_prompt_tokens=prompt.token_ids.size,
+            behaviour_logprobs=np.full(response.size, -own % 7, np.float32),
+            temperature=self.sampling.temperature,
+            finish=Finish.STOP,
+            weight_versions=(span,) if student else (),
+        )
+
+
+class Scorer:
+    def __init__(self, log):
+        self.log, self.needs = log, {}
+
+    def score(self, chunk, needs):
+        self.log.append(("scorer", str(chunk.stream)))
+        self.needs[chunk.stream] = needs
+        return [
+            TeacherTargets(trajectory_id=t.trajectory_id, num_tokens=t.num_response_tokens)
+            for t in chunk.trajectories
+        ]
+
+
+class Rank:
+    """A learner rank. learned: per step, (stream, trajectory) of all chunks of all ranks."""
+
+    def __init__(self, log, learned, writers):
+        self.log, self.learned, self.writers = log, learned, writers
+
+    def step(self, step, chunks, totals, *targets):
+        self.log.append(("learner", step))
+        for chunk, said in zip(chunks, targets, strict=True):
+            assert [t.trajectory_id for t in chunk.trajectories] == [t.trajectory_id for t in said]
+            fed = self.learned.setdefault(step, [])
+            fed.extend((str(chunk.stream), trajectory) for trajectory in chunk.trajectories)
+        tokens = sum(total.num_tokens for total in totals.values())
+        return StepResult(step=step, metrics={}, num_response_tokens=tokens, seconds=1e-6)
+
+    def address(self):
+        return "here", 1
+
+    def connect_rollouts(self, *arguments):
+        """Its workers are these writers."""
+
+    def start_publish(self, version):
+        self.log.append(("publish", version))
+        for writer in self.writers.objects.values():
+            writer.version = version
+        received = WeightVersion(version=version, num_bytes=1, digest=1, seconds=0.0)
+        return [Done(received)]
+
+
+class Run:
+    """Streams over pools of their own, and what went through them."""
+
+    def __init__(self, folder, *overrides, students=2, ranks=1, seconds=0.0, workers=LocalWorkers):
+        self.config = load_config(
+            [QUICKSTART],
+            [
+                f"distill.steps={STEPS}",
+                "distill.student_prompts_per_step=4",
+                "distill.teacher_prompts_per_step=3",
+                f"pools.learner.count={ranks}",
+                "data.trajectory_store=store",
+                "seed=5",
+                *overrides,
+            ],
+        )
+        self.log, self.learned = [], {}
+        self.data = SimpleNamespace(
+            prompts=make_prompts(11),
+            stored=make_rows("store", 5),
+            student_sft=make_rows("dataset", 7),
+        )
+        self.students, self.teachers = (
+            workers([Writer(author, self.log, seconds=seconds) for _ in range(count)])
+            for author, count in ((Author.STUDENT, students), (Author.TEACHER, 1))
+        )
+        self.scorers = workers([Scorer(self.log)])
+        rank = Rank(self.log, self.learned, self.students)
+        learner = LearnerGroup(workers([rank] * ranks))
+        learner.connect_rollouts("gloo", None, students, 10.0)
+        self.context = SimpleNamespace(
+            config=self.config, timings=Timings(RunDirectory(folder / "run"))
+        )
+        self.pools = Pools(
+            students=RolloutPool(self.students),
+            teachers=RolloutPool(self.teachers),
+            scorers=ScoringPool(self.scorers),
+            learner=learner,
+            evaluation=RolloutPool(self.students),
+            elastic={},
+            connect_rollouts=lambda: None,
+        )
+        self.streams = LockstepStreams(self.context, self.pools, self.data)
+
+    def play(self, first=0, end=STEPS, *, metrics=RISING):
+        """Steps as the driver takes them; the state after each, as a checkpoint would keep it."""
+        states = {}
+        for writer in self.students.objects.values():
+            writer.version = first
+        self.streams.begin(first)
+        for step in range(first, end):
+            self.step(step, metrics[step])
+            states[step + 1] = json.loads(json.dumps(self.streams.state()))
+        return states
+
+    def step(self, step, measured=None):
+        self.streams.learn(step, self.streams.take(step))
+        self.streams.publish(step + 1)
+        self.streams.on_metrics(measured or {})
+
+    def of_stream(self, stream, step):
+        return [t for name, t in self.learned.get(step, []) if name == stream]
+
+
+def _content(learned):
+    """Everything that a step was fed, comparable to the bit."""
+    return {
+        step: sorted(
+            (stream, t.trajectory_id, t.token_ids.tolist(), t.behaviour_logprobs.tolist())
+            for stream, t in fed
+        )
+        for step, fed in learned.items()
+    }
+
+
+def test_the_teacher_is_asked_a_step_ahead_and_reads_its_own_text_while_the_student_writes(
+    tmp_path,
+):
+    run = Run(tmp_path, students=1)
+    run.play(end=2)
+    asked = [(entry[0], entry[1]) for entry in run.log]
+    step_0 = [("scorer", "off_policy"), ("student", "step_0"), ("scorer", "on_policy")]
+    step_1 = [("scorer", "off_policy"), ("student", "step_1"), ("scorer", "on_policy")]
+    assert asked == [
+        ("teacher", "step_0"),
+        *step_0,
+        ("teacher", "step_1"),
+        ("learner", 0),
+        ("publish", 1),
+        *step_1,
+        ("teacher", "step_2"),
+        ("learner", 1),
+        ("publish", 2),
+    ]
+
+
+def test_the_teacher_is_not_asked_for_a_step_after_the_last(tmp_path):
+    run = Run(tmp_path)
+    run.play()
+    labels = [entry[1] for entry in run.log if entry[0] == "teacher"]
+    assert labels == [f"step_{step}" for step in range(STEPS)]
+
+
+def test_each_step_learns_from_text_of_its_own_weights_and_of_its_own_teacher_prompts(tmp_path):
+    run = Run(tmp_path)
+    run.play()
+    for step in range(STEPS):
+        written = run.of_stream("on_policy", step)
+        assert [t.oldest_version for t in written] == [step] * 4
+        answered = run.of_stream("off_policy", step)
+        assert len(answered) == 3
+        ids = [t.trajectory_id for t in (*written, *answered)]
+        assert all(each.startswith(f"step_{step}/") for each in ids)
+    writers = [*run.students.objects.values(), *run.teachers.objects.values()]
+    sampling = run.config.rollout.sampling
+    for writer in writers:
+        assert writer.seed == run.config.seed == 5
+        assert writer.sampling.temperature == sampling.temperature
+        assert writer.sampling.top_p == sampling.top_p
+        assert writer.sampling.max_response_tokens == sampling.max_response_tokens
+
+
+def test_prompts_come_in_epochs_without_a_gap_between_steps(tmp_path):
+    run = Run(tmp_path)
+    run.play()
+    for stream, count in (("on_policy", 4), ("off_policy", 3)):
+        fed = [t.prompt_id for step in range(STEPS) for t in run.of_stream(stream, step)]
+        assert len(fed) == count * STEPS
+        assert set(fed) == {f"p{index}" for index in range(11)}
+        times = [fed.count(prompt_id) for prompt_id in set(fed)]
+        assert max(times) - min(times) <= 1
+
+
+def test_the_mixture_gives_rows_samples_and_answers_in_its_own_order(tmp_path):
+    run = Run(tmp_path, MIXTURE)
+    mixture = OffPolicyMixture(run.config, run.data)
+    run.streams.begin(0)
+    for step in range(STEPS):
+        run.step(step)
+        expected = [mixture.look_up(index) for index in mixture.frontier.take(3)]
+        fed = run.streams.pop_prompts()["off_policy"]
+        assert fed == [item.prompt_id for item in expected]
+        learned = {t.prompt_id: t for t in run.of_stream("off_policy", step)}
+        for item in expected:
+            answered = learned[item.prompt_id]
+            if isinstance(item, Trajectory):
+                assert answered.trajectory_id == item.trajectory_id
+            else:
+                assert answered.trajectory_id == f"step_{step}/teacher/{item.prompt_id}"
+
+
+@pytest.mark.parametrize("source", ["store", "dataset"])
+def test_without_prompts_of_its_own_the_teacher_is_never_asked_to_write(tmp_path, source):
+    run = Run(tmp_path, f"distill.off_policy_source={source}")
+    run.play()
+    assert not [entry for entry in run.log if entry[0] == "teacher"]
+    fed = [t.prompt_id for step in range(STEPS) for t in run.of_stream("off_policy", step)]
+    assert len(fed) == 3 * STEPS
+    assert all(each.startswith(f"{source}:") for each in fed)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), (MIXTURE,), REPLAY, ("distill.objective.on_policy_weight=1.0",)],
+    ids=["teacher", "mixture", "replay", "on_policy_alone"],
+)
+def test_a_run_resumed_after_any_step_goes_on_to_the_bit(tmp_path, overrides):
+    unbroken = Run(tmp_path, *overrides)
+    states = unbroken.play()
+    expected = _content(unbroken.learned)
+    assert len(expected) == STEPS
+    for done in range(1, STEPS):
+        resumed = Run(tmp_path, *overrides)
+        resumed.streams.restore(states[done])
+        assert json.loads(json.dumps(resumed.streams.state())) == states[done]
+        later = resumed.play(first=done)
+        assert _content(resumed.learned) == {step: expected[step] for step in range(done, STEPS)}
+        assert later == {step: states[step] for step in range(done + 1, STEPS + 1)}
+
+
+@pytest.mark.parametrize("overrides", [(MIXTURE,), REPLAY], ids=["mixture", "replay"])
+def test_streams_that_have_gone_on_can_be_taken_back_to_an_earlier_step(tmp_path, overrides):
+    run = Run(tmp_path, *overrides)
+    states = run.play(end=5)
+    expected = _content(run.learned)
+    run.learned.clear()
+    run.streams.restore(states[2])
+    run.play(first=2, end=5)
+    assert _content(run.learned) == {step: expected[step] for step in range(2, 5)}
+
+
+def test_replay_learns_from_one_stream_a_step_and_counts_only_what_was_sampled(tmp_path):
+    run = Run(tmp_path, *REPLAY, f"distill.steps={4 * STEPS}")
+    run.streams.begin(0)
+    kinds, kept, sizes = [], [], set()
+    for step in range(4 * STEPS):
+        run.step(step)
+        fed, counts = run.streams.pop_prompts(), run.streams.pop_counts()
+        own = run.of_stream("on_policy", step)
+        assert bool(own) != bool(run.of_stream("off_policy", step))
+        assert sorted(fed["on_policy"]) == sorted(t.prompt_id for t in own)
+        asked = any(entry[:2] == ("student", f"step_{step}") for entry in run.log)
+        tokens = sum(t.num_response_tokens for t in own) if asked else 0
+        assert counts == {"sampled_tokens/student": tokens, "sampled_tokens/teacher": 0}
+        if own and not asked:
+            assert {t.trajectory_id for t in own} <= {t.trajectory_id for t in kept}
+        in_order = sorted(own, key=lambda t: fed["on_policy"].index(t.prompt_id))
+        kept = [*kept, *in_order][-6:] if asked else kept
+        kinds.append("write" if asked else "again" if own else "rows")
+        sizes.add((kinds[-1], len(own) or len(run.of_stream("off_policy", step))))
+    assert {"write", "again", "rows"} == set(kinds)
+    # A step has the sequences of both streams; the buffer holds six and no more.
+    assert sizes == {("write", 7), ("again", 6), ("rows", 7)}
+    assert not [entry for entry in run.log if entry[0] == "teacher"]
+
+
+def test_only_the_held_out_loss_moves_the_replays_schedule(tmp_path):
+    run = Run(tmp_path, *REPLAY)
+    run.streams.begin(0)
+    share = run.streams.state()["replay"]["share"]
+    for loss in (1.0, 2.0, 3.0):
+        run.streams.on_metrics({"held_out/on_policy_distance": loss})
+    assert run.streams.state()["replay"]["share"] == share
+    for loss in (1.0, 2.0):
+        run.streams.on_metrics({"held_out/cross_entropy": loss})
+    assert run.streams.state()["replay"]["share"] == pytest.approx(share + 0.1)
+
+
+def test_what_was_fed_and_sampled_is_told_once(tmp_path):
+    run = Run(tmp_path, MIXTURE)
+    run.streams.begin(0)
+    run.step(0)
+    run.step(1)
+    fed, counts = run.streams.pop_prompts(), run.streams.pop_counts()
+    for stream in ("on_policy", "off_policy"):
+        for step in (0, 1):
+            learned = sorted(t.prompt_id for t in run.of_stream(stream, step))
+            part = fed[stream][:4] if stream == "on_policy" else fed[stream][:3]
+            assert sorted(part) == learned
+            del fed[stream][: len(part)]
+        assert fed[stream] == []
+    learned = [t for step in (0, 1) for _, t in run.learned[step]]
+    for author in ("student", "teacher"):
+        tokens = sum(t.num_response_tokens for t in learned if t.author == author)
+        assert tokens > 0
+        assert counts[f"sampled_tokens/{author}"] == tokens
+    assert run.streams.pop_prompts() == {}
+    assert run.streams.pop_counts() == {"sampled_tokens/student": 0, "sampled_tokens/teacher": 0}
+
+
+def test_the_scorers_are_asked_for_what_each_stream_needs_in_as_many_shares_as_ranks(tmp_path):
+    run = Run(
+        tmp_path,
+        "distill.objective={type: token_matching, off_policy: {type: top_k, k: 3}, "
+        "on_policy: {type: reverse_kl}}",
+        ranks=2,
+    )
+    run.play(end=1)
+    needs = run.scorers.objects[0].needs
+    assert {str(stream): (need.features, need.top_k) for stream, need in needs.items()} == {
+        "off_policy": (False, 3),
+        "on_policy": (True, 0),
+    }
+    assert [entry for entry in run.log if entry[0] == "scorer"] == (
+        [("scorer", "off_policy")] * 2 + [("scorer", "on_policy")] * 2
+    )
+
+
+def test_every_pools_time_is_busy_or_starved_and_its_tokens_are_told_once(tmp_path):
+    run = Run(tmp_path, ranks=2, seconds=0.01, workers=WaitedForWorkers)
+    began = time.perf_counter()
+    run.streams.begin(0)
+    for step in range(3):
+        run.step(step)
+    played = time.perf_counter() - began
+    activity = run.streams.pop_activity()
+    counts = {pool: done.num_workers for pool, done in activity.items()}
+    assert counts == {
+        "student_rollout": 2,
+        "teacher_rollout": 1,
+        "teacher_scoring": 1,
+        "learner": 1,  # ranks work side by side, as one
+    }
+    for pool, done in activity.items():
+        assert done.seconds == pytest.approx(played, abs=0.05), pool
+        assert done.blocked_seconds == 0
+        assert done.busy_seconds + done.starved_seconds == pytest.approx(done.worker_seconds)
+    # Two students and the teacher wrote in each step.
+    assert activity["student_rollout"].busy_seconds >= 6 * 0.01
+    assert activity["teacher_rollout"].busy_seconds >= 3 * 0.01
+    assert activity["student_rollout"].starved_seconds > 0
+    learned = [t for fed in run.learned.values() for _, t in fed]
+    response = {
+        author: sum(t.num_response_tokens for t in learned if t.author == author)
+        for author in ("student", "teacher")
+    }
+    everything = sum(t.token_ids.size for t in learned)
+    done = {pool: (done.num_tokens, done.num_sequences) for pool, done in activity.items()}
+    assert done == {
+        "student_rollout": (response["student"], 3 * 4),
+        "teacher_rollout": (response["teacher"], 3 * 3),
+        "teacher_scoring": (everything, 3 * 7),
+        "learner": (sum(response.values()), 3 * 7),
+    }
+    idle = run.streams.pop_activity()
+    assert {pool: done.num_tokens for pool, done in idle.items()} == dict.fromkeys(activity, 0)
+    assert idle["student_rollout"].busy_seconds == 0.0
+
+
+def test_measurements_leave_no_trace_in_what_the_pools_did(tmp_path):
+    run = Run(tmp_path, seconds=0.01)
+    run.streams.begin(0)
+    run.step(0, measured={})
+    assert run.streams.pop_activity()["student_rollout"].num_tokens > 0
+    run.step(1, measured={"held_out/on_policy_distance": 1.0})
+    after = run.streams.pop_activity()
+    assert {done.num_tokens for done in after.values()} == {0}
+
+
+def test_what_the_driver_waited_for_is_told_by_pool(tmp_path):
+    run = Run(tmp_path, seconds=0.01)
+    run.streams.begin(0)
+    run.step(0)
+    waited = run.context.timings.pop_step()
+    assert waited.keys() == {
+        "teacher_rollout",
+        "student_rollout",
+        "teacher_scoring",
+        "learner",
+        "publish",
+    }
+    assert waited["student_rollout"] >= 2 * 0.01
+
+
+def test_workers_leave_and_join_between_take_and_learn_without_a_trace_in_the_text(tmp_path):
+    same = Run(tmp_path)
+    same.play()
+    run, counts = Run(tmp_path), []
+    run.streams.begin(0)
+    for step in range(STEPS):
+        scored = run.streams.take(step)
+        if step == 2:
+            for _ in range(2):  # it may be asked for again
+                assert run.streams.release_worker("student_rollout", 0)
+            run.students.remove(0)
+        if step == 4:
+            worker_id = run.students.take_id()
+            joined = Writer(Author.STUDENT, run.log)
+            run.students.add(StartedWorker(worker_id, joined, None))
+            run.streams.admit_workers()
+        run.streams.learn(step, scored)
+        run.streams.publish(step + 1)
+        counts.append(run.streams.pop_activity()["student_rollout"].num_workers)
+    assert _content(run.learned) == _content(same.learned)
+    assert joined.sampling is not None, "who joined was asked to write"
+    assert [counts[step] for step in (0, 1, 3, 5, 6)] == [2, 2, 1, 2, 2]
