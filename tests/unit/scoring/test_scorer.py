@@ -66,6 +66,17 @@ def test_bfloat16_travels_as_float16_and_stays_close(tiny_model_folder):
         np.testing.assert_allclose(one.expected_embedding, other.expected_embedding, atol=0.03)
 
 
+@pytest.mark.parametrize(
+    ("largest", "dtype"), [(6.5e4, np.float16), (7e4, np.float32), (-7e4, np.float32)]
+)
+def test_what_float16_cannot_hold_travels_as_float32(tiny_model_folder, largest, dtype):
+    scorer = _scorer(tiny_model_folder(), dtype="bfloat16")
+    rows = torch.tensor([[1.0, -2.5], [largest, 0.25]])
+    sent = scorer._to_wire(rows)
+    assert sent.dtype == dtype
+    np.testing.assert_allclose(sent.astype(np.float32), rows, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("scorers", "ranks"), [(1, 1), (3, 1), (1, 2), (3, 2), (2, 4)])
 def test_chunks_come_in_equal_numbers_per_rank_and_use_every_scorer(
     tiny_model_folder, scorers, ranks

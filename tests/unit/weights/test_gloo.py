@@ -11,8 +11,9 @@ import torch
 from distill_system.errors import TransferError
 from distill_system.weights.transport import broadcast_buckets, check_seal, send_seal
 
-gloo = pytest.importorskip("distill_system.weights.gloo", exc_type=ImportError)
-backends = pytest.importorskip("distill_system.weights.backends", exc_type=ImportError)
+pytest.importorskip("vllm")
+from distill_system.weights import backends, gloo
+
 CPU = torch.device("cpu")
 
 
