@@ -282,6 +282,17 @@ def test_beta_mixes_the_two_terms_and_the_language_model_term_adds():
     assert with_term == pytest.approx(0.7 * off + 0.3 * on + 0.5 * cross_entropy, rel=1e-5)
 
 
+@pytest.mark.parametrize(("beta", "played"), [(0.0, "off_policy"), (1.0, "on_policy")])
+def test_no_critic_is_played_on_a_stream_without_weight(beta, played):
+    game = Game()
+    rows = game.rows(LANGUAGE.responses[:6], num_global_tokens=18)
+    critics = {"critic": GradientCritic(type="gradient_ascent")}
+    objective = Ammd(AmmdConfig(on_policy_weight=beta, **critics), max_response_tokens=3)
+    output = objective.compute_loss(game.head(), rows, rows, identity)
+    assert set(output.metrics) == {f"{played}_distance"}
+    assert set(objective.state_dict()) == {f"{played.removesuffix('_policy')}_critic.critic"}
+
+
 def test_reward_to_go_metric_is_minus_the_mean_discounted_cost_of_a_response():
     game = Game()
     responses = LANGUAGE.responses[3:8]
