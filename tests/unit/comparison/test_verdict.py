@@ -96,6 +96,24 @@ def test_the_smallest_distance_is_the_best(tmp_path: Path) -> None:
     assert not column.cells["sft"].is_best
 
 
+def test_under_a_score_where_less_is_better_the_best_baseline_is_the_smallest(
+    tmp_path: Path,
+) -> None:
+    plan = make_plan(["sft", "gkd", "minillm", "ammd"], [0])
+    write_trial(tmp_path, plan, {})
+    distances = {"sft": 0.03, "gkd": 0.01, "minillm": 0.02, "ammd": 0.015}
+    for objective, distance in distances.items():
+        write_run(tmp_path, objective, 0, scores(1.0, 2.0), distance=distance)
+    verdict = reach_verdict(read_comparison(tmp_path))
+    for metric, scale in (("on_policy_distance", 1.0), ("off_policy_distance", 0.5)):
+        column = find(verdict, "held_out", metric)
+        assert (column.direction, column.best_baseline) == (-1, "gkd")
+        assert [name for name, cell in column.cells.items() if cell.is_best] == ["gkd"]
+        against = column.cells["ammd"].against_best_baseline
+        assert against is not None
+        assert against.difference == pytest.approx(0.005 * scale)
+
+
 def test_without_sft_there_is_nothing_to_compare_with_it(tmp_path: Path) -> None:
     write_trial(tmp_path, make_plan(["ammd"], [0]), {"ammd": {0: scores(1.0, 2.0)}})
     column = find(reach_verdict(read_comparison(tmp_path)), "easy")

@@ -168,3 +168,34 @@ def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tm
     assert (look.waited_for, look.learner_starved_share) == ("teacher_rollout", 0.4)
     assert set(look.pools) == {"teacher_rollout", "student_rollout"}
     assert recorder.look().waited_for is None
+
+
+def test_a_second_look_forgets_the_waits_and_the_work_of_the_first(configure, tmp_path):
+    run = RunDirectory(tmp_path / "look")
+    timings = SimpleNamespace(
+        pop_step=lambda: waits.pop(0), add_work=lambda *_: None, add_activity=lambda _: None
+    )
+    context = SimpleNamespace(
+        config=configure(), run=run, timings=timings, view=LiveView("test", console=None)
+    )
+    waits = [{"student_rollout": 5.0, "teacher_rollout": 1.0}, {"teacher_rollout": 2.0}]
+    waits.append({"teacher_rollout": 0.5, "student_rollout": 0.25})
+    streams = SimpleNamespace(
+        is_asynchronous=True,
+        pop_counts=dict,
+        pop_activity=lambda: {
+            name: PoolActivity(num_workers=1, seconds=10.0, starved_seconds=4.0)
+            for name in ("student_rollout", "teacher_rollout", "learner")
+        },
+    )
+    recorder = RunRecorder(context, SimpleNamespace(), streams)
+    result = StepResult(step=0, metrics={}, num_response_tokens=1, seconds=1.0)
+    recorder.describe_step(result, 6.0)
+    first = recorder.look()
+    recorder.describe_step(result, 2.0)
+    recorder.describe_step(result, 1.0)
+    second = recorder.look()
+    assert (first.waited_for, second.waited_for) == ("student_rollout", "teacher_rollout")
+    assert first.pools["student_rollout"].seconds == 10.0
+    assert second.pools["student_rollout"].seconds == 20.0, "two steps, not all three"
+    assert recorder.look().pools == {}

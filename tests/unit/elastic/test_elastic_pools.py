@@ -98,6 +98,25 @@ def test_scorers_come_without_a_new_weight_transfer_group(run: Run) -> None:
     assert run.workers["teacher_scoring"].members == (0, 1, 2)
 
 
+def test_both_pools_may_change_at_one_boundary_and_the_group_hears_of_the_student_alone(
+    run: Run,
+) -> None:
+    run.ask(student_rollout=3, teacher_scoring=3)
+    assert [start.name for start in run.session.starts] == [
+        "student_rollout-2",
+        "teacher_scoring-2",
+    ]
+    for start in run.session.starts:
+        start.is_ready = True
+    assert run.elastic.adopt() is True, "scorers came after the student's worker"
+    assert run.workers["student_rollout"].members == (0, 1, 2)
+    assert run.workers["teacher_scoring"].members == (0, 1, 2)
+    run.ask(student_rollout=2, teacher_scoring=1)
+    assert run.elastic.adopt() is True
+    assert run.workers["student_rollout"].members == (0, 1)
+    assert run.workers["teacher_scoring"].members == (0,)
+
+
 def test_the_newest_worker_leaves_once_it_has_handed_back_its_work(run: Run) -> None:
     run.busy = {("student_rollout", 1)}
     run.ask(student_rollout=1)

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,6 +98,19 @@ def test_a_split_without_references_has_lengths_and_ends_alone() -> None:
     assert bare.scores["ended_share_greedy"].mean == 0.0
     assert bare.scores["mean_length_greedy"].stderr is None
     assert bare.shown[0].greedy == "red red red red"
+
+
+def test_neither_a_cut_nor_an_aborted_response_has_ended_by_itself() -> None:
+    finishes = {"a": Finish.STOP, "b": Finish.LENGTH, "c": Finish.ABORT, "d": Finish.ABORT}
+
+    def generate(prompts: Sequence[Prompt], temperature: float, label: str) -> list[Trajectory]:
+        written = [build_trajectory(prompt, [1, END], temperature) for prompt in prompts]
+        return [replace(each, finish=finishes[each.prompt_id]) for each in written]
+
+    prompts = [build_prompt(name) for name in finishes]
+    bare = evaluate_splits({"bare": prompts}, generate, decode, (), 0)["bare"]
+    assert bare.per_example["ended_share_greedy"] == (100.0, 0.0, 0.0, 0.0)
+    assert bare.scores["ended_share_sampled"].mean == 25.0
 
 
 def test_accuracy_reads_yes_and_no_out_of_responses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from trajectories import make_trajectories
 
 from distill_system.config.objective import MOMENTS
 from distill_system.errors import TransferError
-from distill_system.learner import Learner, LearnerGroup
+from distill_system.learner import Learner, LearnerGroup, publishing
 from distill_system.records import Author, Stream, WeightVersion
 from distill_system.scoring import ScoringPool
 
@@ -70,6 +71,32 @@ def test_a_second_publish_finishes_the_first():
     assert rank.log == ["connect", 1, 3, 4]
 
 
+class _Clocked:
+    """Workers whose every answer takes its time by a clock that the test holds."""
+
+    def __init__(self, clock, **seconds):
+        self.clock, self.takes, self.granted = clock, seconds, {}
+
+    def finish(self, references, *, what, seconds):
+        kind = "packing" if "gather" in what else "sending"
+        self.granted[kind] = seconds
+        self.clock.now += self.takes[kind]
+        received = WeightVersion(version=3, num_bytes=8, digest=5, seconds=99.0)
+        return [[Done(received)]] if kind == "packing" else [received]
+
+
+@pytest.mark.parametrize(("packing", "left"), [(0.0, 10.0), (6.0, 4.0), (9.5, 1.0), (30.0, 1.0)])
+def test_packing_and_sending_share_one_deadline_of_which_a_second_always_remains(
+    monkeypatch, packing, left
+):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(publishing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    workers = _Clocked(clock, packing=packing, sending=0.25)
+    published = publishing.Publishing(3, ["packing"]).finish(workers, 10.0)
+    assert workers.granted == {"packing": 10.0, "sending": pytest.approx(left)}
+    assert published.seconds == pytest.approx(packing + 0.25)
+
+
 def test_the_workers_calls_can_be_waited_for_with_others():
     group = _group(Rank(None, None), Rank())
     group.start_publish(1)
@@ -104,9 +131,11 @@ def test_the_logprob_gap_is_what_sampler_and_learner_differ_by(
 ):
     alone = make_learner()
     written = [_written_by(alone, t) for t in make_trajectories(6)]
-    shifted = written[2].behaviour_logprobs.copy()
-    shifted[0] -= 0.5
-    wrong = [*written[:2], replace(written[2], behaviour_logprobs=shifted), *written[3:]]
+    wrong = list(written)
+    for at, error in ((2, -0.5), (4, 0.25)):  # errors of both signs add up, they do not cancel
+        shifted = written[at].behaviour_logprobs.copy()
+        shifted[0] += error
+        wrong[at] = replace(written[at], behaviour_logprobs=shifted)
     pool = ScoringPool(LocalWorkers([scorer]))
     ranks = make_ranks(count) if count > 1 else LocalWorkers([alone])
 
@@ -123,5 +152,5 @@ def test_the_logprob_gap_is_what_sampler_and_learner_differ_by(
     same, other = measured(written), measured(wrong)
     assert same["max_logprob_gap"] < 1e-5
     num_tokens = sum(t.num_response_tokens for t in wrong)
-    assert other["logprob_gap"] == pytest.approx(0.5 / num_tokens, rel=1e-3)
+    assert other["logprob_gap"] == pytest.approx(0.75 / num_tokens, rel=1e-3)
     assert other["max_logprob_gap"] == pytest.approx(0.5, rel=1e-4)

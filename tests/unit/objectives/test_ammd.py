@@ -8,6 +8,7 @@ from enumerable_language import EnumerableLanguage
 from fakes.fixed_critic import FixedCritic
 
 from distill_system.config.objective import AmmdConfig, ClosedFormCritic, GradientCritic
+from distill_system.objectives import ammd
 from distill_system.objectives.ammd import Ammd
 from distill_system.objectives.distances import measure_stream
 from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
@@ -230,16 +231,28 @@ def _gradient(game, objective, responses, sum_over_ranks):
     return torch.autograd.grad(output.loss_share, game.table_VS)[0]
 
 
-def test_a_constant_baseline_leaves_the_expected_gradient_and_a_batch_of_all_means_it():
-    """Over the whole language weighed by probability, subtracting any constant changes nothing."""
+@pytest.mark.parametrize("form", EXACT_FORMS, ids=lambda form: form["policy_gradient"])
+def test_a_baseline_that_is_constant_changes_each_gradient_but_not_their_mean(monkeypatch, form):
+    asked = []
+
+    def constant(kind, returns_N, rows, sum_over_ranks, *, longest):
+        asked.append((kind, longest))
+        return torch.full_like(returns_N, 0.37)
+
     game = Game()
-    rows = game.rows(LANGUAGE.responses, num_global_tokens=81)
-    weights = torch.stack(
-        [LANGUAGE.probability(r, game.student_SV).detach() for r in LANGUAGE.responses]
-    ).repeat_interleave(3)
-    logprobs = game.head().read(rows).logprobs_N
-    score = torch.autograd.grad((weights * logprobs * 0.37).sum(), game.table_VS)[0]
-    assert score.abs().max() < 1e-6
+    rows = game.rows(LANGUAGE.responses[:1], num_global_tokens=1)
+
+    def one_gradient(baseline):
+        objective = game.objective(on_policy_weight=1.0, **{**form, "baseline": baseline})
+        loss = objective.compute_loss(game.head(), None, rows, identity).loss_share
+        return torch.autograd.grad(loss, game.table_VS)[0]
+
+    plain = one_gradient("none")
+    monkeypatch.setattr(ammd, "compute_baseline", constant)
+    assert (one_gradient("batch") - plain).abs().max() > 1e-2
+    mean = game.expected_gradient(**{**form, "baseline": "batch"})
+    torch.testing.assert_close(mean, game.exact_on_policy_gradient(), atol=2e-6, rtol=1e-4)
+    assert set(asked) == {("batch", LANGUAGE.length)}
 
 
 def test_beta_mixes_the_two_terms_and_the_language_model_term_adds():
@@ -256,6 +269,17 @@ def test_beta_mixes_the_two_terms_and_the_language_model_term_adds():
     cross_entropy = -float(game.head().read(rows).logprobs_N.detach().mean())
     with_term = loss(on_policy_weight=0.3, language_model_weight=0.5)
     assert with_term == pytest.approx(0.7 * off + 0.3 * on + 0.5 * cross_entropy, rel=1e-5)
+
+
+@pytest.mark.parametrize(("beta", "played"), [(0.0, "off_policy"), (1.0, "on_policy")])
+def test_no_critic_is_played_on_a_stream_without_weight(beta, played):
+    game = Game()
+    rows = game.rows(LANGUAGE.responses[:6], num_global_tokens=18)
+    critics = {"critic": GradientCritic(type="gradient_ascent")}
+    objective = Ammd(AmmdConfig(on_policy_weight=beta, **critics), max_response_tokens=3)
+    output = objective.compute_loss(game.head(), rows, rows, identity)
+    assert set(output.metrics) == {f"{played}_distance"}
+    assert set(objective.state_dict()) == {f"{played.removesuffix('_policy')}_critic.critic"}
 
 
 def test_reward_to_go_metric_is_minus_the_mean_discounted_cost_of_a_response():

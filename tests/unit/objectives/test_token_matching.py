@@ -90,6 +90,25 @@ def test_terms_are_added_to_each_stream_with_the_weight_of_both():
     }
 
 
+def test_two_terms_of_one_type_add_up_in_the_loss_and_under_their_one_name():
+    rows = TwoPolicies().rows()
+    terms = [
+        HiddenMatchingConfig(type="hidden_matching", distance="squared", weight=0.5),
+        HiddenMatchingConfig(type="hidden_matching", distance="cosine", weight=3.0),
+    ]
+    alone = [term.weight * float(build_term(term).compute_loss(rows, identity)) for term in terms]
+    assert min(alone) > 0.01
+    plain, extended = (
+        loss_of(matching(off_policy=FORWARD_KL, on_policy_weight=0.0, terms=each), rows)
+        for each in ((), tuple(terms))
+    )
+    assert float(extended.metric_shares["off_policy_hidden_matching"]) == pytest.approx(
+        sum(alone), rel=1e-5
+    )
+    added = extended.loss_share - plain.loss_share
+    assert float(added.detach()) == pytest.approx(sum(alone), rel=1e-4)
+
+
 def test_terms_reach_the_hidden_states():
     hidden = TwoPolicies().hidden.clone().requires_grad_()
     policies = TwoPolicies(equal=True)

@@ -310,3 +310,32 @@ def test_parameters_of_half_precision_get_gradients_of_their_own():
     for gradient, expected in zip(ours, exact, strict=True):
         assert gradient.dtype == torch.bfloat16
         assert (gradient - expected).norm() < 3e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("read", ["sum", "rows"])
+def test_the_unembeddings_gradient_in_bfloat16_does_not_drift_over_4096_chunks(read):
+    """A sum kept in bfloat16 stops growing once it is some 256 times as large as what is added."""
+    tokens, hidden_size, vocabulary = 4096, 4, 8
+    hidden = torch.randn(tokens, hidden_size, generator=torch.Generator().manual_seed(0)).abs()
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    unembedding = torch.randn(vocabulary, hidden_size, generator=torch.Generator().manual_seed(1))
+
+    def gradient(dtype):
+        leaf = unembedding.bfloat16().to(dtype).requires_grad_()
+        states = hidden.bfloat16().to(dtype)
+        if read == "sum":
+            total = sum_over_vocabulary(
+                states,
+                ids,
+                leaf,
+                torch.ones(tokens),
+                lambda chunk: -chunk.written_logprobs_c,
+                chunk_tokens=1,
+            ).total
+        else:
+            actions = torch.ones(vocabulary, 1)
+            total = -read_vocabulary(states, ids, leaf, actions, chunk_tokens=1).logprobs_N.sum()
+        return torch.autograd.grad(total, leaf)[0].double()
+
+    exact, ours = gradient(torch.float32), gradient(torch.bfloat16)
+    assert (ours - exact).norm() < 5e-3 * exact.norm()

@@ -108,6 +108,13 @@ def test_the_three_parts_add_up_to_the_workers_time_whatever_workers_report(even
             calls[worker] -= 1
 
 
+def test_two_idle_workers_are_fully_starved():
+    pool = PoolClock(["v", "w"], 5.0).pop(15.0)
+    assert (pool.num_workers, pool.seconds) == (2.0, 10.0)
+    assert (pool.starved_seconds, pool.starved_share) == (20.0, 1.0)
+    assert (pool.busy_share, pool.blocked_share) == (0.0, 0.0)
+
+
 def test_a_call_cut_by_a_pop_is_put_right_by_what_its_worker_reports():
     clock = PoolClock([0], 0.0)
     clock.begin(0, 0.0)

@@ -2,16 +2,17 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from distill_system.config.rollout import EngineConfig
-from distill_system.errors import ModelError, RecordError
+from distill_system.errors import ModelError, RecordError, TransferError
 from distill_system.records import Author, Finish, Prompt, VersionSpan
 from distill_system.rollout.engine import Completion
 from distill_system.rollout.sampling import Sampling
-from distill_system.rollout.worker import RolloutWorker, make_trajectory
+from distill_system.rollout.worker import GenerationRequest, RolloutWorker, make_trajectory
 
 PROMPT = Prompt(prompt_id="p7", token_ids=np.array([5, 6], np.int32), text="a b")
 SAMPLING = Sampling(temperature=0.5, max_response_tokens=3)
@@ -86,3 +87,97 @@ def test_the_driver_can_name_workers_and_publishers_without_loading_vllm() -> No
         "assert 'vllm' not in sys.modules, 'weights imports vllm'\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[3])
+
+
+class FakeEngine:
+    """Answers everything with COMPLETION, and fails in one call of the weight transfer."""
+
+    vocabulary_size, version = 100, 3
+
+    def __init__(self, failing_call: str = "") -> None:
+        self.failing_call = failing_call
+        self.seeds: list[int] = []
+        self.added: dict[str, int] = {}
+        self.waiting: list[str] = []
+        self.stepped = 0
+
+    def complete(self, prompts: Any, sampling: Sampling, seeds: list[int]) -> list[Completion]:
+        self.stepped += 1
+        self.seeds += seeds
+        return [COMPLETION for _ in prompts]
+
+    def add(self, name: str, token_ids: Any, sampling: Sampling, seed: int) -> None:
+        self.added[name] = seed
+        self.waiting.append(name)
+
+    def decode(self, seconds: float) -> dict[str, Completion]:
+        self.stepped += 1
+        finished, self.waiting = self.waiting, []
+        return dict.fromkeys(finished, COMPLETION)
+
+    def call_transfer(self, method: str, **arguments: object) -> list[Any]:
+        if method == self.failing_call:
+            raise RuntimeError("connection closed by peer")
+        return [(8, 5)]
+
+    def commit_version(self, version: int) -> None:
+        self.version = version
+
+
+def _working(engine: FakeEngine) -> RolloutWorker:
+    worker = _worker("no such folder")
+    worker._engine = engine  # type: ignore[assignment]  # instead of one that loads a model
+    return worker
+
+
+REQUEST = GenerationRequest(prompt=PROMPT, label="step-1", sampling=SAMPLING, seed=4)
+
+
+@pytest.mark.parametrize(
+    "failing_call",
+    ["start_weight_update", "update_weights", "finish_weight_update", "received_seal"],
+)
+def test_nothing_is_written_after_a_failed_transfer_until_whole_weights_arrive(
+    failing_call: str,
+) -> None:
+    engine = FakeEngine(failing_call)
+    worker = _working(engine)
+    with pytest.raises(TransferError, match=rf"{failing_call} failed in teacher_rollout-0.*peer"):
+        worker.receive_weights(4, {})
+    assert worker.weight_version() == 3
+    for write in (
+        lambda: worker.generate([PROMPT], SAMPLING, 4, "step-1"),
+        lambda: worker.advance([REQUEST], 1.0),
+        lambda: worker.advance([], 1.0),
+    ):
+        with pytest.raises(TransferError, match="holds no whole set of weights"):
+            write()
+    assert (engine.stepped, engine.added) == (0, {})
+    engine.failing_call = ""
+    received = worker.receive_weights(5, {})
+    assert (received.version, received.num_bytes, received.digest) == (5, 8, 5)
+    assert worker.weight_version() == 5
+    assert len(worker.generate([PROMPT], SAMPLING, 4, "step-1")) == 1
+    assert len(worker.advance([REQUEST], 1.0).trajectories) == 1
+
+
+def test_seed_label_and_prompt_each_change_the_sample_and_both_ways_of_asking_agree() -> None:
+    other = Prompt(prompt_id="p8", token_ids=PROMPT.token_ids, text=PROMPT.text)
+    asked = [
+        (PROMPT, 4, "step-1"),
+        (PROMPT, 5, "step-1"),
+        (PROMPT, 4, "step-2"),
+        (other, 4, "step-1"),
+        (PROMPT, 4, "step-1"),
+    ]
+    written, sliced = [], []
+    for prompt, seed, label in asked:
+        engine = FakeEngine()
+        _working(engine).generate([prompt], SAMPLING, seed, label)
+        written += engine.seeds
+        request = GenerationRequest(prompt=prompt, label=label, sampling=SAMPLING, seed=seed)
+        _working(engine).advance([request], 1.0)
+        sliced += engine.added.values()
+    assert len(set(written)) == 4
+    assert written[4] == written[0], "the same question, the same sample"
+    assert sliced == written

@@ -2,17 +2,20 @@
 
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from distill_system.errors import TransferError
+from distill_system.weights import FanOutClient, WeightPublisher
 from distill_system.weights.transport import broadcast_buckets, check_seal, send_seal
 
-gloo = pytest.importorskip("distill_system.weights.gloo", exc_type=ImportError)
-backends = pytest.importorskip("distill_system.weights.backends", exc_type=ImportError)
+pytest.importorskip("vllm")
+from distill_system.weights import backends, gloo
+
 CPU = torch.device("cpu")
 
 
@@ -80,6 +83,101 @@ def test_a_receiver_that_never_joins_is_not_waited_for_longer_than_asked() -> No
             address="127.0.0.1", port=_free_port(), rank=0, world_size=2, timeout_seconds=1.0
         )
     assert time.perf_counter() - begin < 10.0
+
+
+class Receiver:
+    """One rollout worker: the receiving ends of its tensor-parallel ranks, and what they loaded."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.loaded: list[dict[str, torch.Tensor]] = [{} for _ in range(num_ranks)]
+        self.engines = [self._engine(rank) for rank in range(num_ranks)]
+
+    def _engine(self, rank: int) -> Any:
+        engine = object.__new__(gloo.GlooWeightTransferEngine)  # the rest wants a whole vLLM
+        engine.parallel_config = SimpleNamespace(
+            data_parallel_index=0, world_size=len(self.loaded), rank=rank
+        )
+        engine.model = SimpleNamespace(
+            load_weights=lambda named: self.loaded[rank].update((n, t.clone()) for n, t in named)
+        )
+        return engine
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._each(lambda engine: engine.init_transfer_engine(engine.parse_init_info(init_info)))
+
+    def receive_weights(self, version: int, update_info: dict[str, Any]) -> int:
+        self._each(lambda engine: engine.update_weights(update_info))
+        return version
+
+    def _each(self, call: Any) -> None:
+        with ThreadPoolExecutor(len(self.engines)) as executor:
+            list(executor.map(call, self.engines))
+
+
+class Calls:
+    """Every rollout worker, each call in a thread of its own."""
+
+    def __init__(self, receivers: list[Receiver]) -> None:
+        self.receivers, self.executor = receivers, ThreadPoolExecutor(len(receivers))
+
+    def start(self, method: str, argument_tuples: Any) -> list[Future[Any]]:
+        return [
+            self.executor.submit(getattr(receiver, method), *arguments)
+            for receiver, arguments in zip(self.receivers, argument_tuples, strict=True)
+        ]
+
+    def __call__(self, method: str, argument_tuples: Any) -> None:
+        for call in self.start(method, argument_tuples):
+            call.result(timeout=30)
+
+
+def test_two_versions_reach_every_rank_of_every_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learner's end, the wire and the receiving ends as they are; no engine, no Ray."""
+    base = gloo.SealedWeightTransferEngine.__mro__[1]
+    monkeypatch.setattr(base, "start_weight_update", lambda self: None)
+    receivers = [Receiver(2), Receiver(1)]
+    model = torch.nn.Linear(100, 30)
+    client = FanOutClient(Calls(receivers), [2, 1])
+    publisher = WeightPublisher(
+        model,
+        backend="gloo",
+        client=client,
+        master_address="127.0.0.1",
+        master_port=_free_port(),
+        num_receivers=client.num_receivers,
+        rank=0,
+        timeout_seconds=15.0,
+        bucket_bytes=1000,
+    )
+    for version in (1, 2):
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        references = publisher.start(version)
+        assert [reference.result(timeout=30) for reference in references] == [version] * 2
+        for loaded in (*receivers[0].loaded, *receivers[1].loaded):
+            assert torch.equal(loaded["weight"], model.weight)
+            assert torch.equal(loaded["bias"], model.bias)
+    publisher.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_update_packs_a_tied_output_layer_anew_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    packed: list[Any] = []
+
+    class Head(torch.nn.Module):
+        quant_method = SimpleNamespace(process_weights_after_loading=packed.append)
+
+    base = gloo.SealedWeightTransferEngine.__mro__[1]
+    monkeypatch.setattr(base, "finish_weight_update", lambda self: packed.append("vLLM's own"))
+    monkeypatch.setattr(gloo, "ParallelLMHead", Head)
+    engine = object.__new__(gloo.GlooWeightTransferEngine)
+    engine.model = torch.nn.Sequential(torch.nn.Linear(2, 2), Head())
+    config = SimpleNamespace(tie_word_embeddings=True) if tied else SimpleNamespace()
+    engine.model_config = SimpleNamespace(hf_text_config=config)
+    engine.finish_weight_update()
+    assert packed == ["vLLM's own", engine.model[1]][: 1 + tied]
 
 
 def test_registering_twice_changes_nothing() -> None:

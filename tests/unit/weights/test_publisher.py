@@ -1,0 +1,207 @@
+"""The learner's end with a communicator that only records; importing vLLM takes 5 s."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distill_system.errors import TransferError
+
+pytest.importorskip("vllm")
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+from distill_system.weights.gloo import GlooTrainerInitInfo, GlooTrainerWeightTransferEngine
+from distill_system.weights.publisher import WeightPublisher
+
+
+class Group:
+    """A communicator whose broadcasts arrive when the test lets them, or fail."""
+
+    def __init__(self) -> None:
+        self.sent: list[torch.Tensor] = []
+        self.error: Exception | None = None
+        self.may_send = threading.Event()
+        self.may_send.set()
+        self.is_open = True
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        assert src == 0
+        assert self.may_send.wait(timeout=20), "the test never let the broadcast go"
+        if self.error is not None:
+            raise self.error
+        self.sent.append(tensor.clone())
+
+    def destroy(self) -> None:
+        self.is_open = False
+
+
+class Client:
+    """Rollout workers that say yes to everything."""
+
+    def __init__(self) -> None:
+        self.versions: list[int] = []
+        self.updates: list[dict[str, Any]] = []
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        raise AssertionError("the group of these tests is open already")
+
+    def start_receiving(self, version: int, update_info: dict[str, Any]) -> list[str]:
+        self.versions.append(version)
+        self.updates.append(update_info)
+        return [f"version {version}"]
+
+
+class Trial:
+    """A publisher of two small parameters, its group and its workers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, rank: int = 0) -> None:
+        self.group, self.client = Group(), Client()
+        self.model = nn.Linear(3, 2)
+        self.asked: GlooTrainerInitInfo | None = None
+
+        def open_group(init_info: GlooTrainerInitInfo, *, client: Any, source: Any) -> Any:
+            self.asked = init_info
+            engine = GlooTrainerWeightTransferEngine(
+                client=client, source=source, is_sender=init_info.is_sender
+            )
+            engine.model_update_group = self.group if init_info.is_sender else None
+            return engine
+
+        monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", open_group)
+        self.publisher = WeightPublisher(
+            self.model,
+            backend="gloo",
+            client=self.client,
+            master_address="127.0.0.1",
+            master_port=1,
+            num_receivers=3,
+            rank=rank,
+            timeout_seconds=10.0,
+            bucket_bytes=24,
+        )
+
+    def finish_sending(self) -> None:
+        """Wait for the thread that sends, whatever became of it."""
+        [thread] = [t for t in threading.enumerate() if t.name == "weight transfer"] or [None]
+        if thread is not None:
+            thread.join(timeout=20)
+
+
+@pytest.fixture
+def trial(monkeypatch: pytest.MonkeyPatch) -> Trial:
+    return Trial(monkeypatch)
+
+
+def _as_bytes(*tensors: torch.Tensor) -> list[int]:
+    flat = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    return torch.cat(flat).tolist()
+
+
+def test_what_is_sent_are_the_parameters_as_they_were_at_the_start(trial: Trial) -> None:
+    trial.group.may_send.clear()
+    expected = _as_bytes(*trial.model.parameters())
+    assert trial.publisher.start(4) == ["version 4"]
+    with torch.no_grad():
+        trial.model.weight.zero_()  # the next optimizer step
+    trial.group.may_send.set()
+    trial.finish_sending()
+    *buckets, seal = trial.group.sent
+    assert [bucket.numel() for bucket in buckets] == [24, 8]
+    assert _as_bytes(*buckets) == expected
+    assert seal[0] == 32
+    assert trial.client.updates == [
+        {
+            "names": ["weight", "bias"],
+            "dtype_names": ["float32", "float32"],
+            "shapes": [[2, 3], [2]],
+        }
+    ]
+
+
+def test_the_group_has_a_place_for_every_receiver_and_twice_the_time(trial: Trial) -> None:
+    asked = trial.asked
+    assert asked is not None
+    assert (asked.world_size, asked.rank, asked.timeout_seconds) == (4, 0, 20.0)
+    assert (asked.master_address, asked.master_port) == ("127.0.0.1", 1)
+    assert asked.packed_buffer_size_bytes == 24
+
+
+def test_a_second_publish_sends_what_the_parameters_are_then(trial: Trial) -> None:
+    trial.publisher.start(1)
+    trial.finish_sending()
+    with torch.no_grad():
+        trial.model.bias.fill_(7.0)
+    trial.publisher.start(2)
+    trial.finish_sending()
+    assert trial.client.versions == [1, 2]
+    assert trial.group.sent[1].view(torch.float32).tolist() != [7.0, 7.0]
+    assert trial.group.sent[4].view(torch.float32).tolist() == [7.0, 7.0]
+
+
+def test_a_second_publish_raises_the_first_ones_error_and_calls_nobody(trial: Trial) -> None:
+    trial.group.error = RuntimeError("connection closed by peer")
+    trial.publisher.start(1)
+    with pytest.raises(TransferError, match=r"version 2 failed with 3 receivers.*closed by peer"):
+        trial.publisher.start(2)
+    assert trial.client.versions == [1]
+
+
+def test_a_transfer_that_fails_leaves_the_group_so_that_no_receiver_waits(trial: Trial) -> None:
+    trial.group.error = RuntimeError("connection closed by peer")
+    trial.publisher.start(1)
+    trial.finish_sending()
+    assert trial.publisher._engine.model_update_group is None
+    trial.publisher.close()
+    trial.publisher.start(2)
+    with pytest.raises(TransferError, match="the transfer group is closed"):
+        trial.publisher.start(3)
+
+
+def test_a_second_publish_waits_until_the_first_is_sent(trial: Trial) -> None:
+    trial.group.may_send.clear()
+    trial.publisher.start(1)
+    second = threading.Thread(target=trial.publisher.start, args=(2,), daemon=True)
+    second.start()
+    second.join(timeout=0.2)
+    assert second.is_alive()
+    assert trial.client.versions == [1], "its bytes would overwrite those under way"
+    trial.group.may_send.set()
+    second.join(timeout=20)
+    assert trial.client.versions == [1, 2]
+
+
+def test_closing_lets_what_is_being_sent_arrive(trial: Trial) -> None:
+    trial.group.may_send.clear()
+    trial.publisher.start(1)
+    closing = threading.Thread(target=trial.publisher.close, daemon=True)
+    closing.start()
+    closing.join(timeout=0.2)
+    assert closing.is_alive()
+    trial.group.may_send.set()
+    closing.join(timeout=20)
+    assert len(trial.group.sent) == 3, "two buckets and the seal"
+    assert trial.publisher._engine.model_update_group is None
+
+
+def test_another_rank_joins_in_gathering_and_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sharded:
+        """Counts how often it is gathered."""
+
+        gathered = 0
+
+        def metadata(self) -> list[Any]:
+            return []
+
+        def __iter__(self):
+            for at in range(3):
+                self.gathered += 1
+                yield f"w{at}", torch.ones(1)
+
+    trial = Trial(monkeypatch, rank=1)
+    trial.publisher._source = source = Sharded()
+    assert trial.publisher.start(1) == []
+    assert source.gathered == 3
+    assert trial.client.versions == []
+    assert trial.group.sent == []

@@ -1,0 +1,135 @@
+"""The receiving end inside a vLLM worker, without an engine; importing it takes vLLM's 5 s."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from distill_system.errors import TransferError
+
+pytest.importorskip("vllm")
+from distill_system.weights import sealed
+from distill_system.weights.buckets import Buckets
+from distill_system.weights.sealed import ReceivesWeights, SealedWeightTransferEngine
+from distill_system.weights.transport import Seal, broadcast_buckets
+
+WEIGHTS = {"embed": torch.arange(12.0).view(3, 4), "bias": torch.tensor([-1.0, 2.0])}
+UPDATE = sealed.NCCLWeightTransferUpdateInfo(
+    names=list(WEIGHTS), dtype_names=["float32", "float32"], shapes=[[3, 4], [2]]
+)
+BUCKET_BYTES = 48
+"""Of a bucket: `embed` fills the first, `bias` travels in the second."""
+
+
+class Sender:
+    """Both ends' communicator: the sender's copies in, one broadcast after the other out."""
+
+    def __init__(self, events: list[str], *, digest_is_off_by: int = 0) -> None:
+        self.events = events
+        parameters = [
+            SimpleNamespace(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape))
+            for name, tensor in WEIGHTS.items()
+        ]
+        buckets = Buckets(parameters, bucket_bytes=BUCKET_BYTES, device=torch.device("cpu"))
+        buckets.fill(WEIGHTS.items())
+        self.seal = broadcast_buckets(
+            SimpleNamespace(broadcast=lambda tensor, src: None), buckets.buffers
+        )
+        told = torch.tensor([self.seal.num_bytes, self.seal.digest + digest_is_off_by])
+        self.travelling = [*buckets.buffers, told]
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        assert src == 0
+        self.events.append("broadcast")
+        tensor.copy_(self.travelling.pop(0))
+
+
+class Model:
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+        self.loaded: dict[str, torch.Tensor] = {}
+
+    def load_weights(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        self.events.append("load")
+        self.loaded |= {name: tensor.clone() for name, tensor in named}
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happened to the engine, in order; vLLM's own part of it is only noted."""
+    seen: list[str] = []
+    base = sealed.NCCLWeightTransferEngine
+    monkeypatch.setattr(base, "start_weight_update", lambda self: seen.append("give up old"))
+    monkeypatch.setattr(base, "shutdown", lambda self: seen.append("leave"))
+    return seen
+
+
+def _receiver(group: Any, model: Model) -> SealedWeightTransferEngine:
+    engine = object.__new__(SealedWeightTransferEngine)  # vLLM's constructor wants a whole engine
+    engine.device, engine.model, engine.model_update_group = "cpu", model, group
+    engine.packed_buffer_size_bytes = BUCKET_BYTES
+    return engine
+
+
+def test_the_old_weights_are_given_up_only_once_all_the_new_ones_are_verified(
+    events: list[str],
+) -> None:
+    model, sender = Model(events), Sender(events)
+    engine = _receiver(sender, model)
+    engine.start_weight_update()
+    engine.receive_weights(UPDATE)
+    assert events == ["broadcast"] * 3 + ["give up old"] + ["load"] * 2
+    assert list(model.loaded) == list(WEIGHTS)
+    assert all(torch.equal(model.loaded[name], WEIGHTS[name]) for name in WEIGHTS)
+    said = SimpleNamespace(weight_transfer_engine=engine)
+    assert ReceivesWeights.received_seal(said) == (56, sender.seal.digest)
+
+
+def test_a_wrong_digest_is_refused_before_loading(events: list[str]) -> None:
+    model = Model(events)
+    engine = _receiver(Sender(events, digest_is_off_by=1), model)
+    with pytest.raises(TransferError, match="did not arrive as they were sent"):
+        engine.receive_weights(UPDATE)
+    assert model.loaded == {}
+    assert events == ["broadcast"] * 3, "the old weights stay, and so does the group"
+
+
+def test_a_transfer_that_breaks_off_leaves_the_group_and_the_old_weights(
+    events: list[str],
+) -> None:
+    class Gone:
+        def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+            raise RuntimeError("connection closed by peer")
+
+    with pytest.raises(RuntimeError, match="connection closed by peer"):
+        _receiver(Gone(), Model(events)).receive_weights(UPDATE)
+    assert events == ["leave"]
+
+
+def test_weights_before_a_group_are_refused(events: list[str]) -> None:
+    with pytest.raises(TransferError, match="before this worker joined a transfer group"):
+        _receiver(None, Model(events)).receive_weights(UPDATE)
+    assert events == []
+
+
+def test_the_memory_of_one_version_takes_the_next_and_no_other_shape(events: list[str]) -> None:
+    engine = _receiver(Sender(events), Model(events))
+    engine.receive_weights(UPDATE)
+    first = engine._make_room(UPDATE).buffers
+    engine.model_update_group = Sender(events)
+    engine.receive_weights(UPDATE)
+    again = engine._make_room(UPDATE).buffers
+    assert [buffer.data_ptr() for buffer in again] == [buffer.data_ptr() for buffer in first]
+    turned = sealed.NCCLWeightTransferUpdateInfo(
+        names=["embed"], dtype_names=["float16"], shapes=[[4, 3]]
+    )
+    assert [buffer.numel() for buffer in engine._make_room(turned).buffers] == [24]
+    engine.packed_buffer_size_bytes = 8
+    assert [buffer.numel() for buffer in engine._make_room(UPDATE).buffers] == [48, 8]
+    engine.packed_buffer_size_bytes = 1 << 20
+    assert [buffer.numel() for buffer in engine._make_room(UPDATE).buffers] == [56]
+
+
+def test_a_seal_reads_as_a_person_would_compare_two() -> None:
+    assert str(Seal(56, 0xAB)) == "56 bytes with digest 000000000000ab"
