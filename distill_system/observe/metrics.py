@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from distill_system.observe.json_lines import read_rows
@@ -94,12 +93,7 @@ class MetricLog:
     def __enter__(self) -> MetricLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _log_to_tensorboard(self, stage: str, step: int, values: Mapping[str, float]) -> None:

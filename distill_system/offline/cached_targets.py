@@ -49,7 +49,7 @@ class CachedTargets:
         """The samples whose targets are not there yet."""
         return [key for key in keys if key not in self._store]
 
-    def say_cost(self, num_samples: int) -> str:
+    def describe_cost(self, num_samples: int) -> str:
         """What the targets of so many samples take, at most."""
         num_tokens = num_samples * self._teacher.max_response_tokens
         gibibytes = self._predict(num_tokens) / 2**30

@@ -32,14 +32,14 @@ def check_folders(config: RunConfig) -> None:
     Raises: ModelError.
     """
     for role, model in _models(config):
-        if model.path is not None and looks_local(model.path):
+        if model.path is not None and is_local_path(model.path):
             _require_files(f"{role}.path", model.path, "config.json", "*.safetensors")
     path = config.tokenizer.path if isinstance(config.tokenizer, PretrainedTokenizer) else None
-    if path is not None and looks_local(path):
+    if path is not None and is_local_path(path):
         _require_files("tokenizer.path", path)
 
 
-def looks_local(path: str) -> bool:
+def is_local_path(path: str) -> bool:
     """Whether a path is meant as a folder of this machine; a hub name is "model" or "owner/model".
 
     Asking the hub for a folder's name only takes long, and its answer says nothing of the folder.

@@ -11,7 +11,7 @@ from distill_system.cluster import (
     EveryWorker,
     RayWorkers,
     WorkerRequest,
-    named_together,
+    all_named_handles,
 )
 from distill_system.config.model import ModelConfig, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
@@ -169,7 +169,7 @@ def _connect_rollouts(
     sizes = [
         tensor_parallel_size(pools[workers.name]) for workers in receivers for _ in workers.members
     ]
-    client = FanOutClient(EveryWorker(named_together(receivers), seconds=seconds), sizes)
+    client = FanOutClient(EveryWorker(all_named_handles(receivers), seconds=seconds), sizes)
     learner.connect_rollouts(transfer_backend(context), client, client.num_receivers, seconds)
 
 

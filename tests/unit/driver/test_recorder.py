@@ -169,7 +169,7 @@ def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tm
     }
     streams = SimpleNamespace(is_asynchronous=True, pop_activity=lambda: pools, pop_counts=dict)
     recorder = RunRecorder(context, SimpleNamespace(), streams)
-    assert recorder.look().waited_for is None
+    assert recorder.observe_scaling().waited_for is None
     for phase, seconds in (
         ("student_rollout", 0.001),
         ("teacher_rollout", 0.03),
@@ -178,7 +178,7 @@ def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tm
         with context.timings.phase(phase):
             time.sleep(seconds)
     recorder.describe_step(StepResult(step=0, metrics={}, num_response_tokens=1, seconds=1.0), 1.0)
-    look = recorder.look()
+    look = recorder.observe_scaling()
     assert (look.waited_for, look.learner_starved_share) == ("teacher_rollout", 0.4)
     assert set(look.pools) == {"teacher_rollout", "student_rollout"}
-    assert recorder.look().waited_for is None
+    assert recorder.observe_scaling().waited_for is None
