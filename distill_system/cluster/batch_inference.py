@@ -98,11 +98,15 @@ def _plan(
 def _configure(deadlines: DeadlinesConfig) -> None:
     """Set our deadlines, keep a worker's own exception, silence Ray Data's terminal output."""
     context = ray.data.DataContext.get_current()
-    context.wait_for_min_actors_s = max(1, round(deadlines.resources_seconds))
-    context.execution_no_progress_timeout_s = _progress_seconds(deadlines)
-    context.raise_original_map_exception = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    settings = {
+        "wait_for_min_actors_s": max(1, round(deadlines.resources_seconds)),
+        "execution_no_progress_timeout_s": _progress_seconds(deadlines),
+        "raise_original_map_exception": True,
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+    }
+    for name, value in settings.items():
+        setattr(context, name, value)
     # Our live view owns the terminal; Ray Data still logs to the file in its session's folder.
     logger = logging.getLogger("ray.data")
     for handler in [h for h in logger.handlers if isinstance(h, logging.StreamHandler)]:
