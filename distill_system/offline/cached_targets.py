@@ -79,7 +79,7 @@ class CachedTargets:
         first = len(keys) - len(missing)
         task = view.start("cache targets", len(keys), first_step=first)
         for rows in self._read(missing) if missing else ():
-            self._store.append_rows(rows)
+            self._store.append(rows)
             done = task.step + rows.num_rows
             task.update(done, {"samples/s": (done - first) / task.elapsed_seconds})
         task.finish()
