@@ -99,7 +99,7 @@ def publishing_learner(
 def hosts() -> Iterator[list[Any]]:
     """A local Ray with the processes that all runs share."""
     config = Setting(workers=1, max_staleness=0).config()
-    with ClusterSession(config, say=print):
+    with ClusterSession(config, notify=print):
         made = [
             ray.remote(num_cpus=0, max_concurrency=1000)(Host).remote()
             for _ in range(ROLLOUT_PROCESSES + 2)
@@ -116,7 +116,7 @@ def run_on_ray(setting: Setting, hosts: Sequence[Any], *, profile: Path | None =
         context = RunContext(
             config=config,
             run=run,
-            cluster=ClusterSession(config, say=print),
+            cluster=ClusterSession(config, notify=print),
             tokenizer=None,
             data=data,
             log=stack.enter_context(MetricLog(run, run_name="modelled")),

@@ -21,8 +21,9 @@ from distill_system.driver import Driver
 from distill_system.observe.metrics import read_metrics
 from distill_system.records import Author
 from distill_system.run.context import RunContext
-from distill_system.run.pools import open_pools, start_rollouts, wait_until_ready
+from distill_system.run.pools import open_pools, wait_until_ready
 from distill_system.run.preparation import open_run
+from distill_system.run.worker_requests import rollout_request
 from distill_system.stages.train import open_context, train
 
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
@@ -64,7 +65,8 @@ def main() -> None:
 def _time_engine_start(context: RunContext) -> float:
     """Wall seconds from asking for one rollout worker to its engine being ready."""
     started = time.perf_counter()
-    workers = start_rollouts(context, Author.STUDENT, context.student_path)
+    request = rollout_request(context, "student_rollout", Author.STUDENT, context.student_path)
+    workers = context.cluster.start_workers(request)
     wait_until_ready(context, workers)
     seconds = time.perf_counter() - started
     context.cluster.stop_workers(workers)

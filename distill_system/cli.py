@@ -162,7 +162,7 @@ def compare(
             budget_value=budget_value,
             at_once=at_once,
         )
-        compare(request, say=print)
+        compare(request, notify=print)
 
 
 @app.command()
@@ -183,7 +183,7 @@ def scale(
         from distill_system.elastic.scale_command import describe
         from distill_system.elastic.scale_command import scale as ask
 
-        pools = ask(run, sizes, runs_directory=runs_directory, wait_seconds=wait, say=print)
+        pools = ask(run, sizes, runs_directory=runs_directory, wait_seconds=wait, notify=print)
         print("\n".join(describe(pools)))
 
 

@@ -1,7 +1,7 @@
-"""How sure a score is: standard errors of one evaluation and of the gain between two.
+"""Standard errors of scores, and of the gain between two evaluations.
 
-Shared by evaluation, which makes the numbers, and observe, which compares evaluations made at
-different times.  N examples, K sums, R bootstrap replicates.
+Used by evaluation, which computes scores, and by observe and comparison, which compare evaluations
+made at different times.  N examples, K sums, R bootstrap replicates.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ FloatArray = npt.NDArray[np.float64]
 
 NUM_REPLICATES = 1000
 BOOTSTRAP_SEED = 20406
-"""One seed for every bootstrap, so that replicate r of two evaluations of the same N prompts draws
-the same prompts: their difference is then a paired replicate."""
+"""The seed of every bootstrap: replicate r of two evaluations of the same N prompts then draws the
+same prompts, so that the difference of the two is a paired replicate."""
 
 
 def standard_error(values: Sequence[float]) -> float | None:
     """Sample standard deviation (N - 1 in the denominator) divided by sqrt(N).
 
-    Returns None for fewer than two values, which say nothing about their spread.
+    Returns None for fewer than two values, which have no spread.
     """
     if len(values) < 2:
         return None
@@ -39,7 +39,7 @@ def bootstrap_replicates(
     num_replicates: int = NUM_REPLICATES,
     seed: int = BOOTSTRAP_SEED,
 ) -> FloatArray:
-    """A corpus score on resampled corpora, for a score that is a function of sums over examples.
+    """A corpus score on R resampled corpora; the score must be a function of sums over examples.
 
     Args:
         statistics_NK: float64 [N, K], what each example adds to the K sums.

@@ -1,10 +1,10 @@
-"""What is Ray's own: a session, placed workers, deadlines on every wait."""
+"""Everything that touches Ray: the session, placed workers, a deadline on every wait."""
 
 from distill_system.cluster.placement import ElasticPool, WorkerRequest
 from distill_system.cluster.session import ClusterSession
 from distill_system.cluster.starting import StartingWorker
 from distill_system.cluster.weight_sync import EveryWorker
-from distill_system.cluster.workers import RayWorkers, named_together
+from distill_system.cluster.workers import RayWorkers, all_named_handles
 
 __all__ = [
     "ClusterSession",
@@ -13,5 +13,5 @@ __all__ = [
     "RayWorkers",
     "StartingWorker",
     "WorkerRequest",
-    "named_together",
+    "all_named_handles",
 ]

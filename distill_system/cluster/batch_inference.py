@@ -1,7 +1,8 @@
-"""Batch inference over many workers by Ray Data: tables in, tables out, as they are finished.
+"""Batch inference over many workers with Ray Data: tables in, result tables out as they finish.
 
-For work that is not part of a run: results come in no order, a worker that dies is started again
-and its batch done again, until nothing has been finished for as long as the deadlines allow.
+For work outside a run (`distill-system generate`). Results come in any order. Ray Data restarts a
+worker that dies and repeats its batch; the call fails only when no batch finishes within the
+deadlines.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from distill_system.config.pools import DeadlinesConfig, PoolConfig
 from distill_system.errors import DeadlineError, DistillError, ResourceError, WorkerError
 
 LAST_TRACEBACK_LINES = 30
-RAY_ADDS = "\nFailed to apply UDF transform"
-"""Begins what Ray Data appends to the message of whatever a worker raised."""
+RAY_SUFFIX = "\nFailed to apply UDF transform"
+"""Ray Data appends a text that starts with this to the message of every error a worker raises."""
 
 
 def infer_batches(
@@ -32,16 +33,17 @@ def infer_batches(
     environment: Mapping[str, str],
     deadlines: DeadlinesConfig,
 ) -> Iterator[pyarrow.Table]:
-    """What worker_class(**arguments)(batch) returns for each batch, in the order of completion.
+    """Yield worker_class(**arguments)(batch) for each batch, in the order of completion.
 
-    batches: not empty; each is one call.  worker_class: a plain class that maps a table to a
-    table.  Needs a ClusterSession.
+    batches: not empty; each is one call.  worker_class: a plain class whose instances map a table
+    to a table.  Call it inside a ClusterSession.
 
-    Raises: the DistillError that a worker raised; ResourceError if the cluster cannot place the
-        workers in time; DeadlineError if nothing is finished for so long as a worker may take to
-        load and to answer; WorkerError for anything else that ended a worker.
+    Raises: the DistillError that a worker raised; ResourceError if the cluster does not place the
+        workers within deadlines.resources_seconds; DeadlineError if no batch finishes within
+        deadlines.start_seconds + call_seconds; WorkerError for any other end of a worker.
     """
-    from ray.data.exceptions import ExecutionTimeoutError  # a second, which other commands spare
+    # Imported here: Ray Data takes a second to import, and only this command uses it.
+    from ray.data.exceptions import ExecutionTimeoutError
 
     mapped = _plan(batches, worker_class, arguments, pool, environment, deadlines)
     try:
@@ -55,13 +57,13 @@ def infer_batches(
     except ExecutionTimeoutError as error:
         raise DeadlineError(
             "no batch was finished within deadlines.start_seconds + deadlines.call_seconds = "
-            f"{_patience(deadlines):.0f} s. Raise them, or look at the workers' logs in the Ray "
-            "dashboard"
+            f"{_progress_seconds(deadlines):.0f} s. Raise them, or look at the workers' logs in "
+            "Ray's dashboard"
         ) from error
     except RayError as error:
         cause = getattr(error, "cause", error)
         if isinstance(cause, DistillError):
-            raise type(cause)(str(cause).partition(RAY_ADDS)[0]) from error
+            raise type(cause)(str(cause).partition(RAY_SUFFIX)[0]) from error
         lines = plain_text(error).splitlines()[-LAST_TRACEBACK_LINES:]
         raise WorkerError("\n".join([f"{worker_class.__name__} failed:", *lines])) from error
 
@@ -73,15 +75,17 @@ def _plan(
     pool: PoolConfig,
     environment: Mapping[str, str],
     deadlines: DeadlinesConfig,
-) -> Any:  # ray.data.Dataset, whose import takes a second that no other command need pay
+) -> Any:  # a ray.data.Dataset; naming the type would import Ray Data in every command
     import ray.data
 
     _configure(deadlines)
-    size = min(pool.count, len(batches))  # more would find nothing to do
+    size = min(pool.count, len(batches))  # further workers would have no batch to do
+    # from_arrow makes one block of each table, and batch_size=None hands a worker one whole block:
+    # together, each call gets exactly one of the given batches.
     return ray.data.from_arrow(list(batches)).map_batches(
         worker_class,
         fn_constructor_kwargs=dict(arguments),
-        batch_size=None,  # a block, which is one of the batches
+        batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
         num_cpus=pool.cpus,
@@ -92,21 +96,23 @@ def _plan(
 
 
 def _configure(deadlines: DeadlinesConfig) -> None:
-    """Deadlines, errors as they were raised, and no second progress bar beside ours."""
+    """Set our deadlines, keep a worker's own exception, silence Ray Data's terminal output."""
     context = ray.data.DataContext.get_current()
-    wanted = {
+    settings = {
         "wait_for_min_actors_s": max(1, round(deadlines.resources_seconds)),
-        "execution_no_progress_timeout_s": _patience(deadlines),
+        "execution_no_progress_timeout_s": _progress_seconds(deadlines),
         "raise_original_map_exception": True,
         "enable_progress_bars": False,
         "print_on_execution_start": False,
     }
-    for name, value in wanted.items():
+    for name, value in settings.items():
         setattr(context, name, value)
-    logger = logging.getLogger("ray.data")  # its file in Ray's folder stays
+    # Our live view owns the terminal; Ray Data still logs to the file in its session's folder.
+    logger = logging.getLogger("ray.data")
     for handler in [h for h in logger.handlers if isinstance(h, logging.StreamHandler)]:
         logger.removeHandler(handler)
 
 
-def _patience(deadlines: DeadlinesConfig) -> float:
+def _progress_seconds(deadlines: DeadlinesConfig) -> float:
+    """Longest time without a finished batch: a worker may load its model and then do one call."""
     return deadlines.start_seconds + deadlines.call_seconds

@@ -1,4 +1,4 @@
-"""The workers of a session by name, and whether all of them still live."""
+"""Which workers a session has, by name, and whether all their processes are alive."""
 
 from __future__ import annotations
 
@@ -20,89 +20,102 @@ _WORKER_IDS = re.compile(r"actor_id[=:] ?([0-9a-f]{32})")
 
 
 class LivenessMonitor:
-    """Names of workers by what Ray calls them; threads may share it.
+    """Finds dead workers, and turns Ray's worker ids into our names; safe to share among threads.
 
-    A worker can die while something else is waited for, and what is waited for may then never
-    come: whoever waits asks now and then whether all are alive.
+    A result may depend on a worker other than the one that computes it (a learner rank waits for
+    its peers, a broadcast for its receivers), so a wait would hang when that other worker dies.
+    Every wait therefore asks this monitor from time to time whether all workers are alive.
     """
 
     def __init__(self, handles: Mapping[str, Any] | None = None) -> None:
         self._lock = threading.Lock()
         self._handles: dict[str, Any] = {}
-        self._names: dict[str, str] = {}  # by Ray's id; kept of workers that are gone
-        self._answers: dict[str, Reference] = {}
-        self._looked_at = time.monotonic()
+        # Keyed by Ray's id. Names stay after a worker is removed: a late error may still name it.
+        self._names: dict[str, str] = {}
+        # Liveness probes that have not been answered: at most one per worker.
+        self._probes: dict[str, Reference] = {}
+        self._checked_at = time.monotonic()
         self.add(handles or {})
 
     def add(self, handles: Mapping[str, Any]) -> None:
-        """Watch over these workers too."""
+        """Monitor these workers too."""
         with self._lock:
             self._handles |= handles
             self._names |= {handle._actor_id.hex(): name for name, handle in handles.items()}
 
     def remove(self, names: Iterable[str]) -> None:
-        """Watch over these no more: they are about to be ended."""
+        """Stop monitoring these workers; call it before ending them on purpose."""
         with self._lock:
             for name in names:
                 self._handles.pop(name, None)
-                self._answers.pop(name, None)
+                self._probes.pop(name, None)
 
     def worker_of(self, reference: Reference) -> str:
-        """Name of the worker whose call gives this result."""
+        """Name of the worker that computes this result."""
         return self._name(reference.task_id().actor_id().hex()) or "a worker"
 
     def origin_of(self, error: RayError) -> str | None:
-        """Name of the worker where an error arose: not the one whose call was handed it."""
+        """Name of the worker in which an error arose; None if Ray's error does not say.
+
+        Where a failed result is an argument of another call, that call fails too, with the first
+        error nested in its own. The worker wanted is the one of the innermost error.
+        """
         inner = getattr(error, "cause", None)
         for known in (inner, error):
             if isinstance(known, RayActorError) and known.actor_id:
                 return self._name(known.actor_id)
-        ids = _WORKER_IDS.findall(str(error))  # the innermost traceback comes last
+        # Other errors carry no id as a field. Ray prints nested tracebacks outermost first.
+        ids = _WORKER_IDS.findall(str(error))
         return self._name(ids[-1]) if ids else None
 
     def require_alive(self, *, seconds: float, waiting_for: str) -> None:
-        """Give all workers this long to show that they live; a busy one need not answer.
+        """Probe every worker and wait this long for answers.
 
-        Raises: WorkerError if one is dead.
+        A probe queues behind a worker's current call, so silence means busy, not dead. A dead
+        worker's probe fails at once.
+
+        Raises: WorkerError if a worker is dead.
         """
-        self._hear(seconds=0.0, waiting_for=waiting_for)  # an old answer says nothing of now
-        self._ask()
-        self._hear(seconds=seconds, waiting_for=waiting_for)
+        # Probes answered before this call say nothing about now: take them in, then probe anew.
+        self._collect_probes(seconds=0.0, waiting_for=waiting_for)
+        self._send_probes()
+        self._collect_probes(seconds=seconds, waiting_for=waiting_for)
 
-    def look_around(self, *, every: float, waiting_for: str) -> None:
-        """Look whether all workers live, if that was not looked at for so many seconds.
+    def check_if_due(self, *, every: float, waiting_for: str) -> None:
+        """Probe all workers if the last such check is at least `every` seconds ago.
 
-        Raises: WorkerError if one is dead.
+        Raises: WorkerError if a worker is dead.
         """
         now = time.monotonic()
-        if now - self._looked_at >= every:
-            self._looked_at = now
+        if now - self._checked_at >= every:
+            self._checked_at = now
             self.require_alive(seconds=0.0, waiting_for=waiting_for)
 
-    def _hear(self, *, seconds: float, waiting_for: str) -> None:
-        """Take in the answers that come within this long."""
+    def _collect_probes(self, *, seconds: float, waiting_for: str) -> None:
+        """Take in the probes that are answered within this long."""
         with self._lock:
-            asked = dict(self._answers)
-        if not asked:
+            sent = dict(self._probes)
+        if not sent:
             return
-        answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
-        for name in [name for name, answer in asked.items() if answer in answered]:
+        answered, _ = ray.wait(list(sent.values()), num_returns=len(sent), timeout=seconds)
+        for name in [name for name, probe in sent.items() if probe in answered]:
             try:
-                ray.get(asked[name])
+                ray.get(sent[name])
             except ActorDiedError as error:
-                if self._is_watched(name):  # and not ended on purpose meanwhile
-                    raise death_of(name, error, waiting_for=waiting_for) from error
+                # A worker that was removed in the meantime has been ended on purpose.
+                if self._is_monitored(name):
+                    raise death_error(name, error, waiting_for=waiting_for) from error
             with self._lock:
-                self._answers.pop(name, None)
+                self._probes.pop(name, None)
 
-    def _ask(self) -> None:
-        """Ask every worker for an answer; one that owes one is not asked again."""
+    def _send_probes(self) -> None:
+        """Probe every worker; one that has not answered its last probe gets no second one."""
         with self._lock:
             for name, handle in self._handles.items():
-                if name not in self._answers:
-                    self._answers[name] = handle.__ray_ready__.remote()
+                if name not in self._probes:
+                    self._probes[name] = handle.__ray_ready__.remote()
 
-    def _is_watched(self, name: str) -> bool:
+    def _is_monitored(self, name: str) -> bool:
         with self._lock:
             return name in self._handles
 
@@ -111,13 +124,14 @@ class LivenessMonitor:
             return self._names.get(worker_id)
 
 
-def death_of(name: str, error: RayError, *, waiting_for: str) -> WorkerError:
-    """What to tell of a worker whose process is gone."""
+def death_error(name: str, error: RayError, *, waiting_for: str) -> WorkerError:
+    """The error for a worker whose process is gone: which process, where, and Ray's reason."""
     text = plain_text(error)
-    said = dict(_FIELDS.findall(text))
+    # Ray's message is a list of "name: value" lines, then one line with the cause.
+    fields = dict(_FIELDS.findall(text))
     cause = text.splitlines()[-1].partition(" Some common causes include")[0]
     return WorkerError(
-        f"{name} (process {said.get('pid', '?')} on {said.get('ip', '?')}) died while the run "
+        f"{name} (process {fields.get('pid', '?')} on {fields.get('ip', '?')}) died while the run "
         f"waited for {waiting_for}: {cause} Look whether its machine ran out of memory, and what "
         "its log in the logs folder of the Ray session says last; --resume continues from the "
         "newest checkpoint"
@@ -125,6 +139,6 @@ def death_of(name: str, error: RayError, *, waiting_for: str) -> WorkerError:
 
 
 def plain_text(error: RayError) -> str:
-    """Ray's message, without colours and the lines that only underline other lines."""
+    """Ray's message without terminal colours and without lines of ^ and ~ under source code."""
     text = _TERMINAL_COLOURS.sub("", str(error)).strip()
     return "\n".join(line for line in text.splitlines() if set(line.strip()) - set("^~"))

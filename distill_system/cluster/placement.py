@@ -1,8 +1,8 @@
-"""Where workers are put: what each asks for, one placement group each, and the process in it.
+"""Where workers run: the resources each asks for, its placement group, the process in it.
 
-Ray cannot grow a placement group, so every worker has its own; a gang shares one, as do workers
-that are to stand side by side. A group that is asked for and not yet placed is what Ray's
-autoscaler sees as demand.
+Ray cannot grow a placement group, so every worker has a group of its own and pools can change.
+Two cases share a group: a gang (ranks that are placed all or none), and colocated workers. Ray's
+autoscaler counts a group that is requested and not yet placed as demand.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from distill_system.workers import ElasticWorkers
 class WorkerRequest:
     """A pool of workers to start: one class, one set of keyword arguments per worker.
 
-    worker_class: has a method `ready` that every worker is asked for first; a DistillError of its
-    constructor is raised there.
-    gang: place all workers together or none (a group whose ranks must meet), instead of one by one.
-    colocate_with: name of the request, started in the same call, whose workers these stand beside:
-    the two workers of one id share one bundle, which holds what both ask for.
+    worker_class: has a method `ready`, which is called first on every worker; a DistillError that
+    the constructor raised is raised by that call.
+    gang: place all workers together or none, because their ranks must connect to one another.
+    colocate_with: name of another request in the same call; worker i of this pool shares the bundle
+    of worker i of that pool, which then holds the resources of both.
     """
 
     name: str
@@ -42,18 +42,18 @@ class WorkerRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ElasticPool:
-    """A pool that may change.  request: as the pool was started."""
+    """A pool whose size may change.  request: what the pool was started with."""
 
     workers: ElasticWorkers
     request: WorkerRequest
 
     @property
     def config(self) -> PoolConfig:
-        """Its bounds, and what a worker asks of the cluster."""
+        """The pool's bounds, and the resources of one worker."""
         return self.request.pool
 
     def arguments(self, worker_id: int) -> dict[str, Any]:
-        """Of one more worker: those of the others, with a name of its own where they have one."""
+        """Arguments for one more worker: those of worker 0, with its own `name` if it takes one."""
         first = self.request.arguments[0]
         has_name = "name" in first
         return {**first, "name": f"{self.request.name}-{worker_id}"} if has_name else dict(first)
@@ -61,7 +61,10 @@ class ElasticPool:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One worker's place: a bundle of a placement group, and Ray's promise that it is placed."""
+    """One worker's place: a bundle of a placement group.
+
+    placed: Ray's reference that is ready once the cluster has reserved the group.
+    """
 
     group: PlacementGroup
     bundle_index: int
@@ -69,16 +72,16 @@ class Placement:
 
     @property
     def is_placed(self) -> bool:
-        """Whether the cluster has given the place; asks and does not wait."""
+        """Whether the cluster has reserved the place by now; does not wait."""
         return bool(ray.wait([self.placed], timeout=0)[0])
 
 
 def request_placements(
     request: WorkerRequest, *, beside: Sequence[WorkerRequest] = ()
 ) -> list[Placement]:
-    """Ask the cluster for a place for each worker of a pool; returns at once.
+    """Request a place for each worker of a pool; returns at once.
 
-    beside: the requests whose workers share the places.
+    beside: the requests whose workers are colocated with these.
     """
     bundle = bundle_of(request.pool, *(other.pool for other in beside))
     count = len(request.arguments)
@@ -91,7 +94,7 @@ def request_placements(
 
 
 def release_placements(placements: Sequence[Placement]) -> None:
-    """Return places to the cluster; those not placed yet are asked for no more."""
+    """Return places to the cluster; requests that are still pending are withdrawn."""
     for group in dict.fromkeys(placement.group for placement in placements):
         remove_placement_group(group)
 
@@ -99,9 +102,10 @@ def release_placements(placements: Sequence[Placement]) -> None:
 def start_process(
     request: WorkerRequest, worker_id: int, arguments: Mapping[str, Any], placement: Placement
 ) -> Any:
-    """Begin a worker's process in its place; returns its handle at once."""
+    """Start a worker's process in its place; returns its handle at once."""
     remote_class = ray.remote(_failing_when_ready(request.worker_class))
     return remote_class.options(
+        # Ray's names are unique in a session, and a session may start a pool of one name twice.
         name=f"{request.name}-{worker_id}-{placement.group.id.hex()[:6]}",
         num_cpus=request.pool.cpus,
         num_gpus=request.pool.gpus,
@@ -114,23 +118,26 @@ def start_process(
 
 
 def bundle_of(*pools: PoolConfig) -> dict[str, float]:
-    """What one worker of each of these pools asks for, together; no part of it is zero."""
+    """Resources of one worker of each of these pools together, without zero amounts."""
     bundle: dict[str, float] = {}
     for pool in pools:
         for name, amount in {"CPU": pool.cpus, "GPU": pool.gpus, **pool.custom_resources}.items():
             if amount > 0:
                 bundle[name] = bundle.get(name, 0.0) + amount
-    return bundle or {"CPU": 0.001}
+    return bundle or {"CPU": 0.001}  # Ray refuses an empty bundle
 
 
 def describe_supply() -> str:
-    """What the cluster has free, and what it has, for a message."""
-    free, whole = _numbers(ray.available_resources()), _numbers(ray.cluster_resources())
+    """Free and total resources of the cluster, for a message."""
+    free, whole = _visible(ray.available_resources()), _visible(ray.cluster_resources())
     return f"free {free} of {whole}"
 
 
-def _numbers(resources: Mapping[str, float]) -> dict[str, float]:
-    """What a person asks for: CPUs, GPUs and custom resources, without node names and memory."""
+def _visible(resources: Mapping[str, float]) -> dict[str, float]:
+    """The resources that a configuration can ask for: CPUs, GPUs and custom ones.
+
+    Ray's list also holds memory, one entry per node, and one per placement group (CPU_group_...).
+    """
     hidden = ("node:", "memory", "object_store_memory", "bundle_group")
     return {
         name: round(amount, 4)
@@ -140,9 +147,9 @@ def _numbers(resources: Mapping[str, float]) -> dict[str, float]:
 
 
 def _failing_when_ready(worker_class: type) -> type:
-    """The class with a constructor that keeps a DistillError until `ready` is asked for.
+    """The class with a constructor that holds back a DistillError until `ready` is called.
 
-    Ray reports a worker whose constructor raises as dead, and the error's type is lost.
+    When a constructor raises, Ray only reports that the worker died: the error's type is lost.
     """
 
     class Worker(worker_class):  # type: ignore[misc]  # a class known at run time

@@ -1,4 +1,7 @@
-"""A Ray cluster for the length of a `with` block: joined or started, and left as it was found."""
+"""A Ray cluster for the length of a `with` block: joins an existing one, or starts a local one.
+
+On the way out, an existing cluster gets its resources back and a local one ends.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import Any, Self
 
 import ray
@@ -31,18 +33,20 @@ from distill_system.config.pools import PoolConfig
 from distill_system.errors import ResourceError
 
 PLACED_SECONDS = 1.0
-"""What the cluster has room for is placed sooner, and nothing is said of it."""
+"""Where the cluster has room, placement takes less than this; only longer waits are reported."""
 
 POLL_SECONDS = 5.0
+"""Time between two reports of what is not placed yet."""
+
 CONNECT_SECONDS = 10.0
 
 
 class ClusterSession:
     """Starts workers on the cluster of RAY_ADDRESS, or on a local one that ends with the block."""
 
-    def __init__(self, config: RunConfig, *, say: Callable[[str], None]) -> None:
+    def __init__(self, config: RunConfig, *, notify: Callable[[str], None]) -> None:
         self.config = config
-        self.say = say
+        self.notify = notify
         self.monitor = LivenessMonitor()
         self.groups: list[RayWorkers] = []
         self.starting: list[StartingWorker] = []
@@ -56,36 +60,28 @@ class ClusterSession:
             with _signal_handlers_kept():
                 _connect(address, self.config)
         except BaseException:
-            _shut_down()  # what stands already of a local cluster
+            _shut_down()  # a local cluster may have started in part
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # With its driver a session's workers and placements end too. To give them back one by one
-        # would wait for a cluster that may be ending as well, as after SIGTERM to all processes.
+    def __exit__(self, *exception: object) -> None:
+        # Ray ends a driver's workers and placement groups when the driver leaves. Returning them
+        # one by one could hang: after SIGTERM to every process the cluster is ending too.
         _shut_down()
 
     def start_workers(self, request: WorkerRequest) -> RayWorkers:
-        """Place and start a pool; returns at once after placement, while the workers load.
-
-        Raises: ResourceError when the cluster cannot place them before the deadline.
-        """
+        """Place and start one pool; see start_pools."""
         return self.start_pools([request])[0]
 
     def start_pools(self, requests: Sequence[WorkerRequest]) -> list[RayWorkers]:
         """Place all workers of several pools, then start them; returns while they load.
 
-        All places are asked for at once, so that the cluster's autoscaler sees the whole demand,
-        and nothing loads unless everything has its place.
+        All places are requested at once, so that the cluster's autoscaler sees the whole demand.
+        No worker starts to load before every worker is placed.
 
-        Raises: ResourceError when the cluster cannot place them before the deadline.
+        Raises: ResourceError if the cluster does not place them within deadlines.resources_seconds.
         """
-        placements = _ask_for_all(requests)
+        placements = _request_all(requests)
         try:
             self._wait_until_placed(requests, placements)
         except BaseException:
@@ -101,28 +97,28 @@ class ClusterSession:
     ) -> StartingWorker:
         """Begin to place and load one more worker of a pool, in the background; see StartingWorker.
 
-        Its arguments are `arguments`; those of the request are of the workers before it.
+        request: what the pool was started with.  arguments: the new worker's own.
         """
         starting = StartingWorker(request, worker_id, arguments, self.config.deadlines)
         self.starting.append(starting)
         return starting
 
     def adopt_worker(self, workers: RayWorkers, starting: StartingWorker) -> None:
-        """Take a worker into its group; it must be ready."""
+        """Add a worker that is ready to its group."""
         started = starting.poll()
         assert started is not None, f"{starting.name} is not ready"
         self.starting.remove(starting)
         workers.add(started)
 
     def has_room_for(self, pool: PoolConfig, copies: int) -> bool:
-        """Whether so many copies of a pool fit the whole cluster at once, were it empty."""
-        has = ray.cluster_resources()
+        """Whether an empty cluster of this size could hold `copies` of a pool at once."""
+        total = ray.cluster_resources()
         wanted = {name: copies * pool.count * amount for name, amount in bundle_of(pool).items()}
-        return all(has.get(name, 0.0) >= amount for name, amount in wanted.items())
+        return all(total.get(name, 0.0) >= amount for name, amount in wanted.items())
 
     def stop_workers(self, workers: RayWorkers) -> None:
-        """End a pool before the session ends; one that has ended already stays so."""
-        with suppress(ValueError):  # another thread may be ending it too
+        """End a pool before the session ends; does nothing for a pool that has already ended."""
+        with suppress(ValueError):  # fine-tuning threads may end the same pool at the same time
             self.groups.remove(workers)
         workers.stop()
 
@@ -133,7 +129,7 @@ class ClusterSession:
             self.stop_workers(workers)
 
     def abandon_all(self) -> None:
-        """End every process, and with it every wait for one; the session can start no more."""
+        """Kill every process, so that threads that wait for one fail; start nothing afterwards."""
         self._cancel_starting()
         for workers in list(self.groups):
             workers.kill()
@@ -146,7 +142,7 @@ class ClusterSession:
     def _start(
         self, request: WorkerRequest, placements: Mapping[str, Sequence[Placement]]
     ) -> RayWorkers:
-        """Begin a pool's processes in their places, its own or those of the pool it shares."""
+        """Start a pool's processes, in their own places or in those of the pool they share."""
         places = placements[request.colocate_with or request.name]
         handles = [
             start_process(request, worker_id, arguments, placement)
@@ -167,12 +163,13 @@ class ClusterSession:
     ) -> None:
         limit = self.config.deadlines.resources_seconds
         deadline = time.monotonic() + limit
-        # A gang's placements share one promise.
+        # The placements of a gang share one reference, and ray.wait refuses duplicates.
         every = list({placement.placed: None for pool in placements.values() for placement in pool})
-        patience = PLACED_SECONDS
+        poll_seconds = PLACED_SECONDS
         while True:
             left = max(0.0, deadline - time.monotonic())
-            placed, unplaced = ray.wait(every, num_returns=len(every), timeout=min(patience, left))
+            timeout = min(poll_seconds, left)
+            placed, unplaced = ray.wait(every, num_returns=len(every), timeout=timeout)
             if not unplaced:
                 return
             wanted, supply = _describe_demand(requests, placements, set(placed)), describe_supply()
@@ -181,12 +178,12 @@ class ClusterSession:
                     f"the cluster did not place {wanted} within {limit:.0f} s: {supply}. Lower "
                     "pools.*.count, .cpus or .gpus, add nodes, or raise deadlines.resources_seconds"
                 )
-            self.say(f"waiting for resources: want {wanted}; {supply}")
-            patience = POLL_SECONDS
+            self.notify(f"waiting for resources: want {wanted}; {supply}")
+            poll_seconds = POLL_SECONDS
 
 
-def _ask_for_all(requests: Sequence[WorkerRequest]) -> dict[str, list[Placement]]:
-    """Places of every pool that does not stand in another's; by the pool's name."""
+def _request_all(requests: Sequence[WorkerRequest]) -> dict[str, list[Placement]]:
+    """Request the places of every pool that has places of its own; by the pool's name."""
     return {
         name: request_placements(
             host, beside=[other for other in requests if other.colocate_with == name]
@@ -196,6 +193,7 @@ def _ask_for_all(requests: Sequence[WorkerRequest]) -> dict[str, list[Placement]
 
 
 def _hosts(requests: Sequence[WorkerRequest]) -> dict[str, WorkerRequest]:
+    """The requests that have places of their own, by name; colocated pools have none."""
     return {request.name: request for request in requests if request.colocate_with is None}
 
 
@@ -204,7 +202,7 @@ def _describe_demand(
     placements: Mapping[str, Sequence[Placement]],
     placed: Collection[ray.ObjectRef[Any]],
 ) -> str:
-    """What is not placed yet, pool by pool, with how much of it is."""
+    """The pools that are not wholly placed: what each asks for, and how many workers have it."""
     parts = []
     for name, host in _hosts(requests).items():
         beside = [other for other in requests if other.colocate_with == name]
@@ -221,22 +219,22 @@ def _describe_demand(
 def _connect(address: str | None, config: RunConfig) -> None:
     try:
         ray.init(
-            address="auto" if address else "local",  # auto is what RAY_ADDRESS says
+            address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
             namespace=f"distill-{config.name}",
             log_to_driver=False,
             logging_level="ERROR",
             **({} if address else {"include_dashboard": config.cluster.dashboard}),
         )
-    except Exception as error:  # of a cluster that did not stand in time Ray says no more
+    except Exception as error:  # Ray raises bare Exception where a cluster does not start in time
         what = f"join the cluster of RAY_ADDRESS={address}" if address else "start a local cluster"
         raise ResourceError(f"Ray could not {what}: {error}") from error
 
 
 def _require_answer(address: str) -> None:
-    """Ray itself goes on asking a host:port that does not answer for minutes."""
+    """Fail within CONNECT_SECONDS where nothing listens; ray.init would retry for minutes."""
     host, _, port = address.rpartition(":")
     if "/" in address or not port.isdigit():
-        return  # not of the form host:port
+        return  # "auto", "local" or a ray:// address: only Ray can resolve those
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
@@ -253,12 +251,13 @@ def _shut_down() -> None:
 
 @contextmanager
 def _signal_handlers_kept() -> Iterator[None]:
-    """Ray puts a SIGTERM handler of its own over ours; as it ends it takes away even ours.
+    """Restore our SIGTERM handler after a block in which Ray replaces it.
 
-    What Python then calls its handler is no longer the system's: it has to be set again.
+    ray.init installs a handler of its own, and ray.shutdown removes it below Python's notice:
+    signal.getsignal still returns ours, yet the system's handler is gone until it is set again.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield  # Python allows signal.signal in the main thread alone
         return
     before = signal.getsignal(signal.SIGTERM)
     try:

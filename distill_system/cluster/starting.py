@@ -1,9 +1,15 @@
-"""One worker that starts in the background of a run, which looks after it without waiting."""
+"""One worker that starts while a run goes on: the run polls it and never waits for it.
+
+ASKED_FOR --placed--> LOADING --loaded--> READY --> the worker joins its group
+    |                    |                  |
+    '--------------------'------------------'--> GIVEN_UP: a deadline, an error, or cancel()
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
@@ -25,7 +31,7 @@ from distill_system.workers import StartedWorker
 
 
 class StartStage(StrEnum):
-    """How far a worker has come."""
+    """The states of a worker that starts; the module's picture shows how they follow."""
 
     ASKED_FOR = "asked for"
     LOADING = "loading"
@@ -34,9 +40,10 @@ class StartStage(StrEnum):
 
 
 class StartingWorker:
-    """Asks for a place, loads there, is ready: one step further with each `poll` that can be made.
+    """Requests a place, starts a process there, waits until its model is loaded.
 
-    Until it is placed the cluster's autoscaler sees it as demand.
+    Each `poll` advances by at most one state. Until the worker is placed, the cluster's autoscaler
+    counts its request as demand.
     """
 
     def __init__(
@@ -51,10 +58,10 @@ class StartingWorker:
         self._request = request
         self._arguments = dict(arguments)
         self._deadlines = deadlines
-        self._since = time.monotonic()
-        [self._seat] = request_placements(_one_of(request, self._arguments))
+        self._stage_since = time.monotonic()
+        [self._placement] = request_placements(_single_worker(request, self._arguments))
         self._handle: Any = None
-        self._loaded: Any = None
+        self._loaded: Any = None  # the reference of the worker's first call, `ready`
 
     @property
     def name(self) -> str:
@@ -62,68 +69,67 @@ class StartingWorker:
         return f"{self._request.name}-{self.worker_id}"
 
     def poll(self) -> StartedWorker | None:
-        """The worker once it is ready, None before; does not wait. Call it until either comes.
+        """Advance without waiting; the worker once it is ready, None before.
 
         Raises: ResourceError, DeadlineError or what loading raised; the worker is then given up,
         its process ended and its place returned.
         """
         try:
-            return self._go_on()
+            return self._advance()
         except DistillError:
             self.cancel()
             raise
 
     def cancel(self) -> None:
-        """End a worker that no group has taken in: its process ends, its place goes back."""
+        """End the process and return its place; only for a worker that has joined no group."""
         if self.stage is StartStage.GIVEN_UP:
             return
         self.stage = StartStage.GIVEN_UP
         if self._handle is not None:
             ray.kill(self._handle)
-        release_placements([self._seat])
+        release_placements([self._placement])
 
-    def _go_on(self) -> StartedWorker | None:
+    def _advance(self) -> StartedWorker | None:
         assert self.stage is not StartStage.GIVEN_UP, f"{self.name} is given up"
         if self.stage is StartStage.ASKED_FOR:
-            self._load_where_placed()
+            self._start_if_placed()
         elif self.stage is StartStage.LOADING:
-            self._look_whether_loaded()
+            self._check_if_loaded()
         if self.stage is StartStage.READY:
-            return StartedWorker(self.worker_id, self._handle, self._seat)
+            return StartedWorker(self.worker_id, self._handle, self._placement)
         return None
 
-    def _load_where_placed(self) -> None:
+    def _start_if_placed(self) -> None:
         now, limit = time.monotonic(), self._deadlines.resources_seconds
-        if self._seat.is_placed:
-            self._handle = start_process(self._request, self.worker_id, self._arguments, self._seat)
+        if self._placement.is_placed:
+            self._handle = start_process(
+                self._request, self.worker_id, self._arguments, self._placement
+            )
             self._loaded = self._handle.ready.remote()
-            self.stage, self._since = StartStage.LOADING, now
-        elif now - self._since > limit:
+            # Each state has a deadline of its own: loading is timed from here.
+            self.stage, self._stage_since = StartStage.LOADING, now
+        elif now - self._stage_since > limit:
             raise ResourceError(
                 f"the cluster did not place {bundle_of(self._request.pool)} for {self.name} within "
                 f"deadlines.resources_seconds={limit:g}: {describe_supply()}"
             )
 
-    def _look_whether_loaded(self) -> None:
+    def _check_if_loaded(self) -> None:
         limit = self._deadlines.start_seconds
         if ray.wait([self._loaded], timeout=0, fetch_local=False)[0]:
+            # Done may mean failed: fetching the result raises what loading raised. The worker has
+            # a monitor of its own, so that its death is no death of a worker of the run.
             monitor = LivenessMonitor({self.name: self._handle})
-            wait_for([self._loaded], monitor, what="a new worker", seconds=1.0)  # raises its error
+            wait_for([self._loaded], monitor, what="a new worker", seconds=1.0)
             self.stage = StartStage.READY
-        elif time.monotonic() - self._since > limit:
+        elif time.monotonic() - self._stage_since > limit:
             raise DeadlineError(
                 f"{self.name} did not load its model within deadlines.start_seconds={limit:g}"
             )
 
 
-def _one_of(request: WorkerRequest, arguments: dict[str, Any]) -> WorkerRequest:
-    """The request of one more worker of a pool."""
+def _single_worker(request: WorkerRequest, arguments: dict[str, Any]) -> WorkerRequest:
+    """The request for one more worker of a pool."""
     assert not request.gang, "a gang keeps its size"
-    assert request.colocate_with is None, "workers that share places keep their number"
-    return WorkerRequest(
-        name=request.name,
-        worker_class=request.worker_class,
-        arguments=[arguments],
-        pool=request.pool,
-        environment=request.environment,
-    )
+    assert request.colocate_with is None, "colocated pools keep their size"
+    return replace(request, arguments=[arguments])

@@ -1,4 +1,8 @@
-"""Waiting for results of calls: with a deadline, and an error that says who failed at what."""
+"""Waiting for results of calls: with a deadline, and errors that name the worker and the work.
+
+Two things end a wait early: a result that failed, and the death of any monitored worker, even one
+that owes no result here (see LivenessMonitor).
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,19 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from distill_system.cluster.liveness import LivenessMonitor, death_of, plain_text
+from distill_system.cluster.liveness import LivenessMonitor, death_error, plain_text
 from distill_system.errors import DeadlineError, DistillError, WorkerError
 from distill_system.workers import Reference
 
-LOOK_SECONDS = 5.0
-"""Between two looks at whether every worker still lives."""
+LIVENESS_CHECK_SECONDS = 5.0
+"""Time between two checks that every worker is alive."""
 
 DEATH_SECONDS = 2.0
-"""A worker's death makes others fail too: so long a failure waits for the news of a death."""
+"""A worker's death makes its peers fail, often before Ray reports the death. A failure is held back
+for this long, so that the death, which is the cause, is reported instead."""
 
 MANY_CALLS = 16
-"""With more unhurried calls than this, hearing of each by itself costs more than waiting."""
+"""With more unhurried calls than this, waking up for each costs more than waiting for several."""
 
 LAST_TRACEBACK_LINES = 30
 
@@ -33,20 +38,20 @@ def wait_for(
     seconds: float,
     fetch: bool = True,
 ) -> list[Any]:
-    """Results of all references in their order; the first failure as soon as it is known.
+    """Results of all references in their order; raises the first failure as soon as it is known.
 
     Args:
         references: results of calls of the monitor's workers.
-        monitor: names the workers; a death of any of them ends the wait.
+        monitor: names the workers; the death of any of them ends the wait.
         what: what is waited for, for messages.
-        seconds: longest time without a new result.
-        fetch: whether to bring the results here; without it a failed call counts as done, and
-            whoever is handed its result fails with its error.
+        seconds: the deadline, counted from the last result that came: slow progress is no failure.
+        fetch: whether to copy the results into this process. Without it a failed call counts as
+            done, and the failure shows in the call that takes its result as an argument.
 
     Raises:
         DistillError: of the type that a worker raised, with the worker's name.
         WorkerError: a worker died, or raised anything else; with its traceback.
-        DeadlineError: names what was waited for, and the workers that owe it.
+        DeadlineError: names what was waited for, and the workers that have not answered.
     """
     results: dict[Reference, Any] = {}
     if fetch and (at_once := _fetch_all(references)) is not None:
@@ -55,7 +60,7 @@ def wait_for(
     while pending:
         left = max(0.0, last_news + seconds - time.monotonic())
         done, pending = ray.wait(
-            pending, num_returns=1, timeout=min(LOOK_SECONDS, left), fetch_local=fetch
+            pending, num_returns=1, timeout=min(LIVENESS_CHECK_SECONDS, left), fetch_local=fetch
         )
         now = time.monotonic()
         if done:
@@ -77,17 +82,21 @@ def wait_any(
     unhurried: Sequence[Reference] = (),
     together_seconds: float = 0.0,
 ) -> list[Reference]:
-    """Those that are done, failed ones among them, as soon as there is one; none after so long.
+    """The references that are done, as soon as there is one; an empty list after `seconds`.
 
-    unhurried: waited for too; where they are many, those that end within together_seconds are heard
-    of together, unless one of the others ends before: it costs less.
+    A call that failed counts as done. references: calls whose end must be known at once.
+    unhurried: calls that may be known late. With more than MANY_CALLS of them, this waits up to
+    together_seconds and returns all that ended meanwhile, unless one of `references` ends first:
+    one wake-up for many calls is cheaper than one for each.
 
-    Raises: WorkerError if a worker of the monitor died.
+    Raises: WorkerError if a monitored worker died.
     """
     every = [*references, *unhurried]
     if every:
         if len(unhurried) > MANY_CALLS:
-            _listen(list(references), list(unhurried), seconds=min(seconds, together_seconds))
+            _gather(list(references), list(unhurried), seconds=min(seconds, together_seconds))
+        # With num_returns=1 ray.wait returns one reference even if many are done, so first ask
+        # for all that are done now; only if there is none, wait for one.
         done, _ = ray.wait(every, num_returns=len(every), timeout=0, fetch_local=False)
         if not done:
             done, _ = ray.wait(every, num_returns=1, timeout=seconds, fetch_local=False)
@@ -95,12 +104,12 @@ def wait_any(
             return list(done)
     else:
         time.sleep(seconds)
-    monitor.look_around(every=LOOK_SECONDS, waiting_for=what)
+    monitor.check_if_due(every=LIVENESS_CHECK_SECONDS, waiting_for=what)
     return []
 
 
-def _listen(urgent: list[Reference], others: list[Reference], *, seconds: float) -> None:
-    """Return once an urgent one or all others are done, or after so long."""
+def _gather(urgent: list[Reference], others: list[Reference], *, seconds: float) -> None:
+    """Wait until an urgent call is done, or all others if none is urgent; at most `seconds`."""
     if urgent:
         ray.wait(urgent, num_returns=1, timeout=seconds, fetch_local=False)
     else:
@@ -108,33 +117,37 @@ def _listen(urgent: list[Reference], others: list[Reference], *, seconds: float)
 
 
 def _fetch_all(references: Sequence[Reference]) -> list[Any] | None:
-    """All results together where all are there and none has failed; one by one is slower."""
+    """All results if all are done and none has failed, else None.
+
+    One ray.get of many references is much faster than one call for each.
+    """
     if not references:
         return []
     try:
         return list(ray.get(list(references), timeout=0))
-    except RayError:  # a GetTimeoutError among them
-        return None  # told by whoever looks at them one by one
+    except RayError:  # not all done (GetTimeoutError), or a failure: the slow path tells them apart
+        return None
 
 
 def _fetch(reference: Reference, monitor: LivenessMonitor, what: str) -> Any:
     try:
         return ray.get(reference)
     except RayError as error:
-        who = monitor.origin_of(error) or monitor.worker_of(reference)
-        cause = getattr(error, "cause", error)
+        name = monitor.origin_of(error) or monitor.worker_of(reference)
+        cause = getattr(error, "cause", error)  # Ray wraps what the worker raised
         if not isinstance(cause, RayActorError):
             monitor.require_alive(seconds=DEATH_SECONDS, waiting_for=what)
-        raise _told(who, cause, error, what) from error
+        raise _to_distill_error(name, cause, error, what) from error
 
 
-def _told(who: str, cause: BaseException, error: RayError, what: str) -> DistillError:
+def _to_distill_error(name: str, cause: BaseException, error: RayError, what: str) -> DistillError:
     if isinstance(cause, DistillError):
-        return type(cause)(f"{who}: {cause}")
+        return type(cause)(f"{name}: {cause}")
+    # A constructor that raised is reported as a death too; there the traceback says more.
     if isinstance(cause, RayActorError) and not cause.actor_init_failed:
-        return death_of(who, cause, waiting_for=what)
+        return death_error(name, cause, waiting_for=what)
     lines = plain_text(error).splitlines()[-LAST_TRACEBACK_LINES:]
-    return WorkerError("\n".join([f"{who} failed at {what}:", *lines]))
+    return WorkerError("\n".join([f"{name} failed at {what}:", *lines]))
 
 
 def deadline_error(
@@ -145,10 +158,10 @@ def deadline_error(
     what: str,
     seconds: float,
 ) -> DeadlineError:
-    """What to raise where nothing has ended for so long; names the workers that owe results."""
-    owing = ", ".join(sorted({monitor.worker_of(reference) for reference in pending}))
+    """The error for calls of which none has ended for so long; names the workers that are late."""
+    late = ", ".join(sorted({monitor.worker_of(reference) for reference in pending}))
     return DeadlineError(
-        f"waited {seconds:.0f} s for {what} from {owing}: {len(pending)} of {len(references)} "
+        f"waited {seconds:.0f} s for {what} from {late}: {len(pending)} of {len(references)} "
         "results did not come. Raise the deadline under `deadlines`, or look at the worker's "
         "log in the Ray dashboard"
     )

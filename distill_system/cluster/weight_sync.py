@@ -1,4 +1,4 @@
-"""How the learner reaches every rollout worker while it publishes: all at once."""
+"""How the learner calls every rollout worker at once while it publishes weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from distill_system.workers import Reference
 
 
 class EveryWorker:
-    """Calls every worker; it travels to the learner's process with its handles.
+    """Calls one method of every worker; the object is sent to the learner's process.
 
-    every_worker(method, argument_tuples): the i-th worker gets argument_tuples[i]; returns when all
-    are done.
-    handles: by name, of the workers that there are now. One that comes or goes later takes a new
-    object.
-
-    Raises: the first worker's error; DeadlineError.
+    handles: name -> handle of the present workers. When workers join or leave, make a new object.
+    seconds: deadline of a call that waits.
     """
 
     def __init__(self, handles: Mapping[str, Any], *, seconds: float) -> None:
@@ -26,13 +22,13 @@ class EveryWorker:
         self.seconds = seconds
 
     def start(self, method: str, argument_tuples: Sequence[tuple[Any, ...]]) -> list[Reference]:
-        """Call every worker, and wait for none."""
+        """Begin the call of every worker: worker i gets argument_tuples[i]; does not wait."""
         return [
             getattr(handle, method).remote(*arguments)
             for handle, arguments in zip(self.handles.values(), argument_tuples, strict=True)
         ]
 
     def __call__(self, method: str, argument_tuples: Sequence[tuple[Any, ...]]) -> None:
-        """Call every worker and wait for all."""
+        """Call every worker and wait for all.  Raises: the first worker's error; DeadlineError."""
         references = self.start(method, argument_tuples)
         wait_for(references, LivenessMonitor(self.handles), what=method, seconds=self.seconds)

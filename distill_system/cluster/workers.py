@@ -1,4 +1,4 @@
-"""A group of Ray-made workers: calls begin here, and every wait has a deadline and a name."""
+"""A group of workers in Ray processes: begins their calls, waits for results with a deadline."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from distill_system.workers import Reference, StartedWorker
 class RayWorkers:
     """Workers of one class, each in its own process; implements distill_system.workers.
 
-    handles: of the workers that the group begins with, which get the ids 0, 1, ...
-    placements: the places that are given back with the group, one for each of the handles; none for
-    workers that stand in places of another group.
-    monitor: where the group's workers are watched over, each under name-id; by default alone.
+    handles: the first workers, which get the ids 0, 1, ...
+    placements: the place of each handle, which the group returns when it ends; empty for colocated
+    workers, whose places belong to another group.
+    monitor: where the workers are registered, each as name-id; shared by all groups of a session,
+    so that a wait of one group notices a death in another. None makes one for this group alone.
     call_seconds: longest wait without a new result.
     """
 
@@ -53,11 +54,11 @@ class RayWorkers:
         return len(self._handles)
 
     def named_handles(self) -> dict[str, Any]:
-        """The group's workers as they are now, by name: name-id."""
+        """The present workers, each as name-id."""
         return {f"{self.name}-{worker_id}": self._handles[worker_id] for worker_id in self.members}
 
     def start(self, worker_id: int, method: str, *arguments: Any) -> Reference:
-        """Begin one call; arguments that are references are resolved where the call runs."""
+        """Begin one call; arguments that are references are resolved in the worker's process."""
         return getattr(self._handles[worker_id], method).remote(*arguments)
 
     def finish(
@@ -76,12 +77,12 @@ class RayWorkers:
         return wait_for(references, self._monitor, what=what, seconds=seconds, fetch=fetch)
 
     def take_id(self) -> int:
-        """The id of a worker that is to be started; no other gets it, even if it never comes."""
+        """A new worker id. Ids are never used twice, not even after a start that failed."""
         self._next_id += 1
         return self._next_id - 1
 
     def add(self, started: StartedWorker) -> None:
-        """Take a worker in that has loaded its model, under an id that `take_id` gave."""
+        """Add a worker that has loaded its model; its id must come from `take_id`."""
         worker_id = started.worker_id
         assert worker_id < self._next_id, f"{self.name}-{worker_id}: the id was not given out"
         assert worker_id not in self._handles, f"{self.name}-{worker_id} is in the group already"
@@ -90,10 +91,9 @@ class RayWorkers:
         self._monitor.add({f"{self.name}-{worker_id}": started.handle})
 
     def remove(self, worker_id: int) -> None:
-        """End one worker's process and give its place back.
+        """End one worker's process and return its place.
 
-        A call that is under way there fails with WorkerError where it is waited for: collect it
-        before.
+        Collect its unfinished calls first: a later wait for one of them fails with WorkerError.
         """
         handle, placement = self._handles.pop(worker_id), self._placements.pop(worker_id)
         shared = any(other.group == placement.group for other in self._placements.values())
@@ -111,10 +111,10 @@ class RayWorkers:
         unhurried: Sequence[Reference] = (),
         together_seconds: float = 0.0,
     ) -> list[Reference]:
-        """Those that are done as soon as there is one; none after so long; see wait_any.
+        """The references that are done, as soon as there is one; see cluster.waiting.wait_any.
 
-        Raises: WorkerError if a worker of the monitor died; DeadlineError once waits one after the
-        other have brought nothing for call_seconds. Time between two waits does not count.
+        Raises: WorkerError if a monitored worker died; DeadlineError once consecutive waits have
+        brought nothing for call_seconds. Time between two waits does not count.
         """
         began = time.monotonic()
         done = wait_any(
@@ -132,19 +132,19 @@ class RayWorkers:
         return done
 
     def stop(self) -> None:
-        """End every process of the group and give its resources back."""
+        """End every process of the group and return its places."""
         self.kill()
         release_placements(list(self._placements.values()))
         self._placements = {}
 
     def kill(self) -> None:
-        """End every process of the group; waits for it fail with WorkerError."""
+        """End every process of the group; threads that wait for a result fail with WorkerError."""
         self._monitor.remove(self.named_handles())
         for handle in self._handles.values():
             ray.kill(handle)
         self._handles = {}
 
 
-def named_together(groups: Sequence[RayWorkers]) -> Mapping[str, Any]:
-    """The workers of several groups by name, as they are now; in the groups' order."""
+def all_named_handles(groups: Sequence[RayWorkers]) -> Mapping[str, Any]:
+    """The present workers of several groups by name, in the groups' order."""
     return {name: handle for group in groups for name, handle in group.named_handles().items()}

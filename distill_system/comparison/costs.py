@@ -1,13 +1,12 @@
-"""What a run cost: its timings and metrics in, seconds, tokens and bytes out."""
+"""The costs of a run: its timings and metrics in, seconds, tokens and bytes out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from distill_system.observe.metrics import MetricRow
-from distill_system.observe.run_directory import RunDirectory, read_json
+from distill_system.observe.run_directory import RunDirectory, read_json_if_exists
 
 STAGE = "distill"
 PEAK_MEMORY = "peak_memory_bytes"
@@ -16,13 +15,13 @@ SAMPLED_TOKENS = ("sampled_tokens/student", "sampled_tokens/teacher")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What distillation took; a figure that was not recorded is None.
+    """The costs of distillation; one that was not recorded is None.
 
     stage_seconds: wall clock of the whole stage, evaluations included.
     step_seconds: wall clock of the steps alone.
-    sampled_tokens: response tokens that student and teacher wrote to be trained on.
+    sampled_tokens: response tokens that student and teacher generated for training.
     learner_tokens: response tokens that the learner read, of both streams.
-    peak_memory_bytes: kind of worker (learner) -> the most that one of them held.
+    peak_memory_bytes: kind of worker (learner) -> the largest peak of one worker.
     """
 
     stage_seconds: float | None
@@ -32,7 +31,7 @@ class Costs:
     peak_memory_bytes: Mapping[str, float]
 
     def named(self) -> dict[str, float]:
-        """Name with its unit -> value, of the costs that were recorded."""
+        """The recorded costs by name; names end in their unit."""
         values = {
             "step_seconds": self.step_seconds,
             "stage_seconds": self.stage_seconds,
@@ -47,14 +46,13 @@ def read_costs(run: RunDirectory, rows: Sequence[MetricRow]) -> Costs:
     """The costs of one run.
 
     Args:
-        run: where its timings.json and config.json lie.
-        rows: the rows of its distillation; a resumed run has each step once.
+        run: the folder with its timings.json.
+        rows: the metrics of its distillation, each step once.
 
     Raises:
         RunStateError: a file exists and cannot be read.
     """
-    timings = _read_part(run, run.timings_path.name).get("seconds", {})
-    stage_seconds = timings.get(STAGE)
+    stage_seconds = read_json_if_exists(run.timings_path).get("seconds", {}).get(STAGE)
     return Costs(
         stage_seconds=None if stage_seconds is None else float(stage_seconds),
         step_seconds=_sum(rows, "seconds/step"),
@@ -78,8 +76,3 @@ def _sum(rows: Sequence[MetricRow], *metrics: str) -> float | None:
     found = [row.metrics.get(metric) for row in rows for metric in metrics]
     values = [value for value in found if value is not None]
     return sum(values) if values else None
-
-
-def _read_part(run: RunDirectory, name: str) -> dict[str, Any]:
-    path = run.path / name
-    return read_json(path) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Prompts, tokenizers, tokenised rows and the walk over them: data in, records out."""
+"""Data in, records out: sources, tokenizers, the order of prompts, the trajectory store."""
 
 from distill_system.data.examples import Example
 from distill_system.data.fingerprints import fingerprint_model, fingerprint_tokenizer
@@ -13,10 +13,9 @@ from distill_system.data.stored_trajectories import (
 )
 from distill_system.data.target_store import TargetStore
 from distill_system.data.tokenizers import build_tokenizer
-from distill_system.data.trajectory_store import AppendCount, TrajectoryStore
+from distill_system.data.trajectory_store import TrajectoryStore
 
 __all__ = [
-    "AppendCount",
     "Example",
     "PromptFrontier",
     "RunData",

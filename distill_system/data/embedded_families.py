@@ -1,8 +1,8 @@
 """The families of the embedded tasks: words, phrasings, and one small function per family.
 
-In: a random stream and whether the input is to be longer than in training.  Out: the slots that
-fill a family's prompt and answer templates.  Every text that a task can hold stands in this file,
-so that the closed vocabulary of the embedded tokenizer is read from it and not sampled.
+In: a random generator, and whether the input is to be longer than in training.  Out: the slots that
+fill a family's prompt and answer templates.  This file holds every text that a task can contain, so
+that the closed vocabulary of the embedded tokenizer can be listed without sampling tasks.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ PROFILE_LINES = ("name: {name};", "city: {city};", "job: {job};")
 LONGER_PROFILE_LINE = "likes: {item};"
 LONGER_PROFILE_ENDING = " and likes the {item}"
 
-# Accepted answers in the order of ANSWER_PROBABILITIES: targets are multi-modal on purpose.
+# Each task has several accepted answers, drawn with these probabilities in the order of the answer
+# templates: distillation methods differ on targets with several modes.
 ANSWER_PROBABILITIES = (0.5, 0.3, 0.2)
 LIST_ANSWERS = ("{answer}.", "the answer is {answer}.", "here is the list: {answer}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One kind of task: how it is asked, how it may be answered, and what fills both.
+    """One kind of task: phrasings of the prompt, accepted answers, and a function that fills both.
 
-    held_out_templates occur in the paraphrase split alone.  draw(random, longer) returns the slots.
+    held_out_templates are used in the paraphrase split alone.  draw(random, longer): the slots.
     """
 
     name: str
@@ -339,7 +340,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
-# What a step of a two-step composition is called, and what it does to a list.
+# Each operation of a two-step composition: its phrase, and what it does to a list.
 OPERATIONS: dict[str, tuple[str, Callable[[Words], Words]]] = {
     "reverse": ("reverse the list", lambda words: words[::-1]),
     "sort": ("sort the words alphabetically", sorted),
@@ -398,9 +399,9 @@ def draw_composition(random: Random, pairs: tuple[tuple[str, str], ...]) -> Slot
 
 
 def all_texts() -> list[str]:
-    """Every template and every slot value that holds letters; together they hold every word.
+    """Every template and every slot value; together they contain every word of every task.
 
-    Slots stand in them as {slot}.  Numbers and spelled letters are not listed.
+    Slots remain as {slot}.  Numbers and the single letters of spelling tasks are not included.
     """
     templates = [
         text

@@ -2,12 +2,12 @@
 
 In: a split, a count, a seed.  Out: tasks with a prompt, all accepted answers, and one of them.
 
-Training prompts never occur in a test split, whatever the seeds: a stable hash of the request
-itself (the prompt without politeness or distractor in front) reserves one fifth of all requests.
-`train` draws from the other four fifths alone, every other split from the reserved fifth alone.
-The hash sees the whole request, phrasing included, so that a small family (unit conversion,
-spelling, addition) loses phrasings of a problem to the tests and hardly ever the whole problem
-(1 of 48 conversions, 4 of 96 spellings).
+No training prompt occurs in a test split, whatever the seeds. A stable hash of the request (the
+prompt without a polite or distracting sentence in front) reserves one fifth of all requests: the
+test splits draw from these alone, and `train` from the other four fifths alone. The hash covers the
+phrasing too, so that small families (unit conversion, spelling, addition) mostly lose some
+phrasings of a problem to the tests, rarely the whole problem (1 of 48 conversions, 4 of 96
+spellings).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LONGER_FAMILIES = tuple(family for family in families.FAMILIES if family.has_lo
 
 
 class Task(NamedTuple):
-    """One task.  references: every accepted answer.  answer: the reference drawn for it."""
+    """One task.  references: every accepted answer.  answer: the one of them to learn from."""
 
     family: str
     prompt: str
@@ -46,7 +46,7 @@ def generate_tasks(split: EmbeddedSplit, num_examples: int, seed: int) -> list[T
     Prompts may repeat in train; in every other split they are unique.
 
     Raises:
-        DataError: the split does not hold so many different prompts.
+        DataError: the split has fewer different prompts than asked for.
     """
     random = Random(derive_seed(seed, "embedded_tasks", split))
     if split == "train":
@@ -58,7 +58,7 @@ def collect_unique(draw: Callable[[], Task], num_examples: int, split: str) -> l
     """The first num_examples tasks of a stream whose prompts all differ.
 
     Raises:
-        DataError: MAX_DRAWS_WITHOUT_NEW draws in a row brought no new prompt.
+        DataError: MAX_DRAWS_WITHOUT_NEW draws in a row gave no new prompt.
     """
     tasks: dict[str, Task] = {}
     num_misses = 0
@@ -71,15 +71,15 @@ def collect_unique(draw: Callable[[], Task], num_examples: int, split: str) -> l
         num_misses += 1
         if num_misses == MAX_DRAWS_WITHOUT_NEW:
             raise DataError(
-                f"embedded split {split!r}: asked for {num_examples} different prompts, found "
-                f"{len(tasks)}, and {num_misses} draws in a row brought no new one; "
+                f"embedded split {split!r}: expected {num_examples} different prompts, got "
+                f"{len(tasks)}, and {num_misses} draws in a row gave no new one; "
                 f"set num_examples to at most {len(tasks)}"
             )
     return list(tasks.values())
 
 
 def is_reserved(request: str) -> bool:
-    """Whether a request (a prompt without anything in front of it) belongs to the test splits."""
+    """Whether a request (a prompt without a sentence in front) is reserved for the test splits."""
     digest = hashlib.blake2b(request.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") % RESERVED_ONE_IN == 0
 
@@ -125,7 +125,7 @@ def _build_task(
 
 
 def _distract(random: Random, request: str) -> str:
-    # Words of the request are avoided, or the sentence could change the answer of a look-up.
+    # The sentence uses no word of the request: "ana has the cat" would change a look-up's answer.
     used = set(re.findall("[a-z]+", request))
 
     def unused(words: tuple[str, ...]) -> str:

@@ -34,7 +34,7 @@ Message = dict[str, str]  # role, content
 class Example:
     """One row as text.
 
-    row: where it came from, e.g. "train.jsonl:17".  prompt: a text, or the messages of a chat.
+    row: its place, e.g. "train.jsonl:17".  prompt: a text, or the messages of a chat.
     references: all accepted answers.  answer: the one to learn from; None if the row has none.
     """
 
@@ -52,9 +52,9 @@ def read_example(
     Args:
         row: field names to values.
         fields: the configured field map.
-        where: the row, for messages and Example.row.
+        where: the row's place, for messages and Example.row.
         key: configuration key of the field map.
-        with_answers: False leaves answers unread.
+        with_answers: False reads no answers.
 
     Raises:
         DataError: a field is missing, empty or of the wrong type; the message names the row.
@@ -97,7 +97,7 @@ def _fill(template: str, row: Row, where: str) -> str:
 
 
 def _as_text(value: object, name: str, where: str) -> str:
-    """A field's value as it stands in a template."""
+    """The text with which a field's value replaces its {name} in a template."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

@@ -1,7 +1,4 @@
-"""Names for what cannot be compared whole: a model's weights, a tokenizer, a prompt.
-
-In: a folder, a tokenizer, token ids.  Out: short texts that are equal where those are.
-"""
+"""Fingerprints of models, tokenizers and prompts: short texts that are equal where those are."""
 
 from __future__ import annotations
 
@@ -17,10 +14,10 @@ from distill_system.errors import ModelError
 from distill_system.records import Int32Array
 
 DIGITS = 32
-"""Hexadecimal digits that are kept: 128 bits, so that no two things share a name by chance."""
+"""Hexadecimal digits of a fingerprint: 128 bits, so that no two are equal by chance."""
 NUM_PROBES = 16
 PROBE_BYTES = 4096
-"""So much of each file of weights is read, in places spread over it."""
+"""A file of weights is read at NUM_PROBES places spread over it, PROBE_BYTES at each."""
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:
@@ -30,11 +27,11 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
 
 
 def fingerprint_model(path: str) -> str:
-    """Equal for folders that hold the same model; a model of the hub is known by its commit.
+    """Equal for folders that hold the same model; for a hub name it contains the commit.
 
-    Reads config.json, and of each file of weights its length, the names and shapes in its header
-    and samples of its bytes: some 64 KiB, however large the model. Weights that were trained
-    differ everywhere, so that samples tell them apart; a change of a few numbers may be missed.
+    Reads config.json, and of each file of weights its length, its header (names and shapes) and
+    samples of its bytes: about 64 KiB a file, however large it is. Training changes all weights, so
+    samples tell two trainings apart; a change of a few single numbers may be missed.
 
     Raises: ModelError if there is no such model on this machine.
     """

@@ -1,7 +1,7 @@
-"""Which prompts come next: a deterministic walk over shuffles, one per source and epoch.
+"""Which prompts come next: a seeded shuffle per source and epoch, sources in turn by weight.
 
-In: the number of prompts of each source, weights and a seed.  Out: indices; the position is a few
-numbers that a checkpoint keeps.
+In: the number of prompts of each source, weights and a seed.  Out: indices.  The position is a few
+numbers, which a checkpoint stores.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distill_system.seeds import derive_seed
 
 
 class SourceShare(NamedTuple):
-    """A source's prompts among all: so many indices in a row, and its weight beside the others."""
+    """One source: its number of prompts, and its weight relative to the other sources."""
 
     name: str
     num_prompts: int
@@ -30,7 +30,7 @@ class SourceShare(NamedTuple):
 
 
 def source_shares(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> list[SourceShare]:
-    """The sources of prompts that stand source by source; weights by name, by default 1."""
+    """The sources of prompts that are sorted by source; weights by name, 1 where none is given."""
     counts = ((name, len(list(rows))) for name, rows in groupby(prompts, lambda p: p.source))
     return [SourceShare(name, count, weights.get(name, 1.0)) for name, count in counts]
 
@@ -38,16 +38,16 @@ def source_shares(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> li
 class PromptFrontier:
     """Hands out prompt indices; each epoch of a source holds each of its prompts once.
 
-    Sources take turns by their weights without chance: after k prompts a source of share w has
-    handed out within 1 of k w. Each walks its own epochs, in orders of its own.
+    Sources take turns deterministically: after k indices, a source whose share of all weights is w
+    has given between k w - 1 and k w + 1 of them. Each source has its own epochs and orders.
 
     Args:
-        prompts: the number of prompts, or the sources, whose indices follow one another.
+        prompts: the number of prompts, or the sources; their indices follow one another.
         seed: the run's seed.
-        purpose: what the walk is for; two purposes walk in unrelated orders.
+        purpose: name of this use; two purposes get unrelated orders.
 
     Raises:
-        DataError: a source has no prompts, or there is none.
+        DataError: a source has no prompts, or there is no source.
     """
 
     def __init__(self, prompts: int | Sequence[SourceShare], seed: int, purpose: str) -> None:
@@ -58,7 +58,9 @@ class PromptFrontier:
         self._purpose = purpose
         alone = len(shares) == 1
         self._walks = {
-            share.name: _Walk(share.num_prompts, first, seed, purpose, "" if alone else share.name)
+            share.name: _SourceWalk(
+                share.num_prompts, first, seed, purpose, "" if alone else share.name
+            )
             for share, first in zip(shares, accumulate([0, *counts]), strict=False)
         }
         assert len(self._walks) == len(shares), f"{purpose}: two sources of one name"
@@ -66,24 +68,14 @@ class PromptFrontier:
         self._returned: deque[int] = deque()
 
     def take(self, count: int) -> list[int]:
-        """The next count indices: what was given back first, then new ones, over epochs' ends."""
+        """The next count indices: first those that were under way at a checkpoint, then new."""
         return [self._next() for _ in range(count)]
 
-    def give_back(self, indices: Sequence[int]) -> None:
-        """Put back what was taken and not trained on, as when a trajectory is dropped.
-
-        It comes again, in this order, before anything new.
-        """
-        for index in indices:
-            taken = any(walk.has_handed_out(index) for walk in self._walks.values())
-            assert taken, f"{self._purpose}: prompt {index} was not taken"
-        self._returned.extend(indices)
-
     def state(self, *, under_way: Sequence[int] = ()) -> dict[str, Any]:
-        """The position, as JSON can keep it.
+        """The position as a value for JSON.
 
-        under_way: what was taken and not trained on yet; it comes first when a run goes on from
-            here.
+        under_way: indices that were taken and not trained on yet. A run that resumes from this
+            position takes them first, in this order.
         """
         return {
             "sources": {name: walk.state() for name, walk in self._walks.items()},
@@ -96,12 +88,12 @@ class PromptFrontier:
         Raises:
             RunStateError: the position belongs to other sources or another number of prompts.
         """
-        there = {name: position["num_prompts"] for name, position in state["sources"].items()}
-        here = {name: walk.num_prompts for name, walk in self._walks.items()}
-        if list(there.items()) != list(here.items()):
+        saved = {name: position["num_prompts"] for name, position in state["sources"].items()}
+        present = {name: walk.num_prompts for name, walk in self._walks.items()}
+        if list(saved.items()) != list(present.items()):  # their order matters too
             raise RunStateError(
-                f"{self._purpose}: the checkpoint walks over {_counts(there)} prompts, the data "
-                f"now holds {_counts(here)}; resume with the data the run began with"
+                f"{self._purpose}: the checkpoint walks over {_counts(saved)} prompts, the data "
+                f"now holds {_counts(present)}; resume with the data the run began with"
             )
         for name, position in state["sources"].items():
             self._walks[name].move_to(position["epoch"], position["position"])
@@ -114,8 +106,8 @@ class PromptFrontier:
         return walks[self._turns.next([walk.num_taken for walk in walks])].take()
 
 
-class _Walk:
-    """One source: a shuffle of its indices per epoch."""
+class _SourceWalk:
+    """The order of one source's indices: a new shuffle in each epoch."""
 
     def __init__(self, num_prompts: int, first: int, seed: int, purpose: str, name: str) -> None:
         self.num_prompts = num_prompts
@@ -126,7 +118,7 @@ class _Walk:
 
     @property
     def num_taken(self) -> int:
-        """Prompts handed out, over all epochs."""
+        """Indices given so far, over all epochs."""
         return self._epoch * self.num_prompts + self._position
 
     def take(self) -> int:
@@ -135,13 +127,6 @@ class _Walk:
             self.move_to(self._epoch + 1, 0)
         self._position += 1
         return self._first + int(self._order[self._position - 1])
-
-    def has_handed_out(self, index: int) -> bool:
-        """Whether this index is of this source and was taken at least once."""
-        at = index - self._first
-        if not 0 <= at < self.num_prompts:
-            return False
-        return self._epoch > 0 or at in self._order[: self._position]
 
     def state(self) -> dict[str, int]:
         return {
@@ -162,11 +147,11 @@ class _Walk:
 
 
 class _Turns:
-    """Whose turn it is among weighted sources; whole numbers throughout, so that none is rounded.
+    """Chooses the next of several weighted sources; exact integer arithmetic, without rounding.
 
-    Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980). Of the
-    sources far enough behind their share, the one whose next turn is due first: with n sources none
-    is ever further than 1 - 1/(2n - 2) from its share.
+    Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980). Among the
+    sources that are far enough behind their share, the one whose next turn has the earliest
+    deadline. With n sources, none is ever further than 1 - 1/(2n - 2) turns from its share.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -177,7 +162,7 @@ class _Turns:
         self._slack = max(1, 2 * len(weights) - 2)
 
     def next(self, taken: Sequence[int]) -> int:
-        """The source whose turn comes after each has had so many."""
+        """The index of the next source.  taken: turns that each source has had."""
         if len(taken) == 1:
             return 0
         turn = sum(taken) + 1
@@ -190,7 +175,7 @@ class _Turns:
 
 
 def _counts(sources: Mapping[str, int]) -> str:
-    """One number where there is one source, otherwise each by its name."""
+    """For a message: one number for a single source, otherwise each source's with its name."""
     if len(sources) == 1:
         return str(next(iter(sources.values())))
     return ", ".join(f"{count} of {name}" for name, count in sources.items())

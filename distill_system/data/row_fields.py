@@ -1,7 +1,7 @@
-"""Which fields of a row a field map needs, and what stands in them.
+"""The fields of a row that a field map needs, and their values.
 
 In: the configured field map; a row, or the column names of a table.  Out: fields and their values;
-one that is missing ends here, with the nearest name that exists.
+a missing field is an error that names the nearest existing one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAY_BE_NULL = (*ANSWER_SETTINGS, "input")
 def needed_fields(fields: FieldMap, with_answers: bool) -> NeededFields:
     """Fields that must exist in every row, each with the setting that names it.
 
-    A nested field is given whole, "outer.inner"; `needed_columns` gives the columns.
+    A nested field has its full name, "outer.inner"; see `needed_columns` for its column.
     """
     named: list[tuple[str, str | None]]
     match fields:
@@ -57,7 +57,7 @@ def needed_fields(fields: FieldMap, with_answers: bool) -> NeededFields:
 
 
 def needed_columns(needed: NeededFields, existing: Collection[str]) -> list[str]:
-    """The columns of a table that the needed fields lie in."""
+    """The columns of a table that contain the needed fields."""
     return sorted({_column(field, existing) for _, field in needed})
 
 
@@ -66,7 +66,7 @@ def check_fields(needed: NeededFields, existing: Collection[str], where: str, ke
 
     Args:
         needed: as from `needed_fields`.
-        existing: the field names there are.
+        existing: the names of the row's or table's fields.
         where: the row or table, for the message.
         key: configuration key of the field map, e.g. "data.prompts.fields".
 
@@ -86,15 +86,15 @@ def check_fields(needed: NeededFields, existing: Collection[str], where: str, ke
 
 
 def lacks_text(row: Row, fields: FieldMap, with_answers: bool) -> bool:
-    """Whether a needed field is there and holds nothing; an input may always be empty."""
-    for setting, field in needed_fields(fields, with_answers):
-        if setting != "input" and _is_nothing(_reach(row, field)):
-            return True
-    return False
+    """Whether a needed field exists and is empty; an input may always be empty."""
+    return any(
+        setting != "input" and _is_empty(_find_value(row, field))
+        for setting, field in needed_fields(fields, with_answers)
+    )
 
 
 def given_templates(fields: TemplateFields) -> list[tuple[str, str]]:
-    """The templates that are given, each with its setting."""
+    """The templates that are configured, each with its setting."""
     given = [(setting, getattr(fields, setting)) for setting in ("prompt", "response", "reference")]
     return [(setting, template) for setting, template in given if template is not None]
 
@@ -102,9 +102,9 @@ def given_templates(fields: TemplateFields) -> list[tuple[str, str]]:
 _ABSENT = object()
 
 
-def _reach(row: Row, name: str) -> object:
-    """The value of "outer.inner", _ABSENT if there is none; a name that holds dots comes first."""
-    if name in row:
+def _find_value(row: Row, name: str) -> object:
+    """The value of "outer.inner"; _ABSENT if there is no such field."""
+    if name in row:  # a field whose own name contains dots
         return row[name]
     value: object = row
     for part in name.split("."):
@@ -118,9 +118,9 @@ def field_value(row: Row, name: str, where: str) -> object:
     """The value of a field, "outer.inner" for a nested one.
 
     Raises:
-        DataError: the outer field is there and has no such inner one; `where` names the row.
+        DataError: the outer field exists and has no such inner one; `where` names the row.
     """
-    value = _reach(row, name)
+    value = _find_value(row, name)
     if value is _ABSENT:
         outer = name.partition(".")[0]
         raise DataError(
@@ -131,11 +131,11 @@ def field_value(row: Row, name: str, where: str) -> object:
 
 
 def _column(field: str, existing: Collection[str]) -> str:
-    """The field of a row that holds "outer.inner"."""
+    """The column that contains the field "outer.inner"."""
     return field if field in existing else field.partition(".")[0]
 
 
-def _is_nothing(value: object) -> bool:
+def _is_empty(value: object) -> bool:
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 

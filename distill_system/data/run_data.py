@@ -37,11 +37,13 @@ ALL_SETS: tuple[SetName, ...] = ("teacher_sft", "student_sft", "prompts", "held_
 class RunData:
     """The run's data; sets that were not asked for, or not configured, are empty.
 
-    evaluation: prompts by split name.  num_removed: rows left out of each training set because
-    their prompts stand in held_out or evaluation too.  num_out_of_bounds: rows left out of each set
-    by the token bounds of its source; sets that lost none are not in it.
-    stored: samples of the run's teacher in data.trajectory_store, made one at a time as they are
-    asked for.  num_foreign: how many others it holds, which other models or samplings wrote.
+    evaluation: prompts by split name.
+    num_removed: rows left out of each training set because their prompts are also in held_out or
+    evaluation.
+    num_out_of_bounds: rows left out of a set by the token bounds of its source; sets that lost none
+    are not in it.
+    stored: samples of the run's teacher in data.trajectory_store, each made when it is asked for.
+    num_foreign: samples in the store of other models or sampling settings, which are left out.
     """
 
     teacher_sft: tuple[Trajectory, ...] = ()
@@ -65,26 +67,27 @@ def load_run_data(
     """Load, render and tokenise the sets of a run.
 
     Ids are "<set>:<index>", e.g. "prompts:17", "evaluation.paraphrase:3", or "prompts.code:17" of
-    the mixture's source `code`; the index counts the rows of the source, so that ids do not move
-    when other rows are removed. Prompts stand source by source, in the mixture's order.
+    the mixture's source `code`. The index counts all rows of the source, so that an id does not
+    change when other rows are removed. Prompts are sorted by source, in the mixture's order.
 
     Args:
         config: the run.
-        tokenizer: as from `build_tokenizer`, or loaded from the teacher's folder.
-        sets: the sets wanted; the others stay empty.
-        stored_by: who has to have written the samples of data.trajectory_store, and how; needed
-            where "stored" is wanted.
+        tokenizer: from `build_tokenizer`, or loaded from the teacher's folder.
+        sets: the sets to load; the others stay empty.
+        stored_by: the model and sampling settings whose samples of data.trajectory_store are used;
+            required for the set "stored".
 
     Raises:
         DataError: a source or row cannot be used, a prompt is too long, a supervised row has no
             answer, or a set is empty after the removal; the trajectory store is missing or empty,
-            of another tokenizer, or holds nothing that stored_by wrote.
+            has another tokenizer, or holds no sample of stored_by.
     """
     data = config.data
     reader = SetReader(config, tokenizer)
     measured = {f"evaluation.{split}": source for split, source in data.evaluation.items()}
     measured_rows = {name: reader.rows(name, source, True) for name, source in measured.items()}
     measured_rows["held_out"] = reader.rows("held_out", data.held_out, False)
+    # Read whichever sets are asked for: they decide which rows training may not see.
     blocked = {row.text for row in chain.from_iterable(measured_rows.values())}
     training = _TrainingRows(reader, blocked)
     teacher = data.teacher_sft if "teacher_sft" in sets else None
@@ -138,7 +141,10 @@ def _read_store(
 
 
 class _TrainingRows:
-    """Rows to learn from, without those whose prompts are measured on."""
+    """Rows to learn from, without those whose prompts are in held_out or evaluation.
+
+    blocked: the texts of those prompts.
+    """
 
     def __init__(self, reader: SetReader, blocked: Collection[str]) -> None:
         self.reader = reader
@@ -151,7 +157,7 @@ class _TrainingRows:
         return self.reader.trajectories(self._rows(name, source, True, key=f"data.{name}"))
 
     def prompts(self, data: DataConfig) -> tuple[Prompt, ...]:
-        """Source by source."""
+        """The prompts of the distillation, sorted by source."""
         named = zip(data.prompt_weights, data.prompt_sources.items(), strict=True)
         return tuple(
             prompt
@@ -174,9 +180,7 @@ class _TrainingRows:
 
 
 def tokenizer_texts(config: RunConfig) -> Iterator[str] | None:
-    """What tokenizer.type=train_bpe is trained on: prompts and answers of data.teacher_sft.
-
-    Returns None for the other types, which are not trained.
+    """The texts to train tokenizer.type=train_bpe on: data.teacher_sft; None for other types.
 
     Raises:
         DataError: there are no such rows, or they are chats, for which it has no template.

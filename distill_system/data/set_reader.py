@@ -1,4 +1,4 @@
-"""How the rows of one set become prompts and supervised trajectories.
+"""Turns the rows of one set into prompts and supervised trajectories.
 
 In: a configured source and the run's tokenizer.  Out: rows with the text that the models read, then
 records with token ids.
@@ -32,17 +32,18 @@ class Row(NamedTuple):
 
 
 class SetReader:
-    """Reads one set after another with one tokenizer.
+    """Reads sets with one tokenizer.
 
-    num_out_of_bounds: rows left out of each set by the token bounds of its source.
+    num_out_of_bounds: rows left out of each set so far by the token bounds of its source.
     """
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._data = config.data
         self._tokenizer = tokenizer
         self._is_closed_vocabulary = isinstance(config.tokenizer, EmbeddedTokenizer)
-        # Some tokenizers put a beginning-of-sequence token in front of a text, templates often
-        # write it themselves: it is added here, and only where the text does not begin with it.
+        # Some tokenizers put a beginning-of-sequence token before a text, and chat templates often
+        # write one themselves. Texts are encoded without special tokens, and this one is added
+        # where the tokenizer would add it and the text does not already begin with it.
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         self._start_ids: list[int] = [bos] if adds_bos else []
@@ -51,9 +52,9 @@ class SetReader:
     def rows(
         self, name: str, source: Source, with_answers: bool, *, key: str | None = None
     ) -> list[Row]:
-        """The rows of a set, rendered; those outside of the source's token bounds are left out.
+        """The rendered rows of a set, without those outside the source's token bounds.
 
-        key: where the source stands in the configuration; data.<name> unless given.
+        key: configuration key of the source; None: data.<name>.
         """
         key = key or f"data.{name}"
         examples = load_examples(source, self._data, key=key, with_answers=with_answers)
@@ -66,7 +67,7 @@ class SetReader:
         return rows
 
     def prompts(self, name: str, rows: Sequence[Row]) -> tuple[Prompt, ...]:
-        """Rows as prompts, with the references they have."""
+        """Rows as prompts, with their references."""
         return tuple(
             Prompt(
                 prompt_id=row.row_id,
@@ -79,7 +80,7 @@ class SetReader:
         )
 
     def prompt_keys(self, rows: Sequence[Row]) -> set[str]:
-        """What the rows' prompts are known by in a trajectory store."""
+        """The keys of the rows' prompts in a trajectory store."""
         encoded = self._encode_prompts(rows)
         return {fingerprint_prompt(np.array(ids, dtype=np.int32)) for ids in encoded}
 

@@ -1,7 +1,8 @@
-"""Where examples come from: JSONL, parquet, `datasets`, and the embedded tasks.
+"""Reads examples from JSONL, parquet, `datasets`, and the embedded tasks.
 
-In: a configured source.  Out: its examples; anything that cannot be used ends here, at once, with
-the file and row named.
+In: a configured source.  Out: its examples. A row that cannot be used is an error that names the
+file and the row. JSONL and parquet are not read through `datasets`: it converts all rows to one
+schema, in which a field that one row lacks is null, so that a missing field would go unnoticed.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def load_examples(
 
     Args:
         source: what to read.
-        data: gives the folder that relative paths start from.
+        data: its `directory` is the folder from which relative paths start.
         key: configuration key of the source, for messages, e.g. "data.prompts".
-        with_answers: False leaves answers unread, and their field need not exist.
+        with_answers: False reads no answers, and their field need not exist.
 
     Raises:
         DataError: the source is missing, empty, too small, or holds a row that cannot be used.
@@ -108,7 +109,7 @@ def _check_count(num_examples: int, num_rows: int, source: RowSource, key: str) 
         wanted = "at least one row" if asked is None else f"{asked} rows"
         kept = f", of which {num_examples} with text" if source.leave_out_empty else ""
         raise DataError(
-            f"{key}: asked for {wanted} after skipping {source.skip}, the data set has {num_rows}"
+            f"{key}: expected {wanted} after skipping {source.skip}, the data set has {num_rows}"
             f"{kept}; lower {key}.num_examples or {key}.skip"
         )
 
@@ -160,7 +161,7 @@ def _read_parquet(path: Path, source: ParquetSource, key: str, with_answers: boo
 def _read_datasets(
     source: DatasetsSource, directory: Path, key: str, with_answers: bool
 ) -> NamedRows:
-    import datasets  # here, because its import takes a second that other sources need not pay
+    import datasets  # imported here: it takes a second, and other sources do not need it
 
     folder = directory / source.name
     name = str(folder) if folder.is_dir() else source.name

@@ -1,4 +1,4 @@
-"""How a sample stands in the store: one row of plain columns, with who wrote it and how.
+"""The columns of a stored sample: the trajectory, the model that generated it, and how.
 
 In: trajectories and their origin.  Out: an Arrow table of ROW_SCHEMA; and back, bit for bit.
 """
@@ -43,7 +43,7 @@ ORIGIN_SCHEMA = pyarrow.schema(
         ("seed", pyarrow.int64()),
     ]
 )
-"""The columns that say who wrote it and how, beside author and temperature."""
+"""The columns of a SampleOrigin that a Trajectory does not have."""
 ROW_SCHEMA = pyarrow.schema(
     [
         pyarrow.field("key", pyarrow.string()),
@@ -56,15 +56,15 @@ ROW_SCHEMA = pyarrow.schema(
         pyarrow.field("response_text", pyarrow.string()),
     ]
 )
-"""All columns. key: of the sample, unique in a store; prompt_key: of the prompt's tokens;
-policy_key: of the model and the sampling, see SampleOrigin.policy_key."""
+"""All columns. key: the sample's, unique in a store; prompt_key: fingerprint of the prompt tokens;
+policy_key: fingerprint of model and sampling settings, see SampleOrigin.policy_key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOrigin:
-    """Who wrote samples, and how.
+    """The model that generated samples, and its sampling settings.
 
-    model: path or hub name, for people; model_fingerprint says which weights it held.
+    model: path or hub name, for people; model_fingerprint identifies the weights.
     """
 
     author: Author
@@ -79,13 +79,13 @@ class SampleOrigin:
 
     @property
     def policy_key(self) -> str:
-        """Equal for samples of one distribution; they may differ in seed and where they are cut."""
-        who = [self.author, self.model_fingerprint, self.tokenizer_fingerprint]
+        """Equal for samples of one distribution; seed and maximum length do not count."""
+        model = [self.author, self.model_fingerprint, self.tokenizer_fingerprint]
         sampling = [self.temperature, self.top_p, self.stop_token_ids]
-        return digest(json.dumps([*who, *sampling]).encode())
+        return digest(json.dumps([*model, *sampling]).encode())
 
     def key(self, prompt_ids: Int32Array, label: str) -> str:
-        """What one sample of one prompt is known by.  prompt_ids: int32 [P]."""
+        """The key of one sample.  prompt_ids: int32 [P].  label: which of the prompt's samples."""
         parts = [self.policy_key, self.max_response_tokens, self.seed, label]
         return digest(json.dumps([fingerprint_prompt(prompt_ids), *parts]).encode())
 
@@ -96,22 +96,21 @@ def make_rows(
     *,
     label: str,
     prompt_texts: Sequence[str] | None = None,
-    response_texts: Sequence[str] | None = None,
 ) -> pyarrow.Table:
-    """Samples of one origin and label as a table of ROW_SCHEMA.
+    """Samples of one origin and label as a table of ROW_SCHEMA; response_text is null.
 
-    Raises: RecordError if a trajectory says that it came of another origin.
+    Raises: RecordError if a trajectory's author or temperature is not the origin's.
     """
-    nothing = [None] * len(trajectories)
+    nulls = [None] * len(trajectories)
     columns = {
         "key": [origin.key(_prompt_ids(t), label) for t in trajectories],
         "prompt_key": [fingerprint_prompt(_prompt_ids(t)) for t in trajectories],
         "policy_key": [origin.policy_key] * len(trajectories),
-        **{name: [_plain(t, name) for t in trajectories] for name in TRAJECTORY_SCHEMA.names},
+        **{name: [_to_column(t, name) for t in trajectories] for name in TRAJECTORY_SCHEMA.names},
         **{name: [getattr(origin, name)] * len(trajectories) for name in ORIGIN_SCHEMA.names},
         "label": [label] * len(trajectories),
-        "prompt_text": prompt_texts or nothing,
-        "response_text": response_texts or nothing,
+        "prompt_text": prompt_texts or nulls,
+        "response_text": nulls,
     }
     for trajectory in trajectories:
         actual = (trajectory.author, trajectory.temperature)
@@ -124,25 +123,22 @@ def make_rows(
 
 
 def read_trajectory(batch: pyarrow.RecordBatch, row: int) -> Trajectory:
-    """One row of a batch that has the columns of TRAJECTORY_SCHEMA.
+    """The trajectory in one row of a batch that has the columns of TRAJECTORY_SCHEMA.
 
-    Its arrays are views of the batch, which are read-only.
+    Its arrays are read-only views of the batch.
     """
-    plain = {name: batch.column(name)[row] for name in TRAJECTORY_SCHEMA.names}
-    return Trajectory(
-        trajectory_id=plain["trajectory_id"].as_py(),
-        prompt_id=plain["prompt_id"].as_py(),
-        author=Author(plain["author"].as_py()),
-        token_ids=plain["token_ids"].values.to_numpy(),
-        num_prompt_tokens=plain["num_prompt_tokens"].as_py(),
-        behaviour_logprobs=plain["behaviour_logprobs"].values.to_numpy(),
-        temperature=plain["temperature"].as_py(),
-        finish=Finish(plain["finish"].as_py()),
-        weight_versions=tuple(VersionSpan(**span) for span in plain["weight_versions"].as_py()),
-    )
+    scalars = {name: batch.column(name)[row] for name in TRAJECTORY_SCHEMA.names}
+    # `values` of a list scalar is an Arrow array, which numpy views without a copy; as_py() would
+    # make a Python object of every token.
+    arrays = {n: scalars.pop(n).values.to_numpy() for n in ("token_ids", "behaviour_logprobs")}
+    fields = {name: scalar.as_py() for name, scalar in scalars.items()}
+    fields["author"] = Author(fields["author"])
+    fields["finish"] = Finish(fields["finish"])
+    fields["weight_versions"] = tuple(VersionSpan(**span) for span in fields["weight_versions"])
+    return Trajectory(**arrays, **fields)
 
 
-def _plain(trajectory: Trajectory, name: str) -> object:
+def _to_column(trajectory: Trajectory, name: str) -> object:
     value = getattr(trajectory, name)
     if name == "weight_versions":
         return [{"version": s.version, "start": s.start, "end": s.end} for s in value]

@@ -1,7 +1,7 @@
-"""Reading a trajectory store: the samples that a run may learn from, as a sequence.
+"""Reads a trajectory store: the samples that a run may learn from, as a sequence.
 
-In: a folder and what is wanted of it.  Out: trajectories made one at a time of Arrow columns, in
-the order of their keys, which does not depend on who wrote what when.
+In: a folder and a selection.  Out: trajectories, made one at a time from Arrow columns, sorted by
+key, so that the order does not depend on when and by which process a sample was written.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ MOST_SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Which samples of a store are wanted; None and () leave none out.
+    """Which samples of a store to read; None and () select all.
 
-    origin: whose; its seed and the length at which it cuts do not matter.
-    keys: of the samples.  blocked: of prompts that may not be learned from, see fingerprint_prompt.
-    max_prompt_tokens, max_response_tokens: a longer sample is left out.
+    origin: only samples with its policy_key: its seed and maximum length do not count.
+    keys: only these samples.
+    blocked: no samples of these prompts, which are given by fingerprint_prompt.
+    max_prompt_tokens, max_response_tokens: no longer samples.
     """
 
     origin: SampleOrigin | None = None
@@ -44,10 +45,10 @@ class Selection:
 
 
 class StoredTrajectories(Sequence[Trajectory]):
-    """Samples of a store in the order of their keys; each is made when it is asked for.
+    """Samples of a store, sorted by key; each Trajectory is made when it is asked for.
 
-    In memory are the columns of the samples, about 8 bytes a token, and no objects.
-    num_foreign, num_blocked, num_too_long: rows left out, each counted for its first reason.
+    Memory holds the Arrow columns, about 8 bytes a token.
+    num_foreign, num_blocked, num_too_long: rows left out; a row counts once, in this order.
     """
 
     def __init__(self, batches: Sequence[pyarrow.RecordBatch], counts: Iterable[int]) -> None:
@@ -55,7 +56,7 @@ class StoredTrajectories(Sequence[Trajectory]):
         self.num_foreign, self.num_blocked, self.num_too_long = (int(count) for count in counts)
         columns = [batch.column("key").to_numpy(zero_copy_only=False) for batch in self._batches]
         keys = np.concatenate(columns).astype("S") if columns else np.empty(0, "S1")
-        # Of a sample that two writers made at the same time one is taken.
+        # Sorts, and takes one of two rows of one key, which two writers may add at the same time.
         self._keys, order = np.unique(keys, return_index=True)
         ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
         self._batch_at = np.searchsorted(ends, order, side="right")
@@ -85,17 +86,17 @@ class StoredTrajectories(Sequence[Trajectory]):
 
     @property
     def num_response_tokens(self) -> int:
-        """Of all samples together, but for the few that stand there twice."""
+        """Response tokens of all rows; a sample that was written twice counts twice."""
         return sum(int(pc.sum(_num_response(batch)).as_py()) for batch in self._batches)
 
 
 def read_trajectories(
     folder: Path, tokenizer_fingerprint: str, selection: Selection | None = None
 ) -> StoredTrajectories:
-    """The samples of a store that are wanted; a part at a time is looked through.
+    """The selected samples of a store; parts are filtered one at a time.
 
-    Raises: DataError if there is no such store, it is empty, its token ids are of another
-        tokenizer, or nothing of it is wanted; it says what the store holds.
+    Raises: DataError if the store is missing or empty, its token ids are of another tokenizer, or
+        no sample is selected; the message says what the store holds.
     """
     selection = selection or Selection()
     parts = find_parts(trajectory_folder(folder))
@@ -128,7 +129,7 @@ def _batches(part: Path) -> Iterator[pyarrow.RecordBatch]:
 def _select(
     batch: pyarrow.RecordBatch, selection: Selection
 ) -> tuple[pyarrow.RecordBatch, list[int]]:
-    """The wanted rows; how many are foreign, blocked and too long."""
+    """The selected rows; the numbers of foreign, blocked and too long ones."""
     foreign = _is_foreign(batch, selection)
     blocked = _is_in(batch.column("prompt_key"), selection.blocked) & ~foreign
     too_long = _is_too_long(batch, selection) & ~foreign & ~blocked
@@ -167,7 +168,7 @@ def _num_response(batch: pyarrow.RecordBatch) -> pyarrow.Array:
 def _nothing_left(
     folder: Path, parts: Sequence[Path], selection: Selection, found: StoredTrajectories
 ) -> str:
-    """What was wanted of a store, what it holds, and what to do."""
+    """The message for an empty selection: what was wanted, what the store holds, what to do."""
     if found.num_blocked or found.num_too_long:
         return (
             f"data.trajectory_store: no sample of {folder.absolute()} is left: the prompts of "
@@ -189,15 +190,15 @@ def _nothing_left(
 
 
 def _describe(parts: Sequence[Path]) -> str:
-    """How many rows of which origin stand in parts, the most frequent first."""
+    """The origins of the parts' rows and how many rows each has, the most frequent first."""
     tables = []
     for part in parts:
         with open_part(part) as opened:
             tables.append(opened.read(columns=list(_SHOWN)))
     counted = pyarrow.concat_tables(tables).group_by(list(_SHOWN)).aggregate([([], "count_all")])
     rows = counted.sort_by([("count_all", "descending")]).to_pylist()
-    said = [
+    origins = [
         f"{row['count_all']} of {', '.join(f'{name} {row[name]}' for name in _SHOWN)}"
         for row in rows[:MOST_SHOWN]
     ]
-    return "; ".join(said) + ("" if len(rows) <= MOST_SHOWN else f"; {len(rows)} kinds in all")
+    return "; ".join(origins) + ("" if len(rows) <= MOST_SHOWN else f"; {len(rows)} kinds in all")

@@ -1,4 +1,4 @@
-"""What the teacher said of stored samples, kept beside them: read once, not at every epoch.
+"""The teacher's targets of stored samples, so that the teacher reads each sample only once.
 
 In: TeacherTargets by the key of their sample.  Out: a folder of parts, one row a sample, and the
 targets of the samples asked for. A row holds T x (H + E) numbers: megabytes for a large teacher.
@@ -23,7 +23,7 @@ from distill_system.records import TeacherTargets
 WIDE = ("features", "expected_embedding")
 FLOAT16_BYTES, FLOAT32_BYTES = 2, 4
 ROW_GROUP_ROWS = 16
-"""Samples that are read from the disk together; few, since each holds a matrix."""
+"""Samples that are read from the disk together; few, because each holds a matrix."""
 _FIXED = {
     "key": pyarrow.string(),
     "reading": pyarrow.string(),
@@ -43,8 +43,8 @@ class _Place(NamedTuple):
 class TargetStore:
     """The targets of one store's samples by one reading.
 
-    reading: says which teacher read them, how precisely and what it was asked for; targets of
-    another reading are not seen.
+    reading: identifies the teacher, its precision and which targets were computed (see
+    run.sample_origin.describe_reading); rows of other readings are ignored.
     """
 
     def __init__(self, store: Path, reading: str) -> None:
@@ -55,21 +55,14 @@ class TargetStore:
         for part in find_parts(self.folder):
             self._add(part)
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def __contains__(self, key: object) -> bool:
         return key in self._places
 
-    def append(self, keys: Sequence[str], targets: Sequence[TeacherTargets]) -> int:
-        """Write what is not there yet, as one part; returns how many that was.
+    def append(self, rows: pyarrow.Table) -> int:
+        """Write the rows of make_target_rows whose keys are new, as one part; returns their number.
 
-        Raises: DataError if it cannot be written.
+        Raises: DataError if they cannot be written.
         """
-        return self.append_rows(make_target_rows(keys, targets, self.reading))
-
-    def append_rows(self, rows: pyarrow.Table) -> int:
-        """As append, of a table that make_target_rows made."""
         new = [key not in self._places for key in rows["key"].to_pylist()]
         kept = rows.filter(pyarrow.array(new, pyarrow.bool_()))
         if kept.num_rows:
@@ -77,9 +70,9 @@ class TargetStore:
         return int(kept.num_rows)
 
     def read(self, keys: Sequence[str], trajectory_ids: Sequence[str]) -> list[TeacherTargets]:
-        """Targets of samples that are there, under the ids that their trajectories have.
+        """The targets of these samples, each with the id of its trajectory in this run.
 
-        Raises: KeyError if one is not there.
+        Raises: KeyError for a sample without targets.
         """
         wanted: dict[tuple[Path, int], list[int]] = defaultdict(list)
         for at, key in enumerate(keys):
@@ -104,14 +97,14 @@ class TargetStore:
 
 
 def target_folder(store: Path) -> Path:
-    """Where the parts of targets lie."""
+    """The folder of the parts of targets."""
     return store / "targets"
 
 
 def make_target_rows(
     keys: Sequence[str], targets: Sequence[TeacherTargets], reading: str
 ) -> pyarrow.Table:
-    """Targets as a table: matrices flattened row by row, their widths follow from num_tokens."""
+    """Targets as a table; matrices are flattened row by row, num_tokens gives their shapes back."""
     number = _number_type(targets)
     schema = pyarrow.schema([*_FIXED.items(), *((name, pyarrow.list_(number)) for name in WIDE)])
     columns: dict[str, Any] = {name: _flat(targets, name) for name in schema.names[3:]}
@@ -137,10 +130,7 @@ def predict_bytes(
 
 
 def require_room(folder: Path, num_bytes: float) -> None:
-    """Refuse to write more than the disk of a folder has free.
-
-    Raises: DataError with both numbers.
-    """
+    """Check that the disk of a folder has room for num_bytes.  Raises: DataError if not."""
     existing = next(
         path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
     )

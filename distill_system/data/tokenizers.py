@@ -1,4 +1,4 @@
-"""The tokenizer of a run: the embedded tasks' own, one trained on the run's data, or a ready one.
+"""The tokenizer of a run: the embedded tasks' own, one trained on its data, or an existing one.
 
 In: the configuration (and texts to train on).  Out: a Hugging Face tokenizer that saves to a
 folder from which AutoTokenizer and vLLM load it.
@@ -18,7 +18,7 @@ from distill_system.config.run import RunConfig
 from distill_system.data.embedded_families import all_texts
 from distill_system.errors import DataError, ModelError
 
-_SPACE = "▁"  # stands for the blank in front of a word, so that decoding restores the text
+_SPACE = "▁"  # marks a token that follows a space, so that decoding restores the spaces
 _EMBEDDED_SPECIAL = ("<pad>", "<eos>", "<sep>", "<unk>")
 _TRAINED_SPECIAL = ("<pad>", "<s>", "</s>")
 _PUNCTUATION = ".,:;?"
@@ -29,12 +29,12 @@ def build_tokenizer(config: RunConfig, texts: Iterable[str] | None) -> PreTraine
 
     Args:
         config: the run; its `tokenizer` section chooses.
-        texts: what tokenizer.type=train_bpe is trained on (see `tokenizer_texts`); the other types
-            do not read it.
+        texts: what tokenizer.type=train_bpe is trained on (see `tokenizer_texts`); ignored by the
+            other types.
 
     Raises:
         DataError: there is no text to train on.
-        ModelError: a ready tokenizer cannot be loaded or has no end-of-sequence token.
+        ModelError: an existing tokenizer cannot be loaded or has no end-of-sequence token.
     """
     wanted = config.tokenizer
     if isinstance(wanted, EmbeddedTokenizer):

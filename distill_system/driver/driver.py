@@ -40,7 +40,7 @@ class Driver:
             context.config.scaling,
             ScaleRequests(context.run),
             release=self.streams.release_worker,
-            say=context.view.note,
+            notify=context.view.note,
         )
 
     def run(self) -> None:
@@ -74,7 +74,7 @@ class Driver:
 
     def _change_pools(self) -> None:
         """Let workers come and go, as a person or the automatic mode asks."""
-        self.elastic.go_on(self.recorder.look)
+        self.elastic.advance(self.recorder.observe_scaling)
         if self.elastic.has_changes():
             self.streams.wait_for_weight_sync()
             if self.elastic.adopt():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 from distill_system.config.distill import DistillConfig
-from distill_system.elastic.scaling import Look
+from distill_system.elastic.scaling import ScalingObservation
 from distill_system.errors import ConfigError
 from distill_system.observe import (
     RecentActivity,
@@ -54,7 +54,7 @@ class RunRecorder:
         self._last: dict[str, float | None] = {}
         self._shown: dict[str, float] = {}
         self._recent = RecentActivity()
-        self._since_look: dict[str, PoolActivity] = {}
+        self._since_observed: dict[str, PoolActivity] = {}
         self._waited: dict[str, float] = {}
         self._shipped = Shipped()
         self._timings_saved = 0.0
@@ -119,21 +119,21 @@ class RunRecorder:
         activity = self.streams.pop_activity()
         self.context.timings.add_activity(activity)
         for pool, done in activity.items():
-            earlier = self._since_look.get(pool)
-            self._since_look[pool] = done if earlier is None else join_stretches(earlier, done)
+            earlier = self._since_observed.get(pool)
+            self._since_observed[pool] = done if earlier is None else join_stretches(earlier, done)
         recent = self._recent.add(activity)
         found = find_bottleneck(recent, is_asynchronous=self.streams.is_asynchronous)
         self.context.view.show_pools(recent, "" if found is None else found.line)
         return activity_metrics(activity)
 
-    def look(self) -> Look:
+    def observe_scaling(self) -> ScalingObservation:
         """What the automatic mode goes by: every pool, and whom the learner waited for, since the
         last look."""
-        pools, self._since_look = self._since_look, {}
+        pools, self._since_observed = self._since_observed, {}
         waited, self._waited = self._waited, {}
         learner = pools.pop("learner", None)
         longest = max(pools.keys() & waited.keys(), key=waited.__getitem__, default=None)
-        return Look(
+        return ScalingObservation(
             at_seconds=time.monotonic(),
             pools=pools,
             learner_starved_share=0.0 if learner is None else learner.starved_share,

@@ -1,4 +1,4 @@
-"""Pools that change while a run goes on: who asks, who decides, who comes and leaves."""
+"""Pools whose size changes while a run goes on: by request, or by automatic scaling."""
 
 from distill_system.elastic.elastic_pools import ElasticPools
 from distill_system.elastic.scale_requests import ScaleRequests

@@ -1,4 +1,4 @@
-"""`distill-system scale`: ask a run that goes on for other pool sizes, and wait for its answer."""
+"""`distill-system scale`: ask a running distillation for other pool sizes and wait for them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from distill_system.elastic.scale_requests import PoolStatus, ScaleRequests, Sca
 from distill_system.errors import ConfigError, DeadlineError, ResourceError, RunStateError
 from distill_system.observe import RunDirectory
 
-LOOK_SECONDS = 0.5
-TELL_SECONDS = 5.0
+POLL_SECONDS = 0.5
+NOTIFY_SECONDS = 5.0
 
 
 def scale(
@@ -22,24 +22,24 @@ def scale(
     *,
     runs_directory: str,
     wait_seconds: float,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> dict[str, PoolStatus]:
-    """Ask, and wait until the pools have the sizes that were asked for, or for so long.
+    """Send a request and wait up to wait_seconds until the pools have the sizes asked for.
 
     run_name: the run's folder, or its name below runs_directory.  sizes: pool=count each.
-    Returns the pools asked for as they are then; workers may still be on their way.
+    Returns the status of those pools at the end; workers may still be starting or leaving then.
 
     Raises: ConfigError for a pool that cannot change or a size out of its bounds; RunStateError if
-    no run listens there; ResourceError if the run refused or gave up; DeadlineError if it did not
-    answer in time.
+    no run reads requests in that folder; ResourceError if the run refused the request or gave a
+    worker up; DeadlineError if the run did not read it in time.
     """
     run = find_run(run_name, runs_directory)
     wanted = parse_sizes(sizes)
     _require_bounds(run, wanted)
     requests = ScaleRequests(run)
-    _require_heard(run, requests)
+    _require_listener(run, requests)
     request_id = requests.write(wanted)
-    deadline, told_at = time.monotonic() + wait_seconds, time.monotonic()
+    deadline, notified_at = time.monotonic() + wait_seconds, time.monotonic()
     while True:
         status = requests.read_status()
         if status is not None and _is_answered(status, request_id, wanted):
@@ -47,15 +47,15 @@ def scale(
         now = time.monotonic()
         if now >= deadline:
             return _at_deadline(status, request_id, wanted, wait_seconds)
-        _require_heard(run, requests)
-        if now - told_at >= TELL_SECONDS:
-            told_at = now
-            say(_describe_wait(status, request_id, wanted))
-        time.sleep(min(LOOK_SECONDS, deadline - now))
+        _require_listener(run, requests)
+        if now - notified_at >= NOTIFY_SECONDS:
+            notified_at = now
+            notify(_describe_wait(status, request_id, wanted))
+        time.sleep(min(POLL_SECONDS, deadline - now))
 
 
 def find_run(name: str, runs_directory: str) -> RunDirectory:
-    """The folder of a run.  Raises: RunStateError if neither place holds one."""
+    """The folder of a run, by path or name.  Raises: RunStateError if there is no such run."""
     for path in (Path(name), Path(runs_directory) / name):
         run = RunDirectory(path)
         if run.config_path.exists():
@@ -67,7 +67,7 @@ def find_run(name: str, runs_directory: str) -> RunDirectory:
 
 
 def parse_sizes(sizes: Sequence[str]) -> dict[str, int]:
-    """pool=count texts as numbers.  Raises: ConfigError."""
+    """Pool -> number of workers from texts such as student_rollout=4.  Raises: ConfigError."""
     wanted: dict[str, int] = {}
     for text in sizes:
         name, _, count = text.partition("=")
@@ -98,8 +98,8 @@ def _require_bounds(run: RunDirectory, wanted: Mapping[str, int]) -> None:
             )
 
 
-def _require_heard(run: RunDirectory, requests: ScaleRequests) -> None:
-    if not requests.is_heard():
+def _require_listener(run: RunDirectory, requests: ScaleRequests) -> None:
+    if not requests.has_listener():
         raise RunStateError(
             f"{run.path}: no run distils here now, so that nobody would read the request. It is "
             "read while the distillation itself goes on; give pools.*.count to a run that is to "
@@ -108,7 +108,7 @@ def _require_heard(run: RunDirectory, requests: ScaleRequests) -> None:
 
 
 def _is_answered(status: ScaleStatus, request_id: str, wanted: Mapping[str, int]) -> bool:
-    """Whether nothing more is to come.  Raises: ResourceError if it is not what was asked for."""
+    """Whether the request is fulfilled.  Raises: ResourceError if it was refused or given up."""
     if request_id not in status.answers:
         return False
     refusal = status.answers[request_id]

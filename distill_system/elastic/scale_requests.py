@@ -1,8 +1,12 @@
-"""The files by which a person asks a run for other pool sizes, and by which the run answers.
+"""The files with which a person asks a run for other pool sizes, and the run's answers.
 
-In the run's folder, under scaling/: a request is a file of its own, which the run removes as it
-reads it; status.json is the run's answer; the run holds a lock on `alive` as long as it listens,
-which its machine's system gives free when the process ends, however it ends.
+In the run's folder, under scaling/:
+
+    request-TIME-ID.json    one request, written by `distill-system scale`, removed by the run
+    status.json             the run's answers and the state of its pools
+    alive                   locked by the run while it reads requests. The operating system frees
+                            the lock when the process ends, however it ends, so that a killed run
+                            is never taken for one that reads.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from distill_system.observe.run_directory import read_json, write_json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleRequest:
-    """Pool -> number of workers that are asked for; problem: why the file cannot be read, or ""."""
+    """wanted: pool -> number of workers.  problem: why the file cannot be read, or ""."""
 
     request_id: str
     wanted: dict[str, int] = field(default_factory=dict)
@@ -34,9 +38,9 @@ class ScaleRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolStatus:
-    """How far a pool is from what is asked of it; workers.
+    """Numbers of workers of a pool: wanted, present, starting and leaving.
 
-    since: seconds since the epoch at which it was last as it should be, None if it is so now.
+    since: seconds since the epoch at which the pending change was asked for; None if there is none.
     problem: why the last change was not made, or "".
     """
 
@@ -49,39 +53,42 @@ class PoolStatus:
 
     @property
     def is_settled(self) -> bool:
-        """Whether no worker comes or goes."""
+        """Whether the pool has the wanted size and no worker is starting or leaving."""
         return self.wanted == self.present and not self.starting and not self.leaving
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleStatus:
-    """What the run answers: its pools, and to each of the last requests "" or why it is refused."""
+    """The content of status.json.
+
+    answers: id of each recent request -> why it was refused, or "" if it was accepted.
+    """
 
     pools: Mapping[str, PoolStatus]
     answers: Mapping[str, str]
 
 
 class ScaleRequests:
-    """The requests of one run and their answers, for both sides."""
+    """The requests to one run and its answers; used by the run and by `distill-system scale`."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.folder = run.path / "scaling"
 
     @property
     def status_path(self) -> Path:
-        """The run's answer."""
+        """The file of the run's answers."""
         return self.folder / "status.json"
 
     def write(self, wanted: Mapping[str, int]) -> str:
-        """Ask for these numbers of workers; the request's id."""
+        """Write a request for these numbers of workers; returns its id."""
         request_id = uuid.uuid4().hex
-        # Named by the time, so that they are read in the order in which they were written.
+        # The time comes first in the name, so that requests are read in the order of writing.
         path = self.folder / f"request-{time.time_ns():020d}-{request_id}.json"
         write_json(path, {"wanted": dict(wanted)})
         return request_id
 
     def read_new(self) -> list[ScaleRequest]:
-        """The requests that were written since this was last asked, oldest first; each once."""
+        """Requests written since the last call, oldest first; each is returned once and removed."""
         found = []
         for path in sorted(self.folder.glob("request-*.json")):
             found.append(_read_request(path))
@@ -89,14 +96,14 @@ class ScaleRequests:
         return found
 
     def write_status(self, status: ScaleStatus) -> None:
-        """Answer."""
+        """Write status.json."""
         pools = {name: asdict(pool) for name, pool in status.pools.items()}
         write_json(self.status_path, {"pools": pools, "answers": dict(status.answers)})
 
     def read_status(self) -> ScaleStatus | None:
-        """The run's last answer; None before its first.
+        """What status.json holds; None if the run has not written it yet.
 
-        Raises: RunStateError if the file holds something else.
+        Raises: RunStateError if the file is not as write_status writes it.
         """
         if not self.status_path.exists():
             return None
@@ -112,10 +119,9 @@ class ScaleRequests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Let others see, for the length of a block, that a run reads requests here.
+        """Hold the lock that shows, for the length of a block, that a run reads requests here.
 
-        Requests that an earlier run has left are removed: who wrote them was told that it ended.
-        Raises: RunStateError if another process listens.
+        Raises: RunStateError if another process holds it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock_path.open("a", encoding="utf-8") as file:
@@ -123,16 +129,17 @@ class ScaleRequests:
                 raise RunStateError(
                     f"{self.folder.parent}: another process trains this run; wait until it ends"
                 )
+            # Requests and answers of an earlier run: its `scale` commands have ended with an error.
             self.read_new()
             self.status_path.unlink(missing_ok=True)
             yield
 
-    def is_heard(self) -> bool:
-        """Whether a run listens now; taken to do so on a file system that knows no locks."""
+    def has_listener(self) -> bool:
+        """Whether a run reads requests now; assumed on a file system without locks."""
         if not self._lock_path.exists():
             return False
         with self._lock_path.open("r", encoding="utf-8") as file:
-            # Shared, so that two who ask do not take each other for the run.
+            # A shared lock: with exclusive ones, two commands would take each other for the run.
             return _try_to_lock(file.fileno(), fcntl.LOCK_SH) is not True
 
     @property
@@ -141,7 +148,7 @@ class ScaleRequests:
 
 
 def _try_to_lock(descriptor: int, kind: int) -> bool | None:
-    """Whether the lock was free, None where there are no locks; it goes back with the file."""
+    """Whether the lock was free and is now held, until the file is closed; None without locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -158,6 +165,7 @@ def _read_request(path: Path) -> ScaleRequest:
     text = path.read_text(encoding="utf-8")
     try:
         wanted = json.loads(text)["wanted"]
+        # JSON's true would pass for the number 1 with isinstance.
         good = all(isinstance(n, str) and type(count) is int for n, count in wanted.items())
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         good = False

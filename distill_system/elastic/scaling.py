@@ -1,7 +1,7 @@
-"""When a pool should grow or shrink: measured idle shares in, one worker more or less out.
+"""Decides when a pool grows or shrinks: measured idle shares in, one worker more or less out.
 
-Pure: no clock, no workers. With bounds, patience and a cool-down it does what a person would who
-watches the pools: help the one that the learner waits for, else send home who is not needed.
+Pure: it reads no clock and calls no worker. A decision needs `patience` observations in a row that
+agree; after every change nothing is decided for `cool_down_seconds`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from distill_system.records import PoolActivity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
-    """What was measured over one stretch of the run.
+class ScalingObservation:
+    """What was measured between two decisions.
 
-    at_seconds: the stretch's end, on a clock that only goes forward.
+    at_seconds: end of the measured interval, on a monotonic clock.
     pools: activity of every pool that may change, by name.
-    learner_starved_share: of its time that the learner had nothing to learn from, 0..1.
+    learner_starved_share: share of the interval in which the learner had no batch, 0..1.
     waited_for: the pool that the learner waited for longest; None if it did not wait.
     """
 
@@ -39,12 +39,13 @@ class _Change:
 
 
 class AutoScaler:
-    """Decides from look to look; remembers what the looks before have said.
+    """Proposes a change for each observation, and makes it once enough proposals in a row agree.
 
-    A pool grows if the learner waits for it longer than starved_share, though not over its
-    max_count. Where nothing can grow, the pool shrinks whose workers wait most for what comes
-    after them, then the one that is idlest, if those who stay are still idle for spare_share: a
-    pool that has shrunk does not starve the learner, which is what keeps it from swinging.
+    Growing comes first: a pool grows, up to its max_count, if the learner waits for it for more
+    than starved_share of the time. If none can grow, a pool may shrink: the one whose workers are
+    blocked most (they wait for room after them), among equals the one that is starved most. It
+    shrinks only if the workers that stay would still be idle for spare_share of their time. So a
+    pool that has shrunk does not starve the learner, and sizes do not swing up and down.
     """
 
     def __init__(self, config: ScalingConfig, pools: Mapping[str, PoolConfig]) -> None:
@@ -52,47 +53,54 @@ class AutoScaler:
         self._config = config
         self._pools = dict(pools)
         self._agreeing: list[_Change] = []
-        self._quiet_until = float("-inf")
+        self._cool_until = float("-inf")
 
-    def decide(self, look: Look, present: Mapping[str, int]) -> dict[str, int]:
+    def decide(self, observation: ScalingObservation, present: Mapping[str, int]) -> dict[str, int]:
         """The pool to change with its new number of workers; empty if nothing is to change.
 
-        present: workers of each pool as they are now. Ask only when none is coming or going.
+        present: workers of each pool now. Call it only while no worker is starting or leaving.
         """
-        if look.at_seconds < self._quiet_until:
+        if observation.at_seconds < self._cool_until:
             return {}
-        change = self._propose(look, present)
+        change = self._propose(observation, present)
+        # Proposals agree if all grow or all shrink, whichever pool they name.
         if change is None or any(earlier.by != change.by for earlier in self._agreeing):
             self._agreeing = []
         if change is not None:
             self._agreeing.append(change)
         if len(self._agreeing) < self._config.patience:
             return {}
-        # Of two pools that are nearly as slow, or as idle, each look may name the other.
+        # Two pools that are about equally slow, or idle, may be named in turn: take the commoner.
         change = mode(self._agreeing)
-        self.rest(look.at_seconds)
+        self.start_cool_down(observation.at_seconds)
         return {change.pool: present[change.pool] + change.by}
 
-    def rest(self, at_seconds: float) -> None:
-        """Something changed, by whomever: wait until its effect shows, and forget what was seen."""
-        self._quiet_until = at_seconds + self._config.cool_down_seconds
+    def start_cool_down(self, at_seconds: float) -> None:
+        """Decide nothing until the effect of a change at this time shows; drop old observations.
+
+        Call it for every change of a pool: by request, by this class, or by a worker that failed.
+        """
+        self._cool_until = at_seconds + self._config.cool_down_seconds
         self._agreeing = []
 
-    def _propose(self, look: Look, present: Mapping[str, int]) -> _Change | None:
-        is_starved = look.learner_starved_share > self._config.starved_share
-        needed = look.waited_for if is_starved else None
+    def _propose(
+        self, observation: ScalingObservation, present: Mapping[str, int]
+    ) -> _Change | None:
+        is_starved = observation.learner_starved_share > self._config.starved_share
+        needed = observation.waited_for if is_starved else None
         if needed in self._pools and present[needed] < self._pools[needed].most:
             return _Change(needed, +1)
         spare = [
             (activity.blocked_share, activity.starved_share, name)
-            for name, activity in look.pools.items()
+            for name, activity in observation.pools.items()
             if name != needed and self._is_spare(name, activity, present[name])
         ]
         return _Change(max(spare)[-1], -1) if spare else None
 
     def _is_spare(self, name: str, activity: PoolActivity, workers: int) -> bool:
-        """Whether one worker less would leave the others idle for long enough."""
+        """Whether the workers that stay would be idle for spare_share with one worker less."""
         if name not in self._pools or workers <= max(1, self._pools[name].fewest):
             return False
+        # The same work on one worker less: each busy share grows by workers / (workers - 1).
         used = 1.0 - activity.starved_share - activity.blocked_share
         return used * workers / (workers - 1) <= 1.0 - self._config.spare_share

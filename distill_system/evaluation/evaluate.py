@@ -1,14 +1,13 @@
-"""Splits in, scores of greedy and of sampled generations out, and what pairs them later."""
+"""Prompts by split in; out the scores of greedy and sampled generations, per example too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import product, zip_longest
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
-from pydantic import TypeAdapter, ValidationError
-
+from distill_system.config.run import MetricName
 from distill_system.errors import DataError, RecordError
 from distill_system.evaluation.scores import (
     accuracy,
@@ -26,7 +25,6 @@ from distill_system.standard_errors import (
     standard_error,
 )
 
-Metric = Literal["exact_match", "rouge_l", "rouge_l_stemmed", "bleu", "accuracy"]
 Generate: TypeAlias = Callable[[Sequence[Prompt], float, str], Sequence[Trajectory]]
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 
@@ -39,7 +37,7 @@ LENGTH_METRICS = ("mean_length", "ended_share")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A score and its standard error, in the score's unit; stderr is None for a single example."""
+    """A score and its standard error, both in the score's unit; None for a single example."""
 
     mean: float
     stderr: float | None
@@ -47,7 +45,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownGeneration:
-    """One prompt with what was accepted and what was written, for people to read."""
+    """One prompt with its references and generations, for people to read."""
 
     prompt: str
     references: tuple[str, ...]
@@ -61,8 +59,8 @@ class SplitEvaluation:
 
     scores: `<metric>_<decoding>` -> estimate; the metrics and ended_share in percent,
     mean_length in response tokens (the end-of-sequence token included).
-    prompt_ids: [N], the order of everything per example.
-    per_example: same names -> [N] values; of bleu there are none.
+    prompt_ids: [N], the order of all values per example.
+    per_example: same names -> [N] values; without bleu, which has no value per example.
     bootstrap: `bleu_<decoding>` -> [R] replicates; replicate r of any two evaluations of the same
     prompt_ids drew the same examples.
     """
@@ -75,26 +73,8 @@ class SplitEvaluation:
     shown: tuple[ShownGeneration, ...] = ()
 
     def to_json(self) -> dict[str, object]:
-        """A dictionary that json.dumps takes; from_json reads it back."""
-        form: dict[str, object] = _ADAPTER.dump_python(self, mode="json")
-        return form
-
-    @classmethod
-    def from_json(cls, form: object) -> SplitEvaluation:
-        """The evaluation that to_json wrote.
-
-        Raises:
-            DataError: a key is missing or of another type; the message names it.
-        """
-        try:
-            return _ADAPTER.validate_python(form)
-        except ValidationError as error:
-            raise DataError(
-                f"not the JSON form of a SplitEvaluation, evaluate again to write it anew: {error}"
-            ) from error
-
-
-_ADAPTER = TypeAdapter(SplitEvaluation)
+        """All fields as a dictionary that json.dumps takes."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +98,15 @@ def evaluate_splits(
     splits: Mapping[str, Sequence[Prompt]],
     generate: Generate,
     decode: Decode,
-    metrics: Sequence[Metric],
+    metrics: Sequence[MetricName],
     num_shown: int,
 ) -> dict[str, SplitEvaluation]:
     """Generate for all splits together, greedily and by sampling, and score each split.
 
     Args:
-        splits: name -> prompts.  A split without references gets lengths and ended share alone.
+        splits: name -> prompts.  A split without references gets only lengths and ended share.
         generate: (prompts, temperature, label) -> one trajectory per prompt, in order; called once
-            per decoding with the prompts of all splits, since one large batch is the fastest.
+            per decoding with the prompts of all splits, since one large batch is fastest.
         decode: token ids [T] -> text without special tokens.
         metrics: which scores.
         num_shown: generations kept per split for people to read.
@@ -188,7 +168,7 @@ def _generate(
         position = next(position for position, (wanted, got) in pairs if wanted != got)
         raise RecordError(
             f"{label} evaluation: expected one trajectory per prompt in the order given, "
-            f"{len(given)} in all, got {len(actual)}; they part at position {position}"
+            f"{len(given)} in all, got {len(actual)}; they differ from position {position} on"
         )
     return [
         _Generation(
@@ -203,7 +183,7 @@ def _generate(
 def _evaluate_split(
     prompts: Sequence[Prompt],
     generations: Mapping[str, Sequence[_Generation]],
-    metrics: Sequence[Metric],
+    metrics: Sequence[MetricName],
     num_shown: int,
 ) -> SplitEvaluation:
     per_example: dict[str, tuple[float, ...]] = {}
@@ -240,10 +220,10 @@ def _bleu(
     texts = [row.text for row in rows]
     statistics_NK = bleu_statistics(texts, [prompt.references for prompt in prompts])
     replicates = bootstrap_replicates(statistics_NK, bleu_from_sums)
-    # Resampling one example gives that example: its spread of 0 would be a claim, not a measure.
+    # Every resample of a single example is that example: a spread of 0 would mean nothing.
     stderr = bootstrap_standard_error(replicates.tolist()) if len(prompts) > 1 else None
     estimate = Estimate(mean=bleu_from_sums(statistics_NK.sum(axis=0)), stderr=stderr)
-    # Four decimals of a percentage: the standard error needs no more, the file is a third the size.
+    # Four decimals of a percentage suffice for standard errors; the file is a third as big.
     return estimate, tuple(replicates.round(4).tolist())
 
 

@@ -1,4 +1,4 @@
-"""Observe: what a run says of itself, to the terminal, to files, to TensorBoard and to Ray."""
+"""What a run reports: live view, metrics, timings, summary, report, TensorBoard, Prometheus."""
 
 from distill_system.observe.activity import (
     PoolClock,

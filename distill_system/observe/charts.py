@@ -1,4 +1,4 @@
-"""Points in, an inline SVG out that follows the page's light or dark colours."""
+"""Points in; out an inline SVG that takes its colours, light or dark, from the page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ COLORS = (
 )
 """Names of the page's CSS variables that a chart may use, as var(--name)."""
 
-# matplotlib wants a hex colour: each name is drawn in one of its own and replaced in the SVG.
+# matplotlib takes no CSS variables: each is drawn in a hex colour of its own, which is replaced by
+# the variable in the finished SVG.
 _STAND_INS = {name: f"#0102{index:02x}" for index, name in enumerate(COLORS)}
 LineStyle = Literal["measured", "noisy", "exact"]
 LinePattern = Literal["solid", "dashed", "dotted"]
@@ -64,9 +65,9 @@ class Line:
 
     points: (step, value), a value of None leaves a gap.
     color: one of COLORS.
-    errors: one standard error per point, drawn as bars, or as a band where is_band says so.
-    style: "measured", few points, with markers; "noisy", one a step, faint behind their local fit;
-    "exact", one a step, as they are.
+    errors: one standard error per point, drawn as bars, or with is_band as a band.
+    style: "measured": few points, drawn with markers. "noisy": a point per step, drawn faint behind
+    a smoothed line. "exact": a point per step, drawn as they are.
     """
 
     label: str
@@ -79,7 +80,7 @@ class Line:
 
 
 def draw_lines(lines: Sequence[Line]) -> str:
-    """An <svg> element of the lines over steps, with no text but numbers and "step"."""
+    """An <svg> element of the lines over steps; its only texts are numbers and "step"."""
     with rc_context(_STYLE):
         figure = Figure(figsize=_SIZE_INCHES, layout="constrained", facecolor="none")
         axes = figure.add_subplot(facecolor="none")
@@ -133,9 +134,9 @@ def _to_arrays(points: Sequence[tuple[int, float | None]]) -> tuple[Any, Any]:
 
 
 def _smooth(steps: Any, values: Any, kept: Any, *, window: int) -> Any:
-    """The line fitted to the points at most `window` to either side, at each kept point.
+    """At each kept point, the value of a straight line fitted to the `window` points on each side.
 
-    A running mean would bend a steep start and follow the noise of the very last points.
+    A running mean would flatten a steep start and follow the noise of the last few points.
     """
     smooth = np.full(len(kept), np.nan)
     for position, index in enumerate(kept):
@@ -148,7 +149,7 @@ def _smooth(steps: Any, values: Any, kept: Any, *, window: int) -> Any:
 
 
 def _thin(num_points: int) -> Any:
-    """Indices of at most _MAX_POINTS points, evenly taken, the last one among them."""
+    """Indices of about _MAX_POINTS evenly spaced points, the last point included."""
     stride = -(-num_points // _MAX_POINTS)
     return np.unique(np.append(np.arange(0, num_points, stride), num_points - 1))
 
@@ -162,8 +163,8 @@ def _to_svg(figure: Figure) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     _opening, _, body = text[text.index("<svg") :].partition(">")
-    # Only the picture: the page sizes and styles it, and an svg inside HTML needs no name spaces,
-    # so that the page holds no address at all.
+    # Keep the picture alone: the page sets size and style, and an svg inside HTML needs no name
+    # spaces, whose addresses would be the only ones on the page.
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
     body = re.sub(r"font-family: [^;\"]*", "font-family: inherit", body)
     for name, stand_in in _STAND_INS.items():

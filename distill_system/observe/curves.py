@@ -11,15 +11,15 @@ from distill_system.observe.charts import Line, LineStyle, draw_lines
 from distill_system.observe.metrics import MetricRow
 
 SERIES = ("series-1", "series-2", "series-3", "series-4", "series-5", "series-6")
-"""Colours for lines that have no colour of their own, in the order they are taken."""
+"""Colours for lines that have no colour of their own, in the order in which they are used."""
 
 WHOLE_STEP = "step"
-"""seconds/step is the step from end to end, not a phase of it."""
+"""seconds/step is the duration of the whole step, not one of its phases."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """One drawn chart.  legend: (label, colour, pattern) per line."""
+    """One drawn chart.  legend: (label, colour, pattern) of each line; empty for a single line."""
 
     title: str
     note: str
@@ -29,7 +29,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """One chart to draw: title, what its numbers are, and (label, metric) per line."""
+    """One chart to draw: its title, what its numbers are, (label, metric) of each line."""
 
     title: str
     note: str
@@ -98,7 +98,7 @@ STALENESS_CURVES = (
 
 
 def draw_curves(rows: Sequence[MetricRow], stage: str, curves: Sequence[Curve]) -> list[Chart]:
-    """The charts of one stage; one of whose metrics none was logged is left out."""
+    """The charts of one stage; a chart none of whose metrics was logged is left out."""
     charts = []
     for curve in curves:
         lines = [
@@ -110,7 +110,7 @@ def draw_curves(rows: Sequence[MetricRow], stage: str, curves: Sequence[Curve]) 
 
 
 def draw_supervised_loss(rows: Sequence[MetricRow]) -> list[Chart]:
-    """Loss of the fine-tuning of teacher and student, one chart each: their steps differ."""
+    """The losses of fine-tuning teacher and student; two charts, since their steps differ."""
     charts = []
     for role in ("teacher", "student"):
         color = "teacher" if role == "teacher" else "before"
@@ -120,7 +120,7 @@ def draw_supervised_loss(rows: Sequence[MetricRow]) -> list[Chart]:
 
 
 def draw_throughput(rows: Sequence[MetricRow]) -> list[Chart]:
-    """Tokens per second of the whole step, and of each pool per busy worker-second."""
+    """Tokens per second of the whole step, and tokens per busy worker-second of each pool."""
     colors = {**assign_phase_colors(rows), WHOLE_STEP: "ink"}
     lines = [
         _line(rows, "distill", phase.replace("_", " "), f"tokens_per_second/{phase}", color)
@@ -132,7 +132,7 @@ def draw_throughput(rows: Sequence[MetricRow]) -> list[Chart]:
 
 
 def draw_busy_shares(rows: Sequence[MetricRow], pools: Iterable[str]) -> list[Chart]:
-    """How busy each of the pools was, over the steps."""
+    """The busy share of each pool over the steps."""
     lines = [
         _line(rows, "distill", pool.replace("_", " "), f"busy_share/{pool}", color)
         for pool, color in zip(pools, cycle(SERIES), strict=False)
@@ -141,7 +141,7 @@ def draw_busy_shares(rows: Sequence[MetricRow], pools: Iterable[str]) -> list[Ch
 
 
 def assign_phase_colors(rows: Sequence[MetricRow]) -> dict[str, str]:
-    """Phase of distillation -> its colour in every chart of the report."""
+    """Phase of distillation -> its colour, the same in every chart of the report."""
     names = {name for row in rows if row.stage == "distill" for name in row.metrics}
     phases = {name.removeprefix("seconds/") for name in names if name.startswith("seconds/")}
     return dict(zip(sorted(phases - {WHOLE_STEP}), cycle(SERIES), strict=False))
@@ -151,12 +151,12 @@ def draw_scores(evaluations: Sequence[Mapping[str, Any]], metric: str, title: st
     """One score of every split over the steps at which it was measured.
 
     Args:
-        evaluations: as summary.read_evaluation gives them, in the order of their steps.
+        evaluations: from summary.read_evaluation, in the order of their steps.
         metric: e.g. exact_match_greedy.
         title: the chart's.
     """
     if len(evaluations) < 3:
-        return []  # before and after alone are a table, not a curve
+        return []  # two points (before and after) are shown in a table instead
     splits = dict.fromkeys(name for evaluation in evaluations for name in evaluation["splits"])
     lines = []
     for index, split in enumerate(splits):

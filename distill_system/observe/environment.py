@@ -1,4 +1,4 @@
-"""What a run ran on: versions, git commit, machine, seeds.  Never the process's environment."""
+"""What a run ran on: versions, git commit, machine, seeds.  Never environment variables."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def write_environment(run: RunDirectory, *, seeds: Mapping[str, int]) -> None:
 
 
 def describe_environment(*, seeds: Mapping[str, int]) -> dict[str, object]:
-    """versions, git, machine and seeds, JSON-able.
+    """Versions, git commit, machine and seeds, as a value that json.dumps takes.
 
-    Holds no environment variable, host name, user name or address.
+    It holds no environment variable, host name, user name or address.
     """
     return {
         "versions": collect_versions(),
@@ -51,7 +51,7 @@ def describe_environment(*, seeds: Mapping[str, int]) -> dict[str, object]:
 
 
 def collect_versions() -> dict[str, str]:
-    """Name -> version of Python, of this package and of those of PACKAGES that are installed."""
+    """Name -> version of Python, this package, and those of PACKAGES that are installed."""
     versions = {"python": platform.python_version(), "distill-system": distill_system.__version__}
     return versions | {name: version for name in PACKAGES if (version := _installed(name))}
 
@@ -66,8 +66,8 @@ def _installed(name: str) -> str | None:
 def find_git_commit(folder: Path) -> dict[str, object] | None:
     """{"commit", "dirty"} of the repository that tracks this folder; None if none does.
 
-    An installed copy may lie inside another repository (in its .venv): that one's commit says
-    nothing about this code, so the folder's own files must be tracked.
+    An installed copy may lie in the .venv of some other repository, whose commit says nothing about
+    this code. So git must track the folder's own files.
     """
     if shutil.which("git") is None or not _git(folder, "ls-files"):
         return None
@@ -78,7 +78,7 @@ def find_git_commit(folder: Path) -> dict[str, object] | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints; None where it fails: no repository, or one without commits."""
+    """What git prints; None if it fails, as outside a repository or in one without commits."""
     command = ["git", "-C", str(folder), *arguments]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     return answer.stdout.strip() if answer.returncode == 0 else None
@@ -106,7 +106,7 @@ def _processor_model() -> str:
 
 
 def _gpus() -> list[str]:
-    """Name, memory and driver of each GPU by nvidia-smi; torch would open a context for it."""
+    """Name, memory and driver of each GPU by nvidia-smi; torch would create a CUDA context."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = [

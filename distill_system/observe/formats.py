@@ -1,4 +1,4 @@
-"""Figures and names in, the words that pages and tables show out."""
+"""Formats numbers and metric names for pages and tables."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def format_metric(metric: str) -> str:
 
 
 def format_value(value: float | None, digits: int = 1) -> str:
-    """A number, or a dash where there is none."""
+    """A number, or a dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001  # a real dash
 
 
 def format_signed(value: float | None, digits: int = 1) -> str:
-    """A number with its sign, or a dash where there is none."""
+    """A number with its sign, or a dash for None."""
     if value is None:
         return "–"  # noqa: RUF001  # a real dash
     return f"{value:+.{digits}f}".replace("-", "−")  # noqa: RUF001  # a real minus

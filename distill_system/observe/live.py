@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -42,8 +41,8 @@ class LiveTask:
 
         Args:
             step: steps done, of total_steps.
-            values: what to show beside it, by the name to show.  A name that ends in "/s" is a
-                rate and stands behind its number.  A value that is not given again stays.
+            values: numbers to show beside it, by name.  A name that ends in "/s" is a rate, which
+                is shown as "5,230 tok/s".  A value that is not given again stays.
         """
         self.step = step
         self.values = {**self.values, **values}
@@ -57,13 +56,13 @@ class LiveTask:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Since the start, up to now or to the finish."""
+        """Seconds since the start, until now or until the stage was finished."""
         end = time.monotonic() if self._end is None else self._end
         return end - self._start
 
     @property
     def remaining_seconds(self) -> float | None:
-        """By the mean time of the steps since the start; None before the first."""
+        """Estimate from the mean time of the steps so far; None before the first step."""
         done = self.step - self._first_step
         if done <= 0:
             return None
@@ -81,8 +80,8 @@ class LiveTask:
 class LiveView:
     """Stages in progress, for a person; stages may run at the same time, from several threads.
 
-    A terminal gets a panel that redraws itself, everything else one plain line per stage every
-    few seconds and one of the pools every minute, without control characters.
+    On a terminal it is a panel that redraws itself. Elsewhere it prints plain lines without control
+    characters: one per stage every few seconds, one about the pools every minute.
     """
 
     def __init__(
@@ -110,12 +109,7 @@ class LiveView:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._live is not None:
             self._live.stop()
             return
@@ -124,7 +118,7 @@ class LiveView:
                 self._print_plain(format_line(task))
 
     def _build_live(self) -> Live:
-        # Output that goes to a file or pipe must still arrive there.
+        # rich redirects stdout into the panel; if stdout is a file or a pipe, leave it alone.
         return Live(
             console=self._console,
             get_renderable=self._render,
@@ -138,7 +132,7 @@ class LiveView:
         Args:
             stage: its name.
             total_steps: step at which it is done.
-            first_step: steps done before this process, where a run is resumed.
+            first_step: steps that were done before this process, if the run is resumed.
         """
         task = LiveTask(stage, total_steps, first_step, self._announce)
         with self._lock:
@@ -153,12 +147,12 @@ class LiveView:
             self._print_plain(text)
 
     def show_pools(self, pools: Mapping[str, PoolActivity], line: str) -> None:
-        """Show what the pools have done lately.
+        """Show the recent activity of the pools.
 
         Args:
-            pools: of each pool, in the order to show.
-            line: which of them bounds the run, as Bottleneck.line says it; plain output shows
-                this alone.
+            pools: the activity of each pool, in the order to show.
+            line: Bottleneck.line, a sentence on which pool bounds the run; plain output shows only
+                this.
         """
         now = time.monotonic()
         with self._lock:
@@ -170,7 +164,7 @@ class LiveView:
             self._print_plain(f"[pools] {line}")
 
     def _announce(self, task: LiveTask) -> None:
-        """Print the task's line if it is due; the live panel redraws by itself."""
+        """Print the task's plain line if one is due; the panel redraws by itself."""
         if self._live is not None:
             return
         now = time.monotonic()
@@ -182,7 +176,7 @@ class LiveView:
             self._print_plain(format_line(task))
 
     def _print_plain(self, text: str) -> None:
-        # Not console.print: it would wrap the line at the width of a terminal that is not there.
+        # console.print would wrap the line at 80 columns, the width it assumes without a terminal.
         with self._lock:
             print(text, file=self._console.file, flush=True)
 
@@ -209,19 +203,19 @@ def format_line(task: LiveTask) -> str:
 
 
 def format_values(values: Mapping[str, float]) -> list[str]:
-    """Each value with its name; rates stand behind their number, and last."""
+    """Each value with its name: "loss 0.5", then the rates, as "5,230 tok/s"."""
     rates = [f"{format_number(value)} {name}" for name, value in values.items() if is_rate(name)]
     rest = [f"{name} {format_number(value)}" for name, value in values.items() if not is_rate(name)]
     return rest + rates
 
 
 def is_rate(name: str) -> bool:
-    """Whether a value of this name is so much a second."""
+    """Whether a value of this name is an amount per second."""
     return name.endswith("/s")
 
 
 def format_number(value: float) -> str:
-    """Three significant digits or a whole number with separators; tiny ones as 1.2e-05."""
+    """Three significant digits; from 100 a whole number with separators; tiny ones as 1.2e-05."""
     size = abs(value)
     if not math.isfinite(value) or size == 0:
         return f"{value:.4g}"

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from distill_system.observe.json_lines import read_rows
-from distill_system.observe.run_directory import (
-    RunDirectory,
-    drop_half_line,
-    without_non_finite,
-    write_text,
-)
+from distill_system.observe.json_lines import JsonLinesLog, read_rows
+from distill_system.observe.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+_FIELDS = "time, stage, step and metrics"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricRow:
-    """One line of metrics.jsonl.  A value that was not finite reads None."""
+    """One line of metrics.jsonl.  A value that was not finite is read as None."""
 
     time: float
     stage: str
@@ -35,11 +30,7 @@ class MetricRow:
 
 
 class MetricLog:
-    """Writes one row per call; threads may share it.
-
-    Opening drops a last line that a crash left half-written.  On resume, call truncate_after with
-    the checkpoint's step, so that no step stands in the history twice.
-    """
+    """Writes one row per call; safe to share among threads; see JsonLinesLog for resume."""
 
     def __init__(self, run: RunDirectory, *, run_name: str) -> None:
         self._run = run
@@ -48,9 +39,7 @@ class MetricLog:
         self._writers: dict[str, SummaryWriter] = {}
         self._purge_steps: dict[str, int] = {}
         self._gauges: dict[str, Any] = {}
-        run.path.mkdir(parents=True, exist_ok=True)
-        drop_half_line(run.metrics_path)
-        self._file = run.metrics_path.open("a", encoding="utf-8")
+        self._rows = JsonLinesLog(run.metrics_path, MetricRow, expected=_FIELDS)
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step of one stage everywhere.
@@ -58,26 +47,21 @@ class MetricLog:
         Args:
             stage: sft_teacher, sft_student or distill.
             step: optimizer step of that stage.
-            metrics: name (room/what_unit, see docs/metrics.md) -> value; NaN and infinities are
-                taken: null in the file, as they are elsewhere.
+            metrics: name (room/what_unit, see docs/metrics.md) -> value. NaN and infinities are
+                null in the file, which JSON requires, and themselves elsewhere.
         """
         values = {name: float(value) for name, value in metrics.items()}
-        row = {"time": time.time(), "stage": stage, "step": step, "metrics": values}
         with self._lock:
-            self._file.write(json.dumps(without_non_finite(row), allow_nan=False) + "\n")
-            self._file.flush()
+            self._rows.append(
+                MetricRow(time=time.time(), stage=stage, step=step, metrics={**values})
+            )
             self._log_to_tensorboard(stage, step, values)
             self._log_to_ray(stage, values)
 
     def truncate_after(self, stage: str, step: int) -> None:
         """Drop the rows of this stage whose step is later, from the file and from TensorBoard."""
         with self._lock:
-            self._file.close()
-            kept = [
-                row for row in read_metrics(self._run) if row.stage != stage or row.step <= step
-            ]
-            write_text(self._run.metrics_path, "".join(_to_line(row) for row in kept))
-            self._file = self._run.metrics_path.open("a", encoding="utf-8")
+            self._rows.truncate_after(stage, step)
             self._purge_steps[stage] = step + 1
             writer = self._writers.pop(stage, None)
             if writer is not None:
@@ -86,20 +70,15 @@ class MetricLog:
     def close(self) -> None:
         """Flush and close all files."""
         with self._lock:
-            self._file.close()
+            self._rows.close()
             for writer in self._writers.values():
                 writer.close()
             self._writers.clear()
 
-    def __enter__(self) -> MetricLog:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _log_to_tensorboard(self, stage: str, step: int, values: Mapping[str, float]) -> None:
@@ -109,17 +88,17 @@ class MetricLog:
             self._writers[stage].add_scalar(f"{stage}/{name}", value, step)
 
     def _open_writer(self, stage: str) -> SummaryWriter:
-        # Imported here: it takes seconds, and who only reads metrics never needs it.
+        # Imported here: it takes seconds, and a process that only reads metrics does not need it.
         from torch.utils.tensorboard import SummaryWriter
 
-        # A folder per stage, since purging hides everything later in a folder and stages count
-        # their steps by themselves.
+        # purge_step makes TensorBoard hide all later steps of a folder. Each stage counts its
+        # steps from 0, so with one folder, purging one stage would hide steps of another.
         folder = self._run.tensorboard_directory / stage
         purge_step = self._purge_steps.pop(stage, None)
         return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
     def _log_to_ray(self, stage: str, values: Mapping[str, float]) -> None:
-        # A process that never imported Ray has not initialised it; importing it costs a second.
+        # A process that has not imported Ray has no session, and the import would take a second.
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
             return
@@ -137,21 +116,14 @@ class MetricLog:
 
 
 def to_gauge_name(metric: str) -> str:
-    """Prometheus takes letters, digits and underscores: learner/loss -> distill_learner_loss."""
+    """learner/loss -> distill_learner_loss: Prometheus allows letters, digits and underscores."""
     return "distill_" + re.sub(r"[^A-Za-z0-9]", "_", metric)
 
 
 def read_metrics(run: RunDirectory) -> list[MetricRow]:
-    """All rows in the order written; none if the run has no metrics yet.
-
-    A last line without its end, as a run that is still writing has, is left out.
+    """All rows in the order written; see read_rows.
 
     Raises:
-        RunStateError: another line is not a row; the message says which.
+        RunStateError: a line is not a row; the message says which.
     """
-    return read_rows(run.metrics_path, MetricRow, expected="time, stage, step and metrics")
-
-
-def _to_line(row: MetricRow) -> str:
-    fields = {"time": row.time, "stage": row.stage, "step": row.step, "metrics": row.metrics}
-    return json.dumps(fields, allow_nan=False) + "\n"
+    return read_rows(run.metrics_path, MetricRow, expected=_FIELDS)

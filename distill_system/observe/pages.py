@@ -17,16 +17,16 @@ def render_page(
     *,
     filters: Mapping[str, Callable[..., str]] | None = None,
 ) -> str:
-    """The page; whatever the values hold is escaped.
+    """The page as text; everything in the values is escaped.
 
     Args:
         template: its path below the package, as observe/report.html; it extends observe/page.html,
             which has the style; observe/chart.html has the macros for charts.
-        values: everything that the template names.
-        filters: more than number, signed, duration and metric_title.
+        values: a value for every name in the template.
+        filters: additions to number, signed, duration and metric_title.
 
     Raises:
-        jinja2.UndefinedError: the template names what values lack.
+        jinja2.UndefinedError: the template uses a name that has no value.
     """
     environment = Environment(
         loader=PackageLoader("distill_system", ""),

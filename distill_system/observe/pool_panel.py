@@ -1,4 +1,4 @@
-"""Pools' activity in, what a person sees of it on a terminal out."""
+"""Draws the activity of the pools on a terminal: bars, their key, and a sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill_system.records import PoolActivity
 
 BAR_CHARACTERS = 24
 
-# Part -> its colour and its character, so that a bar reads without colours too; then in ASCII.
+# Part -> its colour, its character (a bar is readable without colours), and that in ASCII.
 PARTS = {"busy": ("green", "█", "#"), "blocked": ("yellow", "▒", "="), "starved": ("red", "░", ".")}
 
 KEY_CHARACTERS = sum(len(part) + 3 for part in PARTS) - 1
@@ -23,12 +23,12 @@ KEY_CHARACTERS = sum(len(part) + 3 for part in PARTS) - 1
 
 @dataclass(frozen=True, slots=True)
 class ActivityBar:
-    """One pool's time as a bar: busy, blocked, starved; the rest, if any, is left blank."""
+    """One pool's time as a bar: busy, blocked, starved, and a blank rest."""
 
     activity: PoolActivity
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The bar, in characters that the terminal can print."""
+        """The bar, in ASCII if the terminal cannot print more."""
         for part, count in self.count_characters().items():
             color, character, plain = PARTS[part]
             text = (plain if options.ascii_only else character) * count
@@ -36,7 +36,8 @@ class ActivityBar:
         yield Segment(" " * (BAR_CHARACTERS - sum(self.count_characters().values())))
 
     def count_characters(self) -> dict[str, int]:
-        """Characters of each part: rounded where parts meet, so that no bar gets too long."""
+        """Characters of each part.  The ends of parts are rounded, not their lengths, so that the
+        rounding errors do not add up to a bar that is too long."""
         counts, share, drawn = {}, 0.0, 0
         for part in PARTS:
             share += getattr(self.activity, f"{part}_share")
@@ -46,10 +47,10 @@ class ActivityBar:
 
 
 class BarKey:
-    """What the characters of the bars mean."""
+    """The key to the bars: which character stands for what."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """One line, in characters that the terminal can print."""
+        """One line, in ASCII if the terminal cannot print more."""
         for index, (part, (color, character, plain)) in enumerate(PARTS.items()):
             yield Segment(" " * (index > 0))
             yield Segment(plain if options.ascii_only else character, Style(color=color))
@@ -57,7 +58,7 @@ class BarKey:
 
 
 def draw_pools(pools: Mapping[str, PoolActivity], line: str) -> Group:
-    """A bar of each pool with its workers and its queue, the bars' key, and the line."""
+    """A bar of each pool with its workers and its queue, the key, and the sentence `line`."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(width=KEY_CHARACTERS)

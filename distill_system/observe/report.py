@@ -24,7 +24,7 @@ from distill_system.observe.curves import (
 from distill_system.observe.formats import format_metric
 from distill_system.observe.metrics import MetricRow, read_metrics
 from distill_system.observe.pages import render_page
-from distill_system.observe.run_directory import RunDirectory, read_json, write_text
+from distill_system.observe.run_directory import RunDirectory, read_json_if_exists, write_text
 from distill_system.observe.summary import build_summary, read_evaluation
 
 DISTANCE_TITLES = {"on_policy": "On-policy distance", "off_policy": "Off-policy distance"}
@@ -32,11 +32,11 @@ ROLES = {"teacher": "teacher", "before": "student, SFT", "after": "student, dist
 POOL_PARTS = {"busy": "series-3", "blocked": "series-2", "starved": "grid"}
 """What a pool's workers do with their time -> its colour on the page."""
 CLEAR_STANDARD_ERRORS = 1.96
-"""A gain of more standard errors than this is coloured: chance makes it once in 20 times."""
+"""A gain of more standard errors than this is coloured; chance makes such a one in 20."""
 
 
 def write_report(run: RunDirectory) -> None:
-    """Write report.html from whatever parts of the run exist; it names those that are missing.
+    """Write report.html from the parts of the run that exist; the page names missing ones.
 
     Raises:
         RunStateError: a part exists and cannot be read.
@@ -46,9 +46,9 @@ def write_report(run: RunDirectory) -> None:
 
 
 def _collect(run: RunDirectory) -> dict[str, Any]:
-    """Everything the template names."""
+    """The values of all names in the template."""
     summary, rows = build_summary(run), read_metrics(run)
-    config = read_json(run.config_path) if run.config_path.exists() else {}
+    config = read_json_if_exists(run.config_path)
     metric = find_headline_metric(summary["scores"], config)
     return {
         "summary": summary,
@@ -73,14 +73,14 @@ def _collect(run: RunDirectory) -> dict[str, Any]:
 def find_headline_metric(
     scores: Mapping[str, Mapping[str, object]], config: Mapping[str, Any]
 ) -> str | None:
-    """The first of evaluation.metrics, greedy; without a configuration the first score there is."""
+    """The first of evaluation.metrics, greedy; without a configuration the first score found."""
     known = [metric for split in scores.values() for metric in split]
     wanted = [f"{name}_greedy" for name in config.get("evaluation", {}).get("metrics", ())]
     return next((metric for metric in [*wanted, *known] if metric in known), None)
 
 
 def write_headline(summary: Mapping[str, Any], metric: str | None) -> str:
-    """One sentence: the first split's score and both distances, before and after."""
+    """One sentence: the main split's score and both distances, before and after."""
     parts = []
     split = _find_main_split(summary["scores"], metric)
     if split is not None and metric is not None:
@@ -102,7 +102,7 @@ def write_headline(summary: Mapping[str, Any], metric: str | None) -> str:
 
 
 def _find_main_split(scores: Mapping[str, Any], metric: str | None) -> str | None:
-    """in_distribution, or the first split whose score is known before and after."""
+    """in_distribution, or else the first split that has a score both before and after."""
     compared = [
         name for name, split in scores.items() if split.get(metric, {}).get("gain") is not None
     ]
@@ -112,7 +112,7 @@ def _find_main_split(scores: Mapping[str, Any], metric: str | None) -> str | Non
 def _draw_sections(
     run: RunDirectory, rows: Sequence[MetricRow], metric: str | None
 ) -> list[tuple[str, list[Chart]]]:
-    """Title and charts of each section that has any."""
+    """Title and charts of each section that is not empty."""
     sections = [
         ("Distances to the teacher", draw_curves(rows, "distill", DISTANCE_CURVES)),
         ("Scores during training", _draw_scores(run, metric)),
@@ -136,7 +136,7 @@ def _draw_scores(run: RunDirectory, metric: str | None) -> list[Chart]:
 
 
 def compute_phase_shares(rows: Sequence[MetricRow]) -> dict[str, float]:
-    """Phase -> its share of the seconds of all phases of distillation, largest first."""
+    """Phase of distillation -> its share of the seconds of all phases, the largest first."""
     seconds = {
         phase: sum(
             row.metrics.get(f"seconds/{phase}") or 0.0 for row in rows if row.stage == "distill"
@@ -149,7 +149,7 @@ def compute_phase_shares(rows: Sequence[MetricRow]) -> dict[str, float]:
 
 
 def collect_samples(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
-    """Split -> prompts shown: prompt, references and, by role, its greedy and sampled text."""
+    """Split -> the prompts to show, each with its references and the texts of each role."""
     samples: dict[str, dict[tuple[int, str], dict[str, Any]]] = {}
     for role in ROLES:
         evaluation = read_evaluation(run, role) or {"splits": {}}
@@ -164,7 +164,7 @@ def collect_samples(run: RunDirectory) -> dict[str, list[dict[str, Any]]]:
 
 
 def classify_gain(score: Mapping[str, float | None], metric: str) -> str:
-    """The gain's class on the page: up, down, unclear (within chance) or plain (neither good)."""
+    """The gain's CSS class: up, down, unclear (within chance) or plain (no direction is better)."""
     gain, error = score["gain"], score["gain_stderr"]
     if gain is None or metric.startswith(("mean_length", "ended_share")):
         return "plain"

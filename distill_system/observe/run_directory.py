@@ -1,4 +1,4 @@
-"""Where every file of a run lies, and how one is written so that no crash leaves half of it."""
+"""The places of a run's files, and how to write one so that no crash leaves half of it."""
 
 from __future__ import annotations
 
@@ -9,101 +9,48 @@ import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from distill_system.errors import RunStateError
 
 
 class RunDirectory:
-    """The folder of one run; each property names one of its files or folders.
+    """The folder of one run and the places of its files; creates nothing.
 
-    Nothing is created by asking for a name; whoever writes makes the folders it needs.
+    Whoever writes a file makes the folders it needs.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-
-    @property
-    def config_path(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.json"
-
-    @property
-    def environment_path(self) -> Path:
-        """Versions, git commit, machine and seeds."""
-        return self.path / "environment.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        """Every metric of every step, one JSON object a line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def prompts_path(self) -> Path:
-        """Which prompts each step was trained on, one JSON object a line."""
-        return self.path / "prompts.jsonl"
-
-    @property
-    def tensorboard_directory(self) -> Path:
-        """The same metrics for TensorBoard, a folder per stage."""
-        return self.path / "tensorboard"
-
-    @property
-    def tokenizer_directory(self) -> Path:
-        """The tokenizer in Hugging Face form."""
-        return self.path / "tokenizer"
-
-    @property
-    def teacher_directory(self) -> Path:
-        """The teacher after its supervised fine-tuning."""
-        return self.path / "teacher"
-
-    @property
-    def student_sft_directory(self) -> Path:
-        """The student after its supervised fine-tuning, before distillation."""
-        return self.path / "student_sft"
-
-    @property
-    def student_directory(self) -> Path:
-        """The final student, exported in Hugging Face form."""
-        return self.path / "student"
-
-    @property
-    def checkpoints_directory(self) -> Path:
-        """Checkpoints of all stages."""
-        return self.path / "checkpoints"
-
-    @property
-    def evaluations_directory(self) -> Path:
-        """One file per evaluation."""
-        return self.path / "evaluations"
+        self.config_path = self.path / "config.json"  # the resolved configuration
+        self.environment_path = self.path / "environment.json"  # versions, commit, machine, seeds
+        self.metrics_path = self.path / "metrics.jsonl"  # every metric of every step, a row a line
+        self.prompts_path = self.path / "prompts.jsonl"  # the prompts of every step, a row a line
+        self.tensorboard_directory = self.path / "tensorboard"  # the metrics, a folder per stage
+        self.tokenizer_directory = self.path / "tokenizer"
+        self.teacher_directory = self.path / "teacher"  # the teacher after its fine-tuning
+        self.student_sft_directory = self.path / "student_sft"  # the student after its fine-tuning
+        self.student_directory = self.path / "student"  # the distilled student
+        self.checkpoints_directory = self.path / "checkpoints"  # a folder per stage
+        self.evaluations_directory = self.path / "evaluations"  # a file per evaluation
+        self.timings_path = self.path / "timings.json"  # seconds and tokens per stage and phase
+        self.summary_path = self.path / "summary.json"  # the run's figures for programs
+        self.report_path = self.path / "report.html"  # the run's figures for people
 
     def evaluation_path(self, label: str) -> Path:
         """The evaluation of this label: teacher, before, after or step_000100."""
         return self.evaluations_directory / f"{label}.json"
 
-    @property
-    def timings_path(self) -> Path:
-        """Seconds and tokens per stage and phase."""
-        return self.path / "timings.json"
-
-    @property
-    def summary_path(self) -> Path:
-        """The run's figures for programs."""
-        return self.path / "summary.json"
-
-    @property
-    def report_path(self) -> Path:
-        """The run's figures for people."""
-        return self.path / "report.html"
-
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside, flush to the disk, rename: a reader sees the old file or the new, never a part.
+    """Replace a file's content: a reader, or a crash, finds the old file or the new, never a part.
 
     Raises:
-        OSError: the disk is full or the folder is not writable; the old file is as it was.
+        OSError: the disk is full or the folder is not writable; the old file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Written under another name in the same folder, then renamed, which is atomic. The name is
+    # unique to this thread, so that two writers of one file do not mix.
     beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with beside.open("w", encoding="utf-8") as file:
@@ -117,14 +64,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_half_written(folder: Path) -> None:
-    """Remove what write_text had beside the files below a folder when its process was killed."""
+    """Remove the temporary files of write_text, below a folder, that a killed process left."""
     for path in folder.rglob(".*"):
         if re.fullmatch(r"\..+\.\d+\.\d+", path.name) and path.is_file():
             path.unlink()
 
 
 def flush_folder(folder: Path) -> None:
-    """The rename itself is on the disk only when its folder is."""
+    """Flush a folder to the disk: without it a power cut can undo a rename in the folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -133,7 +80,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def drop_half_line(path: Path) -> None:
-    """Cut off a last line without its end, which a crash left; nothing where there is no file."""
+    """Cut off a last line without a newline, which a crash left; does nothing without the file."""
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -141,7 +88,7 @@ def drop_half_line(path: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON, as write_text does; NaN and infinities, which JSON lacks, as null."""
+    """Write a value as JSON with write_text; NaN and infinities, which JSON lacks, become null."""
     text = json.dumps(without_non_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
@@ -157,7 +104,16 @@ def without_non_finite(value: object) -> object:
     return value
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json_if_exists(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of the run; empty if there is no such file.
+
+    Raises:
+        RunStateError: the file does not hold a JSON object.
+    """
+    return read_json(path) if path.exists() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of the run.
 
     Raises:

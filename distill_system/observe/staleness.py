@@ -1,4 +1,4 @@
-"""How old the text is that the learner learns from: a step's trajectories in, metrics out."""
+"""How old the text is that a step learns from: its trajectories in, metrics out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distill_system.records import Author, Trajectory
 SHARE = "staleness/share_"
 OLDER = "older"
 TOKENS = "staleness/tokens"
-COUNTS = ("reissued", "dropped")
+DROPPED = "staleness/dropped"
 
 
 def staleness_metrics(
@@ -22,23 +22,20 @@ def staleness_metrics(
     learner_version: int,
     *,
     max_staleness: int = 0,
-    num_reissued: int = 0,
     num_dropped: int = 0,
 ) -> dict[str, float]:
-    """Ages of the student's response tokens that a step learns from; a token counts once.
+    """Ages of the student's response tokens that a step learns from; every token counts once.
 
     Args:
         trajectories: the step's; those that the student did not write have no age and are left out.
-        learner_version: of the weights that the step begins with; a token's age is this less the
-            version that sampled it.
-        max_staleness: S; ages 0..S have a share each, older tokens one together.
-        num_reissued: prompts that were given out again since the last step.
-        num_dropped: trajectories that were thrown away since the last step.
+        learner_version: version of the weights that the step begins with; a token's age is this
+            minus the version that sampled it.
+        max_staleness: S; each age 0..S has a share of its own, all older tokens have one together.
+        num_dropped: trajectories that were dropped as too old since the last step.
 
     Returns:
-        learner/mean_staleness, learner/max_staleness, staleness/share_<age>,
-        staleness/share_older, staleness/tokens where the student wrote a token;
-        staleness/reissued, staleness/dropped.
+        staleness/dropped; if there are tokens of the student also learner/mean_staleness,
+        learner/max_staleness, staleness/share_<age>, staleness/share_older and staleness/tokens.
 
     Raises:
         RecordError: a token is newer than the learner, or the student's and without a version.
@@ -47,13 +44,11 @@ def staleness_metrics(
     for trajectory in trajectories:
         if trajectory.author is Author.STUDENT:
             _count_ages(ages, trajectory, learner_version)
-    return _describe(ages, max_staleness) | {
-        "staleness/reissued": float(num_reissued),
-        "staleness/dropped": float(num_dropped),
-    }
+    return _describe(ages, max_staleness) | {DROPPED: float(num_dropped)}
 
 
 def _count_ages(ages: Counter[int], trajectory: Trajectory, learner_version: int) -> None:
+    # The student's text must say which versions wrote it: without any, `newest` is refused below.
     newest = max((span.version for span in trajectory.weight_versions), default=math.inf)
     if newest > learner_version:
         raise RecordError(
@@ -80,10 +75,10 @@ def _describe(ages: Counter[int], max_staleness: int) -> dict[str, float]:
 
 
 def summarise_staleness(rows: Sequence[MetricRow]) -> dict[str, Any] | None:
-    """The ages over a whole run; None if it has no such metrics.
+    """The ages over a whole run, weighted by tokens; None if it has no such metrics.
 
     Returns:
-        mean, max, shares (age, or "older" -> share of tokens, 0..1), reissued, dropped.
+        mean, max, shares (age, or "older" -> share of tokens, 0..1), dropped.
     """
     measured = [row.metrics for row in rows if row.metrics.get(TOKENS)]
     total = sum(metrics[TOKENS] or 0.0 for metrics in measured)
@@ -94,14 +89,11 @@ def summarise_staleness(rows: Sequence[MetricRow]) -> dict[str, Any] | None:
         return sum((row.get(name) or 0.0) * (row[TOKENS] or 0.0) for row in measured) / total
 
     names = {name for row in measured for name in row if name.startswith(SHARE)}
+    # By length first: 9 before 10, and "older" last.
     ages = sorted((name.removeprefix(SHARE) for name in names), key=lambda age: (len(age), age))
-    counts = {
-        name: int(sum(row.metrics.get(f"staleness/{name}") or 0.0 for row in rows))
-        for name in COUNTS
-    }
     return {
         "mean": mean("learner/mean_staleness"),
         "max": max(row.get("learner/max_staleness") or 0.0 for row in measured),
         "shares": {age: mean(f"{SHARE}{age}") for age in ages},
-        **counts,
+        "dropped": int(sum(row.metrics.get(DROPPED) or 0.0 for row in rows)),
     }

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from distill_system.observe.bottleneck import find_bottleneck
 from distill_system.observe.metrics import read_metrics
-from distill_system.observe.run_directory import RunDirectory, read_json, write_json
+from distill_system.observe.run_directory import (
+    RunDirectory,
+    read_json,
+    read_json_if_exists,
+    write_json,
+)
 from distill_system.observe.staleness import summarise_staleness
 from distill_system.observe.timings import read_pools
 from distill_system.records import PoolActivity
 from distill_system.standard_errors import paired_bootstrap_standard_error, paired_standard_error
 
 DISTANCES = ("on_policy", "off_policy")
-HANDED_ON = ("num_tokens", "num_sequences")
+_POOL_FIGURES = (
+    "num_workers",
+    "busy_share",
+    "starved_share",
+    "blocked_share",
+    "num_tokens",
+    "num_sequences",
+)
 
 
 class JsonForm(Protocol):
-    """What evaluation's SplitEvaluation offers; rooms do not import each other."""
+    """What write_evaluation needs of evaluation.SplitEvaluation, which this room may not import."""
 
     def to_json(self) -> dict[str, object]:
         """A dictionary that json.dumps takes."""
-        ...
 
 
 def write_evaluation(
@@ -42,9 +52,9 @@ def write_evaluation(
         run: where.
         label: teacher, before, after or step_000100.
         step: steps of distillation done.
-        weight_version: of the student that was evaluated; None for the teacher.
-        splits: name -> what evaluate_splits gave.
-        distances: on_policy and off_policy on held-out data; None where not measured.
+        weight_version: version of the student that was evaluated; None for the teacher.
+        splits: name -> the result of evaluate_splits.
+        distances: on_policy and off_policy on held-out data; None if they were not measured.
     """
     form = {
         "label": label,
@@ -58,7 +68,7 @@ def write_evaluation(
 
 
 def read_evaluation(run: RunDirectory, label: str) -> dict[str, Any] | None:
-    """What write_evaluation wrote under this label; None if it has not been made."""
+    """What write_evaluation wrote under this label; None if there is no such evaluation."""
     path = run.evaluation_path(label)
     return read_json(path) if path.exists() else None
 
@@ -81,16 +91,17 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
         distances[on_policy | off_policy]: before, after.
         seconds[stage], tokens_per_second[phase], versions, git, machine, seeds.
         pools[pool]: num_workers, busy_share, starved_share, blocked_share, num_tokens,
-        num_sequences, over the run; empty for a run that did not keep them.
-        bottleneck: which pool bounds the run, in words.  staleness: see summarise_staleness.
-        missing: files of a whole run that this one lacks.
-        A figure whose part is missing is None.
+        num_sequences, over the run; empty for a run that did not record them.
+        bottleneck: a sentence on which pool bounds the run.  staleness: see summarise_staleness.
+        missing: files of a complete run that this one lacks.
+        A figure that cannot be computed because its file is missing is None.
 
     Raises:
         RunStateError: a part exists and cannot be read.
     """
-    config, environment = _read_part(run.config_path), _read_part(run.environment_path)
-    timings = _read_part(run.timings_path)
+    config = read_json_if_exists(run.config_path)
+    environment = read_json_if_exists(run.environment_path)
+    timings = read_json_if_exists(run.timings_path)
     evaluations = {label: read_evaluation(run, label) for label in ("teacher", "before", "after")}
     after, pools = evaluations["after"], read_pools(timings)
     return {
@@ -112,8 +123,7 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
 
 
 def _describe_pool(pool: PoolActivity) -> dict[str, float]:
-    names = ("num_workers", "busy_share", "starved_share", "blocked_share")
-    return {name: getattr(pool, name) for name in (*names, *HANDED_ON)}
+    return {name: getattr(pool, name) for name in _POOL_FIGURES}
 
 
 def _find_bottleneck(pools: Mapping[str, PoolActivity], config: Mapping[str, Any]) -> str | None:
@@ -123,14 +133,10 @@ def _find_bottleneck(pools: Mapping[str, PoolActivity], config: Mapping[str, Any
 
 
 def find_missing(run: RunDirectory) -> list[str]:
-    """Names, relative to the run's folder, of the files that a whole run has and this one lacks."""
+    """The files that a complete run has and this one lacks, as paths relative to its folder."""
     wanted = [run.config_path, run.environment_path, run.metrics_path, run.timings_path]
     wanted += [run.evaluation_path(label) for label in ("teacher", "before", "after")]
     return [str(path.relative_to(run.path)) for path in wanted if not path.exists()]
-
-
-def _read_part(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
 
 
 def _compare_splits(evaluations: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
@@ -177,7 +183,7 @@ def _gain_stderr(
     if before is None or after is None or before["prompt_ids"] != after["prompt_ids"]:
         return None
     if len(before["prompt_ids"]) < 2:
-        return None  # one example says nothing about the spread
+        return None  # a single example has no spread
     if metric in before["per_example"] and metric in after["per_example"]:
         return paired_standard_error(before["per_example"][metric], after["per_example"][metric])
     if metric not in before["bootstrap"] or metric not in after["bootstrap"]:
@@ -201,5 +207,5 @@ def _find_distance(evaluation: dict[str, Any] | None, name: str) -> float | None
 
 
 def _union(dictionaries: Iterable[Iterable[str]]) -> list[str]:
-    """Keys of all, each once, in the order first met."""
+    """The keys of all dictionaries, each once, in the order of their first appearance."""
     return list(dict.fromkeys(key for dictionary in dictionaries for key in dictionary))

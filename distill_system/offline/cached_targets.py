@@ -49,7 +49,7 @@ class CachedTargets:
         """The samples whose targets are not there yet."""
         return [key for key in keys if key not in self._store]
 
-    def say_cost(self, num_samples: int) -> str:
+    def describe_cost(self, num_samples: int) -> str:
         """What the targets of so many samples take, at most."""
         num_tokens = num_samples * self._teacher.max_response_tokens
         gibibytes = self._predict(num_tokens) / 2**30
@@ -79,7 +79,7 @@ class CachedTargets:
         first = len(keys) - len(missing)
         task = view.start("cache targets", len(keys), first_step=first)
         for rows in self._read(missing) if missing else ():
-            self._store.append_rows(rows)
+            self._store.append(rows)
             done = task.step + rows.num_rows
             task.update(done, {"samples/s": (done - first) / task.elapsed_seconds})
         task.finish()

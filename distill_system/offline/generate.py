@@ -101,7 +101,7 @@ class _Generation:
         there = self.store.has(keys)
         todo = samples.filter(pyarrow.array(~there))
         self.view.note(f"{len(keys)} samples asked for, {len(keys) - todo.num_rows} stand there")
-        self.view.note(self.targets.say_cost(len(keys)))
+        self.view.note(self.targets.describe_cost(len(keys)))
         unread: list[str] = []
         if self.request.cache_targets:
             unread = self.targets.missing(keys)
@@ -109,7 +109,7 @@ class _Generation:
             stored = [key for key in unread if key not in unwritten]
             self.targets.require_room(self.targets.stored_tokens(stored), todo.num_rows)
         if todo.num_rows or unread:
-            with ClusterSession(self.request.config, say=self.view.note):
+            with ClusterSession(self.request.config, notify=self.view.note):
                 self._write(todo, total=len(keys))
                 if unread:
                     self.targets.fill(keys, self.view)

@@ -100,7 +100,7 @@ class SampleKeeper:
 
     def _write(self) -> None:
         if self._waiting:
-            self._store.append_rows(self._with_texts(pyarrow.concat_tables(self._waiting)))
+            self._store.append(self._with_texts(pyarrow.concat_tables(self._waiting)))
         self._waiting, self._last_part = [], time.monotonic()
 
     def _with_texts(self, rows: pyarrow.Table) -> pyarrow.Table:

@@ -1,1 +1,1 @@
-"""What a run holds: its context, workers and their arguments, checkpoints, exports and checks."""
+"""What the stages of a run share: context, workers, checkpoints, export, checks."""

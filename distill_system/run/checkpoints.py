@@ -1,7 +1,14 @@
-"""Checkpoints of one stage: written beside the run, verified, then renamed; found again on resume.
+"""Checkpoints of one stage: written in the background, renamed when complete, verified on resume.
 
-A folder `step_NNNNNN` holds the learner's files, the driver's `state.json`, and `manifest.json`:
-the names, lengths and CRC-32s of all the others.
+A folder's name is its state:
+
+    step_000100.partial    being written by start() and finish(); removed if a crash left it
+    step_000100            complete: finish() renames it once all files and the manifest are on disk
+    step_000100.removed    being deleted; renamed first, so that a crash leaves no half of a
+                           checkpoint under a complete one's name
+
+A complete folder holds the learner's files, the driver's `state.json`, and `manifest.json` with the
+name, length and CRC-32 of every other file.
 """
 
 from __future__ import annotations
@@ -23,27 +30,28 @@ MANIFEST_FILE = "manifest.json"
 
 
 class Saver(Protocol):
-    """What writes and reads the learner's part; LearnerGroup does."""
+    """Writes and reads the learner's part of a checkpoint; LearnerGroup implements it."""
 
     def start_save(self, folder: Path) -> None:
         """Begin to write the state as it is now."""
 
     def finish_save(self, *, wait: bool) -> dict[str, FileRecord] | None:
-        """The files written; None if that is still under way and wait is False."""
+        """The files written; None if writing goes on and wait is False."""
 
     def find_alterations(self, folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
-        """Read the files through; what is wrong with each that is not as written."""
+        """Read every byte of the files; one message for each that is not as written."""
 
     def load(self, folder: Path) -> None:
-        """Take the state back."""
+        """Restore the state from a folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A whole checkpoint: steps done, its folder, what the driver kept in it, the learner's files.
+    """A complete checkpoint.
 
-    metrics: every metric of the stage as last measured when the checkpoint was begun; None if it
-        was not finite.
+    step: steps done.  state: what the driver stored.  files: the learner's, by name.
+    metrics: the last value of every metric of the stage when the checkpoint was begun; None if the
+        value was not finite.
     """
 
     step: int
@@ -56,7 +64,7 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one stage, one folder each, named by steps done.
 
-    keep: the newest so many stay.  best: these stay too.
+    keep: how many of the newest stay on disk.  best: which others stay.
     """
 
     def __init__(self, folder: Path, *, keep: int, best: BestConfig | None = None) -> None:
@@ -73,7 +81,10 @@ class CheckpointStore:
         *,
         metrics: Mapping[str, float | None] | None = None,
     ) -> None:
-        """Begin a checkpoint of this moment, after the one before is whole; see finish."""
+        """Begin to write a checkpoint of the present state; `finish` completes it.
+
+        Waits until the checkpoint before is complete: one is written at a time.
+        """
         self.finish(learner, wait=True)
         self._remove_leftovers()
         partial = self._final(step).with_suffix(".partial")
@@ -85,9 +96,10 @@ class CheckpointStore:
         self._under_way = partial
 
     def finish(self, learner: Saver, *, wait: bool) -> bool:
-        """Rename what is under way once all of it is on disk; drop what is not to stay.
+        """Complete the checkpoint that is being written, if all its files are on disk.
 
-        Returns whether nothing is under way any more. A crash before leaves the ones before.
+        Then deletes the checkpoints that are not to be kept. wait: wait for the files.
+        Returns whether nothing is being written any more.
         """
         if self._under_way is None:
             return True
@@ -101,35 +113,38 @@ class CheckpointStore:
         if final.exists():
             _remove(final)
         partial.rename(final)
-        flush_folder(self.folder)
+        flush_folder(self.folder)  # a rename survives a power cut only once its folder is flushed
         self._drop_old()
         return True
 
     @contextmanager
     def finished_on_failure(self, learner: Saver) -> Iterator[None]:
-        """Let a failure in the block leave the checkpoint under way behind as a whole one.
+        """If the block fails, still complete the checkpoint that is being written.
 
-        Unless that fails too, as where the learner is what failed; then the one before stands.
+        If that fails too, because the learner itself is what failed, the checkpoint before stays
+        the newest.
         """
         try:
             yield
         except DeadlineError:
-            raise  # who did not answer in time may not answer now
+            raise  # a worker hangs: waiting for the learner now could hang as well
         except DistillError:
             with suppress(DistillError):
                 self.finish(learner, wait=True)
             raise
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint, or None.
+        """The newest complete checkpoint, or None.
 
-        Raises: RunStateError if a file of it is missing or of another length, or its state.json was
-            altered; what the learner wrote is read through by load.
+        Checks names and lengths of all files and the content of state.json. The learner's files are
+        large: `load` checks their content, on the machine that reads them.
+
+        Raises: RunStateError if one of these checks fails.
         """
-        whole = self._whole()
-        if not whole:
+        complete = self._complete()
+        if not complete:
             return None
-        newest = whole[-1]
+        newest = complete[-1]
         try:
             files = _read_manifest(newest)
             damage = find_misfits(newest, files)
@@ -141,7 +156,7 @@ class CheckpointStore:
         return _read_state(newest, files)
 
     def load(self, checkpoint: Checkpoint, learner: Saver) -> None:
-        """Give the learner its state back, after every byte was compared with what was written.
+        """Verify the learner's files byte by byte, then restore its state from them.
 
         Raises: RunStateError, naming the files that are missing, truncated or altered.
         """
@@ -151,11 +166,11 @@ class CheckpointStore:
         learner.load(checkpoint.folder)
 
     def clear(self) -> None:
-        """Remove all, once the stage's output stands."""
+        """Remove all checkpoints, once the stage's output exists."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _damaged(self, folder: Path, damage: Sequence[str]) -> RunStateError:
-        others = [path for path in self._whole() if path != folder]
+        others = [path for path in self._complete() if path != folder]
         then = f"go on from {others[-1].name}" if others else "begin this stage anew"
         return RunStateError(
             f"the checkpoint {folder} is damaged: {'; '.join(damage)}. Put the files back, or "
@@ -163,26 +178,28 @@ class CheckpointStore:
         )
 
     def _drop_old(self) -> None:
-        whole = self._whole()
-        stay = {*whole[-self.keep :], *self._find_best(whole)}
-        for folder in whole:
-            if folder not in stay:
+        complete = self._complete()
+        kept = {*complete[-self.keep :], *self._find_best(complete)}
+        for folder in complete:
+            if folder not in kept:
                 _remove(folder)
 
-    def _find_best(self, whole: Sequence[Path]) -> list[Path]:
-        """The best by the metric, of equals the earlier; those that have no figure are not among
-        them."""
+    def _find_best(self, complete: Sequence[Path]) -> list[Path]:
+        """The best checkpoints by the metric, of equals the earlier.
+
+        A checkpoint without a finite value of the metric is never among them.
+        """
         if self.best is None:
             return []
         sign = 1.0 if self.best.mode == "min" else -1.0
-        figures = [
-            (_read_state(folder, {}).metrics.get(self.best.metric), folder) for folder in whole
+        values = [
+            (_read_state(folder, {}).metrics.get(self.best.metric), folder) for folder in complete
         ]
-        ranked = sorted((sign * figure, folder) for figure, folder in figures if figure is not None)
+        ranked = sorted((sign * value, folder) for value, folder in values if value is not None)
         return [folder for _, folder in ranked[: self.best.count]]
 
     def _remove_leftovers(self) -> None:
-        """What a crash left half-written or half-removed."""
+        """Delete the folders that a crash left half written or half deleted."""
         for suffix in (".partial", ".removed"):
             for leftover in self.folder.glob(f"*{suffix}"):
                 shutil.rmtree(leftover)
@@ -190,16 +207,16 @@ class CheckpointStore:
     def _final(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"
 
-    def _whole(self) -> list[Path]:
-        """Folders that were renamed into place, oldest first."""
+    def _complete(self) -> list[Path]:
+        """Folders of complete checkpoints, oldest first."""
         folders = (path for path in self.folder.glob("step_*") if not path.suffix)
         return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def resume_point(store: CheckpointStore, *, resume: bool, stage: str) -> Checkpoint | None:
-    """The checkpoint to continue from, None to begin.
+    """The checkpoint to continue from; None if the stage begins.
 
-    Raises: RunStateError if there is one and the person did not say --resume.
+    Raises: RunStateError if there is a checkpoint and --resume was not given.
     """
     latest = store.latest()
     if latest is not None and not resume:
@@ -211,7 +228,7 @@ def resume_point(store: CheckpointStore, *, resume: bool, stage: str) -> Checkpo
 
 
 def _remove(folder: Path) -> None:
-    """Renamed first: a crash in between leaves no part of a checkpoint under a whole one's name."""
+    """Delete a complete checkpoint; see the module's list of states."""
     shutil.rmtree(folder.rename(folder.with_suffix(".removed")))
 
 

@@ -1,4 +1,4 @@
-"""What every stage holds in its hands: configuration, folder, cluster, data, and where to tell."""
+"""What every stage of a run needs: configuration, folder, cluster, data, logs and the live view."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """One process's hold on one run.
+    """What one process needs to run stages of one run.
 
     tokenizer: a transformers tokenizer.  data: the sets that the stages of this process read.
     """
@@ -32,12 +32,12 @@ class RunContext:
 
     @property
     def teacher_path(self) -> str:
-        """The teacher that scores and writes: fine-tuned by this run, or as it came."""
+        """Folder or hub name of the teacher: fine-tuned by this run, or as it was given."""
         return model_path(self.config, self.run, "teacher")
 
     @property
     def student_path(self) -> str:
-        """The student that distillation starts from."""
+        """Folder or hub name of the student that distillation starts from."""
         return model_path(self.config, self.run, "student")
 
     @property
@@ -52,7 +52,7 @@ def max_model_length(config: RunConfig) -> int:
 
 
 def model_path(config: RunConfig, run: RunDirectory, role: str) -> str:
-    """Where the model of a role stands once its supervised fine-tuning, if any, is done."""
+    """Folder or hub name of a role's model after its supervised fine-tuning, if it has any."""
     if role == "teacher":
         tuned, given = config.teacher.sft, config.teacher.path
     else:
@@ -64,5 +64,5 @@ def model_path(config: RunConfig, run: RunDirectory, role: str) -> str:
 
 
 def sft_directory(run: RunDirectory, role: str) -> Path:
-    """Where supervised fine-tuning puts a role's model."""
+    """The folder into which supervised fine-tuning writes a role's model."""
     return run.teacher_directory if role == "teacher" else run.student_sft_directory

@@ -1,4 +1,4 @@
-"""A model of the run in Hugging Face form: weights, configuration, tokenizer, a card of facts."""
+"""Exports a model in Hugging Face form: weights, configuration, tokenizer, model card."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from distill_system.run.context import RunContext
 def export_model(
     context: RunContext, learner: LearnerGroup, folder: Path, *, facts: Mapping[str, object]
 ) -> None:
-    """Write the learner's model to `folder`; it stands there whole or not at all.
+    """Write the learner's model to `folder`, by a rename: the folder is complete or absent.
 
-    facts: what the model card says of how it was made, one line each.
+    facts: rows of the model card, on how the model was made.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

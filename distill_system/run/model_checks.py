@@ -1,6 +1,6 @@
-"""Before any worker is asked for: do models, tokenizer, lengths and data fit one another.
+"""Checks, before any worker starts, that models, tokenizer, lengths and data fit one another.
 
-Reads configurations and tokenizers of the models; no weights.
+Reads the models' configurations and tokenizers, but no weights.
 """
 
 from __future__ import annotations
@@ -22,28 +22,26 @@ from distill_system.run.context import max_model_length
 from distill_system.run.vocabulary import check_exportable, stop_token_ids, vocabulary_size
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Sizes of an attention head that vLLM's attention on a CPU computes; another one starts and then
+"""Sizes of an attention head that vLLM supports on a CPU. With another size the engine starts and
 fails at the first request. Source: CPUAttentionBackend.get_supported_head_sizes, vLLM 0.32."""
 
 
 def check_folders(config: RunConfig) -> None:
-    """Refuse a path that names no folder of a model, before anyone asks the hub for it.
+    """Check that every path that means a local folder is the folder of a model.
 
+    Without this check a mistyped path would be looked up on the Hugging Face hub.
     Raises: ModelError.
     """
     for role, model in _models(config):
-        if model.path is not None and looks_local(model.path):
+        if model.path is not None and is_local_path(model.path):
             _require_files(f"{role}.path", model.path, "config.json", "*.safetensors")
     path = config.tokenizer.path if isinstance(config.tokenizer, PretrainedTokenizer) else None
-    if path is not None and looks_local(path):
+    if path is not None and is_local_path(path):
         _require_files("tokenizer.path", path)
 
 
-def looks_local(path: str) -> bool:
-    """Whether a path is meant as a folder of this machine; a hub name is "model" or "owner/model".
-
-    Asking the hub for a folder's name only takes long, and its answer says nothing of the folder.
-    """
+def is_local_path(path: str) -> bool:
+    """Whether a path means a folder of this machine; a hub name is "model" or "owner/model"."""
     return Path(path).exists() or path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
 
 
@@ -66,9 +64,9 @@ def check_models(config: RunConfig, tokenizer: Any) -> None:
 
 
 def check_data(config: RunConfig, data: RunData) -> None:
-    """Refuse supervised rows that are longer than the model that learns from them can read.
+    """Check that no supervised row is longer than the context of the model that learns from it.
 
-    Raises: DataError, naming the row.
+    Raises: DataError, naming the longest row.
     """
     for role, model in _models(config):
         rows: tuple[Trajectory, ...] = getattr(data, f"{role}_sft")
@@ -115,7 +113,7 @@ def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfi
 
 
 def _check_update(config: RunConfig) -> None:
-    """Refuse adapters for layers that the student does not have."""
+    """Check that the student has the layers for which adapters are configured."""
     if isinstance(config.distill.update, LoraUpdate):
         family = find_family(_shape("student", config.student), "student")
         choose_linear_modules(family, config.distill.update.target_modules)
@@ -143,20 +141,20 @@ def _check_head_size(role: str, model: ModelConfig, shape: Any, config: RunConfi
     on_cpu = getattr(config.pools, f"{role}_rollout").gpus == 0
     if not on_cpu or size is None or size in CPU_HEAD_SIZES:
         return
-    said = f"vLLM on a CPU computes attention heads of {CPU_HEAD_SIZES} components, got {size}"
+    problem = f"vLLM on a CPU supports attention heads of sizes {CPU_HEAD_SIZES}, got {size}"
     if model.architecture is not None:
         raise ConfigError(
-            f"{role}.architecture: {said} (hidden_size={shape.hidden_size} / "
+            f"{role}.architecture: {problem} (hidden_size={shape.hidden_size} / "
             f"num_heads={shape.num_attention_heads}). Change hidden_size or num_heads"
         )
     raise ModelError(
-        f"{role}.path={model.path!r}: {said}. Choose another model, or give "
+        f"{role}.path={model.path!r}: {problem}. Choose another model, or give "
         f"pools.{role}_rollout.gpus"
     )
 
 
 def _head_size(shape: Any) -> int | None:
-    """Components of an attention head; None for attention of another kind, which vLLM judges."""
+    """Size of an attention head; None for latent attention and models without heads."""
     if getattr(shape, "kv_lora_rank", None) or not getattr(shape, "num_attention_heads", None):
         return None
     return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
@@ -167,9 +165,9 @@ def _context_limit(shape: Any) -> int | None:
 
 
 def _shape(role: str, model: ModelConfig) -> Any:
-    """What transformers calls the configuration of the text model.
+    """The model's transformers configuration.
 
-    Raises: ModelError for a model of no supported family.
+    Raises: ModelError for a model of an unsupported family.
     """
     if model.architecture is None:
         config = _read(AutoConfig, role, model)

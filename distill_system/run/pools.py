@@ -11,10 +11,9 @@ from distill_system.cluster import (
     EveryWorker,
     RayWorkers,
     WorkerRequest,
-    named_together,
+    all_named_handles,
 )
-from distill_system.config.model import ModelConfig, OptimizerConfig
-from distill_system.config.objective import ObjectiveConfig
+from distill_system.config.model import ModelConfig
 from distill_system.config.pools import ELASTIC_POOLS
 from distill_system.learner import LearnerGroup, ModelSource
 from distill_system.records import Author
@@ -36,10 +35,11 @@ from distill_system.weights import FanOutClient
 class Pools:
     """The pools of a distillation, loaded and connected.
 
-    evaluation: who writes the student's evaluations; `students` where there is no such pool.
-    elastic: the pools whose workers may come and go, by name.
-    connect_rollouts: opens the weight-transfer group anew, to the student's workers as they are
-    now; for after workers came or went, before the next publish.
+    evaluation: the workers that generate for the student's evaluations: a pool of their own, or
+    `students` if none is configured.
+    elastic: the pools whose size may change, by name.
+    connect_rollouts: opens the weight-transfer group anew with the present student workers. Call it
+    after workers joined or left, before the next publish.
     """
 
     students: RolloutPool
@@ -52,16 +52,16 @@ class Pools:
 
 
 def open_pools(context: RunContext, *, student_path: str) -> Pools:
-    """Start all pools at once, wait until each is ready, join learner and student rollouts."""
+    """Start all pools at once, wait until all are ready, connect learner and student rollouts."""
     requests = _distillation_requests(context, student_path)
     placed = context.cluster.start_pools(requests)
     started = {request.name: workers for request, workers in zip(requests, placed, strict=True)}
-    learner = _gather_learner(context, started.pop("learner"))
+    learner = connect_learner(context, started.pop("learner"))
     for workers in started.values():
         wait_until_ready(context, workers)
     students = RolloutPool(started["student_rollout"])
-    alone = started.get("evaluation")
-    receivers = [started["student_rollout"], *([alone] if alone is not None else [])]
+    evaluation = started.get("evaluation")
+    receivers = [started["student_rollout"], *([evaluation] if evaluation is not None else [])]
     connect = partial(_connect_rollouts, context, learner, receivers)
     connect()
     return Pools(
@@ -69,7 +69,7 @@ def open_pools(context: RunContext, *, student_path: str) -> Pools:
         teachers=RolloutPool(started["teacher_rollout"]),
         scorers=ScoringPool(started["teacher_scoring"]),
         learner=learner,
-        evaluation=students if alone is None else RolloutPool(alone),
+        evaluation=students if evaluation is None else RolloutPool(evaluation),
         elastic={
             request.name: ElasticPool(workers=started[request.name], request=request)
             for request in requests
@@ -108,32 +108,8 @@ def _distillation_requests(context: RunContext, student_path: str) -> list[Worke
     return requests
 
 
-def start_learner(
-    context: RunContext,
-    *,
-    name: str,
-    source: ModelSource,
-    objective: ObjectiveConfig | None,
-    compute_dtype: str,
-    optimizer: OptimizerConfig,
-    total_steps: int,
-) -> tuple[LearnerGroup, RayWorkers]:
-    """A learner group whose ranks have met; objective None is supervised fine-tuning."""
-    workers = context.cluster.start_workers(
-        learner_request(
-            context,
-            name=name,
-            source=source,
-            objective=objective,
-            compute_dtype=compute_dtype,
-            optimizer=optimizer,
-            total_steps=total_steps,
-        )
-    )
-    return _gather_learner(context, workers), workers
-
-
-def _gather_learner(context: RunContext, workers: RayWorkers) -> LearnerGroup:
+def connect_learner(context: RunContext, workers: RayWorkers) -> LearnerGroup:
+    """A learner group whose ranks have loaded the model and connected to one another."""
     group = LearnerGroup(workers)
     wait_until_ready(context, workers)
     group.connect()
@@ -141,7 +117,7 @@ def _gather_learner(context: RunContext, workers: RayWorkers) -> LearnerGroup:
 
 
 def model_source(context: RunContext, model: ModelConfig) -> ModelSource:
-    """Where supervised fine-tuning takes a model from."""
+    """The model that supervised fine-tuning starts from, for the learner's ranks to load."""
     tokenizer = context.tokenizer
     return ModelSource(
         path=model.path,
@@ -154,13 +130,6 @@ def model_source(context: RunContext, model: ModelConfig) -> ModelSource:
     )
 
 
-def start_rollouts(context: RunContext, author: Author, path: str) -> RayWorkers:
-    """A pool of rollout workers, placed but not yet loaded; only the student's receive weights."""
-    return context.cluster.start_workers(
-        rollout_request(context, f"{author}_rollout", author, path)
-    )
-
-
 def _connect_rollouts(
     context: RunContext, learner: LearnerGroup, receivers: Sequence[RayWorkers]
 ) -> None:
@@ -169,12 +138,15 @@ def _connect_rollouts(
     sizes = [
         tensor_parallel_size(pools[workers.name]) for workers in receivers for _ in workers.members
     ]
-    client = FanOutClient(EveryWorker(named_together(receivers), seconds=seconds), sizes)
+    client = FanOutClient(EveryWorker(all_named_handles(receivers), seconds=seconds), sizes)
     learner.connect_rollouts(transfer_backend(context), client, client.num_receivers, seconds)
 
 
 def wait_until_ready(context: RunContext, workers: RayWorkers) -> None:
-    """Return once every worker has loaded its model; raises what kept it from that."""
+    """Wait until every worker has loaded its model.
+
+    Raises: what a worker raised while loading; DeadlineError after deadlines.start_seconds.
+    """
     workers.finish(
         [workers.start(worker_id, "ready") for worker_id in workers.members],
         what="the workers to load their model",

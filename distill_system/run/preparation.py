@@ -1,4 +1,4 @@
-"""Before any worker is asked for: the run's folder, the models' fit, the tokenizer."""
+"""Prepares a run before any worker starts: its folder, its tokenizer, checks of its models."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ MAY_CHANGE = (
     "distill.keep_checkpoints",
     "distill.keep_best",
 )
-"""Keys that a run's second start may set otherwise: none of them changes what is learned, but for
-the last bits of a sum."""
+"""Keys that may differ when a run is continued: they do not change what is learned, apart from
+rounding (another number of ranks or another microbatch size adds up in another order)."""
 
 
 def open_run(config: RunConfig) -> RunDirectory:
@@ -42,7 +42,7 @@ def open_run(config: RunConfig) -> RunDirectory:
 
     Raises: RunStateError if the folder holds work of another configuration.
     """
-    # Absolute: workers may be started in another folder than this process.
+    # Absolute, because Ray may start workers in another working directory.
     run = RunDirectory(Path(config.runs_directory).absolute() / config.name)
     if run.config_path.exists():
         _require_same(run, config)
@@ -50,7 +50,7 @@ def open_run(config: RunConfig) -> RunDirectory:
 
 
 def record_start(config: RunConfig, run: RunDirectory) -> None:
-    """Write down what runs: the resolved configuration, versions, git commit, machine, seeds.
+    """Record what runs: the resolved configuration, versions, git commit, machine, seeds.
 
     Raises: RunStateError if the folder cannot be written.
     """
@@ -77,14 +77,16 @@ def _require_same(run: RunDirectory, config: RunConfig) -> None:
             f"another name (name=...), or remove {run.path}"
         )
     if changed:
-        shutil.rmtree(run.tokenizer_directory, ignore_errors=True)  # made of the old one
+        # Nothing was learned yet, so the new configuration may replace the old one; the tokenizer
+        # is the only thing that was made from it.
+        shutil.rmtree(run.tokenizer_directory, ignore_errors=True)
 
 
 def _read_recorded(run: RunDirectory) -> Any:
-    """The configuration that the run began with, as today's models read it.
+    """The configuration that the run began with, read with the present version of the models.
 
-    A key that has come since then has its default, which is what the run did; a file that today's
-    models refuse is compared as it stands.
+    A key that was added to the package since then gets its default, which is what the run did. A
+    file that the present version refuses is compared as it is.
     """
     try:
         return json.loads(dump_config(load_config([run.config_path])))
@@ -93,7 +95,7 @@ def _read_recorded(run: RunDirectory) -> Any:
 
 
 def _has_work(run: RunDirectory) -> bool:
-    """Whether anything was learned or measured; a tokenizer alone is made again in no time."""
+    """Whether anything was learned or measured; a tokenizer alone does not count."""
     models = (run.teacher_directory, run.student_sft_directory, run.student_directory)
     others = (run.checkpoints_directory, run.evaluations_directory)
     return any(path.exists() for path in (*models, *others))
@@ -113,10 +115,10 @@ def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def prepare_tokenizer(config: RunConfig, run: RunDirectory) -> Any:
-    """The run's tokenizer, made at most once.
+    """The run's tokenizer: loaded from its folder, or built and saved there the first time.
 
     Raises: ModelError if tokenizer, teacher and student do not belong together or do not fit the
-        run; ConfigError for an architecture that does not.
+        run; ConfigError for an architecture that does not fit it.
     """
     check_folders(config)
     if run.tokenizer_directory.exists():
@@ -125,7 +127,7 @@ def prepare_tokenizer(config: RunConfig, run: RunDirectory) -> Any:
         return tokenizer
     tokenizer = build_tokenizer(config, tokenizer_texts(config))
     check_models(config, tokenizer)
-    beside = run.tokenizer_directory.with_suffix(".partial")
-    tokenizer.save_pretrained(beside)
-    beside.rename(run.tokenizer_directory)
+    partial = run.tokenizer_directory.with_suffix(".partial")
+    tokenizer.save_pretrained(partial)
+    partial.rename(run.tokenizer_directory)
     return tokenizer

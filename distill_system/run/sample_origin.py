@@ -1,4 +1,4 @@
-"""Who writes the samples of a store, and how, as the configuration says it."""
+"""Which model generates the samples of a trajectory store, and how: the configuration's answer."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from distill_system.run.vocabulary import stop_token_ids
 def sample_origin(
     config: RunConfig, run: RunDirectory, tokenizer: Any, author: Author
 ) -> SampleOrigin:
-    """One of the run's models with the run's sampling.
+    """The origin of samples of one of the run's models with the run's sampling settings.
 
-    Raises: RunStateError if the model has still to be fine-tuned; ModelError if there is none.
+    Raises: RunStateError if the model has yet to be fine-tuned; ModelError if it does not exist.
     """
     sampling = config.rollout.sampling
     path = model_path(config, run, author)
     if getattr(config, author).sft is not None and not sft_directory(run, author).exists():
         raise RunStateError(
-            f"the {author} that writes the trajectory store is fine-tuned by this run, and "
+            f"the {author} that generates the trajectory store is fine-tuned by this run, and "
             f"{path} does not exist yet: run `distill-system sft` with the same configuration, "
             "then `distill-system generate`, then `distill-system train`"
         )
@@ -44,7 +44,10 @@ def sample_origin(
 
 
 def describe_reading(config: RunConfig, teacher_fingerprint: str) -> str:
-    """Which teacher reads, how precisely, and what it is asked for off-policy."""
+    """A text that is equal for stored targets of the same teacher, precision and contents.
+
+    TargetStore keeps it with every row and ignores rows of another one.
+    """
     needs: TeacherNeeds = config.distill.objective.teacher_needs("off_policy")
     reading = {
         "teacher": teacher_fingerprint,

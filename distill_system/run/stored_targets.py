@@ -1,4 +1,4 @@
-"""The teacher's targets that stand in the trajectory store, for the scorers of a run."""
+"""Gives the scorers of a run the teacher's targets that the trajectory store already holds."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from distill_system.run.context import RunContext
 from distill_system.run.sample_origin import describe_reading, sample_origin
 
 PREFIX = "stored/"
-"""Of the trajectory ids of stored samples; their key follows."""
+"""The trajectory id of a stored sample is this prefix and the sample's key."""
 
 
 class StoredTargets:
-    """Travels to a scorer as two names, and is opened there."""
+    """Targets by trajectory id. Pickles as a path and a text; the scorer opens the store itself."""
 
     def __init__(self, store: Path, reading: str) -> None:
         self._folder = store
         self._reading = reading
 
     def read(self, trajectory_ids: Sequence[str]) -> dict[str, TeacherTargets]:
-        """Those that are samples of the store with targets of this reading, by id."""
+        """The targets of those trajectories that the store holds with this reading, by id."""
         known = [each for each in trajectory_ids if each.removeprefix(PREFIX) in self._store]
         keys = [each.removeprefix(PREFIX) for each in known]
         return dict(zip(known, self._store.read(keys, known), strict=True))
@@ -35,7 +35,7 @@ class StoredTargets:
 
 
 def find_stored_targets(context: RunContext) -> StoredTargets | None:
-    """What a run's scorers need not read again; None where nothing is kept."""
+    """The stored targets that a run's scorers can use; None if there are none."""
     config = context.config
     if "store" not in config.distill.off_policy_mixture:
         return None

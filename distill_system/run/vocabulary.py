@@ -1,4 +1,4 @@
-"""What both policies write in: the tokens of a response, and those that end it."""
+"""The vocabulary that both policies share, and the tokens that end a response."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from distill_system.errors import ModelError
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """Tokens that a policy is a distribution over: the tokenizer's largest id + 1.
+    """Number of tokens that a policy is a distribution over: the tokenizer's largest id + 1.
 
-    Models may have more rows, padded to a round number, each to its own. Those are nobody's tokens:
-    they are never sampled, and no softmax reads them.
+    Models often pad their embedding to more rows, each model to another number. Those rows stand
+    for no token: they are never sampled, and every softmax leaves them out.
     """
     return max(tokenizer.get_vocab().values()) + 1
 
@@ -25,10 +25,11 @@ def vocabulary_size(tokenizer: Any) -> int:
 def stop_token_ids(config: RunConfig, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a response of either model, in ascending order.
 
-    The tokenizer's end of sequence, and every one that the generation config of teacher or student
-    lists: both must stop where either does, or their trajectories are not of one process.
+    These are the tokenizer's end of sequence and every one that the generation config of teacher or
+    student lists. Both models stop at all of them, because the objectives compare the two as
+    policies of one decision process, which ends at the same tokens for both.
 
-    Raises: ModelError for a token that lies outside the vocabulary.
+    Raises: ModelError for a token outside the vocabulary.
     """
     found = {int(tokenizer.eos_token_id): "the tokenizer"}
     for role in ("teacher", "student"):
@@ -47,7 +48,7 @@ def stop_token_ids(config: RunConfig, tokenizer: Any) -> tuple[int, ...]:
 
 
 def check_exportable(role: str, model: ModelConfig) -> None:
-    """Refuse a generation config that transformers reads but does not write.
+    """Check that transformers can write the generation config; it reads some that it cannot write.
 
     Raises: ModelError.
     """
@@ -66,13 +67,13 @@ def _listed(model: ModelConfig) -> Iterator[int]:
 
 
 def _generation_config(model: ModelConfig) -> Any:
-    """Of generation_config.json; of config.json where that file is left out."""
+    """The generation config of generation_config.json, or of config.json without such a file."""
     assert model.path is not None, "only a pretrained model has a generation config"
-    stands = (Path(model.path) / "generation_config.json").exists()
+    has_file = (Path(model.path) / "generation_config.json").exists()
     try:
         return GenerationConfig.from_pretrained(model.path)
-    except OSError as error:
-        if stands:
+    except OSError as error:  # also where the file does not exist, which is no fault
+        if has_file:
             raise ModelError(
                 f"{model.path!r}: its generation_config.json cannot be read: {error}"
             ) from error

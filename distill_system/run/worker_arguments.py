@@ -1,4 +1,4 @@
-"""What the workers of a run are built with, for whoever starts them: the run or the generator."""
+"""Arguments and environment of a run's workers; used by runs and by `distill-system generate`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill_system.run.vocabulary import stop_token_ids, vocabulary_size
 
 
 def rollout_pool(config: RunConfig, author: Author) -> PoolConfig:
-    """The pool of rollout workers of one model."""
+    """The configuration of one model's pool of rollout workers."""
     pools = config.pools
     return pools.student_rollout if author is Author.STUDENT else pools.teacher_rollout
 
@@ -23,7 +23,7 @@ def rollout_pool(config: RunConfig, author: Author) -> PoolConfig:
 def rollout_arguments(
     config: RunConfig, tokenizer: Any, author: Author, path: str
 ) -> dict[str, Any]:
-    """Of a RolloutWorker that receives no weights, without its name.
+    """Arguments of a RolloutWorker that receives no weights, without `name`.
 
     path: folder or hub name of the model.
     """
@@ -43,13 +43,13 @@ def rollout_arguments(
 
 
 def rollout_environment(config: RunConfig, author: Author) -> dict[str, str]:
-    """Variables that stand in a RolloutWorker's environment."""
+    """Environment variables of a RolloutWorker."""
     uses_gpu = rollout_pool(config, author).gpus > 0
     return engine_environment(uses_gpu=uses_gpu, threads=_engine(config, author).threads)
 
 
 def scorer_arguments(config: RunConfig, tokenizer: Any, path: str) -> dict[str, Any]:
-    """Of a TeacherScorer.  path: folder or hub name of the teacher."""
+    """Arguments of a TeacherScorer.  path: folder or hub name of the teacher."""
     pool = config.pools.teacher_scoring
     return {
         "model_path": path,
@@ -64,15 +64,15 @@ def scorer_arguments(config: RunConfig, tokenizer: Any, path: str) -> dict[str, 
 
 
 def torch_environment(pool: PoolConfig, threads: int) -> Mapping[str, str]:
-    """Variables that stand in the environment of a worker that computes with torch alone."""
+    """Environment variables of a worker that computes with torch and has no vLLM engine."""
     if pool.gpus > 0:
         return {}
     return {
         "OMP_NUM_THREADS": str(threads),
-        # Threads that spin while they wait starve the other workers of a small machine.
+        # By default idle OpenMP threads spin, which takes cores from the other workers.
         "OMP_WAIT_POLICY": "PASSIVE",
-        # oneDNN keeps compiled code for each shape it meets, and every ragged batch is a new one:
-        # by default 1,024 of them, over 2 GB for a bfloat16 model of 5 million parameters.
+        # oneDNN caches compiled code for each tensor shape, and nearly every batch has a new one.
+        # Its default of 1,024 entries took over 2 GB for a bfloat16 model of 5 million parameters.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     }
 

@@ -1,4 +1,4 @@
-"""What a run asks the cluster for, pool by pool."""
+"""The worker requests of a run, pool by pool."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distill_system.seeds import derive_seed
 
 
 def rollout_request(context: RunContext, name: str, author: Author, path: str) -> WorkerRequest:
-    """A pool of rollout workers of the model in `path`; only the student's receive weights.
+    """A pool of rollout workers of the model in `path`; only the student's workers receive weights.
 
     name: student_rollout, teacher_rollout or evaluation.
     """
@@ -71,7 +71,7 @@ def learner_request(
     optimizer: OptimizerConfig,
     total_steps: int,
 ) -> WorkerRequest:
-    """The learner's ranks; objective None is supervised fine-tuning."""
+    """The learner's ranks, placed together.  objective: None is supervised fine-tuning."""
     config = context.config
     pool: PoolConfig = config.pools.learner
     shared = {
@@ -98,5 +98,5 @@ def learner_request(
 
 
 def transfer_backend(context: RunContext) -> str:
-    """How weights travel from the learner to the student's engines."""
+    """The backend that sends weights from the learner to the student's engines."""
     return "nccl" if context.config.pools.learner.gpus > 0 else "gloo"

@@ -25,7 +25,7 @@ from distill_system.stages.pilot import plan_steps
 from distill_system.stages.processes import Job, run_jobs
 from distill_system.stages.train import train
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class ComparisonRequest:
     at_once: int = 1
 
 
-def compare(request: ComparisonRequest, *, say: Say) -> Path:
+def compare(request: ComparisonRequest, *, notify: Notify) -> Path:
     """Run what has not been run yet, then write the comparison; returns its folder.
 
     A run that fails is told in the tables, and the others go on; the same call tries it again and
@@ -61,7 +61,7 @@ def compare(request: ComparisonRequest, *, say: Say) -> Path:
     configs = {name: _from_shared(config, shared, start) for name, config in configs.items()}
     seeds = tuple(range(request.seeds))
     steps, value, failed = plan_steps(
-        configs, folder, budget=request.budget, value=request.budget_value, say=say
+        configs, folder, budget=request.budget, value=request.budget_value, notify=notify
     )
     failures = {run_key(name, seed): said for name, said in failed.items() for seed in seeds}
     plan = Plan(
@@ -76,10 +76,10 @@ def compare(request: ComparisonRequest, *, say: Say) -> Path:
     )
     write_plan(folder, plan)
     jobs = [_job(folder, configs[name], name, seed, steps) for seed in seeds for name in steps]
-    failures = failures | run_jobs(jobs, at_once=request.at_once, say=say)
+    failures = failures | run_jobs(jobs, at_once=request.at_once, notify=notify)
     write_plan(folder, replace(plan, failures=failures))
     files = write_comparison(folder)
-    say(f"comparison: {files.html_path}\ntable: {files.markdown_path}")
+    notify(f"comparison: {files.html_path}\ntable: {files.markdown_path}")
     return folder
 
 

@@ -24,7 +24,7 @@ def plan_steps(
     *,
     budget: Budget,
     value: float | None,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> tuple[dict[str, int], float, dict[str, str]]:
     """Steps of each objective's runs, the budget itself, and the objectives whose pilot failed.
 
@@ -39,7 +39,7 @@ def plan_steps(
             steps = dict.fromkeys(steps, round(value))
         return steps, float(next(iter(steps.values()))), {}
     jobs = [_pilot(name, config, folder) for name, config in configs.items()]
-    failed = run_jobs(jobs, at_once=1, say=say)
+    failed = run_jobs(jobs, at_once=1, notify=notify)
     costs = {job.key.split("/")[1]: _cost(job, budget) for job in jobs if job.key not in failed}
     if not costs:
         raise RunStateError(f"no pilot came to its end; see the logs in {folder / 'pilot'}")
@@ -48,7 +48,7 @@ def plan_steps(
     steps = {name: round(total / cost) if cost else steps[name] for name, cost in costs.items()}
     if min(steps.values()) < 1:
         raise ConfigError(f"--budget-value: {total:g} {budget} pay for less than a step: {costs}")
-    say(f"budget: {total:g} {budget} each; steps: {steps}")
+    notify(f"budget: {total:g} {budget} each; steps: {steps}")
     return steps, total, {key.split("/")[1]: failure for key, failure in failed.items()}
 
 

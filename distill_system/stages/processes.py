@@ -50,13 +50,13 @@ class Job:
         return self.run.summary_path.exists() and self.run.evaluation_path("after").exists()
 
 
-def run_jobs(jobs: Sequence[Job], *, at_once: int, say: Callable[[str], None]) -> dict[str, str]:
+def run_jobs(jobs: Sequence[Job], *, at_once: int, notify: Callable[[str], None]) -> dict[str, str]:
     """Run every job that is not done, at most at_once side by side; returns failures by key.
 
     An interrupt ends the runs under way, each of which keeps its newest checkpoint.
     """
     due = [job for job in jobs if not job.is_done]
-    say(f"{len(jobs)} runs, {len(jobs) - len(due)} of them done")
+    notify(f"{len(jobs)} runs, {len(jobs) - len(due)} of them done")
     processes = Processes()
     with ThreadPoolExecutor(max_workers=at_once) as threads:
         futures = {job.key: threads.submit(processes.run, job) for job in due}
@@ -65,7 +65,7 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, say: Callable[[str], None]) -
             for number, (key, future) in enumerate(futures.items(), start=1):
                 seconds, failure = future.result()
                 said = f"failed: {failure.splitlines()[-1]}" if failure else f"{seconds:.0f} s"
-                say(f"[{number}/{len(due)}] {key}: {said}")
+                notify(f"[{number}/{len(due)}] {key}: {said}")
                 if failure:
                     failures[key] = failure
         except BaseException:

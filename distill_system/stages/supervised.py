@@ -16,7 +16,8 @@ from distill_system.records import StepResult, Trajectory
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
 from distill_system.run.export import export_model
-from distill_system.run.pools import model_source, start_learner
+from distill_system.run.pools import connect_learner, model_source
+from distill_system.run.worker_requests import learner_request
 from distill_system.workers import Reference
 
 LEARNER = 0
@@ -55,7 +56,7 @@ def _fine_tune_role(
     model: ModelConfig = getattr(context.config, role)
     assert model.sft is not None, "only roles with sft are fine-tuned"
     with context.timings.stage(stage):
-        learner, workers = start_learner(
+        request = learner_request(
             context,
             name=f"{stage}_learner",
             source=model_source(context, model),
@@ -64,6 +65,8 @@ def _fine_tune_role(
             optimizer=model.sft.optimizer,
             total_steps=model.sft.steps,
         )
+        workers = context.cluster.start_workers(request)
+        learner = connect_learner(context, workers)
         fine_tuning = FineTuning(context, stage, model.sft, learner, rows)
         if not fine_tuning.run(stop):
             return

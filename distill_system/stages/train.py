@@ -137,7 +137,7 @@ def open_context(
         _tell_removed(view, data)
         log = stack.enter_context(MetricLog(run, run_name=config.name))
         prompts = stack.enter_context(PromptLog(run))
-        cluster = stack.enter_context(ClusterSession(config, say=view.note))
+        cluster = stack.enter_context(ClusterSession(config, notify=view.note))
         yield RunContext(
             config=config,
             run=run,

@@ -289,7 +289,6 @@ class AsynchronousStreams(Streams):
                 (trajectory for part in on_policy for trajectory in part.chunk.trajectories),
                 step,
                 max_staleness=buffer.window.max_staleness,
-                num_reissued=dropped,
                 num_dropped=dropped,
             )
 

@@ -1,4 +1,4 @@
-"""The learner's weights in, the same weights in every rollout worker out, one version at a time."""
+"""Weight transfer: the learner's weights in, the same weights in every rollout worker out."""
 
 from distill_system.weights.agreement import check_logprob_gap
 from distill_system.weights.client import FanOutClient, WeightSyncClient

@@ -1,6 +1,7 @@
-"""Makes the receiving ends known to vLLM under names of ours; importing this registers them.
+"""Registers our weight-transfer engines with vLLM; importing this module is enough.
 
-Named to vLLM as worker_extension_cls, so that each of its workers imports this module.
+Rollout engines name ReceivesWeights as vLLM's worker_extension_cls, so that each of vLLM's worker
+processes imports this module and knows the engines before it is asked to make one.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ __all__ = ["ReceivesWeights", "register"]
 
 
 def register() -> None:
-    """Add to both of vLLM's factories; doing it twice changes nothing.
+    """Add our engines to both of vLLM's factories; a second call changes nothing.
 
-    The sending end of "nccl" is vLLM's own: it opens the group, and we send.
+    There is no sending engine for "nccl" here: vLLM's own opens the group, WeightPublisher sends.
     """
     receivers = {"gloo": GlooWeightTransferEngine, "sealed_nccl": SealedWeightTransferEngine}
     for name, engine in receivers.items():

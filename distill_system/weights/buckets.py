@@ -1,6 +1,7 @@
-"""Parameters packed into few buffers of bytes: named tensors in -> uint8 buckets -> the same out.
+"""Parameters packed into a few uint8 buffers: named tensors in -> buckets -> the same tensors out.
 
-Both ends cut the same list of parameters by the same rule, so only its names travel. No vLLM here.
+Sender and receiver divide the same list of parameters by the same rule (plan_buckets), so they
+agree on the layout without sending it. This module does not import vLLM.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 class ParameterShape(Protocol):
-    """What is known of a parameter before it is gathered; vLLM's ParamMeta."""
+    """Name, dtype and shape of a parameter, known before it is gathered; vLLM's ParamMeta."""
 
     @property
     def name(self) -> str:
@@ -22,17 +23,20 @@ class ParameterShape(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its dtype on the way."""
+        """The dtype in which it is sent."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its whole shape."""
+        """Its shape before sharding."""
 
 
 def plan_buckets(
     parameters: Iterable[ParameterShape], bucket_bytes: int
 ) -> list[list[ParameterShape]]:
-    """Cut the parameters into runs of at most bucket_bytes; a larger one is a run of its own."""
+    """Group consecutive parameters into buckets of at most bucket_bytes.
+
+    A parameter that is larger than that gets a bucket of its own.
+    """
     plan: list[list[ParameterShape]] = []
     filled = 0
     for parameter in parameters:
@@ -46,9 +50,10 @@ def plan_buckets(
 
 
 class Buckets:
-    """Memory for one set of parameters: a full copy of the model, in as few pieces as were planned.
+    """Memory for a full copy of the model, one buffer for each planned bucket.
 
-    pinned: page-locked CPU memory, which a GPU reads and writes by itself.
+    device: where the buffers lie.  pinned: allocate page-locked CPU memory, which a GPU copies to
+    and from asynchronously.
     """
 
     def __init__(
@@ -60,38 +65,42 @@ class Buckets:
         pinned: bool = False,
     ) -> None:
         self._plan = plan_buckets(parameters, bucket_bytes)
-        sizes = [sum(map(count_bytes, run)) for run in self._plan]
+        sizes = [sum(map(count_bytes, bucket)) for bucket in self._plan]
         self.buffers = [
             torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pinned) for size in sizes
         ]
         self.num_bytes = sum(sizes)
 
     def fill(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy whole tensors in, in the planned order; returns when nobody needs them any more."""
+        """Copy whole tensors into the buffers, in the planned order.
+
+        Returns once the copies are complete, so that the caller may change the tensors.
+        """
         tensors = iter(named)
         copying = _CopyStream(self.buffers)
-        for buffer, run in zip(self.buffers, self._plan, strict=True):
-            places = buffer.split([count_bytes(parameter) for parameter in run])
-            # The parameters lead: exhausting the planned ones must not draw one tensor too many.
+        for buffer, bucket in zip(self.buffers, self._plan, strict=True):
+            places = buffer.split([count_bytes(parameter) for parameter in bucket])
+            # `places` comes first: zip asks its first argument first, so that at a bucket's end no
+            # tensor of the next bucket is drawn and lost.
             for place, (_, tensor) in zip(places, tensors, strict=False):
                 copying.copy(place, tensor.detach().contiguous().view(-1).view(torch.uint8))
-        # A source that checks what it gives says at its end whether something was left over.
+        # Asking once more also lets a checking source raise its own error at its end.
         for _ in tensors:
             raise AssertionError("more tensors came than were planned")
         copying.wait()
 
     def unpack(self, index: int) -> list[tuple[str, Tensor]]:
-        """Names and tensors of one bucket: views of its memory wherever they can be."""
-        run = self._plan[index]
-        parts = self.buffers[index].split([count_bytes(parameter) for parameter in run])
+        """Names and tensors of one bucket, as views of its memory where alignment allows."""
+        bucket = self._plan[index]
+        parts = self.buffers[index].split([count_bytes(parameter) for parameter in bucket])
         return [
             (parameter.name, _aligned(part, parameter.dtype).view(parameter.shape))
-            for parameter, part in zip(run, parts, strict=True)
+            for parameter, part in zip(bucket, parts, strict=True)
         ]
 
 
 class _CopyStream:
-    """Copies to the CPU beside the GPU's other work; plain copies where there is no GPU."""
+    """Copies from a GPU into pinned memory on a stream of its own; plain copies without a GPU."""
 
     def __init__(self, buffers: Sequence[Tensor]) -> None:
         pinned = bool(buffers) and buffers[0].is_pinned()
@@ -101,9 +110,11 @@ class _CopyStream:
         if self._stream is None or not source.is_cuda:
             place.copy_(source)
             return
-        self._stream.wait_stream(torch.cuda.current_stream())  # the source may still be gathered
+        # The kernel that makes the source (an all-gather) may still run on the current stream.
+        self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             place.copy_(source, non_blocking=True)
+        # Or the allocator could give the source's memory to others while the copy still reads it.
         source.record_stream(self._stream)
 
     def wait(self) -> None:
@@ -112,12 +123,16 @@ class _CopyStream:
 
 
 def count_bytes(parameter: ParameterShape) -> int:
-    """Bytes of a parameter on the way."""
+    """Bytes of a parameter in the dtype in which it is sent."""
     return math.prod(parameter.shape) * parameter.dtype.itemsize
 
 
 def _aligned(part_B: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as numbers; behind numbers of a smaller kind they may begin at an odd place."""
+    """The bytes as numbers of this dtype.
+
+    After parameters of a smaller dtype, a part may begin at an offset that is no multiple of the
+    dtype's size; torch refuses to view such memory, so it is copied.
+    """
     if part_B.storage_offset() % dtype.itemsize:
         part_B = part_B.clone()
     return part_B.view(dtype)

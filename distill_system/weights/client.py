@@ -1,4 +1,4 @@
-"""What the learner says to the rollout workers while it publishes weights; no transport here."""
+"""The calls that a publisher makes to the rollout workers; the bytes travel elsewhere."""
 
 from __future__ import annotations
 
@@ -10,29 +10,32 @@ from distill_system.workers import Reference
 
 
 class EveryRolloutWorker(Protocol):
-    """A way of calling every rollout worker, all at once."""
+    """Calls one method of every rollout worker at once; see cluster.EveryWorker."""
 
     def start(self, method: str, argument_tuples: Sequence[tuple[Any, ...]]) -> list[Reference]:
-        """Begin a call of each: worker i gets argument_tuples[i]."""
+        """Begin the call of every worker: worker i gets argument_tuples[i]."""
 
     def __call__(self, method: str, argument_tuples: Sequence[tuple[Any, ...]]) -> None:
-        """The same, and wait for all.  Raises: the first worker's error; DeadlineError."""
+        """Call every worker and wait.  Raises: the first worker's error; DeadlineError."""
 
 
 class WeightSyncClient(Protocol):
-    """What a publisher asks of the rollout workers."""
+    """What a publisher needs of the rollout workers.
+
+    The first method's name is vLLM's: its trainer engines call it.
+    """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let every worker join the group, each at a rank of its own; returns when all have."""
+        """Let every worker join the transfer group at its own rank; returns when all have."""
 
     def start_receiving(self, version: int, update_info: dict[str, Any]) -> list[Reference]:
-        """Let every worker take a version in; nobody waits here."""
+        """Let every worker receive a version; returns at once, with a reference per worker."""
 
 
 class FanOutClient:
-    """WeightSyncClient over any way of calling every worker.
+    """Implements WeightSyncClient by calling every worker.
 
-    ranks_per_worker: how many ranks of the group each worker takes, its tensor-parallel size.
+    ranks_per_worker: ranks of the transfer group that each worker takes: its tensor-parallel size.
     """
 
     def __init__(self, workers: EveryRolloutWorker, ranks_per_worker: Sequence[int]) -> None:
@@ -41,15 +44,13 @@ class FanOutClient:
 
     @property
     def num_receivers(self) -> int:
-        """Ranks of the group besides the sender's."""
+        """Ranks of the transfer group without the sender's."""
         return sum(self._ranks_per_worker)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """See WeightSyncClient.
-
-        Each engine counts its own ranks from 0, so each gets an offset of its own: with a shared
-        one they would all claim the same rank, and none would ever be served.
-        """
+        """See WeightSyncClient."""
+        # Every engine numbers its own ranks from 0 and adds rank_offset. vLLM gives one offset for
+        # all; two engines would then claim the same rank, and the group would never be complete.
         first = init_info["rank_offset"]
         offsets = accumulate(self._ranks_per_worker[:-1], initial=first)
         infos = [({**init_info, "rank_offset": offset},) for offset in offsets]

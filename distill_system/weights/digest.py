@@ -1,10 +1,12 @@
-"""A digest of bytes where they lie: one number for the same bytes on a CPU and on a GPU.
+"""A digest of bytes, computed on the device that holds them; equal for a CPU and a GPU.
 
-A buffer is read as a matrix of 64-bit words. The sums of its rows and of its columns (modulo 2**64)
-are computed on the device that holds it; they alone, in order, go through BLAKE2b, with the few
-bytes behind the last whole row. Any change within a run of 8 KiB is seen, since it meets each
-column once; so is any change of up to three words anywhere, since some row or column then holds
-exactly one. What is swapped, moved or missing changes sums too.
+Copying a model to the CPU to hash it would take longer than sending it. So a buffer is read as a
+matrix of 64-bit words, whose row sums and column sums (modulo 2**64) are computed on the device.
+Only the sums, and the few bytes after the last whole row, go through BLAKE2b on the CPU.
+
+What it detects: any change within 8 consecutive KiB, because each column then has at most one
+changed word; any change of up to three words anywhere, because some row or column then has exactly
+one. Swapped, moved or missing blocks change the sums too. It is no defence against an attacker.
 """
 
 from __future__ import annotations
@@ -17,18 +19,18 @@ from torch import Tensor
 _ROW_WORDS = 1024
 _ROW_BYTES = 8 * _ROW_WORDS
 _NUM_BYTES = 7
-"""Of the digest: it then fits a signed 64-bit number that travels with the weights."""
+"""Length of the digest, so that it fits into the int64 tensor that is sent after the weights."""
 
 
 class Digest:
-    """Takes in buffers, one after the other, and holds the digest of all so far."""
+    """The digest of all buffers added so far; their order and their boundaries matter."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
         self._digest = hashlib.blake2b(digest_size=_NUM_BYTES)
 
     def add(self, buffer_B: Tensor) -> None:
-        """Take in a uint8 [B] buffer that begins at a multiple of 8 bytes; waits for its device."""
+        """Add a uint8 [B] buffer whose memory is aligned to 8 bytes; waits for its device."""
         num_rows = buffer_B.numel() // _ROW_BYTES
         rows_RW = buffer_B[: num_rows * _ROW_BYTES].view(torch.int64).view(num_rows, _ROW_WORDS)
         for part in (rows_RW.sum(0), rows_RW.sum(1), buffer_B[num_rows * _ROW_BYTES :]):

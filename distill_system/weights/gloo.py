@@ -1,8 +1,7 @@
-"""A gloo weight-transfer backend for vLLM: the path of its NCCL backend, on machines without GPUs.
+"""A gloo weight-transfer backend for vLLM: its NCCL backend, made to work without GPUs.
 
-Only what touches a GPU is replaced: the communicator, and a synchronisation of the accelerator.
-The learner's parameters in -> broadcast -> the parameters of every vLLM worker out.
-Importing this module imports vLLM.
+vLLM's classes are subclassed, and only what touches a GPU is replaced: the communicator, and a
+synchronisation of the accelerator. Importing this module imports vLLM.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ from distill_system.weights.transport import SENDER, run_in_background
 class GlooCommunicator:
     """The part of vLLM's PyNcclCommunicator that weight transfer uses, over torch's gloo.
 
-    A process group of its own, outside torch.distributed's default one, so that it neither needs
-    nor disturbs the learner's. Rank 0 listens at address:port; every call gives up after
-    timeout_seconds.
+    It makes a process group outside torch.distributed's default one, which belongs to the learner's
+    ranks. Rank 0 listens at address:port; every call fails after timeout_seconds.
     """
 
     def __init__(
@@ -47,17 +45,17 @@ class GlooCommunicator:
         )
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> Any:
-        """Send tensor from rank src, or receive into it; the result's wait() returns when done.
+        """Begin to send `tensor` from rank src, or to receive into it; the result has a wait().
 
         Raises: RuntimeError, here or in wait(), if a peer is gone or the time is over; the group
-        is then of no use.
+        cannot be used afterwards.
         """
         options = BroadcastOptions()
         options.rootRank, options.rootTensor = src, 0
         return self._group.broadcast([tensor], options)
 
     def destroy(self) -> None:
-        """Close the connections; a broadcast that is under way keeps them until it gives up."""
+        """Close the connections; a broadcast under way keeps them open until it times out."""
         self._group = None
 
 
@@ -100,7 +98,7 @@ class GlooWeightTransferEngine(SealedWeightTransferEngine):
         self.receive_weights(self.parse_update_info(update_info))
 
     def finish_weight_update(self) -> None:
-        """Put what was loaded to use, in the tied layers too."""
+        """vLLM's end of an update, and a repair of the tied output layers that it leaves out."""
         super().finish_weight_update()
         _repack_tied_output_layers(self.model, self.model_config)
 
@@ -121,10 +119,12 @@ class GlooTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):  # type:
         client: VLLMWeightSyncClient,
         source: WeightSource,
     ) -> GlooTrainerWeightTransferEngine:
-        """Open the group while every receiver joins; both sides must meet inside the call."""
+        """Open the group while every receiver joins it; returns when all have joined."""
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
         if not engine.is_sender:
             return engine
+        # Opening a group blocks until every rank is there, and the receivers join only when they
+        # are called: so rank 0 opens it in the background and then calls them.
         opening: Future[GlooCommunicator] = run_in_background(
             lambda: GlooCommunicator(
                 address=init_info.master_address,
@@ -143,17 +143,18 @@ class GlooTrainerWeightTransferEngine(NCCLTrainerWeightTransferEngine):  # type:
             packed_buffer_size_bytes=init_info.packed_buffer_size_bytes,
             timeout_seconds=init_info.timeout_seconds,
         )
-        # First, and alone waited for: that a receiver did not come says more than a vain wait.
+        # Waited for before `opening`: a receiver's own error says more than rank 0's timeout.
         client.init_weight_transfer_engine(worker_init_payload(receivers))
         engine.model_update_group = opening.result()
         return engine
 
 
 def _repack_tied_output_layers(model: nn.Module, model_config: Any) -> None:
-    """On a CPU vLLM multiplies with a packed copy of each weight, made when that weight is loaded.
+    """Renew the packed weights of output layers that share the embedding's tensor (vLLM 0.32).
 
-    A tied output layer is never loaded, it shares the embedding's tensor: its tensor is new after
-    an update, but its packed copy would stay that of the first weights (vLLM 0.32).
+    On a CPU, vLLM multiplies with a packed copy of each weight, made when that weight is loaded. A
+    tied output layer is never loaded itself: after an update it sees the new tensor, but its packed
+    copy would still hold the first weights.
     """
     if not getattr(model_config.hf_text_config, "tie_word_embeddings", False):
         return

@@ -1,9 +1,14 @@
-"""The learner's side of weight transfer: parameters in, a version in every rollout worker out.
+"""The learner's side of weight transfer: a model's parameters in, a version in every worker out.
 
-Gathered before sent: all ranks go through the parameters and rank 0 packs them into buckets, which
-the next optimizer step cannot touch; then the workers are called, and a thread sends. The group is
-opened by vLLM's own trainer engines; vLLM is imported when a publisher is made, not when this
-module is.
+A publish has three parts:
+
+    pack    all ranks gather the sharded parameters; rank 0 copies them into buckets in CPU memory
+    call    rank 0 asks every rollout worker to receive
+    send    a thread of rank 0 broadcasts the buckets, then their seal
+
+After the call the learner goes on: the next optimizer step changes the parameters, not the buckets.
+vLLM's trainer engine opens the transfer group. vLLM is imported when a publisher is made, not when
+this module is imported.
 """
 
 from __future__ import annotations
@@ -28,36 +33,35 @@ from distill_system.weights.transport import (
 from distill_system.workers import Reference
 
 BUCKET_BYTES = 32 << 20
-"""Bytes broadcast at once: small enough that summing one hides behind sending the next."""
+"""Bytes of one broadcast: small enough that digesting one bucket overlaps sending the next."""
 
 CLOSE_SECONDS = 5.0
-"""So long a group that is left may go on sending; a peer that hangs is then left to itself."""
+"""How long close() waits for a send that is under way; a peer may hang."""
 
 
 class WeightTensors(Protocol):
-    """Tensors to send that are not a module's parameters as they stand."""
+    """Tensors to send that are computed from the parameters, such as merged adapters."""
 
     def metadata(self) -> list[Any]:
-        """vLLM's ParamMeta of each, in order, without gathering any."""
+        """vLLM's ParamMeta of each tensor, in order, without gathering any."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and whole tensor of each; every rank goes through all of them."""
+        """Name and whole tensor of each. Gathering is collective: every rank iterates over all."""
 
 
 class WeightPublisher:
     """Sends a model's parameters to every rollout worker.
 
-    Made on every learner rank, with the same arguments but rank; rank 0 sends, the others join in
-    gathering sharded parameters. Rank 0 keeps one copy of what it sends in CPU memory (pinned where
+    Every learner rank makes one, with the same arguments but `rank`. Rank 0 sends; the others take
+    part in gathering sharded parameters. Rank 0 keeps a copy of the model in CPU memory (pinned if
     the parameters are on a GPU) until it is closed.
 
     weights: what to send, under the names and in the shapes of the model's Hugging Face checkpoint:
-        the bare model, not a wrapper of it, or a source of such tensors.
-    client: reaches every worker; only rank 0 calls it.
+        the bare model without any wrapper, or a source of such tensors.
+    client: calls every worker; used by rank 0 only.
     master_address, master_port: where rank 0 listens for the workers; the port must be free.
     num_receivers: rollout workers x their tensor-parallel size.
-    timeout_seconds: for the workers to join. A broadcast is given up after twice as long (gloo;
-        NCCL has its own): whoever waits for the workers is to say first which of them is late.
+    timeout_seconds: how long the workers may take to join.
 
     Blocks until every worker has joined.  Raises: TransferError.
     """
@@ -95,6 +99,8 @@ class WeightPublisher:
             "packed_buffer_size_bytes": bucket_bytes,
         }
         if backend == "gloo":
+            # Longer than the wait for the workers' answers, which names the worker that is late;
+            # gloo's own error names none. NCCL has its own timeout.
             fields["timeout_seconds"] = 2 * timeout_seconds
         with self._failing_as(f"connecting the learner to rollout workers over {backend}"):
             self._engine: Any = WeightTransferTrainerFactory.trainer_init(
@@ -104,19 +110,20 @@ class WeightPublisher:
     def start(self, version: int) -> list[Reference]:
         """Pack the parameters as they are now, and begin to send them as `version`.
 
-        Collective: every rank calls it. Returns once the parameters may change again; on rank 0
-        with a reference per worker, done when that worker writes with the version; else none. What
-        was being sent before is waited for.
+        Collective: every rank calls it. Returns once the parameters may change again. On rank 0 it
+        returns a reference per worker, done when that worker generates with the version; on other
+        ranks an empty list. If an earlier version is still being sent, this waits for it first.
 
-        Raises: TransferError.
+        Raises: TransferError, also for an earlier version whose sending failed.
         """
         with self._failing_as(f"publishing weight version {version}"), torch.no_grad():
             if self._sending is not None:
                 self._sending.result()
             if not self._is_sender:
-                for _ in self._source:
+                for _ in self._source:  # gathering is collective: iterating takes part in it
                     pass
-                self._engine._post_send_sync()  # what rank 0 gathers of this rank has been read
+                # Returns only when rank 0 has read everything it gathers from this rank.
+                self._engine._post_send_sync()
                 return []
             self._pack()
             references = self._client.start_receiving(version, self._update_info())
@@ -124,7 +131,7 @@ class WeightPublisher:
             return references
 
     def close(self) -> None:
-        """Leave the group; what is being sent has a moment to arrive."""
+        """Leave the group; a send that is under way gets CLOSE_SECONDS to finish."""
         if self._sending is not None:
             wait([self._sending], timeout=CLOSE_SECONDS)
             self._sending = None
@@ -142,7 +149,7 @@ class WeightPublisher:
         self._buckets.fill(self._engine._checked_iter(self._source, metadata))
 
     def _update_info(self) -> dict[str, Any]:
-        """What vLLM's receiving ends are told: names, dtypes and shapes."""
+        """Names, dtypes and shapes of the parameters, as vLLM's receiving ends expect them."""
         metadata = self._source.metadata()
         return {
             "names": [parameter.name for parameter in metadata],
@@ -161,13 +168,13 @@ class WeightPublisher:
                 seal = broadcast_buckets(communicator, buffers)
                 send_seal(communicator, seal, self._device)
         except Exception:
-            self._engine.shutdown()  # whoever still waits for these bytes waits in vain
+            self._engine.shutdown()  # closes the connections: receivers fail instead of waiting
             raise
         return seal
 
     @contextlib.contextmanager
     def _beside_the_learner(self) -> Iterator[None]:
-        """On a GPU, a stream of its own: the learner's kernels are on the default one."""
+        """On a GPU, run the block on a stream of its own: the learner computes on the default."""
         if self._device.type != "cuda":
             yield
             return
@@ -178,19 +185,19 @@ class WeightPublisher:
 
     @contextlib.contextmanager
     def _failing_as(self, doing: str) -> Iterator[None]:
-        """Whatever torch, vLLM or the transport raises, in this house's words."""
+        """Turn whatever torch, vLLM or the transport raises into a TransferError."""
         try:
             yield
         except Exception as error:
             raise TransferError(
-                f"{doing} failed with {self._num_receivers} receivers: {error!r}; look for a "
-                "rollout worker that died, restart it, and connect and publish again"
+                f"{doing} failed ({self._num_receivers} receivers): {error!r}. Look for a rollout "
+                "worker that died; after it is restarted, connect and publish again"
             ) from error
 
 
 def _init_info_class(backend: Literal["gloo", "nccl"]) -> Any:
     if backend == "gloo":
-        import distill_system.weights.backends  # noqa: F401  (makes gloo known to vLLM)
+        import distill_system.weights.backends  # noqa: F401  (registers gloo with vLLM)
         from distill_system.weights.gloo import GlooTrainerInitInfo
 
         return GlooTrainerInitInfo

@@ -1,8 +1,8 @@
-"""The receiving end inside each vLLM worker: nothing is loaded before all of it is verified.
+"""The receiving end inside each vLLM worker: it loads nothing before all bytes are verified.
 
-vLLM's NCCL engine is subclassed. It loads bytes as they come; loading cannot be undone, so here all
-buckets are received first, their digest is compared with the sender's, and only then are the
-model's old weights given up. Importing this module imports vLLM.
+vLLM's NCCL engine, which is subclassed here, loads tensors as they arrive, and loading cannot be
+undone. Here all buckets are received first, their digest is compared with the sender's, and only
+then are the model's old weights replaced. Importing this module imports vLLM.
 """
 
 from __future__ import annotations
@@ -23,17 +23,23 @@ from distill_system.weights.transport import Seal, broadcast_buckets, check_seal
 
 
 class SealedWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]  # untyped base
-    """Receives, verifies, loads; for NCCL as it is, for gloo see gloo.py.
+    """Receives, verifies, loads; used as it is for NCCL, subclassed for gloo.
 
-    It holds the model's bytes a second time, on the model's device, until they are loaded. On a CPU
-    it keeps that memory for the next version: to touch fresh pages takes longer than to receive.
+    While it loads, the device holds the model's bytes twice. On a CPU that memory is kept for the
+    next version, because touching fresh pages takes longer than receiving into them.
+
+    received: seal of the last transfer.
     """
 
     received: Seal | None = None
-    _room: tuple[NCCLWeightTransferUpdateInfo, int, Buckets] | None = None
+    # The kept memory with what it was made for: parameters and bucket size.
+    _kept: tuple[NCCLWeightTransferUpdateInfo, int, Buckets] | None = None
 
     def start_weight_update(self) -> None:
-        """Nothing yet: vLLM drops the old weights here, which must outlive a failed transfer."""
+        """Does nothing: vLLM calls it before receiving, and its own version frees the old weights.
+
+        They must survive a failed transfer, so receive_weights calls it after verifying.
+        """
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         """Receive every byte, compare with the sender's seal, and only then load.
@@ -50,24 +56,24 @@ class SealedWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc
 
     def _receive(self, update_info: NCCLWeightTransferUpdateInfo) -> Buckets:
         try:
-            buckets = self._make_room(update_info)
+            buckets = self._allocate(update_info)
             self.received = broadcast_buckets(self.model_update_group, buckets.buffers)
             check_seal(self.model_update_group, self.received, self._receiving_device())
         except TransferError:
-            raise  # everything travelled: the group is as good as before
+            raise  # a wrong digest: all bytes have arrived, so the group can be used again
         except Exception:
-            self.shutdown()  # whoever still sends to this worker must not wait for it
+            self.shutdown()  # closes the connections, so that the sender fails and does not wait
             raise
         return buckets
 
-    def _make_room(self, update_info: NCCLWeightTransferUpdateInfo) -> Buckets:
+    def _allocate(self, update_info: NCCLWeightTransferUpdateInfo) -> Buckets:
         size, device = self.packed_buffer_size_bytes, self._receiving_device()
-        if self._room is not None and self._room[:2] == (update_info, size):
-            return self._room[2]
-        self._room = None  # before there are two
+        if self._kept is not None and self._kept[:2] == (update_info, size):
+            return self._kept[2]
+        self._kept = None  # free it first, or two copies would be held at once
         buckets = Buckets(_parameters(update_info), bucket_bytes=size, device=device)
         if device.type == "cpu":
-            self._room = (update_info, size, buckets)
+            self._kept = (update_info, size, buckets)
         return buckets
 
     def _receiving_device(self) -> torch.device:
@@ -75,12 +81,12 @@ class SealedWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc
 
 
 class ReceivesWeights:
-    """Mixed into each of vLLM's workers (worker_extension_cls), which imports the backends so."""
+    """Mixed into each of vLLM's workers as its worker_extension_cls; see backends.py."""
 
     weight_transfer_engine: Any
 
     def received_seal(self) -> tuple[int, int]:
-        """Bytes and digest of what was received last."""
+        """Bytes and digest of the last transfer."""
         seal = self.weight_transfer_engine.received
         return seal.num_bytes, seal.digest
 

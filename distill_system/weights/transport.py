@@ -1,7 +1,8 @@
-"""Buckets over a process group, sealed: the same loop sends them and receives them.
+"""Broadcasts buckets over a process group, followed by their seal (byte count and digest).
 
-Any communicator with vLLM's `broadcast(tensor, src=...)` will do. One that does not wait for the
-transfer hands out an object with `wait()`; on a GPU the order of the stream does.
+Sending and receiving are the same loop, since a broadcast is the same call on every rank.
+communicator: has vLLM's `broadcast(tensor, src=...)`. It returns an object with `wait()` (gloo), or
+None where the order of the GPU stream already makes later work wait (NCCL).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """What the sender says of what it sent, and a receiver of what it received."""
+    """Byte count and digest of one transfer, as the sender or a receiver computes them."""
 
     num_bytes: int
     digest: int
@@ -37,28 +38,31 @@ class Seal:
 
 
 def broadcast_buckets(communicator: Any, buffers: Iterable[Tensor]) -> Seal:
-    """Send these buckets, or receive into them; each is summed while the next one travels."""
+    """Send these buckets, or receive into them; returns their seal.
+
+    Each bucket is added to the digest while the next one is transferred.
+    """
     digest = Digest()
-    arrived: Tensor | None = None
+    complete: Tensor | None = None
     for buffer in buffers:
-        travelling = communicator.broadcast(buffer, src=SENDER)
-        if arrived is not None:
-            digest.add(arrived)
-        _wait(travelling)
-        arrived = buffer
-    if arrived is not None:
-        digest.add(arrived)
+        transfer = communicator.broadcast(buffer, src=SENDER)
+        if complete is not None:
+            digest.add(complete)
+        _wait(transfer)
+        complete = buffer
+    if complete is not None:
+        digest.add(complete)
     return Seal(digest.num_bytes, digest.value)
 
 
 def send_seal(communicator: Any, seal: Seal, device: torch.device) -> None:
-    """End a transfer with what was sent."""
+    """Send the seal, which ends a transfer."""
     numbers = torch.tensor([seal.num_bytes, seal.digest], dtype=torch.int64, device=device)
     _wait(communicator.broadcast(numbers, src=SENDER))
 
 
 def check_seal(communicator: Any, received: Seal, device: torch.device) -> None:
-    """Receive the sender's seal.  Raises: TransferError if it is not that of what arrived."""
+    """Receive the sender's seal and compare.  Raises: TransferError if the two differ."""
     numbers = torch.empty(2, dtype=torch.int64, device=device)
     _wait(communicator.broadcast(numbers, src=SENDER))
     sent = Seal(*numbers.tolist())
@@ -70,14 +74,15 @@ def check_seal(communicator: Any, received: Seal, device: torch.device) -> None:
 
 
 def run_in_background(function: Callable[[], Result]) -> Future[Result]:
-    """Run in a thread that holds up no exit: what waits for a peer that hangs cannot be ended."""
+    """Run in a daemon thread, so that the process can exit while the function waits for a peer."""
     future: Future[Result] = Future()
 
     def run() -> None:
         try:
             future.set_result(function())
         except BaseException as error:
-            # What its frames hold would outlive them: a transfer under way keeps connections open.
+            # The future keeps the error, whose traceback keeps the frames' local variables: here
+            # they hold a broadcast under way, which would keep the group's connections open.
             traceback.clear_frames(error.__traceback__)
             future.set_exception(error)
 
@@ -85,6 +90,6 @@ def run_in_background(function: Callable[[], Result]) -> Future[Result]:
     return future
 
 
-def _wait(travelling: Any) -> None:
-    if travelling is not None:
-        travelling.wait()
+def _wait(transfer: Any) -> None:
+    if transfer is not None:
+        transfer.wait()

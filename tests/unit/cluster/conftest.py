@@ -52,7 +52,7 @@ def sigterm_handler() -> Iterator[Callable[..., None]]:
 def session(
     config: RunConfig, said: list[str], sigterm_handler: Callable[..., None]
 ) -> Iterator[ClusterSession]:
-    with ClusterSession(config, say=said.append) as session:
+    with ClusterSession(config, notify=said.append) as session:
         yield session
 
 

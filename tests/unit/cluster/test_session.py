@@ -113,7 +113,7 @@ import os, signal, sys
 from distill_system.cluster import ClusterSession
 from distill_system.config import load_config
 signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
-with ClusterSession(load_config([sys.argv[1]], ["cluster.dashboard=false"]), say=print):
+with ClusterSession(load_config([sys.argv[1]], ["cluster.dashboard=false"]), notify=print):
     pass
 os.kill(os.getpid(), signal.SIGTERM)
 print("alive", flush=True)
@@ -128,4 +128,4 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(ResourceError, match=r"RAY_ADDRESS=127\.0\.0\.1:9.*unset RAY_ADDRESS"):
-        ClusterSession(config, say=print).__enter__()
+        ClusterSession(config, notify=print).__enter__()

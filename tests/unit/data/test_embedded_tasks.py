@@ -279,5 +279,5 @@ def test_a_split_too_small_for_the_request_says_how_much_it_holds():
     def draw():
         return Task("spell", f"prompt {next(prompts) % 5}", ("a.",), "a.")
 
-    with pytest.raises(DataError, match=r"asked for 6 different prompts, found 5.*at most 5"):
+    with pytest.raises(DataError, match=r"expected 6 different prompts, got 5.*at most 5"):
         collect_unique(draw, 6, "paraphrase")

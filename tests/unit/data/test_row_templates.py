@@ -181,7 +181,7 @@ def test_empty_rows_are_left_out_only_where_asked(load: Load, write_jsonl: Any) 
     assert _asked(load(**source, skip=1, num_examples=1)) == [("d", "z")]
     unread = load(**source, with_answers=False)
     assert [example.prompt for example in unread] == ["a", "b", "c", "d", "e"]
-    with pytest.raises(DataError, match=r"asked for 4 rows .* has 6, of which 3 with text"):
+    with pytest.raises(DataError, match=r"expected 4 rows .* has 6, of which 3 with text"):
         load(**source, num_examples=4)
 
 

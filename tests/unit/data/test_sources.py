@@ -67,7 +67,7 @@ def test_skip_and_num_examples_choose_a_window(load, write_jsonl, tmp_path, kind
     source = {"type": kind, "path": f"rows.{kind}"}
     assert asked(load(**source, skip=1, num_examples=3)) == EXPECTED[1:4]
     assert asked(load(**source, skip=4)) == EXPECTED[4:]
-    with pytest.raises(DataError, match=r"asked for 3 rows after skipping 3, the data set has 5"):
+    with pytest.raises(DataError, match=r"expected 3 rows after skipping 3, the data set has 5"):
         load(**source, skip=3, num_examples=3)
     with pytest.raises(DataError, match=r"at least one row after skipping 5, the data set has 5"):
         load(**source, skip=5)

@@ -14,6 +14,7 @@ from distill_system.data import (
     fingerprint_tokenizer,
     load_run_data,
 )
+from distill_system.data.stored_rows import make_rows
 from distill_system.errors import DataError
 from distill_system.records import Author, Finish, Trajectory
 
@@ -65,10 +66,10 @@ def test_stored_samples_are_a_set_of_the_run(config, tokenizer, origin, tmp_path
     longest = max(data.prompts, key=lambda prompt: prompt.token_ids.size)
     short = [prompt for prompt in data.prompts if prompt is not longest]
     store = TrajectoryStore(tmp_path / "store", origin.tokenizer_fingerprint)
-    store.append([sample(p) for p in [*short, *measured]], origin, label="a")
-    store.append([sample(p, 25) for p in short[:4]], origin, label="b")
+    store.append(make_rows([sample(p) for p in [*short, *measured]], origin, label="a"))
+    store.append(make_rows([sample(p, 25) for p in short[:4]], origin, label="b"))
     other = replace(origin, model_fingerprint="g")
-    store.append([sample(p) for p in short[:6]], other, label="a")
+    store.append(make_rows([sample(p) for p in short[:6]], other, label="a"))
 
     stored_by = replace(origin, seed=9, max_response_tokens=24)
     read = load_run_data(config, tokenizer, ["stored", "prompts"], stored_by=stored_by)
@@ -83,7 +84,8 @@ def test_stored_samples_are_a_set_of_the_run(config, tokenizer, origin, tmp_path
 def test_a_store_of_another_tokenizer_or_teacher_is_refused(config, tokenizer, origin, tmp_path):
     prompts = load_run_data(config, tokenizer, ["prompts"]).prompts
     other = replace(origin, tokenizer_fingerprint="x")
-    TrajectoryStore(tmp_path / "store", "x").append([sample(prompts[0])], other, label="a")
+    rows = make_rows([sample(prompts[0])], other, label="a")
+    TrajectoryStore(tmp_path / "store", "x").append(rows)
     with pytest.raises(DataError, match="of the tokenizer x, the run's tokenizer is"):
         load_run_data(config, tokenizer, ["stored"], stored_by=origin)
     [part] = (tmp_path / "store" / "trajectories").iterdir()
@@ -91,6 +93,6 @@ def test_a_store_of_another_tokenizer_or_teacher_is_refused(config, tokenizer, o
     with pytest.raises(DataError, match=r"data\.trajectory_store: .* has no samples"):
         load_run_data(config, tokenizer, ["stored"], stored_by=origin)
     store = TrajectoryStore(tmp_path / "store", origin.tokenizer_fingerprint)
-    store.append([sample(prompts[0])], replace(origin, model_fingerprint="g"), label="a")
+    store.append(make_rows([sample(prompts[0])], replace(origin, model_fingerprint="g"), label="a"))
     with pytest.raises(DataError, match="expected samples of author teacher, model teacher, model"):
         load_run_data(config, tokenizer, ["stored"], stored_by=origin)

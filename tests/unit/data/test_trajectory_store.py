@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow
 import pyarrow.parquet
 import pytest
 from trajectories import make_trajectories
@@ -16,7 +17,7 @@ from trajectories import make_trajectories
 from distill_system.data import Selection, TrajectoryStore, read_trajectories
 from distill_system.data.fingerprints import fingerprint_prompt
 from distill_system.data.parquet_parts import ABANDONED_SECONDS, PREFIX
-from distill_system.data.stored_rows import SampleOrigin
+from distill_system.data.stored_rows import SampleOrigin, make_rows
 from distill_system.errors import DataError, RecordError
 from distill_system.records import Author, VersionSpan
 
@@ -45,7 +46,9 @@ def written(count, first=0):
 
 
 def fill(folder, count, first=0, origin=ORIGIN, label="a"):
-    return TrajectoryStore(folder, OURS).append(written(count, first), origin, label=label)
+    return TrajectoryStore(folder, OURS).append(
+        make_rows(written(count, first), origin, label=label)
+    )
 
 
 def same(left, right):
@@ -63,7 +66,7 @@ def by_id(trajectories):
 
 def test_samples_come_back_bit_for_bit(tmp_path):
     wrote = written(30)
-    TrajectoryStore(tmp_path, OURS).append(wrote, ORIGIN, label="a")
+    TrajectoryStore(tmp_path, OURS).append(make_rows(wrote, ORIGIN, label="a"))
     read = by_id(read_trajectories(tmp_path, OURS))
     assert len(read) == 30
     for trajectory in wrote:
@@ -76,29 +79,27 @@ def test_the_students_spans_come_back(tmp_path):
     spans = (VersionSpan(version=1, start=0, end=2), VersionSpan(version=4, start=2, end=end))
     sample = replace(sample, weight_versions=spans)
     origin = replace(ORIGIN, author=Author.STUDENT)
-    TrajectoryStore(tmp_path, OURS).append([sample], origin, label="a")
+    TrajectoryStore(tmp_path, OURS).append(make_rows([sample], origin, label="a"))
     same(sample, read_trajectories(tmp_path, OURS)[0])
 
 
 def test_what_is_there_already_is_not_written_again(tmp_path):
     store = TrajectoryStore(tmp_path, OURS)
-    first = store.append(written(10), ORIGIN, label="a")
-    again = store.append(written(14), ORIGIN, label="a")
-    reopened = TrajectoryStore(tmp_path, OURS).append(written(15), ORIGIN, label="a")
-    nothing = store.append(written(15), ORIGIN, label="a")
-    assert [(c.num_written, c.num_already_there) for c in (first, again, reopened, nothing)] == [
-        (10, 0),
-        (4, 10),
-        (1, 14),
-        (0, 15),
-    ]
-    assert store.num_rows == 15
+    first = store.append(make_rows(written(10), ORIGIN, label="a"))
+    again = store.append(make_rows(written(14), ORIGIN, label="a"))
+    reopened = TrajectoryStore(tmp_path, OURS).append(make_rows(written(15), ORIGIN, label="a"))
+    nothing = store.append(make_rows(written(15), ORIGIN, label="a"))
+    assert [first, again, reopened, nothing] == [10, 4, 1, 0]
+    assert len(read_trajectories(tmp_path, OURS)) == 15
     assert len(list((tmp_path / "trajectories").iterdir())) == 3, "nothing new is no part"
 
 
 def test_one_append_holds_each_sample_once(tmp_path):
-    count = TrajectoryStore(tmp_path, OURS).append(written(5) * 3, ORIGIN, label="a")
-    assert (count.num_written, count.num_already_there) == (5, 10)
+    num_written = TrajectoryStore(tmp_path, OURS).append(
+        make_rows(written(5) * 3, ORIGIN, label="a")
+    )
+    assert num_written == 5
+    assert len(read_trajectories(tmp_path, OURS)) == 5
 
 
 @pytest.mark.parametrize(
@@ -113,9 +114,9 @@ def test_one_append_holds_each_sample_once(tmp_path):
 )
 def test_another_model_sampling_or_seed_makes_another_sample(tmp_path, other):
     fill(tmp_path, 5)
-    assert fill(tmp_path, 5, origin=replace(ORIGIN, **other)).num_written == 5
-    assert fill(tmp_path, 5, label="b").num_written == 5
-    assert fill(tmp_path, 5, origin=replace(ORIGIN, model="moved/here")).num_written == 0
+    assert fill(tmp_path, 5, origin=replace(ORIGIN, **other)) == 5
+    assert fill(tmp_path, 5, label="b") == 5
+    assert fill(tmp_path, 5, origin=replace(ORIGIN, model="moved/here")) == 0
 
 
 def test_the_order_depends_on_the_samples_alone(tmp_path):
@@ -137,8 +138,10 @@ def test_the_order_depends_on_the_samples_alone(tmp_path):
 def test_others_read_the_parts_as_they_are(tmp_path):
     store, wrote = TrajectoryStore(tmp_path, OURS), written(6)
     texts = [f"prompt {i}" for i in range(6)]
-    store.append(wrote[:4], ORIGIN, label="a", prompt_texts=texts[:4], response_texts=texts[:4])
-    store.append(wrote[4:], ORIGIN, label="a", prompt_texts=texts[4:])
+    rows = make_rows(wrote, ORIGIN, label="a", prompt_texts=texts)
+    at = rows.schema.get_field_index("response_text")
+    store.append(rows[:4].set_column(at, "response_text", pyarrow.array(texts[:4])))
+    store.append(rows[4:])
     (tmp_path / "trajectories" / f"{PREFIX}x.parquet").write_bytes(b"half of a part")
     folder = tmp_path / "trajectories"
     rows = datasets.load_dataset(
@@ -170,7 +173,7 @@ def test_a_crash_between_write_and_rename_leaves_the_parts_before(tmp_path, monk
             fill(tmp_path, 20)
     [half] = (tmp_path / "trajectories").glob(f"{PREFIX}*")
     assert len(read_trajectories(tmp_path, OURS)) == 10
-    assert fill(tmp_path, 20).num_written == 10
+    assert fill(tmp_path, 20) == 10
     assert half.exists(), "another writer may be at work on it now"
     old = time.time() - ABANDONED_SECONDS - 1
     os.utime(half, (old, old))
@@ -196,7 +199,7 @@ def test_two_writers_at_a_time_do_not_collide(tmp_path):
 
     def write(store, firsts):
         for first in firsts:
-            store.append(written(10, first), ORIGIN, label="a")
+            store.append(make_rows(written(10, first), ORIGIN, label="a"))
 
     orders = ([0, 10, 20, 30, 40], [40, 30, 20, 10, 50])
     threads = [
@@ -223,7 +226,7 @@ def test_a_sample_that_two_wrote_at_the_same_moment_is_read_once(tmp_path):
 def test_a_writer_sees_what_another_has_written_since(tmp_path):
     ours = TrajectoryStore(tmp_path, OURS)
     fill(tmp_path, 10)
-    assert ours.append(written(12), ORIGIN, label="a").num_written == 2
+    assert ours.append(make_rows(written(12), ORIGIN, label="a")) == 2
 
 
 def test_a_store_of_another_tokenizer_is_refused_with_what_to_do(tmp_path):
@@ -240,7 +243,7 @@ def test_a_part_that_is_not_whole_is_named(tmp_path):
     fill(tmp_path, 3)
     [part] = (tmp_path / "trajectories").iterdir()
     part.write_bytes(part.read_bytes()[:200])
-    with pytest.raises(DataError, match=rf"{part.name}: expected a whole part"):
+    with pytest.raises(DataError, match=rf"{part.name}: expected a complete part"):
         TrajectoryStore(tmp_path, OURS)
 
 
@@ -253,7 +256,7 @@ def test_a_file_is_no_store(tmp_path):
 def test_a_sample_of_another_author_than_its_origin_is_refused(tmp_path):
     with pytest.raises(RecordError, match="expected author and temperature"):
         TrajectoryStore(tmp_path, OURS).append(
-            make_trajectories(1, Author.STUDENT), ORIGIN, label="a"
+            make_rows(make_trajectories(1, Author.STUDENT), ORIGIN, label="a")
         )
 
 
@@ -264,7 +267,7 @@ def mixed(tmp_path):
     fill(tmp_path, 5, origin=replace(ORIGIN, model="models/other", model_fingerprint="g" * 32))
     warm = [replace(t, temperature=0.5) for t in written(4)]
     origin = replace(ORIGIN, temperature=0.5)
-    TrajectoryStore(tmp_path, OURS).append(warm, origin, label="a")
+    TrajectoryStore(tmp_path, OURS).append(make_rows(warm, origin, label="a"))
     return tmp_path
 
 

@@ -155,7 +155,7 @@ def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tm
         is_asynchronous=True, pop_activity=lambda: pools, pop_counts=dict
     )
     recorder = RunRecorder(context, no_pools, streams)
-    assert recorder.look().waited_for is None
+    assert recorder.observe_scaling().waited_for is None
     for phase, seconds in (
         ("student_rollout", 0.001),
         ("teacher_rollout", 0.03),
@@ -164,17 +164,15 @@ def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tm
         with context.timings.phase(phase):
             time.sleep(seconds)
     recorder.describe_step(StepResult(step=0, metrics={}, num_response_tokens=1, seconds=1.0), 1.0)
-    look = recorder.look()
+    look = recorder.observe_scaling()
     assert (look.waited_for, look.learner_starved_share) == ("teacher_rollout", 0.4)
     assert set(look.pools) == {"teacher_rollout", "student_rollout"}
-    assert recorder.look().waited_for is None
+    assert recorder.observe_scaling().waited_for is None
 
 
 def test_a_second_look_forgets_the_waits_and_the_work_of_the_first(configure, tmp_path):
     run = RunDirectory(tmp_path / "look")
-    timings = SimpleNamespace(
-        pop_step=lambda: waits.pop(0), add_work=lambda *_: None, add_activity=lambda _: None
-    )
+    timings = SimpleNamespace(pop_step=lambda: waits.pop(0), add_activity=lambda _: None)
     context = SimpleNamespace(
         config=configure(), run=run, timings=timings, view=LiveView("test", console=None)
     )
@@ -191,11 +189,11 @@ def test_a_second_look_forgets_the_waits_and_the_work_of_the_first(configure, tm
     recorder = RunRecorder(context, SimpleNamespace(), streams)
     result = StepResult(step=0, metrics={}, num_response_tokens=1, seconds=1.0)
     recorder.describe_step(result, 6.0)
-    first = recorder.look()
+    first = recorder.observe_scaling()
     recorder.describe_step(result, 2.0)
     recorder.describe_step(result, 1.0)
-    second = recorder.look()
+    second = recorder.observe_scaling()
     assert (first.waited_for, second.waited_for) == ("student_rollout", "teacher_rollout")
     assert first.pools["student_rollout"].seconds == 10.0
     assert second.pools["student_rollout"].seconds == 20.0, "two steps, not all three"
-    assert recorder.look().pools == {}
+    assert recorder.observe_scaling().pools == {}

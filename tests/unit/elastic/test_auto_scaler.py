@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_system.config.pools import PoolConfig, ScalingConfig
-from distill_system.elastic.scaling import AutoScaler, Look
+from distill_system.elastic.scaling import AutoScaler, ScalingObservation
 from distill_system.records import PoolActivity
 
 NAMES = ("student_rollout", "teacher_rollout", "teacher_scoring")
@@ -39,11 +39,13 @@ class Pipeline:
         enough = [sizes for sizes in every if self.throughput(sizes) >= most * (1 - 1e-9)]
         return min(enough, key=lambda sizes: sum(sizes.values()))
 
-    def look(self, sizes: dict[str, int], at: float, noise: random.Random, spread: float) -> Look:
+    def look(
+        self, sizes: dict[str, int], at: float, noise: random.Random, spread: float
+    ) -> ScalingObservation:
         rate = self.throughput(sizes)
         starved = 1.0 - rate / self.learner_rate
         slowest = min(self.rates, key=lambda name: sizes[name] * self.rates[name])
-        return Look(
+        return ScalingObservation(
             at_seconds=at,
             pools={
                 name: self._activity(name, sizes[name], rate, slowest, noise, spread)
@@ -120,8 +122,10 @@ def test_from_any_start_it_comes_within_one_worker_of_the_best_and_stays(
         assert turns == 0, f"{name} swings"
 
 
-def _look(at: float, starved: float = 0.0, waited_for: str | None = None, **used: float) -> Look:
-    return Look(
+def _look(
+    at: float, starved: float = 0.0, waited_for: str | None = None, **used: float
+) -> ScalingObservation:
+    return ScalingObservation(
         at_seconds=at,
         pools={
             name: PoolActivity(num_workers=4, seconds=1.0, blocked_seconds=4.0 * (1.0 - share))
@@ -156,7 +160,7 @@ def test_after_a_change_it_waits_until_the_effect_can_show(is_by_hand: bool) -> 
     scaler = _scaler(patience=1)
     look = _look(0.0, 0.5, "student_rollout", student_rollout=1.0)
     if is_by_hand:
-        scaler.rest(0.0)
+        scaler.start_cool_down(0.0)
     else:
         assert scaler.decide(look, PRESENT) == {"student_rollout": 5}
     later = [_look(at, 0.5, "student_rollout", student_rollout=1.0) for at in (50.0, 99.0, 100.0)]

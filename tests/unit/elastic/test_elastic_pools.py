@@ -15,7 +15,7 @@ from distill_system.cluster import ElasticPool, WorkerRequest
 from distill_system.config.pools import PoolConfig, ScalingConfig
 from distill_system.elastic.elastic_pools import ElasticPools
 from distill_system.elastic.scale_requests import ScaleRequests
-from distill_system.elastic.scaling import Look
+from distill_system.elastic.scaling import ScalingObservation
 from distill_system.errors import ResourceError
 from distill_system.observe import RunDirectory
 from distill_system.records import PoolActivity
@@ -46,7 +46,7 @@ class Run:
             ScalingConfig.model_validate(scaling),
             self.requests,
             release=self._release,
-            say=self.said.append,
+            notify=self.said.append,
             clock=lambda: self.seconds,
         )
 
@@ -65,7 +65,7 @@ class Run:
     def ask(self, **wanted: int) -> str:
         """Send a request, and let the run read it."""
         request_id = self.requests.write(wanted)
-        self.elastic.go_on()
+        self.elastic.advance()
         return request_id
 
     def names(self, pool: str) -> dict[int, str]:
@@ -84,7 +84,7 @@ def test_a_worker_joins_at_the_boundary_after_it_is_ready(run: Run) -> None:
     [start] = run.session.starts
     assert run.elastic.adopt() is False, "it is not ready"
     start.is_ready = True
-    run.elastic.go_on()
+    run.elastic.advance()
     assert run.workers["student_rollout"].members == (0, 1), "no boundary has come"
     assert run.elastic.adopt() is True
     assert run.names("student_rollout")[2] == "student_rollout-2"
@@ -123,7 +123,7 @@ def test_the_newest_worker_leaves_once_it_has_handed_back_its_work(run: Run) -> 
     assert run.elastic.adopt() is False
     assert run.workers["student_rollout"].members == (0, 1), "something is under way there"
     run.busy = set()
-    run.elastic.go_on()
+    run.elastic.advance()
     assert run.workers["student_rollout"].members == (0, 1), "it may be in a publish"
     assert run.elastic.adopt() is True
     assert run.workers["student_rollout"].members == (0,)
@@ -151,7 +151,7 @@ def test_a_worker_that_cannot_come_is_told_of_and_the_run_goes_on(run: Run) -> N
     request = run.ask(student_rollout=4)
     run.session.starts[0].error = ResourceError("no room")
     run.session.starts[1].is_ready = True
-    run.elastic.go_on()
+    run.elastic.advance()
     run.elastic.adopt()
     assert run.workers["student_rollout"].members == (0, 1, 3)
     assert any("student_rollout-2 is given up: no room" in line for line in run.said)
@@ -161,7 +161,7 @@ def test_a_worker_that_cannot_come_is_told_of_and_the_run_goes_on(run: Run) -> N
     pool = status.pools["student_rollout"]
     assert (pool.wanted, pool.present, pool.is_settled) == (3, 3, True)
     assert "no room" in pool.problem
-    run.elastic.go_on()
+    run.elastic.advance()
     assert len(run.session.starts) == 2, "it is not tried again by itself"
 
 
@@ -183,7 +183,7 @@ def test_what_cannot_be_is_refused_whole(run: Run, wanted: dict[str, int], probl
 
 def test_a_damaged_request_is_refused_and_ends_nothing(run: Run) -> None:
     (run.requests.folder / "request-0-abc.json").write_text("{")
-    run.elastic.go_on()
+    run.elastic.advance()
     status = run.requests.read_status()
     assert status is not None
     assert "request-0-abc.json: expected" in status.answers["abc"]
@@ -208,14 +208,14 @@ def test_the_end_of_the_run_ends_what_still_starts(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with run.elastic:
         run.ask(student_rollout=4)
-        assert run.requests.is_heard()
+        assert run.requests.has_listener()
     assert all(start.is_over for start in run.session.starts)
-    assert not run.requests.is_heard()
+    assert not run.requests.has_listener()
 
 
-def _starving(run: Run) -> Callable[[], Look]:
+def _starving(run: Run) -> Callable[[], ScalingObservation]:
     idle = PoolActivity(num_workers=2, seconds=10.0, starved_seconds=20.0)
-    return lambda: Look(
+    return lambda: ScalingObservation(
         at_seconds=run.seconds,
         pools={
             "student_rollout": PoolActivity(num_workers=2, seconds=10.0),
@@ -234,7 +234,7 @@ def test_the_automatic_mode_grows_the_pool_that_the_learner_waits_for(
     with run.elastic:
         for _ in range(4):
             run.seconds += 5.0  # every other call is due
-            run.elastic.go_on(_starving(run))
+            run.elastic.advance(_starving(run))
         assert [start.name for start in run.session.starts] == ["student_rollout-2"] * automatic
         assert any("the learner waits for it 40%" in line for line in run.said) is automatic
 
@@ -247,7 +247,7 @@ def test_the_automatic_mode_waits_for_workers_on_their_way_and_for_their_effect(
     with run.elastic:
         for second in itertools.count(1):
             run.seconds = float(second)
-            run.elastic.go_on(_starving(run))
+            run.elastic.advance(_starving(run))
             if len(run.session.starts) > len(began):
                 began.append(second)
             if second == 50:

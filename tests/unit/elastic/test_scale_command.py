@@ -39,9 +39,9 @@ def run(configure: Callable[..., RunConfig]) -> RunDirectory:
     return directory
 
 
-def _scale(run: RunDirectory, *sizes: str, wait: float = 10.0, say: Any = print) -> Any:
+def _scale(run: RunDirectory, *sizes: str, wait: float = 10.0, notify: Any = print) -> Any:
     folder = str(run.path.parent)
-    return scale(run.path.name, sizes, runs_directory=folder, wait_seconds=wait, say=say)
+    return scale(run.path.name, sizes, runs_directory=folder, wait_seconds=wait, notify=notify)
 
 
 @contextmanager
@@ -122,14 +122,14 @@ def test_a_run_that_was_killed_is_not_taken_for_alive(run: RunDirectory) -> None
     process.start()
     assert ready.wait(60.0)
     requests = ScaleRequests(run)
-    assert requests.is_heard()
+    assert requests.has_listener()
     refused = pytest.raises(RunStateError, match="another process trains this run")
     with refused, requests.listening():
         pass
     requests.write({"student_rollout": 2})
     process.kill()
     process.join()
-    assert not requests.is_heard()
+    assert not requests.has_listener()
     with requests.listening():
         assert requests.read_new() == [], "an earlier run was asked, not this one"
 

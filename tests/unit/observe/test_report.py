@@ -218,7 +218,7 @@ def streaming_page(tmp_path_factory: pytest.TempPathFactory) -> str:
                 "staleness/share_1": 0.75,
                 "staleness/share_older": 0.0,
                 "staleness/tokens": 100.0,
-                "staleness/reissued": 2.0,
+                "staleness/dropped": 2.0,
             }
             log.log("distill", step, metrics)
     write_report(run)
@@ -245,7 +245,7 @@ def test_the_report_has_a_histogram_of_ages(streaming_page: str) -> None:
     assert re.findall(r"<span>([\d.]+%)</span>", ages) == ["25.0%", "75.0%"]
     assert "older" not in ages  # none was
     assert "mean 0.75, at most 1" in ages
-    assert "given out again: 6" in ages
+    assert "their prompts given out again: 6" in ages
 
 
 def test_the_report_of_a_streaming_run_is_well_formed(streaming_page: str) -> None:

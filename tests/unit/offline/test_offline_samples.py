@@ -122,7 +122,8 @@ def test_parts_are_written_while_the_work_goes_on(keeper, monkeypatch):
     def finished():
         for first in (0, 10, 20, 30):
             yield rows_of(10, first)
-            seen.append(store.num_rows)
+            parts = (store.folder / "trajectories").glob("part-*")
+            seen.append(sum(pyarrow.parquet.read_metadata(part).num_rows for part in parts))
 
     keep.keep(finished())
     assert seen == [0, 20, 20, 40]
@@ -157,7 +158,7 @@ def test_a_store_of_another_teacher_ends_the_run_before_a_cluster(configure, tmp
     run = RunDirectory(tmp_path / "run")
     student = sample_origin(config, run, tokenizer, Author.STUDENT)
     store = TrajectoryStore(tmp_path / "store", student.tokenizer_fingerprint)
-    store.append(make_trajectories(3), student, label="a")
+    store.append(make_rows(make_trajectories(3), student, label="a"))
     with pytest.raises(DataError) as told:
         open_run_of(config, tmp_path)
     assert f"expected samples of author teacher, model {config.teacher.path}" in str(told.value)

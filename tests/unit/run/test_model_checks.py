@@ -20,7 +20,7 @@ from distill_system.run.model_checks import (
     check_data,
     check_folders,
     check_models,
-    looks_local,
+    is_local_path,
 )
 
 Configure = Callable[..., RunConfig]
@@ -61,7 +61,7 @@ def test_more_of_the_teachers_tokens_than_there_are_is_refused(configure: Config
     ],
 )
 def test_a_folder_is_told_from_a_hub_name(path: str, local: bool) -> None:
-    assert looks_local(path) is local
+    assert is_local_path(path) is local
 
 
 def test_a_relative_folder_that_exists_is_no_hub_name(
@@ -69,7 +69,7 @@ def test_a_relative_folder_that_exists_is_no_hub_name(
 ) -> None:
     (tmp_path / "models/mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert looks_local("models/mine")
+    assert is_local_path("models/mine")
 
 
 @pytest.mark.parametrize("key", ["teacher.path", "student.path", "tokenizer.path"])

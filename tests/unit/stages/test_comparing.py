@@ -56,7 +56,7 @@ def _pilots(tmp_path):
 
 def _plan(tmp_path, budget, value=None):
     configs = _pilots(tmp_path)
-    steps, total, failed = plan_steps(configs, tmp_path, budget=budget, value=value, say=print)
+    steps, total, failed = plan_steps(configs, tmp_path, budget=budget, value=value, notify=print)
     assert failed == {}
     return steps, total
 
@@ -90,7 +90,7 @@ def test_names_are_checked_before_anything_runs(tmp_path):
             paths=[QUICKSTART], overrides=[f"runs_directory={tmp_path}"], objectives=names
         )
         with pytest.raises(ConfigError, match=said):
-            compare(request, say=print)
+            compare(request, notify=print)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -100,7 +100,7 @@ def test_a_run_that_fails_is_told_and_what_is_done_is_skipped(tmp_path):
     _finish(RunDirectory(tmp_path / "done"))
     said = []
     jobs = [Job(key="a/done", config=done), Job(key="a/broken", config=missing)]
-    failures = run_jobs(jobs, at_once=2, say=said.append)
+    failures = run_jobs(jobs, at_once=2, notify=said.append)
     assert said[0] == "2 runs, 1 of them done"
     assert list(failures) == ["a/broken"]
     assert "DataError" in failures["a/broken"]
@@ -115,5 +115,5 @@ def test_a_teachers_evaluation_is_taken_from_a_run_of_the_same_seed(tmp_path):
     write_json(twin.evaluation_path("teacher"), {"measured": True})
     broken = _config(tmp_path, "ammd", "name=taker", BROKEN)
     job = Job(key="a/taker", config=broken, same_teacher=(tmp_path / "none", twin.path))
-    run_jobs([job], at_once=1, say=print)
+    run_jobs([job], at_once=1, notify=print)
     assert json.loads(job.run.evaluation_path("teacher").read_text()) == {"measured": True}
