@@ -49,14 +49,14 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
 OF_OTHERS = {
     # vLLM
-    *("LLMEngine", "enable_chunked_prefill", "VLLM_TARGET_DEVICE", "weight_loader", "send_weights"),
+    *("LLMEngine", "VLLM_TARGET_DEVICE"),
     # torch, Ray, Prometheus, transformers, glibc
     *("async_save", "varlen_attn", "AttentionInterface", "use_deterministic_algorithms"),
     *("PlacementGroup", "prom_metrics_service_discovery", "file_sd_configs"),
     *("MALLOC_MMAP_THRESHOLD_", "getsignal"),
     # TRL
     *("SFTTrainer", "DistillationTrainer", "AsyncDistillationTrainer", "batch_rebalance"),
-    *("group_by_length", "padding_free", "ChunkedDivergenceFunction", "Parameter"),
+    *("group_by_length", "padding_free", "ChunkedDivergenceFunction"),
 }
 """Names in backticks that belong to libraries; an entry that no page uses is refused."""
 
@@ -90,9 +90,7 @@ def _blocks(page: Path, *languages: str) -> list[str]:
 
 def _code(page: Path) -> list[str]:
     """Everything set as code: inline, and line by line in fenced blocks, continued lines joined."""
-    lines = [
-        line for block in _blocks(page) for line in re.sub(r"\\\n", " ", block).splitlines()
-    ]
+    lines = [line for block in _blocks(page) for line in re.sub(r"\\\n", " ", block).splitlines()]
     return _inline(page) + lines
 
 
@@ -238,14 +236,18 @@ def test_every_yaml_block_is_a_configuration(tmp_path: Path) -> None:
 # ---- files ---------------------------------------------------------------------------------------
 
 FOLDERS = "distill_system|tests|configs|docs|benchmarks|requirements|deploy"
-SOURCE = re.compile(rf"^(?:({FOLDERS})/[\w./*-]*|[\w./-]+\.(py|md|yaml|toml|svg))$")
+SOURCE = re.compile(
+    rf"^(?:({FOLDERS})/[\w./*-]*|[\w./-]+\.(py|md|yaml|toml|svg|json|jsonl|html|csv))$"
+)
 
 
 @cache
 def _files() -> frozenset[str]:
     """Every file and folder of the repository, as git would list them."""
     top = [ROOT / name for name in FOLDERS.split("|")]
-    inner = [path for folder in top for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    inner = [
+        path for folder in top for path in folder.rglob("*") if "__pycache__" not in path.parts
+    ]
     beside = [path for path in ROOT.iterdir() if path.is_file()]
     return frozenset(str(path.relative_to(ROOT)) for path in [*top, *inner, *beside])
 
@@ -258,15 +260,23 @@ def _is_a_file(text: str) -> bool:
     return (ROOT / wanted).exists() or any(path.endswith(f"/{wanted}") for path in _files())
 
 
-EXAMPLES = {"mine.yaml", "reuse.yaml", "run.yaml", "a.yaml"}
-"""Files of the reader's own."""
+EXAMPLES = {"mine.yaml", "reuse.yaml", "OBJECTIVE/seed_K.json"}
+"""Files of the reader's own, and forms of names."""
+
+WRITTEN = {".json", ".jsonl", ".html", ".md", ".csv"}
+"""What runs and comparisons write; the names are texts of the code."""
 
 
 def test_every_file_of_the_repository_that_is_named_exists() -> None:
     def named(page: Path) -> list[str]:
         return [t for t in _inline(page) if SOURCE.match(t) and t not in EXAMPLES]
 
-    assert _misses(OF_TODAY, named, _is_a_file) == []
+    def exists(text: str) -> bool:
+        path, words = Path(text), _definitions().words | OF_OTHERS
+        is_written = path.suffix in WRITTEN and {path.name, path.stem} & words
+        return _is_a_file(text) or bool(is_written)
+
+    assert _misses(OF_TODAY, named, exists) == []
 
 
 def test_every_path_of_the_map_exists_and_every_room_is_on_it() -> None:
@@ -290,8 +300,12 @@ def _strings(path: Path) -> Iterator[str]:
         and isinstance(node.targets[0], ast.Name)
         and isinstance(node.value, ast.Constant)
     }
-    within = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)
-              for part in node.values}
+    within = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values
+    }
     prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
@@ -392,7 +406,7 @@ class _Definitions:
             case ast.alias():
                 self.words |= set(node.name.split("."))
             case ast.Constant() if isinstance(node.value, str):
-                self.words |= set(re.findall(r"\w+", node.value))
+                self.words |= {node.value, *re.findall(r"\w+", node.value)}
 
 
 def _members(node: ast.ClassDef) -> Iterator[str]:
@@ -481,7 +495,9 @@ def test_every_word_with_an_underscore_is_one_of_the_code() -> None:
 
 
 def test_no_library_s_name_is_listed_that_no_page_uses() -> None:
-    used = {word for page in OF_TODAY for text in _inline(page) for word in re.findall(r"\w+", text)}
+    used = {
+        word for page in OF_TODAY for text in _inline(page) for word in re.findall(r"\w+", text)
+    }
     assert sorted(OF_OTHERS - used) == []
 
 
