@@ -310,9 +310,8 @@ def _strings(path: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(_part(value, constants) for value in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if id(node) not in within | prose:
-                yield node.value
+        elif isinstance(node, ast.Constant) and id(node) not in within | prose:
+            yield str(node.value)
 
 
 def _part(value: ast.expr, constants: dict[str, object]) -> str:
