@@ -279,6 +279,23 @@ def test_every_file_of_the_repository_that_is_named_exists() -> None:
     assert _misses(OF_TODAY, named, exists) == []
 
 
+def test_every_file_that_the_sources_point_to_exists() -> None:
+    """Pages and modules that docstrings, comments and configurations name: docs/x.md, window.py."""
+    sources = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.yaml"), *ROOT.glob("configs/**/*.yaml")]
+    pointer = re.compile(r"\bdocs/[\w/-]+(?:\.md)?|\b[a-z]\w*(?:/\w+)*\.py\b")
+
+    def exists(text: str) -> bool:
+        return _is_a_file(text) or any(ROOT.glob(f"{text}-*.md"))
+
+    misses = [
+        f"{_name(path)}: {text}"
+        for path in sources
+        for text in pointer.findall(path.read_text(encoding="utf-8"))
+        if not exists(text)
+    ]
+    assert misses == []
+
+
 def test_every_path_of_the_map_exists_and_every_room_is_on_it() -> None:
     rows = re.findall(r"^\| `([^`]+)` \|", _section(README, "## The map"), flags=re.MULTILINE)
     rooms = {f"distill_system/{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
