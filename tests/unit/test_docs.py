@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -331,7 +331,7 @@ def _strings(path: Path) -> Iterator[str]:
             yield str(node.value)
 
 
-def _part(value: ast.expr, constants: dict[str, object]) -> str:
+def _part(value: ast.expr, constants: Mapping[str, object]) -> str:
     """A piece of an f-string: as it stands, a constant of the module, or {}."""
     if isinstance(value, ast.Constant):
         return str(value.value)
