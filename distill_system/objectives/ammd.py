@@ -13,7 +13,8 @@
 | ebar_pi(s) | expected embedding: sum_y pi(y | s) e(y) |
 | c_t | cost: f2's expectation under the teacher minus its value at the token written |
 
-Differs from the paper: critics are bilinear in normalised features instead of two small networks,
+Differs from the paper as we infer it (its body has not been read): critics are bilinear in
+normalised features instead of two small networks,
 so the inner maximum has a closed form; both sides of a moment are expectations by default; the
 class can be widened by one more action feature (advantage.py); text of an older student is weighed
 (importance.py), critics' moments as well: they too are means over the student's own text.

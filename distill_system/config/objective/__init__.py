@@ -1,4 +1,4 @@
-"""The distillation objectives, a union on `type`; one model per file of objectives/."""
+"""The distillation objectives, a union on `type`, their losses and what they ask of the teacher."""
 
 from __future__ import annotations
 
