@@ -10,8 +10,11 @@ from trajectories import make_trajectories
 from distill_system.config.distill import StalenessConfig
 from distill_system.config.model import LearnerConfig
 from distill_system.config.objective import (
+    AdvantageConfig,
     AmmdConfig,
+    HiddenMatchingConfig,
     MinillmConfig,
+    RelationalConfig,
     ReverseKlConfig,
     TokenMatchingConfig,
 )
@@ -21,12 +24,15 @@ from distill_system.scoring import ScoringPool
 
 REVERSE_KL = ReverseKlConfig(type="reverse_kl")
 OBJECTIVES = (
-    AmmdConfig(advantage={"type": "soft_advantage"}),
+    AmmdConfig(advantage=AdvantageConfig(type="soft_advantage")),
     TokenMatchingConfig(
         type="token_matching",
         off_policy=REVERSE_KL,
         on_policy=REVERSE_KL,
-        terms=({"type": "relational"}, {"type": "hidden_matching"}),
+        terms=(
+            RelationalConfig(type="relational"),
+            HiddenMatchingConfig(type="hidden_matching"),
+        ),
     ),
     MinillmConfig(type="minillm"),
 )
