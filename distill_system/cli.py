@@ -1,4 +1,8 @@
-"""`distill-system`: one command per thing a person does."""
+"""The `distill-system` command.
+
+Commands import what they need when they run: importing vLLM, Ray and torch takes many seconds,
+which `--help` and a mistake in a configuration should not cost.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -32,26 +35,9 @@ Settings = Annotated[
     ),
 ]
 
-
-class Writer(StrEnum):
-    """Which model writes samples."""
-
-    teacher = "teacher"
-    student = "student"
-
-
-class Budget(StrEnum):
-    """What a comparison's objectives get as much of."""
-
-    updates = "updates"
-    sampled_tokens = "sampled_tokens"
-    seconds = "seconds"
-
-
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue unfinished stages from their newest checkpoint.")
 ]
-
 
 Objective = Annotated[
     str | None,
@@ -81,7 +67,9 @@ def distill(settings: Settings, resume: Resume = False) -> None:
 @app.command()
 def generate(
     settings: Settings,
-    author: Annotated[Writer, typer.Option(help="Which model writes.")] = Writer.teacher,
+    author: Annotated[
+        Literal["teacher", "student"], typer.Option(help="Which model writes.")
+    ] = "teacher",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the store; without it data.trajectory_store.")
     ] = None,
@@ -99,7 +87,7 @@ def generate(
     """
     files, overrides = _sort(settings)
     again = "the same command goes on, what was finished is kept"
-    with _telling_errors(), _ending_on_signals(again):
+    with _reporting_errors(), _ending_on_signals(again):
         from distill_system.config import load_config
         from distill_system.offline.generate import GenerateRequest
         from distill_system.offline.generate import generate as fill_store
@@ -107,7 +95,7 @@ def generate(
 
         request = GenerateRequest(
             config=load_config(files, overrides),
-            author=Author(author.value),
+            author=Author(author),
             out=out,
             num_prompts=num_prompts,
             samples_per_prompt=samples_per_prompt,
@@ -137,8 +125,9 @@ def compare(
     ],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each objective: seeds 0, 1, ...")] = 3,
     budget: Annotated[
-        Budget, typer.Option(help="What every objective gets as much of.")
-    ] = Budget.updates,
+        Literal["updates", "sampled_tokens", "seconds"],
+        typer.Option(help="What every objective gets as much of."),
+    ] = "updates",
     budget_value: Annotated[
         float | None,
         typer.Option(min=0.0, help="How much; without it, what CONFIG's steps cost the first one."),
@@ -149,7 +138,7 @@ def compare(
 
     The same command goes on where an earlier one was ended.
     """
-    with _telling_errors(), _ending_on_signals():
+    with _reporting_errors(), _ending_on_signals():
         from distill_system.stages.compare import ComparisonRequest, compare
 
         files, overrides = _sort(settings)
@@ -158,7 +147,7 @@ def compare(
             overrides=overrides,
             objectives=[name.strip() for name in objectives.split(",") if name.strip()],
             seeds=seeds,
-            budget=budget.value,
+            budget=budget,
             budget_value=budget_value,
             at_once=at_once,
         )
@@ -179,7 +168,7 @@ def scale(
     runs_directory: Annotated[str, typer.Option(help="Where a run's name is looked for.")] = "runs",
 ) -> None:
     """Change the number of a run's workers while it distils; waits until they are there."""
-    with _telling_errors():
+    with _reporting_errors():
         from distill_system.elastic.scale_command import describe
         from distill_system.elastic.scale_command import scale as ask
 
@@ -196,7 +185,7 @@ def plan(
 
     Exit code 1 if a worker would not fit its GPU.
     """
-    with _telling_errors():
+    with _reporting_errors():
         from distill_system.config import load_config
         from distill_system.planning import render_plan
         from distill_system.stages.plan import plan_run
@@ -221,12 +210,13 @@ def _run(
 ) -> None:
     """Load the configuration and run stages."""
     files, overrides = _sort(settings)
-    with _telling_errors(), _ending_on_signals():
+    with _reporting_errors(), _ending_on_signals():
         from distill_system.config import load_config
         from distill_system.config.recipes import recipe_path
 
         recipe = [] if objective is None else [str(recipe_path(objective))]
         config = load_config([*files, *recipe], overrides)
+        # After the configuration is checked: this import is the slow one.
         from distill_system.stages.train import train as run_stages
 
         run = run_stages(config, resume=resume, stages=stages)
@@ -237,18 +227,18 @@ def _run(
 
 
 def _sort(settings: list[str]) -> tuple[list[str], list[str]]:
-    """Files, and overrides."""
+    """The files and the overrides of a command line."""
     files = [setting for setting in settings if not _is_override(setting)]
     return files, [setting for setting in settings if _is_override(setting)]
 
 
 @contextmanager
-def _telling_errors() -> Iterator[None]:
-    """A DistillError is one message and exit code 1."""
+def _reporting_errors() -> Iterator[None]:
+    """Turn a DistillError into one message and exit code 1."""
     try:
         yield
     except DistillError as error:
-        _complain(type(error).__name__, str(error))
+        _print_error(type(error).__name__, str(error))
         raise typer.Exit(1) from None
 
 
@@ -256,18 +246,18 @@ def _telling_errors() -> Iterator[None]:
 def _ending_on_signals(
     again: str = "--resume continues from the newest checkpoint",
 ) -> Iterator[None]:
-    """Ctrl-C and SIGTERM leave the block as an error does, so that every worker is ended.
+    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt in the block, so that it ends its workers.
 
-    again: how to go on, told to the person.
+    A second signal ends this process at once; Ray's processes notice that and end themselves.
 
-    The second signal ends this process at once; what Ray started here then ends itself.
+    again: how to continue, for the message.
     """
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
         for caught in before:
-            signal.signal(caught, signal.SIG_DFL)
+            signal.signal(caught, signal.SIG_DFL)  # for the second signal
         raise KeyboardInterrupt
 
     before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -277,14 +267,15 @@ def _ending_on_signals(
         if not received:
             raise
         name = signal.Signals(received[0]).name
-        _complain("Interrupted", f"by {name}; {again}")
+        _print_error("Interrupted", f"by {name}; {again}")
         raise typer.Exit(128 + received[0]) from None
     finally:
         for caught, handler in before.items():
             signal.signal(caught, handler)
 
 
-def _complain(title: str, message: str) -> None:
+def _print_error(title: str, message: str) -> None:
+    # The message by plain print: rich would wrap it and read [brackets] in it as markup.
     Console(stderr=True).print(f"[bold red]{title}[/]: ", end="")
     print(message, file=sys.stderr)
 

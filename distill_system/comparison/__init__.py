@@ -1,4 +1,4 @@
-"""Comparison: finished runs of several objectives and seeds in, one verdict with error bars out."""
+"""Compares finished runs of several objectives and seeds: means, error bars, significance."""
 
 from distill_system.comparison.plan import Plan, read_plan, run_directory, run_key, write_plan
 from distill_system.comparison.write import ComparisonFiles, write_comparison

@@ -1,4 +1,4 @@
-"""A verdict in, compare.html out, in the style of a run's report."""
+"""Renders a verdict as compare.html, in the style of a run's report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from distill_system.observe.pages import render_page
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One objective's score: percentages of the card's width, from the left."""
+    """One objective's score; end and error are percentages of the card's width."""
 
     name: str
     color: str
@@ -44,7 +44,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """One objective's difference: percentages of the card's width, from the left."""
+    """One objective's difference; low, middle and high are positions in percent of the width."""
 
     name: str
     kind: str
@@ -56,7 +56,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Bars or intervals under one title.  zero: where the difference 0 lies, in percent."""
+    """Bars or intervals under one title.  zero: position of the difference 0, in percent."""
 
     title: str
     rows: tuple[Bar, ...] | tuple[Interval, ...]
@@ -64,7 +64,7 @@ class Card:
 
 
 def write_page(verdict: Verdict) -> str:
-    """The whole of compare.html."""
+    """The text of compare.html."""
     plan = verdict.comparison.plan
     metrics = find_headline_metrics(verdict)
     headline_columns = [column for metric in metrics for column in verdict.of_metric(metric)]
@@ -87,7 +87,7 @@ def write_page(verdict: Verdict) -> str:
 
 
 def find_headline_metrics(verdict: Verdict) -> tuple[str, ...]:
-    """The first of evaluation.metrics, greedy and sampled; without it the first score there is."""
+    """The first of evaluation.metrics, greedy and sampled; or else the first score found."""
     configured = verdict.comparison.plan.config.get("evaluation", {}).get("metrics", ())
     judged = {column.column.metric for column in verdict.columns if column.direction > 0}
     known = [metric for metric in verdict.metrics if metric in judged]
@@ -100,7 +100,7 @@ def find_headline_metrics(verdict: Verdict) -> tuple[str, ...]:
 
 
 def write_headlines(verdict: Verdict, metrics: Sequence[str]) -> list[str]:
-    """One line per metric: the best of ours against SFT and against the best baseline."""
+    """One line per metric: the best AMMD objective against SFT and against the best baseline."""
     sentences = []
     for metric in metrics:
         column = verdict.of_metric(metric)[0]
@@ -124,7 +124,7 @@ def write_headlines(verdict: Verdict, metrics: Sequence[str]) -> list[str]:
 
 
 def _draw_bars(column: ColumnVerdict, plan: Plan) -> Card:
-    """Bars begin at zero; the longest with its error fills the card."""
+    """Bars from zero, scaled so that the longest fills the card together with its error."""
     metric = column.column.metric
     reach = max(c.summary.mean + (c.summary.stderr or 0.0) for c in column.cells.values()) or 1.0
     bars = tuple(
@@ -141,7 +141,7 @@ def _draw_bars(column: ColumnVerdict, plan: Plan) -> Card:
 
 
 def _draw_intervals(column: ColumnVerdict) -> Card | None:
-    """Differences from SFT with their 95% intervals; none where nothing could be compared."""
+    """Differences from SFT with their 95% intervals; None if there are none."""
     found = {
         name: (cell.against_sft, cell.against_sft.interval)
         for name, cell in column.cells.items()
@@ -172,7 +172,7 @@ def _draw_intervals(column: ColumnVerdict) -> Card | None:
 
 
 def _draw_sections(verdict: Verdict, metrics: Sequence[str]) -> list[tuple[str, list[Chart]]]:
-    """Title and charts of each section that has any; a point alone is a table, not a curve."""
+    """Title and charts of each section that has any."""
     wanted = {
         "Distances to the teacher": ("held_out/",),
         "Scores during training": tuple(metrics),
@@ -196,7 +196,8 @@ def _draw_curve(
     kept = {objective: _shared_steps(points) for objective, points in curves.items()}
     if max(len(points) for points in kept.values()) < 3:
         return []
-    # Six colours, then the same dashed, then dotted: an objective looks alike in every chart.
+    # Six colours, then the same dashed, then dotted. Assigned in the plan's order, so that an
+    # objective has the same look in every chart.
     looks = cycle((color, pattern) for pattern, color in product(PATTERNS, SERIES))
     lines = [
         Line(
@@ -217,7 +218,7 @@ def _draw_curve(
 
 
 def _shared_steps(points: Sequence[Point]) -> list[Point]:
-    """The steps that the most seeds have: a mean over changing seeds would jump with them."""
+    """The points over the largest number of seeds; a mean over fewer seeds would jump there."""
     most = max(point.summary.num_seeds for point in points)
     return [point for point in points if point.summary.num_seeds == most]
 
@@ -227,7 +228,7 @@ def _title_split(column: ColumnVerdict) -> str:
 
 
 def _kind(difference: Difference, direction: int) -> str:
-    """The class of the page's style: up, down, or unclear where chance explains it."""
+    """The CSS class of a difference: up, down, or unclear if it is not significant."""
     if not difference.is_significant:
         return "unclear"
     return "up" if difference.difference * direction > 0 else "down"

@@ -1,4 +1,4 @@
-"""What a comparison set out to do: its plan.json, read and written, and where each run lies."""
+"""The plan of a comparison: reads and writes plan.json, and names the folder of each run."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from distill_system.errors import RunStateError
 from distill_system.observe.run_directory import RunDirectory, read_json, write_json
 
 Budget = Literal["updates", "sampled_tokens", "seconds"]
-"""What every objective gets as much of: updates, tokens that both models sample, seconds."""
+"""The quantity that is equal for all objectives; sampled tokens are those of both models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The whole of plan.json.
+    """The content of plan.json.
 
     config: the resolved base configuration.
-    objectives: their names, in the order in which tables show them.
+    objectives: their names, in the order of the tables' rows.
     budget_value: updates, tokens or seconds of each run, as `budget` says.
     steps: objective -> distillation steps of each of its runs.
     failures: "objective/seed_0" -> the first lines of the error that ended that run.
@@ -40,7 +40,7 @@ _ADAPTER = TypeAdapter(Plan)
 
 
 def plan_path(folder: Path) -> Path:
-    """The plan of the comparison in this folder."""
+    """The file of a comparison's plan."""
     return folder / "plan.json"
 
 
@@ -55,7 +55,7 @@ def run_directory(folder: Path, objective: str, seed: int) -> RunDirectory:
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
-    """Write plan.json; a reader sees the old one or the new, never a part."""
+    """Write plan.json; see write_text on crashes."""
     write_json(plan_path(folder), _ADAPTER.dump_python(plan, mode="json"))
 
 

@@ -1,4 +1,4 @@
-"""The folder of a comparison in, every score, cost and curve of its finished runs out.
+"""Reads the folder of a comparison: every score, cost and curve of its finished runs.
 
 N examples of a split, R bootstrap replicates.
 """
@@ -21,16 +21,16 @@ from distill_system.observe.summary import DISTANCES, read_evaluation
 from distill_system.standard_errors import FloatArray
 
 HELD_OUT = "held_out"
-"""The split under which the distances stand beside the scores."""
+"""The split of the columns that hold the distances."""
 
 CURVE_PREFIXES = ("held_out/", "evaluation/")
 REFERENCE_ROLES = {"teacher": "teacher", "before": "student before distillation"}
-"""Evaluations that every run shares, and what tables call them."""
+"""Evaluations of models that all runs share -> the name of their row in the tables."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Column:
-    """One measured thing: in_distribution and exact_match_greedy, or held_out and a distance."""
+    """A split and a metric: in_distribution and exact_match_greedy, or held_out and a distance."""
 
     split: str
     metric: str
@@ -38,12 +38,12 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One column of one run, with what pairs it with another run's.
+    """One column of one run, with the values that pair it with another run's.
 
-    prompt_ids: [N], empty where a score has no examples (the distances).
-    per_example_N: float64 [N] whose mean is the score; None for a score of the whole corpus.
-    replicates_R: float64 [R] of a corpus score on resampled examples; replicate r of two runs on
-    the same prompts drew the same examples.
+    prompt_ids: [N]; empty for a score without examples (the distances).
+    per_example_N: float64 [N], whose mean is the score; None for a score of the whole corpus.
+    replicates_R: float64 [R], a corpus score on resampled examples; replicate r of two runs on the
+    same prompts drew the same examples.
     """
 
     mean: float
@@ -53,7 +53,7 @@ class Score:
 
 
 Curve = tuple[tuple[int, float], ...]
-"""(step, value), of one metric of one run."""
+"""(step, value) of one metric in one run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +74,10 @@ class FinishedRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """All that was found in a comparison's folder.
+    """Everything found in a comparison's folder.
 
-    runs: objective -> seed -> run; every objective of the plan has a key, if an empty one.
-    problems: "objective/seed_0" -> why that run is left out, or is not what was planned.
+    runs: objective -> seed -> run; an objective without finished runs has an empty mapping.
+    problems: "objective/seed_0" -> why that run is left out, or differs from the plan.
     """
 
     plan: Plan
@@ -86,7 +86,7 @@ class Comparison:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """Every column that any run has, in the order first met."""
+        """Every column of any run, in the order of first appearance."""
         runs = [run for found in self.runs.values() for run in found.values()]
         return tuple(dict.fromkeys(column for run in runs for column in run.scores))
 
@@ -106,7 +106,7 @@ def read_comparison(folder: Path) -> Comparison:
             try:
                 run = _read_run(run_directory(folder, objective, seed), objective, seed)
             except RunStateError as error:
-                # One damaged file is no reason to withhold what the other runs say.
+                # One damaged file must not hide the results of the other runs.
                 problems[key] = f"left out, cannot be read: {error}"
                 continue
             if run is not None:
@@ -157,7 +157,7 @@ def _read_run(directory: RunDirectory, objective: str, seed: int) -> FinishedRun
 
 
 def _collect_scores(evaluation: Mapping[str, Any]) -> dict[Column, Score]:
-    """Every score that has a value; one that was not finite was written as null."""
+    """Every score that has a value; a score that was not finite is null in the file."""
     found = {
         Column(split, metric): _to_score(form, metric, float(estimate["mean"]))
         for split, form in evaluation["splits"].items()

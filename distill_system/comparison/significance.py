@@ -1,4 +1,4 @@
-"""Two objectives' scores over the same seeds and examples in, how sure their difference is out.
+"""The significance of the difference between two objectives, over the same seeds and examples.
 
 A difference d_si (seed s of S, example i of N) has three sources of chance: which seeds, which
 examples, and their interaction.  The claim is about new seeds and new examples, so both count:
@@ -7,20 +7,20 @@ examples, and their interaction.  The claim is about new seeds and new examples,
     V_examples  variance over examples of the difference averaged over seeds, divided by N
     t = mean difference / sqrt(V_seeds + V_examples)
 
-against Student's t whose degrees of freedom Satterthwaite's rule gives, from S - 1 and N - 1.
-Source: Clark 1973, "The language-as-fixed-effect fallacy", the min F' of his section on crossed
-designs, whose root this t is.  The interaction is counted in both, so that the test errs towards
-saying nothing.
+is compared with Student's t, whose degrees of freedom follow from S - 1, N - 1 by Satterthwaite's
+rule.  Source: Clark 1973, "The language-as-fixed-effect fallacy": t is the square root of his
+min F' for crossed designs.  The interaction is part of both variances, so that the test is
+conservative.
 
-Why no resampling: with three seeds there are ten ways to draw them.  A two-level bootstrap's 95%
-interval then excludes zero whenever three seeds agree in sign, which chance alone makes happen one
-time in four; and a permutation of three seeds cannot give a p-value below 1/4.  Resampling examples
-alone answers another question: whether these very models differ.
+Why no resampling: three seeds can be drawn in only ten ways.  A two-level bootstrap's 95% interval
+then excludes zero whenever the three seeds agree in sign, which happens by chance one time in four;
+and a permutation test of three seeds cannot give a p-value below 1/4.  Resampling only the examples
+answers another question: whether these particular trained models differ.
 
 A corpus score (BLEU) is not a mean over examples.  Its V_examples is the variance of the paired
 bootstrap replicates, averaged over seeds; replicate r drew the same examples everywhere.
 
-S seeds that both have, N examples, R replicates, K splits.
+S seeds that both objectives have, N examples, R replicates, K splits.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Difference:
     """Ours minus theirs, in the score's own unit.
 
     stderr_seeds: standard error over seeds; None for one seed.
-    stderr: of the sources of chance named by `basis`; None where there is none to measure.
+    stderr: over the sources of chance named by `basis`; None if the basis is "none".
     interval: 95%.
-    basis: "seeds" where the examples cannot be paired; "examples" where there is one seed, so that
-    nothing is said about others; "none" where neither has two.
+    basis: "seeds" if the examples cannot be paired; "examples" if there is only one seed, so that
+    the result does not extend to other seeds; "none" if there are not two of either.
     """
 
     difference: float
@@ -63,13 +63,13 @@ class Difference:
 
     @property
     def is_significant(self) -> bool:
-        """Whether chance would make so large a difference less than once in twenty times."""
+        """Whether chance alone makes so large a difference less than once in twenty times."""
         return self.p_value is not None and self.p_value < LEVEL
 
 
 @dataclass(frozen=True, slots=True)
 class _Variance:
-    """A variance that was estimated, and the degrees of freedom of its estimate."""
+    """An estimated variance, and the degrees of freedom of the estimate."""
 
     value: float
     freedom: float
@@ -85,7 +85,7 @@ def compare_scores(
         theirs: the same, of the other objective; the same splits in the same order.
 
     Returns:
-        None if they have no seed in common.  Splits are taken as they are, not as a sample.
+        None if they have no seed in common.  The splits are fixed, not a sample of splits.
     """
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
@@ -131,8 +131,8 @@ def _test(
     if variance is None:
         return None, None
     if variance.value == 0:
-        # Identical everywhere is no difference; different by the same amount everywhere leaves
-        # nothing to measure chance by.
+        # All differences are equal. If they are 0, there is no difference; otherwise there is no
+        # spread from which to estimate chance.
         return ((0.0, 0.0), 1.0) if difference == 0 else (None, None)
     stderr = math.sqrt(variance.value)
     reach = critical_value(variance.freedom, level=LEVEL) * stderr
@@ -147,7 +147,7 @@ def _name_basis(seeds: _Variance | None, examples: _Variance | None) -> Basis:
 
 
 def _example_variance(ours: Sequence[Score], theirs: Sequence[Score]) -> _Variance | None:
-    """V_examples of one split, given S scores of each; None where examples cannot be paired."""
+    """V_examples of one split, from S scores of each; None if examples cannot be paired."""
     every = [*ours, *theirs]
     num_examples = len(every[0].prompt_ids)
     if num_examples < 2 or any(score.prompt_ids != every[0].prompt_ids for score in every):
@@ -168,7 +168,7 @@ def _example_variance(ours: Sequence[Score], theirs: Sequence[Score]) -> _Varian
 def _mean_difference(
     ours: Sequence[FloatArray | None], theirs: Sequence[FloatArray | None]
 ) -> FloatArray | None:
-    """Mean over seeds of ours - theirs, element by element; None unless all are of one length."""
+    """Mean over seeds of ours - theirs, element by element; None unless all have one length."""
     known = [values for values in chain(ours, theirs) if values is not None]
     if len(known) < len(ours) + len(theirs) or len({len(values) for values in known}) != 1:
         return None
@@ -177,7 +177,7 @@ def _mean_difference(
 
 
 def _average(variances: Sequence[_Variance | None]) -> _Variance | None:
-    """The variance of the mean of K independent splits; None if one is not known."""
+    """The variance of the mean of K independent splits; None if one of them is None."""
     known = [variance for variance in variances if variance is not None]
     if len(known) < len(variances):
         return None
@@ -186,12 +186,12 @@ def _average(variances: Sequence[_Variance | None]) -> _Variance | None:
 
 
 def _add(variances: Sequence[_Variance]) -> _Variance | None:
-    """Sum of independent estimates; its freedom by Satterthwaite 1946.  None for an empty sum."""
+    """The sum of independent estimates, its freedom by Satterthwaite 1946; None without any."""
     if not variances:
         return None
     total = sum(variance.value for variance in variances)
     spread = sum(variance.value**2 / variance.freedom for variance in variances)
-    if spread == 0:  # all are zero, or too small for their squares
+    if spread == 0:  # all are zero, or so small that their squares are
         return _Variance(total, min(variance.freedom for variance in variances))
     return _Variance(total, total**2 / spread)
 

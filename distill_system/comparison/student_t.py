@@ -1,4 +1,4 @@
-"""Student's t distribution at any real number of degrees of freedom, from Python's own maths."""
+"""Student's t distribution for any real number of degrees of freedom, without SciPy."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _MAX_TERMS = 20_000
 
 
 def two_sided_p_value(statistic: float, freedom: float) -> float:
-    """How probable it is that |T| of Student's t is at least |statistic|.
+    """The probability that |T| is at least |statistic| for T of Student's t distribution.
 
     Args:
-        statistic: estimate over its standard error.
+        statistic: an estimate divided by its standard error.
         freedom: degrees of freedom, above 0, not necessarily whole.
 
     Source: P = I_x(freedom / 2, 1 / 2) with x = freedom / (freedom + statistic**2), the regularised
@@ -23,8 +23,8 @@ def two_sided_p_value(statistic: float, freedom: float) -> float:
 
 
 def critical_value(freedom: float, *, level: float = 0.05) -> float:
-    """The statistic whose two-sided p-value is `level`; 1.96 as the freedom grows."""
-    low, high = 0.0, 1.0
+    """The statistic whose two-sided p-value is `level`; it approaches 1.96 for large freedom."""
+    low, high = 0.0, 1.0  # doubled until they enclose the value, then bisected
     while two_sided_p_value(high, freedom) > level:
         low, high = high, 2 * high
     while high - low > 1e-12 * high:
@@ -34,19 +34,20 @@ def critical_value(freedom: float, *, level: float = 0.05) -> float:
 
 
 def _incomplete_beta(a: float, b: float, x: float, squared: float) -> float:
-    """I_x(a, b), where 1 - x = squared / (2 a + squared) is given without cancellation."""
+    """I_x(a, b); 1 - x is computed as squared / (2 a + squared), which is exact near x = 1."""
     if squared == 0:
         return 1.0
     rest = squared / (2 * a + squared)
     log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
     front = math.exp(log_front + a * math.log1p(-rest) + b * math.log(rest))
+    # The continued fraction converges fast on this side; on the other, I_x(a,b) = 1 - I_1-x(b,a).
     if x < (a + 1) / (a + b + 2):
         return front * _continued_fraction(a, b, x) / a
     return 1.0 - front * _continued_fraction(b, a, rest) / b
 
 
 def _continued_fraction(a: float, b: float, x: float) -> float:
-    """DLMF 8.17.22 by the modified Lentz method."""
+    """DLMF 8.17.22, evaluated by the modified Lentz method."""
     numerator, denominator = 1.0, 1.0 / _away_from_zero(1.0 - (a + b) * x / (a + 1.0))
     value = denominator
     for m in range(1, _MAX_TERMS):

@@ -1,4 +1,4 @@
-"""A verdict in, its tables out, in the words that Markdown and the page both show."""
+"""Builds the tables of a verdict, as texts that Markdown and the page both show."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ COSTS: dict[str, tuple[str, float, int]] = {
     "learner_tokens": ("tokens learned from", 1, 0),
     "learner_peak_memory_bytes": ("peak memory of a learner, MiB", 2**20, 0),
 }
-"""Cost -> its title, what it is divided by to be shown, and digits."""
+"""Cost -> its title, the divisor for its unit, and digits."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableCell:
-    """What one cell shows.  marks: GAIN_ON_SFT and the like; note: the numbers behind the marks."""
+    """What one cell shows.  marks: such as GAIN_ON_SFT; note: the differences behind the marks."""
 
     text: str
     is_best: bool = False
@@ -47,7 +47,7 @@ class TableCell:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A header and rows of cells, each row after its name."""
+    """A title, a header, and rows: a name and its cells."""
 
     title: str
     header: tuple[str, ...]
@@ -55,13 +55,13 @@ class Table:
 
 
 def build_tables(verdict: Verdict) -> list[Table]:
-    """One table per metric, columns by split, and one of the costs."""
+    """One table per metric, with a column for each split, and one table of the costs."""
     tables = [_metric_table(verdict, metric) for metric in verdict.metrics]
     return [*tables, _cost_table(verdict)]
 
 
 def describe_budget(plan: Plan) -> str:
-    """What every objective got as much of."""
+    """A sentence on the runs and their equal budget."""
     what = {
         "updates": "{:,.0f} student updates",
         "sampled_tokens": "{:,.0f} tokens sampled by both models",
@@ -145,7 +145,7 @@ def _describe(cell: Cell, best_baseline: str | None, digits: int) -> str:
 
 
 def format_difference(difference: Difference, digits: int = 1) -> str:
-    """Difference, 95% interval and p-value, as far as they are known."""
+    """Difference, 95% interval and p-value; the last two if they are known."""
     words = format_signed(difference.difference, digits)
     if difference.interval is not None:
         low, high = (format_signed(bound, digits) for bound in difference.interval)
@@ -156,14 +156,14 @@ def format_difference(difference: Difference, digits: int = 1) -> str:
 
 
 def describe_difference(difference: Difference, digits: int) -> str:
-    """format_difference, and what it rests on."""
+    """format_difference, with its basis and the number of seeds."""
     words = format_difference(difference, digits)
     seeds = f"{difference.num_seeds} seed{'s' if difference.num_seeds > 1 else ''}"
     return f"{words} (chance of {difference.basis}; {seeds})"
 
 
 def format_summary(summary: Summary, digits: int, num_seeds: int) -> str:
-    """28.5 ± 0.4, and how many seeds if they are not all."""
+    """28.5 ± 0.4, and the number of seeds if some are missing."""
     words = f"{summary.mean:,.{digits}f}"
     if summary.stderr is not None:
         words += f" ± {summary.stderr:,.{digits}f}"
@@ -202,5 +202,5 @@ def _cost_cell(
 
 
 def count_digits(metric: str) -> int:
-    """Decimals in which a metric is shown: distances are small."""
+    """Decimals of a metric: distances are small numbers."""
     return DISTANCE_DIGITS if metric.endswith("_distance") else 1

@@ -1,4 +1,4 @@
-"""A verdict in, compare.md and compare.csv out."""
+"""Renders a verdict as compare.md and compare.csv."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SUMMARY_FIGURES = ("mean", "stderr", "num_seeds")
 
 
 def write_markdown(verdict: Verdict) -> str:
-    """The whole of compare.md."""
+    """The text of compare.md."""
     plan = verdict.comparison.plan
     parts = [f"# {plan.name}", f"{describe_budget(plan)}.", LEGEND]
     if verdict.comparison.problems:
@@ -27,7 +27,7 @@ def write_markdown(verdict: Verdict) -> str:
 
 
 def write_csv(verdict: Verdict) -> str:
-    """The whole of compare.csv: a row per objective, every figure in a column of its own.
+    """The text of compare.csv: a row per objective, a column per figure.
 
     Columns: objective, then `<split>/<metric>/` mean, stderr, num_seeds, p_sft, p_best_baseline,
     then `<cost>/` mean, stderr, num_seeds.  A figure that does not exist is empty.
@@ -47,7 +47,7 @@ def write_csv(verdict: Verdict) -> str:
             row += _cell_figures(column.cells.get(objective))
         for cost in costs:
             row += _summary_figures(verdict.costs[objective].get(cost))
-        writer.writerow(row)  # None is written as nothing
+        writer.writerow(row)  # the csv module writes None as an empty field
     return buffer.getvalue()
 
 
@@ -82,10 +82,10 @@ def _to_markdown(table: Table) -> str:
 
 
 def _escape(text: str) -> str:
-    """A bar would end the cell; a lone star would begin emphasis."""
+    """Escape what Markdown would read as the end of a cell (|) or as emphasis (*)."""
     return text.replace("|", "\\|").replace("*", "\\*")
 
 
 def _to_one_line(text: str) -> str:
-    """An error may name <pad>, which a reader of Markdown would take for a tag and hide."""
+    """One line, HTML escaped: Markdown would take the <pad> of an error message for a tag."""
     return html.escape(" ".join(text.split()), quote=False)

@@ -1,4 +1,4 @@
-"""Every run's results in, one cell per objective and column out: mean, spread, significance."""
+"""Judges a comparison: the results of all runs in, a cell per objective and column out."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ AVERAGE = "average"
 """The split whose column is the mean over all splits that have the metric."""
 REFERENCE_OBJECTIVE = "sft"
 OURS = "ammd"
-"""Objectives whose names begin so are what is compared; all others are baselines."""
+"""Prefix of the names of this project's own objectives; all others are baselines."""
 HIGHER_IS_BETTER = ("exact_match", "rouge_l", "bleu")
 LOWER_IS_BETTER = ("on_policy_distance", "off_policy_distance")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """A figure over seeds; stderr is None for one seed."""
+    """The mean of a figure over seeds; stderr is None for one seed."""
 
     mean: float
     stderr: float | None
@@ -47,9 +47,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnVerdict:
-    """One column of the tables.  cells: objective -> cell, of those that have a score there.
+    """One column of the tables.
 
-    references: role -> its score, the mean over runs.  direction: see better_direction.
+    cells: objective -> cell; objectives without a score there are missing.
+    references: role -> its score, averaged over runs.  direction: see better_direction.
     """
 
     column: Column
@@ -69,9 +70,9 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """All that the comparison says.
+    """The results of a comparison.
 
-    columns: by metric, the average over splits first.
+    columns: grouped by metric, the average over splits first.
     costs: objective -> cost -> figure.  curves: metric -> objective -> points.
     """
 
@@ -160,7 +161,7 @@ def _judge(comparison: Comparison, column: Column, parts: Sequence[Column]) -> C
 def _collect(
     runs: Mapping[int, FinishedRun], parts: Sequence[Column]
 ) -> dict[int, tuple[Score, ...]]:
-    """Seed -> its scores of all parts; a seed that lacks one of them is left out."""
+    """Seed -> its scores of all parts; seeds that lack one of them are left out."""
     return {
         seed: tuple(run.scores[part] for part in parts)
         for seed, run in runs.items()
@@ -169,7 +170,7 @@ def _collect(
 
 
 def _find_best_baseline(summaries: Mapping[str, Summary], direction: int) -> str | None:
-    """The best mean among the baselines that have the most seeds: one lucky seed is no baseline."""
+    """The best mean among the baselines with the most seeds: fewer seeds could just be lucky."""
     baselines = {name: s for name, s in summaries.items() if not name.startswith(OURS)}
     if direction == 0 or not baselines:
         return None

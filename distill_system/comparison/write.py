@@ -1,4 +1,4 @@
-"""The folder of a comparison in; compare.json, compare.md, compare.csv and compare.html out."""
+"""Writes compare.json, compare.md, compare.csv and compare.html into a comparison's folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill_system.observe.run_directory import write_json, write_text
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparisonFiles:
-    """What write_comparison wrote."""
+    """The files that write_comparison wrote, and the verdict in them."""
 
     json_path: Path
     markdown_path: Path
@@ -27,11 +27,11 @@ class ComparisonFiles:
 
 
 def write_comparison(folder: Path) -> ComparisonFiles:
-    """Compare whatever runs of the plan have finished; those that have not are named.
+    """Compare the finished runs of a plan; the files name those that have not finished.
 
     Args:
-        folder: holds plan.json and `<objective>/seed_<k>/`, as train writes them; the four files
-            are written beside plan.json.
+        folder: holds plan.json and the runs `<objective>/seed_<k>/`; the files are written beside
+            plan.json.
 
     Raises:
         RunStateError: plan.json is missing or not a plan.
@@ -56,13 +56,13 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
 
     Returns:
         name, objectives, seeds, budget, budget_value, steps: the plan's.
-        problems["objective/seed_0"]: why that run is left out, or is not what was planned.
+        problems["objective/seed_0"]: why that run is left out, or differs from the plan.
         level: the p-value below which a difference is significant.
         scores[metric][split]: direction (1 higher is better, -1 lower, 0 neither), best_baseline,
         references[role] and objectives[name]: mean, stderr (over seeds), num_seeds,
         per_seed[seed], is_best, against_sft and against_best_baseline (the fields of Difference,
-        and is_significant; null against itself or where nothing can be compared).  The split
-        "average" is the mean over all splits.  The distances stand under the split "held_out".
+        and is_significant; null against itself or if nothing can be compared).  The split
+        "average" is the mean over all splits.  The distances have the split "held_out".
         costs[objective][cost]: mean, stderr, num_seeds.
         curves[metric][objective]: one {step, mean, stderr, num_seeds} per measured step.
     """

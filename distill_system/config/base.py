@@ -10,7 +10,7 @@ class ConfigModel(BaseModel):
         frozen=True,
         extra="forbid",
         strict=True,
-        # JSON, which the resolved configuration is written in, has no infinity
+        # The resolved configuration is written as JSON, which has no infinity.
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )

@@ -1,4 +1,4 @@
-"""Where prompts and reference answers come from, and how a row becomes text."""
+"""Configuration of data: sources of prompts and answers, how a row becomes text, tokenizers."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class MessagesFields(ConfigModel):
 class TemplateFields(ConfigModel):
     """Rows of any fields; prompt and answer are templates in which {name} stands for a field.
 
-    {outer.inner} reaches into a nested field, as outer.inner does in every format. A text stands as
-    it is, true and false as yes and no, a whole number by its digits, a list of texts joined by
+    {outer.inner} names a nested field, as outer.inner does in every format. Texts are inserted
+    unchanged, true and false as yes and no, whole numbers by their digits, lists of texts joined by
     spaces; {{ and }} are braces.
     """
 
@@ -99,7 +99,7 @@ EmbeddedSplit = Literal[
 
 
 class EmbeddedSource(ConfigModel):
-    """Short instruction-following tasks made by a generator that the package carries."""
+    """Short instruction-following tasks, made by a generator in the package."""
 
     type: Literal["embedded"]
     split: EmbeddedSplit
@@ -111,7 +111,7 @@ class EmbeddedSource(ConfigModel):
 
 
 class RowSource(ConfigModel):
-    """What the sources that read rows of a file or data set share."""
+    """Keys of all sources that read the rows of a file or data set."""
 
     fields: FieldMap = PromptResponseFields()
     """Which fields hold the prompt and the answer."""
@@ -132,7 +132,7 @@ class RowSource(ConfigModel):
 
     @property
     def bounds_responses(self) -> bool:
-        """Whether answers have to be read to know which rows stay."""
+        """Whether some rows are left out because of the length of their answers."""
         return self.min_response_tokens is not None or self.max_response_tokens is not None
 
 
@@ -179,24 +179,24 @@ class WeightedSource(ConfigModel):
     source: Source
     """What is read."""
     weight: PositiveFloat = 1.0
-    """Prompts taken of it for each one taken of a source of weight 1."""
+    """Prompts taken from it for each prompt from a source of weight 1."""
 
 
 class MixtureSource(ConfigModel):
-    """Sources that take turns by their weights, without chance; each walks epochs of its own."""
+    """Sources that take turns in proportion to their weights; each has epochs of its own."""
 
     type: Literal["mixture"]
     sources: dict[str, WeightedSource]
-    """Sources by name; a prompt carries the name in its id."""
+    """Sources by name; the ids of their prompts contain it."""
 
     @field_validator("sources")
     @classmethod
     def _check(cls, sources: dict[str, WeightedSource]) -> dict[str, WeightedSource]:
-        odd = [name for name in sources if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]
-        if odd or not sources:
+        wrong = [name for name in sources if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name)]
+        if wrong or not sources:
             raise ValueError(
                 "sources needs at least one source, each named by letters, digits, '_' and '-', "
-                f"got {odd or 'none'}"
+                f"got {wrong or 'none'}"
             )
         return sources
 
@@ -222,7 +222,7 @@ class TrainedTokenizer(ConfigModel):
 
 
 class PretrainedTokenizer(ConfigModel):
-    """A tokenizer that exists: by default the teacher's own."""
+    """An existing tokenizer, by default the teacher's."""
 
     type: Literal["pretrained"] = "pretrained"
     path: str | None = None
@@ -244,13 +244,13 @@ class DataConfig(ConfigModel):
     use_chat_template: bool = False
     """Send plain prompts as one user message through the tokenizer's chat template instead."""
     max_prompt_tokens: PositiveInt = 512
-    """A longer prompt is refused with its id."""
+    """Longest prompt; a longer one is an error that names its id."""
     teacher_sft: Source | None = None
     """Rows that the teacher is fine-tuned on."""
     student_sft: Source | None = None
     """Rows that the student is fine-tuned on before distillation."""
     prompts: PromptSource
-    """Prompts of the distillation, of one source or of a weighted mixture; answers in it are not
+    """Prompts of the distillation, from one source or from a weighted mixture; answers are not
     read."""
     trajectory_store: str | None = None
     """Folder of samples that `distill-system generate` wrote ahead, for
@@ -272,14 +272,14 @@ class DataConfig(ConfigModel):
         for name, source in unread.items():
             if isinstance(source, RowSource) and source.bounds_responses:
                 raise ValueError(
-                    f"{name}: answers are not read here, so min_response_tokens and "
-                    "max_response_tokens cannot be; remove them"
+                    f"{name}: answers are not read here, so that min_response_tokens and "
+                    "max_response_tokens have no meaning; remove them"
                 )
         return self
 
     @property
     def prompt_sources(self) -> dict[str, Source]:
-        """The sources of the prompts by their place under `data`."""
+        """The sources of the prompts by their key below `data`."""
         if not isinstance(self.prompts, MixtureSource):
             return {"prompts": self.prompts}
         return {
@@ -289,7 +289,7 @@ class DataConfig(ConfigModel):
 
     @property
     def prompt_weights(self) -> dict[str, float]:
-        """The weights of the prompts' sources in the same order, by what their prompts carry."""
+        """The weights of those sources in the same order, by the name in their prompts' ids."""
         if not isinstance(self.prompts, MixtureSource):
             return {"prompts": 1.0}
         return {f"prompts.{name}": each.weight for name, each in self.prompts.sources.items()}

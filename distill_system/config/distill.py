@@ -1,4 +1,4 @@
-"""The distillation: objective, streams and how far they may run ahead, optimizer, measurements."""
+"""Configuration of the distillation: objective, streams, staleness, optimizer, measurements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distill_system.config.model import FullUpdate, OptimizerConfig, UpdateConfi
 from distill_system.config.objective import AmmdConfig, MinillmConfig, ObjectiveConfig, StreamName
 
 OffPolicySource = Literal["teacher", "store", "dataset"]
-"""Who may write the off-policy stream, in the order in which sources take turns."""
+"""Sources of the off-policy stream, in the order in which several take turns."""
 
 
 class ReplayConfig(ConfigModel):
@@ -29,52 +29,52 @@ class ReplayConfig(ConfigModel):
     again."""
 
     capacity: PositiveInt = 1000
-    """Student trajectories kept, the oldest leave first."""
+    """Student trajectories that are kept; the oldest are dropped first."""
     initial_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Chance of a step on the student's text, at the beginning."""
+    """Probability that a step learns from the student's text, at the beginning."""
     increase: PositiveFloat = 0.1
-    """What a rise of the held-out loss adds to that chance."""
+    """What a rise of the held-out loss adds to that probability."""
     tolerance: NonNegativeFloat = 0.1
-    """A rise by no more than this counts as none, in nats per token."""
+    """A rise of the held-out loss up to this, in nats per token, counts as none."""
 
 
 class BestConfig(ConfigModel):
-    """Which checkpoints stay beside the newest ones: the best by a metric of held-out data."""
+    """Which checkpoints are kept besides the newest ones: the best by a metric of held-out data."""
 
     metric: Annotated[str, Field(pattern=r"^(held_out|evaluation)/.+$")]
-    """Name of the metric, as in docs/metrics.md; a checkpoint counts with what was last measured
+    """Name of the metric, as in docs/metrics.md; a checkpoint's value is the last that was measured
     before it."""
     mode: Literal["min", "max"]
-    """Whether less is better, or more."""
+    """Whether lower or higher values are better."""
     count: PositiveInt = 1
-    """How many stay."""
+    """How many are kept."""
 
 
 class StalenessConfig(ConfigModel):
     """How far the student's text may lag behind the student that learns from it."""
 
     max_staleness: NonNegativeInt = 0
-    """Weight versions between the oldest token of a trajectory and the student that learns from
-    it. 0: every pool waits for the others, and a run repeats to the bit. S: at most S + 1 batches
-    are under way, and no pool waits for another longer than that allows."""
+    """Most weight versions between the oldest token of a trajectory and the student that learns
+    from it. 0: synchronous; the pools take turns, and a run is reproducible bit for bit. S > 0:
+    asynchronous; up to S + 1 batches are under way, and a pool waits only at that limit."""
     too_old: Literal["wait", "reissue", "weigh"] = "wait"
-    """wait: a step learns from its own prompts, in the order they were given out, and waits for the
-    last of them; nothing gets too old. reissue: a step learns from what is finished; what comes too
-    late is dropped and its prompt given out again, once. weigh: as reissue, but what comes late is
-    learned from, by importance weights."""
+    """wait: a step learns from its own prompts, in the order in which they were given out, and
+    waits for the last of them, so that nothing gets too old. reissue: a step learns from the
+    trajectories that are finished; one that is too old is dropped, and its prompt given out once
+    more. weigh: as reissue, but a step also learns from what is too old, by importance weights."""
     importance: Literal["none", "token", "state"] = "none"
-    """Weight of a token in the on-policy loss. none: 1, ratios are reported alone. token: the ratio
-    of the student's probability of the token to its probability when it was written. state: the
-    product of the ratios of the tokens before it."""
+    """Weight of a token in the on-policy loss. none: 1; the ratios are only reported. token: the
+    ratio of the student's probability of the token to its probability when it was sampled. state:
+    the product of the ratios of the tokens before it."""
     importance_cap: Annotated[float, Field(ge=1.0)] = 2.0
-    """No weight is larger."""
+    """Largest importance weight."""
     tokens_per_step: PositiveInt | None = None
-    """Response tokens that a step is to learn from: where its own sequences are shorter it takes
-    in what of the student's text is finished for the next step. null: its own alone."""
+    """Response tokens that a step should learn from. If its own sequences have fewer, it also takes
+    finished trajectories of the student that the next step would learn from. null: only its own."""
     min_on_policy_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """A step goes on with this share of its on-policy sequences when the others are late, and takes
-    off-policy sequences in their place. Both losses are means over their own tokens, so their
-    weights keep their meaning."""
+    """A step may start with this share of its on-policy sequences if the others are late;
+    off-policy sequences take their place. Both losses are means over their own tokens, so that
+    their weights keep their meaning."""
 
     @model_validator(mode="after")
     def _check(self) -> StalenessConfig:
@@ -104,19 +104,19 @@ class StalenessConfig(ConfigModel):
 
 
 class DistillConfig(ConfigModel):
-    """The distillation: objective, streams, optimizer, and when it is looked at."""
+    """The distillation: objective, streams, optimizer, measurements and checkpoints."""
 
     steps: PositiveInt
     """Learner steps."""
     student_prompts_per_step: NonNegativeInt = 32
     """Prompts the student answers in each step (the on-policy stream). A stream that the objective
-    does not read leaves its sequences to the other, so that objectives compare at equal batches."""
+    does not read gives its number to the other, so that objectives compare at equal batch sizes."""
     teacher_prompts_per_step: NonNegativeInt = 32
     """Sequences of the off-policy stream in each step: prompts the teacher answers, or rows."""
     off_policy_source: OffPolicySource | dict[OffPolicySource, PositiveFloat] = "teacher"
-    """Who writes the off-policy stream: the teacher as the run goes on, the teacher ahead of it
-    (store: the samples of data.trajectory_store), or the rows of data.student_sft (dataset).
-    Several by weights: {teacher: 1, store: 3} takes a quarter of the sequences from the teacher."""
+    """Source of the off-policy stream. teacher: the teacher generates it during the run. store: the
+    samples of data.trajectory_store. dataset: the rows of data.student_sft. Several by weights:
+    {teacher: 1, store: 3} takes a quarter of the sequences from the teacher."""
     staleness: StalenessConfig = StalenessConfig()
     replay: ReplayConfig | None = None
     """Learn from one stream a step, and from the student's earlier text again; null learns from
@@ -124,28 +124,28 @@ class DistillConfig(ConfigModel):
     objective: ObjectiveConfig = AmmdConfig()
     """What the student learns to match, and on which of the two streams."""
     update: UpdateConfig = FullUpdate()
-    """What of the student learns: all of it, or adapters."""
+    """Which weights of the student are trained: all, or adapters."""
     action_dimension: PositiveInt | None = 256
-    """Most dimensions in which critics see an action: wider action embeddings are read in a fixed
-    random subspace, a smaller class of critics at less cost in products, memory and bytes on the
-    wire; null takes them whole. Holds for the game and for the measured distances."""
+    """Most dimensions of an action embedding that critics see. Wider ones are projected onto a
+    fixed random subspace: a smaller class of critics, for less computation, memory and transfer.
+    null: no projection. Applies to the game and to the measured distances."""
     optimizer: OptimizerConfig
     measure_every: PositiveInt = 25
     """Steps between measurements of both distances on data.held_out."""
     evaluate_every: PositiveInt | None = None
-    """Steps between evaluations during training, a multiple of measure_every; null evaluates
-    before and after alone."""
+    """Steps between evaluations during training, a multiple of measure_every; null evaluates only
+    before and after."""
     checkpoint_every: PositiveInt = 100
     """Steps between checkpoints."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints that stay on disk."""
+    """How many of the newest checkpoints are kept on disk."""
     keep_best: BestConfig | None = None
-    """Checkpoints that stay beside them; null keeps the newest alone."""
+    """Checkpoints that are kept besides them; null keeps only the newest."""
 
     @field_validator("off_policy_source", mode="before")
     @classmethod
     def _check_source(cls, given: Any) -> Any:
-        """One message for both forms; pydantic would give one for each."""
+        """Checked before pydantic, whose message would describe each alternative separately."""
         weights = (
             given if isinstance(given, dict) else {given: 1.0} if isinstance(given, str) else {}
         )
@@ -196,7 +196,7 @@ class DistillConfig(ConfigModel):
 
     @property
     def off_policy_mixture(self) -> dict[OffPolicySource, float]:
-        """Each source of the off-policy stream with its share; shares sum to 1, teacher first."""
+        """Each source of the off-policy stream with its share; shares sum to 1."""
         given = self.off_policy_source
         weights = given if isinstance(given, dict) else {given: 1.0}
         total = sum(weights.values())
@@ -207,7 +207,11 @@ class DistillConfig(ConfigModel):
         }
 
     def sequences(self, stream: StreamName) -> int:
-        """Sequences of a stream in each step; one that is not read leaves its own to the other."""
+        """Sequences of a stream in each step.
+
+        A stream that the objective does not read gives its number to the other. With replay each
+        step reads one of the two streams, which then has the number of both.
+        """
         own = {
             "on_policy": self.student_prompts_per_step,
             "off_policy": self.teacher_prompts_per_step,
@@ -219,7 +223,7 @@ class DistillConfig(ConfigModel):
 
 
 def _is_weighted(source: object, weight: Any) -> bool:
-    """Whether a mixture may hold this source with this weight."""
+    """Whether this is a source's name with a finite weight > 0."""
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     known = isinstance(source, str) and source in get_args(OffPolicySource)
     return known and is_number and math.isfinite(weight) and weight > 0

@@ -1,4 +1,4 @@
-"""Teacher and student: where a model comes from, its optimizer, and its supervised fine-tuning."""
+"""Configuration of models: their origin, fine-tuning and optimizer; how the learner computes."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class OptimizerConfig(ConfigModel):
 
 
 class FullUpdate(ConfigModel):
-    """Every weight of the student learns."""
+    """All weights of the student are trained."""
 
     type: Literal["full"] = "full"
 
 
 class LoraUpdate(ConfigModel):
-    """Low-rank adapters beside the student's linear layers learn, all else is frozen (LoRA,
-    arXiv 2106.09685). Rollout workers get, and the run exports, the merged weights."""
+    """Low-rank adapters of the student's linear layers are trained, all else is frozen (LoRA,
+    arXiv 2106.09685). Rollout workers receive, and the run exports, the merged weights."""
 
     type: Literal["lora"]
     rank: PositiveInt = 16
@@ -83,7 +83,7 @@ class LoraUpdate(ConfigModel):
     """Linear layers that get an adapter, by the last part of their names, such as q_proj; null
     gives one to every linear layer of the student's blocks."""
     save_adapter: bool = False
-    """Write the adapters alone, too, in peft's form: `adapter/` in the exported student."""
+    """Export the adapters by themselves too, in peft's format: `adapter/` in the student."""
 
 
 UpdateConfig = Annotated[FullUpdate | LoraUpdate, Field(discriminator="type")]
@@ -113,7 +113,7 @@ class ModelConfig(ConfigModel):
     sft: SupervisedConfig | None = None
     """Supervised fine-tuning before distillation; null uses the model as it is."""
     trust_remote_code: bool = False
-    """Run code that a model folder carries; off unless you asked for it by name."""
+    """Run Python code from the model's folder, which some models need; trust its author first."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -130,19 +130,19 @@ class LearnerConfig(ConfigModel):
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the distillation's forward and backward; weights and sums stay float32."""
     vocabulary_chunk_tokens: PositiveInt = 512
-    """Tokens whose vocabulary-sized rows exist at once; memory is this x vocabulary x 4 bytes."""
+    """Tokens whose logits exist at once; their memory is this x vocabulary x 4 bytes."""
     threads: PositiveInt = Field(default=1)
     """CPU threads of each rank."""
     shard_ranks: PositiveInt | Literal["all"] = 1
     """Ranks that share one copy of parameters, gradients and optimizer state, each holding a part;
     pools.learner.count must be a multiple of it. 1 gives every rank a copy of its own."""
     max_tokens_per_microbatch: PositiveInt | None = None
-    """Most tokens, prompts included, whose activations a rank holds at once; a longer sequence
-    stands alone. More are read twice, a microbatch at a time, with the same gradient. null reads a
-    step's tokens in one."""
+    """Most tokens, prompts included, whose activations a rank holds at once; a longer sequence is a
+    microbatch of its own. A step with more tokens is processed in microbatches, with two forward
+    passes and the same gradient. null: all tokens of a step at once."""
     activation_checkpointing: bool = False
-    """Keep only what enters each transformer block, and run the block again in backward: less
-    memory for about a third more computation."""
+    """Keep only the inputs of transformer blocks, and compute each block again in the backward
+    pass: less memory for about a third more computation."""
     offload: bool = False
     """Keep parameters, gradients and optimizer state in CPU memory; a GPU holds one block at a
     time, and the optimizer runs on the CPU."""

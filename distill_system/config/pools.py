@@ -1,4 +1,4 @@
-"""Workers and what they ask of the cluster; how long anything may take."""
+"""Configuration of workers: their numbers and resources, scaling, deadlines, the cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ElasticPool = Literal["student_rollout", "teacher_rollout", "teacher_scoring"]
 
 ELASTIC_POOLS: tuple[ElasticPool, ...] = get_args(ElasticPool)
 
-_MAY_STAND_BESIDE = {"teacher_scoring": "teacher_rollout", "evaluation": "student_rollout"}
+_MAY_COLOCATE = {"teacher_scoring": "teacher_rollout", "evaluation": "student_rollout"}
 
 
 class PoolConfig(ConfigModel):
@@ -40,9 +40,9 @@ class PoolConfig(ConfigModel):
     custom_resources: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Ray custom resources per worker."""
     colocate_with: Literal["teacher_rollout", "student_rollout"] | None = None
-    """Let worker i stand beside worker i of that pool, on one node, and with a share of a GPU each
-    on one GPU: teacher_scoring beside teacher_rollout, evaluation beside student_rollout. Counts
-    must be equal and stay so."""
+    """Place worker i on the node of worker i of that pool, and on its GPU if each takes a share of
+    one: teacher_scoring with teacher_rollout, evaluation with student_rollout. Their counts must be
+    equal and fixed."""
 
     @property
     def fewest(self) -> int:
@@ -75,7 +75,7 @@ class PoolConfig(ConfigModel):
 
 
 class PoolsConfig(ConfigModel):
-    """Each kind of worker is counted and placed by itself."""
+    """The pools of workers, one for each kind."""
 
     student_rollout: PoolConfig = PoolConfig()
     teacher_rollout: PoolConfig = PoolConfig()
@@ -83,11 +83,11 @@ class PoolsConfig(ConfigModel):
     learner: PoolConfig = PoolConfig()
     evaluation: PoolConfig | None = None
     """Rollout workers that hold the student for evaluations alone, with rollout.student_engine;
-    null: those of student_rollout evaluate, and write nothing else meanwhile."""
+    null: those of student_rollout evaluate, and generate nothing else meanwhile."""
 
     @property
     def by_name(self) -> dict[str, PoolConfig]:
-        """The pools that there are."""
+        """The configured pools by name; `evaluation` is missing where it is null."""
         pools = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: pool for name, pool in pools.items() if pool is not None}
 
@@ -115,13 +115,13 @@ class PoolsConfig(ConfigModel):
                     f"null, got {given}; pools that may change are {', '.join(ELASTIC_POOLS)}"
                 )
             if pool.colocate_with is not None:
-                self._check_beside(name, pool, pool.colocate_with)
+                self._check_colocated(name, pool, pool.colocate_with)
         return self
 
-    def _check_beside(self, name: str, pool: PoolConfig, other_name: str) -> None:
+    def _check_colocated(self, name: str, pool: PoolConfig, other_name: str) -> None:
         other: PoolConfig = getattr(self, other_name)
-        if _MAY_STAND_BESIDE.get(name) != other_name:
-            allowed = [f"{one} with {two}" for one, two in _MAY_STAND_BESIDE.items()]
+        if _MAY_COLOCATE.get(name) != other_name:
+            allowed = [f"{one} with {two}" for one, two in _MAY_COLOCATE.items()]
             raise ValueError(
                 f"{name}.colocate_with={other_name}: workers that may stand side by side are "
                 f"{' and '.join(allowed)}"
@@ -146,26 +146,29 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 class ScalingConfig(ConfigModel):
     """When a run changes its pools by itself, within their min_count and max_count. The command
-    `distill-system scale` does so too, whatever stands here."""
+    `distill-system scale` works whatever these keys say."""
 
     automatic: bool = False
-    """Let the run add a worker to the pool that the learner waits for, and take one from a pool
-    that waits itself."""
+    """Let the run add a worker to the pool that the learner waits for, and remove one from a pool
+    that is itself idle."""
     look_every_seconds: PositiveFloat = 10.0
-    """Time over which each pool's busy and idle shares are taken."""
+    """Time between two observations, over which each pool's busy and idle shares are measured."""
     patience: PositiveInt = 3
-    """So many looks in a row must say the same, more or fewer, before a worker comes or goes."""
+    """Number of observations in a row that must agree, all to grow or all to shrink, before a
+    worker is added or removed."""
     cool_down_seconds: NonNegativeFloat = 60.0
-    """After a change nothing is changed for so long: its effect must show first."""
+    """After a change, nothing else is changed for this long, so that its effect shows first."""
     starved_share: Share = 0.1
-    """The learner may wait for this share of its time; a pool grows if it waits longer."""
+    """Share of its time that the learner may wait; if it waits longer, the pool that it waits for
+    grows."""
     spare_share: Share = 0.1
     """A pool shrinks only if the workers that stay would still be idle for this share of their
     time, so that it need not grow again."""
 
 
 class DeadlinesConfig(ConfigModel):
-    """Longest waits, in seconds; each ends the run with what was waited for."""
+    """Longest waits, in seconds. A longer one ends the run with an error that names what did not
+    come."""
 
     resources_seconds: PositiveFloat = 300.0
     """For the cluster to place the workers."""

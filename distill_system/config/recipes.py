@@ -1,4 +1,4 @@
-"""The field's methods by name: each a small YAML layer over a run's configuration."""
+"""Recipes: published methods by name, each a small YAML layer over a run's configuration."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ FOLDER = Path(__file__).parent / "recipes"
 
 
 def recipe_names() -> list[str]:
-    """Every method that is shipped."""
+    """The names of all recipes."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def recipe_path(name: str) -> Path:
-    """The YAML file of a shipped method, or the file itself if `name` is one.
+    """The YAML file of a recipe; `name` itself if it is a YAML file.
 
-    Raises: ConfigError, with the names that there are.
+    Raises: ConfigError, with the names of all recipes.
     """
     if name.endswith((".yaml", ".yml")):
         return Path(name)

@@ -1,4 +1,4 @@
-"""The configuration models in, the page docs/configuration.md out.
+"""Makes the page docs/configuration.md from the configuration models.
 
 python -m distill_system.config.reference > docs/configuration.md
 """
@@ -38,15 +38,15 @@ the nearest valid key.
 
 
 def render_reference() -> str:
-    """The whole page as Markdown: one section per model, in the order a reader meets them."""
-    paths: dict[type[ConfigModel], dict[str, None]] = {}  # a set that keeps its order
+    """The page as Markdown: one section per model, in the order of their first appearance."""
+    paths: dict[type[ConfigModel], dict[str, None]] = {}  # model -> its paths; an ordered set
     for model, path in _walk(root_slot(RunConfig), ""):
         paths.setdefault(model, {})[path] = None
     return "\n".join([_HEAD, *(_section(model, list(paths[model])) for model in paths)])
 
 
 def _walk(slot: Slot, path: str) -> Iterator[tuple[type[ConfigModel], str]]:
-    """Every model with each dotted path it may stand at, parents before children."""
+    """Every model with each of its dotted paths, parents before children."""
     for model in slot.models:
         yield model, path
         for name, below in fields_of(model).items():
@@ -114,7 +114,7 @@ def _default(slot: Slot) -> str:
 
 
 def _meaning(slot: Slot) -> str:
-    """The field's docstring; for a field without one, that of its model."""
+    """The field's docstring; for a field without one, the first line of its model's."""
     if get_origin(slot.annotation) is Literal and len(get_args(slot.annotation)) == 1:
         return slot.description or "Chooses this alternative."
     if slot.description or not slot.models or slot.discriminator:

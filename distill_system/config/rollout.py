@@ -1,4 +1,4 @@
-"""How sequences are written and read: sampling, engines, scorers."""
+"""Configuration of rollouts and of the teacher's scoring: sampling, engines, batching."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ class EngineConfig(ConfigModel):
     enforce_eager: bool = False
     """No CUDA graphs and no compilation: a faster start, slower decoding on a GPU."""
     sleep_when_idle: bool = False
-    """Give the GPU's memory free while the engine has nothing to write: weights wait in CPU memory,
-    the cache is dropped. For a teacher on a GPU that it shares with a scorer; it takes the time of
-    a copy of the weights to wake."""
+    """Free the GPU's memory while the engine is idle: weights move to CPU memory, the cache is
+    dropped, and waking takes the time to copy the weights back. For a teacher that shares its GPU
+    with a scorer."""
     enable_prefix_caching: bool = False
-    """Share the cache of common prompt prefixes. Off, so that a run repeats to the bit."""
+    """Share the cache of common prompt prefixes. Off by default, so that runs are reproducible bit
+    for bit."""
 
 
 class RolloutConfig(ConfigModel):
@@ -50,26 +51,27 @@ class RolloutConfig(ConfigModel):
     student_engine: EngineConfig = EngineConfig()
     teacher_engine: EngineConfig = EngineConfig()
     slice_seconds: PositiveFloat = 0.05
-    """An engine decodes for so long before it hands out what is finished and takes what is new, and
-    twice as long if nothing is; where max_staleness is 0 it decodes a step's prompts to their
-    ends."""
+    """Duration of a decode slice: an engine decodes for this long, then returns what is finished
+    and takes new prompts; twice as long if nothing finished. With max_staleness 0 there are no
+    slices: an engine decodes a step's prompts to their ends."""
     keep_stale_cache: bool = False
-    """Let a sequence go on under new weights from the key-value cache of the old ones: nothing is
-    read again, and the recorded log-probabilities are no longer those of any one model."""
+    """Continue a sequence under new weights with the key-value cache of the old ones: nothing is
+    computed again, but the recorded log-probabilities are then those of no single model."""
     max_logprob_gap: PositiveFloat | None = None
-    """Mean difference, in nats, between what engines and learner say of the same tokens under the
-    same weights above which a run ends; null warns at 0.1 in float32 and 0.5 below."""
+    """A run ends if the log-probabilities of engines and learner, for the same tokens and weights,
+    differ by more than this on average, in nats. null: it only warns, from 0.1 in float32 and from
+    0.5 in lower precision."""
 
 
 class ScoringConfig(ConfigModel):
     """Teacher scoring."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the teacher's forward pass. bfloat16 ships its features as float16."""
+    """Precision of the teacher's forward pass. With bfloat16 its features are sent as float16."""
     max_tokens_per_batch: PositiveInt = 8192
     """Most tokens of one forward pass, prompts included; sequences are packed, not padded."""
     max_wait_seconds: NonNegativeFloat = 0.1
-    """A finished sequence waits at most this long for others to be read with it, while a scorer is
-    free; where max_staleness is 0 a step's sequences are read together."""
+    """Longest time that a finished sequence waits for others to be scored with it while a scorer is
+    free. With max_staleness 0 all sequences of a step are scored together."""
     threads: PositiveInt = 1
     """CPU threads of each scorer."""

@@ -1,4 +1,4 @@
-"""One run: everything `distill-system train` reads, in one frozen model."""
+"""The configuration of a run: everything `distill-system train` reads, in one frozen model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RunConfig(ConfigModel):
     """A whole run: data, two models, rollouts, scoring, learning, evaluation."""
 
     name: str
-    """The run lives in runs_directory/name."""
+    """Name of the run, whose folder is runs_directory/name."""
     runs_directory: str = "runs"
     """Folder of all runs."""
     seed: NonNegativeInt = 0

@@ -1,4 +1,7 @@
-"""What the models expect at each dotted path; loading and the reference page ask it."""
+"""What the configuration models expect at each dotted path.
+
+Loading merges layers and writes error messages with it; the reference page is made from it.
+"""
 
 from __future__ import annotations
 
@@ -33,29 +36,29 @@ class Slot:
 
     @property
     def models(self) -> tuple[type[ConfigModel], ...]:
-        """The models a mapping here may follow: none, one, or the alternatives of a union."""
+        """The models for a mapping here: none, one, or the alternatives of a union."""
         members = get_args(self.annotation) if _is_union(self.annotation) else (self.annotation,)
         unwrapped = [_unwrap(member)[0] for member in members]
         return tuple(m for m in unwrapped if isinstance(m, type) and issubclass(m, ConfigModel))
 
     @property
     def discriminator(self) -> str | None:
-        """The key that chooses between a union's alternatives, None where there is no choice."""
+        """The key that chooses between a union's alternatives; None if there is no union."""
         return _discriminator(self.models) if len(self.models) > 1 else None
 
     @property
     def alternatives(self) -> dict[str, type[ConfigModel]]:
-        """Each value of the discriminator with its model; empty where there is no choice."""
+        """Each value of the discriminator with its model; empty if there is no union."""
         key = self.discriminator
         return {_literals(model, key)[0]: model for model in self.models} if key else {}
 
     @property
     def default_tag(self) -> str | None:
-        """The discriminator's value in the default, None where there is none."""
+        """The discriminator's value in the default; None if there is no default."""
         return getattr(self.default, self.discriminator, None) if self.discriminator else None
 
     def model_for(self, tag: object) -> type[ConfigModel] | None:
-        """The model that a mapping with this value of the discriminator follows."""
+        """The model for a mapping with this value of the discriminator."""
         if self.discriminator:
             return self.alternatives.get(tag) if isinstance(tag, str) else None
         return self.models[0] if self.models else None
@@ -79,7 +82,7 @@ ANYTHING = Slot(annotation=object)
 
 
 def root_slot(model: type[ConfigModel]) -> Slot:
-    """The slot that a whole configuration of this model fills."""
+    """The slot of a whole configuration of this model."""
     return Slot(annotation=model)
 
 
@@ -138,13 +141,13 @@ def _slot_of(annotation: Any) -> Slot:
 
 
 def _unwrap(annotation: Any) -> tuple[Any, list[Any], bool]:
-    """Takes Annotated and `| None` off a type: the type, what was said, whether null may be."""
+    """Strip Annotated and `| None` off a type: inner type, metadata, whether null is allowed."""
     metadata: list[Any] = []
     nullable = False
     while True:
         if get_origin(annotation) is Annotated:
-            annotation, *said = get_args(annotation)
-            metadata += said
+            annotation, *annotated = get_args(annotation)
+            metadata += annotated
         elif _is_union(annotation) and types.NoneType in get_args(annotation):
             nullable = True
             rest = tuple(a for a in get_args(annotation) if a is not types.NoneType)
@@ -154,12 +157,13 @@ def _unwrap(annotation: Any) -> tuple[Any, list[Any], bool]:
 
 
 def _bounds(metadata: list[Any]) -> tuple[tuple[str, float], ...]:
-    said: list[Any] = []
+    # PositiveInt is Annotated[int, Gt(0)], but Field(gt=0) wraps its Gt in a FieldInfo.
+    constraints: list[Any] = []
     for item in metadata:
-        said += item.metadata if isinstance(item, FieldInfo) else [item]
+        constraints += item.metadata if isinstance(item, FieldInfo) else [item]
     return tuple(
         (sign, getattr(item, name))
-        for item in said
+        for item in constraints
         for name, sign in _SIGNS.items()
         if getattr(item, name, None) is not None
     )
@@ -170,7 +174,7 @@ def _is_union(annotation: Any) -> bool:
 
 
 def _discriminator(models: tuple[type[ConfigModel], ...]) -> str:
-    """The field whose one literal value differs from model to model."""
+    """The field that has a single literal value in each model, and a different one in each."""
     for name in models[0].model_fields:
         values = [_literals(model, name) for model in models]
         if all(len(v) == 1 for v in values) and len(set(values)) == len(models):

@@ -1,4 +1,4 @@
-"""Text templates: {field} stands for a field of a row, {{ and }} for the braces themselves."""
+"""Text templates: {field} is replaced by a field of a row; {{ and }} are braces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def template_fields(template: str) -> tuple[str, ...]:
     """The fields that a template names, in order, each once.
 
     Raises:
-        ValueError: a brace stands alone, or a field has no name, a format or a conversion.
+        ValueError: a single brace, or a field without a name, with a format or a conversion.
     """
     try:
         parts = list(Formatter().parse(template))
@@ -32,7 +32,7 @@ def template_fields(template: str) -> tuple[str, ...]:
 
 
 def fill_template(template: str, values: Mapping[str, str]) -> str:
-    """The template with each field replaced by its value; values are taken as they are."""
+    """The template with each field replaced by its value; braces in values are not interpreted."""
     filled = (
         literal + ("" if name is None else values[name])
         for literal, name, _, _ in Formatter().parse(template)

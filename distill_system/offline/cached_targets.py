@@ -1,6 +1,6 @@
-"""What the teacher says of stored samples, kept in the store if a person asks for it.
+"""Stores the teacher's targets of stored samples, if a person asks for it with --cache-targets.
 
-Its cost is told first: a row of numbers for each token, often a thousand times the token itself.
+The command reports their size first: targets take thousands of numbers for each token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from distill_system.run.sample_origin import describe_reading, sample_origin
 from distill_system.run.worker_arguments import scorer_arguments, torch_environment
 
 BATCH_BYTES = 64 * 2**20
-"""Of the targets that one call sends, and that one part keeps."""
+"""Size of the targets that one call returns, and that one part holds."""
 
 
 class CachedTargets:
@@ -46,11 +46,11 @@ class CachedTargets:
         self._store = TargetStore(folder, describe_reading(config, self._teacher.model_fingerprint))
 
     def missing(self, keys: Sequence[str]) -> list[str]:
-        """The samples whose targets are not there yet."""
+        """Those of the samples whose targets are not stored yet."""
         return [key for key in keys if key not in self._store]
 
     def describe_cost(self, num_samples: int) -> str:
-        """What the targets of so many samples take, at most."""
+        """A message on how much the targets of num_samples samples take at most."""
         num_tokens = num_samples * self._teacher.max_response_tokens
         gibibytes = self._predict(num_tokens) / 2**30
         return (
@@ -59,11 +59,11 @@ class CachedTargets:
         )
 
     def require_room(self, num_stored_tokens: int, num_unwritten: int) -> None:
-        """Refuse what the disk has no room for, before anything is computed.
+        """Check that the disk has room for the targets, before anything is computed.
 
-        num_stored_tokens: of samples that stand in the store and are to be read.
-        num_unwritten: samples that have still to be written.
-        Raises: DataError; ConfigError where the objective asks nothing of the teacher.
+        num_stored_tokens: response tokens of stored samples without targets.
+        num_unwritten: samples that have yet to be generated.
+        Raises: DataError; ConfigError if the objective needs no targets of the teacher.
         """
         if not self._needs.anything:
             raise ConfigError(
@@ -74,21 +74,22 @@ class CachedTargets:
         require_room(target_folder(self._folder), self._predict(num_tokens))
 
     def fill(self, keys: Sequence[str], view: LiveView) -> None:
-        """Read the samples of these keys and keep what comes; needs a ClusterSession."""
+        """Compute and store the missing targets of these samples; call it in a ClusterSession."""
         missing = self.missing(keys)
         first = len(keys) - len(missing)
         task = view.start("cache targets", len(keys), first_step=first)
-        for rows in self._read(missing) if missing else ():
+        for rows in self._compute(missing) if missing else ():
             self._store.append(rows)
             done = task.step + rows.num_rows
             task.update(done, {"samples/s": (done - first) / task.elapsed_seconds})
         task.finish()
 
     def stored_tokens(self, keys: Sequence[str]) -> int:
-        """Response tokens of samples in the store."""
+        """Response tokens of these samples, which are in the store."""
         return self._select(keys).num_response_tokens if keys else 0
 
-    def _read(self, keys: Sequence[str]) -> Iterator[pyarrow.Table]:
+    def _compute(self, keys: Sequence[str]) -> Iterator[pyarrow.Table]:
+        """Tables of targets, as the workers finish them."""
         config, pool = self._config, self._config.pools.teacher_scoring
         most = BATCH_BYTES // (self._teacher.max_response_tokens * self._predict(1))
         return infer_batches(

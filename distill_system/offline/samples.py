@@ -1,4 +1,4 @@
-"""Which samples a store is to hold, in which batches they are made, and how they get there."""
+"""Which samples to generate, in which batches, and how finished ones are written to the store."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from distill_system.seeds import derive_seed
 PART_ROWS = 4096
 PART_SECONDS = 30.0
 PART_SHARE = 0.1
-"""A part is written when so many samples are finished, or after so long, or after this share of the
-time so far: what a kill loses."""
+"""A part is written after PART_ROWS finished samples, or after PART_SECONDS, or after PART_SHARE of
+the time since the start, whichever comes first. A killed command loses what is not yet written."""
 CALLS_PER_WORKER = 8
-"""At least so many calls for each worker, so that none waits long for the last of another."""
+"""Each worker gets at least this many calls, so that at the end none waits long for the others."""
 
 
 def plan_samples(
@@ -32,17 +32,18 @@ def plan_samples(
     num_prompts: int | None,
     samples_per_prompt: int,
 ) -> pyarrow.Table:
-    """Every sample asked for, one row of PROMPT_SCHEMA each; a prompt of the same tokens once.
+    """All samples to generate, a row of PROMPT_SCHEMA each; of prompts with equal tokens only one.
 
-    Prompts come in an order that depends on the seed and their ids alone, first samples before
-    second ones: a larger number asks for the same samples and more.
+    The order of prompts depends only on the seed and their ids, and the first sample of every
+    prompt comes before any second one. So larger numbers ask for the same samples and more.
     """
     order = {p.prompt_id: derive_seed(origin.seed, "offline", p.prompt_id) for p in prompts}
     distinct: dict[str, Prompt] = {}
     for prompt in sorted(prompts, key=lambda p: (order[p.prompt_id], p.prompt_id)):
         distinct.setdefault(fingerprint_prompt(prompt.token_ids), prompt)
     chosen = list(distinct.values())[:num_prompts]
-    # So that ids are unique in a store: samples of another model or sampling have another label.
+    # A sample's id is made of prompt id and label. Other models and samplings get other labels, so
+    # that ids are unique in a store.
     how = digest(f"{origin.policy_key}/{origin.max_response_tokens}/{origin.seed}".encode())[:8]
     rows = [
         {
@@ -59,14 +60,14 @@ def plan_samples(
 
 
 def cut_batches(rows: pyarrow.Table, *, num_workers: int, most_rows: int) -> list[pyarrow.Table]:
-    """Rows in order, at most so many a batch, and several batches for each worker."""
+    """Cut rows, in order, into batches of at most most_rows, with several batches per worker."""
     per_call = -(-rows.num_rows // (num_workers * CALLS_PER_WORKER))
     size = max(1, min(most_rows, per_call))
     return [rows.slice(start, size) for start in range(0, rows.num_rows, size)]
 
 
 class SampleKeeper:
-    """Appends samples to a store by parts, and shows how fast they come."""
+    """Appends samples to a store, part by part, and shows the progress."""
 
     def __init__(self, store: TrajectoryStore, tokenizer: Any, task: LiveTask) -> None:
         self._store = store
@@ -76,7 +77,7 @@ class SampleKeeper:
         self._started = self._last_part = time.monotonic()
 
     def keep(self, written: Iterable[pyarrow.Table]) -> None:
-        """All of them; what is finished is kept also where an error or a signal ends the work."""
+        """Append all samples; if an error or a signal ends the work, those that are finished."""
         done, tokens = self._task.step, 0
         self._started = self._last_part = time.monotonic()
         try:
@@ -94,8 +95,8 @@ class SampleKeeper:
     def _write_if_due(self) -> None:
         num_rows = sum(rows.num_rows for rows in self._waiting)
         now = time.monotonic()
-        patience = min(PART_SECONDS, PART_SHARE * (now - self._started))
-        if num_rows >= PART_ROWS or now - self._last_part >= patience:
+        interval = min(PART_SECONDS, PART_SHARE * (now - self._started))
+        if num_rows >= PART_ROWS or now - self._last_part >= interval:
             self._write()
 
     def _write(self) -> None:
@@ -104,7 +105,7 @@ class SampleKeeper:
         self._waiting, self._last_part = [], time.monotonic()
 
     def _with_texts(self, rows: pyarrow.Table) -> pyarrow.Table:
-        """What a person reads of a response, beside its tokens."""
+        """The rows with their responses as text, for people who read the store."""
         ids = zip(rows["token_ids"].to_pylist(), rows["num_prompt_tokens"].to_pylist(), strict=True)
         responses = [token_ids[start:] for token_ids, start in ids]
         texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)

@@ -1,6 +1,6 @@
-"""The run's own workers as batch inference calls them: a table in, a table out.
+"""A run's workers in the form that batch inference calls: a table in, a table out.
 
-Plain classes; they are built where the work is done, from arguments that travel.
+Plain classes; each is made in its worker process, from arguments that can be pickled.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ PROMPT_SCHEMA = pyarrow.schema(
         ("prompt_text", pyarrow.string()),
     ]
 )
-"""What there is to do: one row a sample."""
+"""One row for each sample to generate."""
 
 
 class SampleWriter:
-    """Prompts of PROMPT_SCHEMA in, samples as the store keeps them out.
+    """Rows of PROMPT_SCHEMA in, samples of ROW_SCHEMA out.
 
-    arguments: of RolloutWorker, without its name.
+    arguments: of RolloutWorker, without `name`.
     """
 
     def __init__(self, *, arguments: Mapping[str, Any], origin: SampleOrigin) -> None:
@@ -48,7 +48,7 @@ class SampleWriter:
         )
 
     def __call__(self, prompts: pyarrow.Table) -> pyarrow.Table:
-        """One sample for each row, of the table's order."""
+        """One sample for each row, in the table's order."""
         rows = groupby(prompts.to_pylist(), key=lambda row: row["label"])
         return pyarrow.concat_tables(self._write(label, list(group)) for label, group in rows)
 
@@ -69,7 +69,7 @@ class SampleWriter:
 class TargetWriter:
     """Samples in (their keys and the columns of a trajectory), the teacher's targets out.
 
-    arguments: of TeacherScorer.  reading: as TargetStore knows it.
+    arguments: of TeacherScorer.  reading: see TargetStore.
     """
 
     def __init__(self, *, arguments: Mapping[str, Any], needs: TeacherNeeds, reading: str) -> None:
@@ -79,7 +79,7 @@ class TargetWriter:
 
     @cached_property
     def _scorer(self) -> TeacherScorer:
-        # Not in the constructor: there the type and cause of an error would be lost.
+        # Made at the first call: Ray Data loses the type of an error that a constructor raises.
         return TeacherScorer(**self._arguments)
 
     def __call__(self, samples: pyarrow.Table) -> pyarrow.Table:

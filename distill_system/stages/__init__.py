@@ -1,1 +1,1 @@
-"""The stages of a run, each able to run alone and skipped when its output exists (train.py)."""
+"""The stages of a run (train.py): each can run alone, and is skipped if its output exists."""

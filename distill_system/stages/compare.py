@@ -1,9 +1,9 @@
-"""Equal runs of several objectives and seeds from one shared start, and the comparison of them.
+"""Equal runs of several objectives and seeds from one shared start, and their comparison.
 
     base configuration --> shared fine-tuning --> objective x seed runs --> compare.json and tables
 
-Every run is an ordinary one in its own process: it can be looked at, resumed and repeated alone
-(`distill-system train FOLDER/OBJECTIVE/seed_0.json --resume`).
+Every run is an ordinary run in a process of its own, and can be resumed or repeated alone:
+`distill-system train FOLDER/OBJECTIVE/seed_0.json --resume`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ from distill_system.stages.pilot import plan_steps
 from distill_system.stages.processes import Job, run_jobs
 from distill_system.stages.train import train
 
-Notify = Callable[[str], None]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparisonRequest:
-    """What the person asked for.
+    """The arguments of `distill-system compare`.
 
-    paths, overrides: the base configuration. objectives: names of methods, or YAML files of them.
-    budget: what every objective gets as much of; budget_value: how much, None takes what the base
-    configuration's steps cost the first objective. at_once: runs side by side.
+    paths, overrides: the base configuration.  objectives: names of methods, or their YAML files.
+    seeds: runs of each objective, with the seeds 0, 1, ...
+    budget: the quantity that is equal for all objectives.  budget_value: how much of it; None: what
+    the base configuration's steps cost the first objective.  at_once: runs side by side.
     """
 
     paths: Sequence[str]
@@ -46,24 +45,25 @@ class ComparisonRequest:
     at_once: int = 1
 
 
-def compare(request: ComparisonRequest, *, notify: Notify) -> Path:
+def compare(request: ComparisonRequest, *, notify: Callable[[str], None]) -> Path:
     """Run what has not been run yet, then write the comparison; returns its folder.
 
-    A run that fails is told in the tables, and the others go on; the same call tries it again and
-    continues what was interrupted.
+    A run that fails is reported in the tables, and the others go on. The same call tries failed
+    runs again and resumes interrupted ones.  notify: takes lines for the person.
     Raises: DistillError before anything runs, or from the shared fine-tuning.
     """
     base = load_config(request.paths, request.overrides)
     configs = _load_objectives(request)
     folder = Path(base.runs_directory).absolute() / base.name
-    shared = _with(base, name="shared", runs_directory=str(folder))
+    shared = base.model_copy(update={"name": "shared", "runs_directory": str(folder)})
     start = train(shared, resume=True, stages=("sft",))
     configs = {name: _from_shared(config, shared, start) for name, config in configs.items()}
     seeds = tuple(range(request.seeds))
     steps, value, failed = plan_steps(
         configs, folder, budget=request.budget, value=request.budget_value, notify=notify
     )
-    failures = {run_key(name, seed): said for name, said in failed.items() for seed in seeds}
+    # An objective whose pilot failed has no steps, so none of its runs is started.
+    failures = {run_key(name, seed): why for name, why in failed.items() for seed in seeds}
     plan = Plan(
         name=base.name,
         config=base.model_dump(mode="json"),
@@ -84,7 +84,7 @@ def compare(request: ComparisonRequest, *, notify: Notify) -> Path:
 
 
 def _load_objectives(request: ComparisonRequest) -> dict[str, RunConfig]:
-    """Every objective's run, so that a wrong name or key is told before anything runs."""
+    """The configuration of each objective; loaded first, so that a mistake shows before any run."""
     configs: dict[str, RunConfig] = {}
     for name in request.objectives:
         label = recipe_path(name).stem
@@ -98,7 +98,7 @@ def _load_objectives(request: ComparisonRequest) -> dict[str, RunConfig]:
 
 
 def _from_shared(config: RunConfig, shared: RunConfig, start: RunDirectory) -> RunConfig:
-    """The same run from the models that the shared fine-tuning has left."""
+    """The same configuration, starting from the models of the shared fine-tuning."""
 
     def tuned(model: ModelConfig, role: str) -> ModelConfig:
         path = model_path(shared, start, role)
@@ -110,23 +110,18 @@ def _from_shared(config: RunConfig, shared: RunConfig, start: RunDirectory) -> R
     }
     if start.tokenizer_directory.exists():
         changes["tokenizer"] = PretrainedTokenizer(path=str(start.tokenizer_directory))
-    return _with(config, **changes)
+    return config.model_copy(update=changes)
 
 
 def _job(
     folder: Path, config: RunConfig, objective: str, seed: int, steps: Mapping[str, int]
 ) -> Job:
-    distill = config.distill.model_copy(update={"steps": steps[objective]})
-    own = _with(
-        config,
-        name=f"seed_{seed}",
-        seed=seed,
-        runs_directory=str(folder / objective),
-        distill=distill,
-    )
-    twins = [folder / run_key(other, seed) for other in steps]
-    return Job(key=run_key(objective, seed), config=own, same_teacher=tuple(twins))
-
-
-def _with(config: RunConfig, **changes: object) -> RunConfig:
-    return config.model_copy(update=changes)
+    changes = {
+        "name": f"seed_{seed}",
+        "seed": seed,
+        "runs_directory": str(folder / objective),
+        "distill": config.distill.model_copy(update={"steps": steps[objective]}),
+    }
+    same_teacher = tuple(folder / run_key(other, seed) for other in steps)
+    own = config.model_copy(update=changes)
+    return Job(key=run_key(objective, seed), config=own, same_teacher=same_teacher)

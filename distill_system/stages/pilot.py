@@ -1,4 +1,4 @@
-"""How many steps an equal budget is for each objective; costs are measured by short runs."""
+"""How many steps of each objective an equal budget pays for; pilot runs measure their costs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill_system.stages.processes import Job, run_jobs
 PILOT_STEPS = 12
 PILOT_EXAMPLES = 4
 WARM_UP_STEPS = 3
-"""The first steps of a process are slower; they are not counted."""
+"""Steps at the beginning of a process that are not measured, because they are slower."""
 
 
 def plan_steps(
@@ -26,12 +26,14 @@ def plan_steps(
     value: float | None,
     notify: Callable[[str], None],
 ) -> tuple[dict[str, int], float, dict[str, str]]:
-    """Steps of each objective's runs, the budget itself, and the objectives whose pilot failed.
+    """Steps of each objective's runs, the budget's value, and the failures of pilots by objective.
 
-    updates: the same number for all. sampled_tokens, seconds: as many steps as the budget pays for
-    at the cost per step of a pilot of PILOT_STEPS steps. An objective that samples nothing gets the
-    base configuration's steps under a budget of sampled tokens.
-    Raises: ConfigError if the budget pays for less than one step.
+    A budget of updates is the same number of steps for all. A budget of sampled_tokens or seconds
+    is divided by the objective's cost per step, measured in a pilot of PILOT_STEPS steps. An
+    objective that samples no tokens gets the base configuration's steps then.
+
+    Raises: ConfigError if the budget pays for less than one step; RunStateError if every pilot
+        failed.
     """
     steps = {name: config.distill.steps for name, config in configs.items()}
     if budget == "updates":
@@ -47,7 +49,10 @@ def plan_steps(
     total = steps[first] * costs[first] if value is None else value
     steps = {name: round(total / cost) if cost else steps[name] for name, cost in costs.items()}
     if min(steps.values()) < 1:
-        raise ConfigError(f"--budget-value: {total:g} {budget} pay for less than a step: {costs}")
+        raise ConfigError(
+            f"--budget-value: expected enough for one step of every objective, got {total:g} "
+            f"{budget} with these costs of a step: {costs}"
+        )
     notify(f"budget: {total:g} {budget} each; steps: {steps}")
     return steps, total, {key.split("/")[1]: failure for key, failure in failed.items()}
 
@@ -66,7 +71,7 @@ def _pilot(name: str, config: RunConfig, folder: Path) -> Job:
 
 
 def _cost(job: Job, budget: Budget) -> float:
-    """Seconds, or tokens sampled, of one step."""
+    """Cost of one step: seconds, or sampled tokens."""
     lines = job.run.metrics_path.read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if row.get("stage") == "distill"]
     steps = [row["metrics"] for row in rows if "seconds/step" in row["metrics"]][WARM_UP_STEPS:]

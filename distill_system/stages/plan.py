@@ -1,4 +1,4 @@
-"""A run's plan: the vocabulary from the run's tokenizer, the rest from the models' config.json."""
+"""Plans a run's memory: vocabulary from its tokenizer, the rest from the models' config.json."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def plan_run(config: RunConfig, *, device_gib: float) -> Plan:
 
 
 def _vocabulary(config: RunConfig) -> int | None:
-    """Tokens of the run's tokenizer where a model of random weights takes its rows from it."""
+    """The tokenizer's size if a model of random weights takes it over; None if none does."""
     if config.teacher.architecture is None and config.student.architecture is None:
         return None
     if isinstance(config.tokenizer, TrainedTokenizer):
-        return config.tokenizer.vocab_size  # it may turn out smaller where there is little text
+        return config.tokenizer.vocab_size  # an upper bound: little text trains fewer tokens
     return vocabulary_size(build_tokenizer(config, None))

@@ -1,4 +1,4 @@
-"""Runs in processes of their own: what is done is skipped, what fails is told, the rest goes on."""
+"""Runs jobs in processes of their own: finished ones are skipped, failures are reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distill_system.observe.run_directory import write_text
 
 LAST_LINES = 12
 END_SECONDS = 60.0
-"""How long an interrupted run may take to end its workers."""
+"""How long an interrupted run may take to end its workers before it is killed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class Job:
 
     @property
     def run(self) -> RunDirectory:
-        """Where the run lies."""
+        """The run's folder."""
         return RunDirectory(Path(self.config.runs_directory) / self.config.name)
 
     @property
@@ -41,12 +41,12 @@ class Job:
 
     @property
     def log_path(self) -> Path:
-        """What it printed, beside its folder."""
+        """Everything it printed, beside its folder."""
         return self.run.path.with_suffix(".log")
 
     @property
     def is_done(self) -> bool:
-        """Whether the run has come to its report."""
+        """Whether the run has written its report and its last evaluation."""
         return self.run.summary_path.exists() and self.run.evaluation_path("after").exists()
 
 
@@ -64,8 +64,8 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, notify: Callable[[str], None]
         try:
             for number, (key, future) in enumerate(futures.items(), start=1):
                 seconds, failure = future.result()
-                said = f"failed: {failure.splitlines()[-1]}" if failure else f"{seconds:.0f} s"
-                notify(f"[{number}/{len(due)}] {key}: {said}")
+                result = f"failed: {failure.splitlines()[-1]}" if failure else f"{seconds:.0f} s"
+                notify(f"[{number}/{len(due)}] {key}: {result}")
                 if failure:
                     failures[key] = failure
         except BaseException:
@@ -76,15 +76,15 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, notify: Callable[[str], None]
 
 
 class Processes:
-    """The processes under way."""
+    """The processes that are running; threads share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: list[subprocess.Popen[bytes]] = []
 
     def run(self, job: Job) -> tuple[float, str]:
-        """One run from its newest checkpoint to its report: seconds, and what made it fail."""
-        _take_teacher_evaluation(job)
+        """Run a job from its newest checkpoint to its end; its seconds, and its failure or ""."""
+        _copy_teacher_evaluation(job)
         write_text(job.config_path, dump_config(job.config))
         command = [sys.executable, "-m", "distill_system", "train", str(job.config_path)]
         started = time.perf_counter()
@@ -101,7 +101,7 @@ class Processes:
         return seconds, "" if code == 0 else _last_lines(job.log_path, code)
 
     def end(self) -> None:
-        """End all, and wait until each has ended its workers."""
+        """Ask all processes to end, and wait until each has ended its workers."""
         with self._lock:
             running = list(self._running)
         for process in running:
@@ -114,8 +114,8 @@ class Processes:
                 process.kill()
 
 
-def _take_teacher_evaluation(job: Job) -> None:
-    """Copy what a run of the same teacher, data and seed has measured already."""
+def _copy_teacher_evaluation(job: Job) -> None:
+    """Copy the teacher's evaluation from a run of the same teacher, data and seed, if any."""
     ours = job.run.evaluation_path("teacher")
     theirs = [RunDirectory(path).evaluation_path("teacher") for path in job.same_teacher]
     done = next((path for path in theirs if path.exists()), None)

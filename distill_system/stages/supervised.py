@@ -24,13 +24,13 @@ LEARNER = 0
 """The learner's ranks work side by side: its clock counts them as one worker."""
 
 STEPS_IN_FLIGHT = 2
-"""Updates asked for ahead, so that the learner never waits for the driver to make a batch."""
+"""Updates that are queued at the learner, so that it never waits for this process's batches."""
 
 
 def fine_tune(context: RunContext, rows: dict[str, Sequence[Trajectory]]) -> None:
-    """Fine-tune each role of `rows`, side by side where the cluster has room; one failure ends all.
+    """Fine-tune each role of `rows`, side by side if the cluster has room; one failure ends all.
 
-    A role that is ended early exports nothing: --resume continues it from its newest checkpoint.
+    A role that is ended early exports nothing; --resume continues it from its newest checkpoint.
     """
     stop = threading.Event()
     both_fit = context.cluster.has_room_for(context.config.pools.learner, len(rows))
@@ -43,7 +43,9 @@ def fine_tune(context: RunContext, rows: dict[str, Sequence[Trajectory]]) -> Non
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
-        except BaseException:  # a failure, or Ctrl-C: let no thread wait for workers any longer
+        except BaseException:  # a failure, or Ctrl-C
+            # The other thread may wait for a worker; killing the workers ends that wait with an
+            # error. Without it, leaving the executor's block would wait for the thread.
             stop.set()
             context.cluster.abandon_all()
             raise
@@ -77,7 +79,7 @@ def _fine_tune_role(
 
 
 class FineTuning:
-    """The loop of one role: rows in a seeded order, a few updates asked for ahead."""
+    """The training loop of one role: rows in a seeded order, a few updates queued ahead."""
 
     def __init__(
         self,
@@ -98,9 +100,9 @@ class FineTuning:
         self.store = CheckpointStore(folder, keep=1)
 
     def run(self, stop: threading.Event) -> bool:
-        """Train from the newest checkpoint if the run is resumed; False if stopped before the end.
+        """Train, from the newest checkpoint if the run is resumed; returns False if stopped early.
 
-        stop: set by whoever wants an end after the updates under way.
+        stop: when it is set, no further updates are begun.
         """
         first = self._resume()
         task = self.context.view.start(self.stage, self.config.steps, first_step=first)
@@ -124,8 +126,8 @@ class FineTuning:
     def _results(self, first: int, stop: threading.Event) -> Iterator[tuple[StepResult, list[str]]]:
         """Results in order, each with the ids of its rows.
 
-        Between checkpoints STEPS_IN_FLIGHT updates are under way; before one is begun all are in
-        the log.
+        Up to STEPS_IN_FLIGHT updates are in flight, except at a checkpoint: before it is begun, all
+        updates are finished and logged, so that its state and the log agree.
         """
         in_flight: deque[tuple[list[Reference], list[str]]] = deque()
         for step in range(first, self.config.steps):

@@ -36,7 +36,7 @@ STAGES = ("sft", "distill", "evaluate", "report")
 def train(
     config: RunConfig, *, resume: bool = False, stages: Collection[str] = STAGES
 ) -> RunDirectory:
-    """Run the stages asked for, each skipped when its output exists.
+    """Run these stages; a stage whose output exists is skipped.
 
     resume: continue unfinished stages from their newest checkpoints.
     Returns the run's folder.
@@ -47,7 +47,8 @@ def train(
     _require_inputs(config, run, work)
     for stage in _checkpointed(config, run, work):
         store = CheckpointStore(run.checkpoints_directory / stage, keep=1)
-        resume_point(store, resume=resume, stage=stage)  # refuse now, not when workers stand
+        # Refuse a missing --resume now, before workers have been started for nothing.
+        resume_point(store, resume=resume, stage=stage)
     if work:
         record_start(config, run)
         with open_context(config, run, resume=resume, sets=_sets(config, run, work)) as context:
@@ -71,9 +72,9 @@ def _due(config: RunConfig, run: RunDirectory) -> Iterator[str]:
 
 
 def _require_inputs(config: RunConfig, run: RunDirectory, work: Collection[str]) -> None:
-    """Refuse a stage whose inputs neither exist nor come from an earlier stage of this call.
+    """Check that the inputs of every stage exist or are made by an earlier stage of this call.
 
-    Raises: RunStateError, naming what is missing and the stage that makes it.
+    Raises: RunStateError, naming what is missing and the command that makes it.
     """
     untuned = _untuned_roles(config, run)
     if "distill" in work and "sft" not in work and untuned:
@@ -89,7 +90,7 @@ def _require_inputs(config: RunConfig, run: RunDirectory, work: Collection[str])
 
 
 def _checkpointed(config: RunConfig, run: RunDirectory, work: Collection[str]) -> list[str]:
-    """The names under which the stages to come keep checkpoints."""
+    """The folder names under which the stages of `work` keep their checkpoints."""
     tuned = [f"sft_{role}" for role in _untuned_roles(config, run)] if "sft" in work else []
     return [*tuned, *(["distill"] if "distill" in work else [])]
 
@@ -103,7 +104,7 @@ def _require_a_run(run: RunDirectory) -> None:
 
 
 def _sets(config: RunConfig, run: RunDirectory, work: Collection[str]) -> list[SetName]:
-    """The data that the stages read."""
+    """The data sets that the stages of `work` read."""
     tuned: dict[str, SetName] = {"teacher": "teacher_sft", "student": "student_sft"}
     sets: list[SetName] = ["held_out", "evaluation"] if {"distill", "evaluate"} & {*work} else []
     if "distill" in work:
@@ -123,9 +124,9 @@ def open_context(
     resume: bool,
     sets: Collection[SetName] = ("prompts", "held_out", "evaluation"),
 ) -> Iterator[RunContext]:
-    """Everything a stage needs, for the length of a block; workers end with it.
+    """Everything a stage needs, for the length of a block; its workers end with the block.
 
-    Models and data are looked at before the cluster, so that what cannot work ends at once.
+    Models and data are checked before the cluster starts, so that mistakes show within seconds.
     """
     tokenizer = prepare_tokenizer(config, run)
     reads_store = "stored" in sets
@@ -134,7 +135,7 @@ def open_context(
     check_data(config, data)
     with ExitStack() as stack:
         view = stack.enter_context(LiveView(config.name))
-        _tell_removed(view, data)
+        _note_removed_rows(view, data)
         log = stack.enter_context(MetricLog(run, run_name=config.name))
         prompts = stack.enter_context(PromptLog(run))
         cluster = stack.enter_context(ClusterSession(config, notify=view.note))
@@ -164,7 +165,7 @@ def _run_distill(context: RunContext) -> None:
 
 
 def _run_evaluate(context: RunContext) -> None:
-    """Make the evaluations that distillation has not already made with its own workers."""
+    """Make the evaluations that distillation has not made itself: before, and after."""
     students = {"before": context.student_path, "after": str(context.run.student_directory)}
     steps = {"before": 0, "after": context.config.distill.steps}
     missing = [label for label in students if not context.run.evaluation_path(label).exists()]
@@ -187,7 +188,7 @@ def _untuned_roles(config: RunConfig, run: RunDirectory) -> list[str]:
     ]
 
 
-def _tell_removed(view: LiveView, data: RunData) -> None:
+def _note_removed_rows(view: LiveView, data: RunData) -> None:
     for name, count in data.num_removed.items():
         if count:
             view.note(

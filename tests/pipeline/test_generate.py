@@ -49,7 +49,7 @@ def test_a_killed_generation_goes_on_and_writes_no_sample_twice(
 
     again = launch("generate", *arguments).finish()
     assert again.code == 0, again.stderr
-    assert f"{NUM_SAMPLES} samples asked for, {done} stand there" in again.stderr
+    assert f"{NUM_SAMPLES} samples asked for, {done} are in the store already" in again.stderr
     assert "GiB" in again.stderr, "the cost of the targets is told"
     assert "tok/s" in again.stderr
     assert again.orphans() == []

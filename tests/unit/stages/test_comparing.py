@@ -80,7 +80,7 @@ def test_equal_tokens_leave_what_samples_nothing_with_its_own_steps(tmp_path):
 
 
 def test_a_budget_of_less_than_a_step_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"0\.2 seconds pay for less than a step"):
+    with pytest.raises(ConfigError, match=r"expected enough for one step .* got 0\.2 seconds"):
         _plan(tmp_path, "seconds", 0.2)
 
 
