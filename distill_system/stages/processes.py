@@ -20,6 +20,8 @@ LAST_LINES = 12
 END_SECONDS = 60.0
 """How long an interrupted run may take to end its workers before it is killed."""
 
+TRAIN = (sys.executable, "-m", "distill_system", "train")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -50,14 +52,21 @@ class Job:
         return self.run.summary_path.exists() and self.run.evaluation_path("after").exists()
 
 
-def run_jobs(jobs: Sequence[Job], *, at_once: int, notify: Callable[[str], None]) -> dict[str, str]:
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    at_once: int,
+    notify: Callable[[str], None],
+    command: Sequence[str] = TRAIN,
+) -> dict[str, str]:
     """Run every job that is not done, at most at_once side by side; returns failures by key.
 
+    command: is given a job's configuration file and --resume, and exits with 0 if the run is done.
     An interrupt ends the runs under way, each of which keeps its newest checkpoint.
     """
     due = [job for job in jobs if not job.is_done]
     notify(f"{len(jobs)} runs, {len(jobs) - len(due)} of them done")
-    processes = Processes()
+    processes = Processes(command)
     with ThreadPoolExecutor(max_workers=at_once) as threads:
         futures = {job.key: threads.submit(processes.run, job) for job in due}
         failures: dict[str, str] = {}
@@ -76,9 +85,10 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, notify: Callable[[str], None]
 
 
 class Processes:
-    """The processes that are running; threads share it."""
+    """The processes that are running, each of run_jobs' command; threads share it."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
         self._lock = threading.Lock()
         self._running: list[subprocess.Popen[bytes]] = []
 
@@ -86,13 +96,11 @@ class Processes:
         """Run a job from its newest checkpoint to its end; its seconds, and its failure or ""."""
         _copy_teacher_evaluation(job)
         write_text(job.config_path, dump_config(job.config))
-        command = [sys.executable, "-m", "distill_system", "train", str(job.config_path)]
+        command = [*self._command, str(job.config_path), "--resume"]
         started = time.perf_counter()
         with job.log_path.open("wb") as log:
             with self._lock:
-                process = subprocess.Popen(
-                    [*command, "--resume"], stdout=log, stderr=subprocess.STDOUT
-                )
+                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
                 self._running.append(process)
             code = process.wait()
         with self._lock:

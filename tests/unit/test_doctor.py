@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -195,8 +196,18 @@ def test_only_a_problem_makes_the_command_fail() -> None:
     assert exit_code([well, check_python((3, 10))]) == 1
 
 
+QUICK_PROBE = """
+import json
+from importlib.metadata import version
+print("probe", json.dumps({"torch": version("torch"), "cuda": None}))
+print("what a library has to say")
+print("probe", json.dumps({"vllm": "0.32.0", "device": "cpu"}))
+"""
+"""Says what the real one says without the imports, which tests/pipeline/test_families.py has."""
+
+
 def test_the_whole_diagnosis_of_this_machine_is_readable() -> None:
-    findings = diagnose()
+    findings = diagnose(probe=QUICK_PROBE)
     console = Console(width=120, record=True, quiet=False)
     with console.capture() as captured:
         console.print(render(findings))
@@ -205,4 +216,8 @@ def test_the_whole_diagnosis_of_this_machine_is_readable() -> None:
         assert subject in text
     imported = next(finding for finding in findings if finding.subject == "import")
     assert imported.level is Level.OK, imported.detail
-    assert "on cpu" in imported.detail or "on cuda" in imported.detail
+    assert imported.detail == f"torch {version('torch')} and vLLM 0.32.0 on cpu"
+    broken = diagnose(probe="import json, no_such_module")
+    [finding] = [finding for finding in broken if finding.subject == "import"]
+    assert finding.level is Level.PROBLEM
+    assert "torch cannot be imported: ModuleNotFoundError" in finding.detail

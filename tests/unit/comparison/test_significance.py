@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -140,7 +140,6 @@ DIFFERENCES = arrays(
 
 
 @given(DIFFERENCES)
-@settings(deadline=None)  # a busy machine is no failure
 def test_the_other_way_round_is_the_opposite(differences_SN: FloatArray) -> None:
     one, other = compare(differences_SN), compare(-differences_SN)
     assert one.difference == pytest.approx(-other.difference, abs=1e-12)
@@ -149,7 +148,6 @@ def test_the_other_way_round_is_the_opposite(differences_SN: FloatArray) -> None
 
 
 @given(DIFFERENCES)
-@settings(deadline=None)
 def test_the_interval_leaves_out_zero_exactly_if_the_difference_is_significant(
     differences_SN: FloatArray,
 ) -> None:

@@ -157,7 +157,7 @@ def test_of_two_overrides_of_one_key_the_later_wins(complete: Path) -> None:
     assert load_config([complete], ["seed=1", "seed=2"]).seed == 2
 
 
-@settings(max_examples=40, deadline=None)  # a busy machine is no failure
+@settings(max_examples=40)  # a busy machine is no failure
 @given(
     st.text(st.characters(exclude_categories=["Cs"])),
     st.floats(min_value=1e-300, max_value=1e300),

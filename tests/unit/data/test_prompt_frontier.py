@@ -20,7 +20,6 @@ def _mixture(sources):
     return [SourceShare(f"s{at}", size, weight) for at, (size, weight) in enumerate(sources)]
 
 
-@settings(deadline=None)  # a busy machine is not a failure
 @given(num_prompts=sizes, seed=st.integers(0, 10**6), takes=counts)
 def test_takes_with_restores_in_between_equal_one_unbroken_walk(num_prompts, seed, takes):
     unbroken = PromptFrontier(num_prompts, seed, "student").take(sum(takes))
@@ -34,7 +33,6 @@ def test_takes_with_restores_in_between_equal_one_unbroken_walk(num_prompts, see
     assert walked == unbroken
 
 
-@settings(deadline=None)
 @given(num_prompts=sizes, num_epochs=st.integers(1, 4), batch=st.integers(1, 50))
 def test_every_epoch_is_a_permutation(num_prompts, num_epochs, batch):
     frontier = PromptFrontier(num_prompts, 7, "student")
@@ -46,7 +44,7 @@ def test_every_epoch_is_a_permutation(num_prompts, num_epochs, batch):
         assert sorted(part) == list(range(num_prompts))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(sources=mixtures, count=st.integers(1, 300))
 def test_no_source_is_ever_a_whole_prompt_away_from_its_share(sources, count):
     frontier = PromptFrontier(_mixture(sources), 0, "student")
@@ -67,7 +65,7 @@ def test_whole_weights_come_out_exactly_in_every_round():
         assert names == {"a": 3, "b": 2, "c": 1}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(sources=mixtures, takes=counts)
 def test_each_source_walks_epochs_of_its_own_whatever_is_restored(sources, takes):
     shares = _mixture(sources)
@@ -95,7 +93,6 @@ def test_sources_have_orders_of_their_own():
     assert first != second
 
 
-@settings(deadline=None)
 @given(
     num_prompts=st.integers(5, 30),
     batches=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=15),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fakes.hand_clock import HandClock
 from fakes.text_saver import TextSaver
 
 from distill_system.driver.recorder import RunRecorder
@@ -142,9 +142,12 @@ def test_the_best_may_be_asked_for_in_a_later_life(live):
 
 
 def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tmp_path):
-    run = RunDirectory(tmp_path / "look")
+    run, clock = RunDirectory(tmp_path / "look"), HandClock()
     context: Any = SimpleNamespace(
-        config=configure(), run=run, timings=Timings(run), view=LiveView("test", console=None)
+        config=configure(),
+        run=run,
+        timings=Timings(run, clock=clock),
+        view=LiveView("test", console=None),
     )
     pools = {
         name: PoolActivity(num_workers=1, seconds=10.0, starved_seconds=starved)
@@ -162,7 +165,7 @@ def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tm
         ("learner", 0.06),
     ):
         with context.timings.phase(phase):
-            time.sleep(seconds)
+            clock.sleep(seconds)
     recorder.describe_step(StepResult(step=0, metrics={}, num_response_tokens=1, seconds=1.0), 1.0)
     look = recorder.observe_scaling()
     assert (look.waited_for, look.learner_starved_share) == ("teacher_rollout", 0.4)

@@ -99,7 +99,7 @@ def _bounds(draw: st.DrawFn) -> PoolConfig:
     return PoolConfig(min_count=fewest, count=count, max_count=most)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     rates=st.fixed_dictionaries({name: st.floats(0.12, 3.0) for name in NAMES}),
     bounds=st.fixed_dictionaries({name: _bounds() for name in NAMES}),

@@ -1,22 +1,26 @@
-"""The command that asks a run for other sizes, with the run's side in a thread."""
+"""The command that asks a run for other sizes; the run answers while the command sleeps."""
 
 from __future__ import annotations
 
 import multiprocessing
-import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes.hand_clock import HandClock
 from typer.testing import CliRunner
 
 from distill_system.cli import app
 from distill_system.config import RunConfig, dump_config
 from distill_system.elastic.scale_command import scale
-from distill_system.elastic.scale_requests import PoolStatus, ScaleRequests, ScaleStatus
+from distill_system.elastic.scale_requests import (
+    PoolStatus,
+    ScaleRequest,
+    ScaleRequests,
+    ScaleStatus,
+)
 from distill_system.errors import (
     ConfigError,
     DeadlineError,
@@ -39,64 +43,82 @@ def run(configure: Callable[..., RunConfig]) -> RunDirectory:
     return directory
 
 
-def _scale(run: RunDirectory, *sizes: str, wait: float = 10.0, notify: Any = print) -> Any:
+class Answering:
+    """The run's side: reads one request, and gives one answer at each of its turns.
+
+    A turn comes whenever the command sleeps, on a clock that moves with it alone.
+    """
+
+    def __init__(self, run: RunDirectory, *pools: PoolStatus, refusal: str = "") -> None:
+        self.run = run
+        self.requests = ScaleRequests(run)
+        self.pools, self.refusal = list(pools), refusal
+        self.heard: list[ScaleRequest] = []
+        self.clock = HandClock(on_sleep=self._take_turn)
+        self.said: list[str] = []
+
+    def scale(self, *sizes: str, wait: float = 10.0) -> dict[str, PoolStatus]:
+        """What the command says while this run listens."""
+        with self.requests.listening():
+            return scale(
+                self.run.path.name,
+                sizes,
+                runs_directory=str(self.run.path.parent),
+                wait_seconds=wait,
+                notify=self.said.append,
+                clock=self.clock,
+                sleep=self.clock.sleep,
+            )
+
+    def _take_turn(self) -> None:
+        if not self.pools:
+            return
+        self.heard += self.requests.read_new()
+        answers = {request.request_id: self.refusal for request in self.heard}
+        status = ScaleStatus(pools={"student_rollout": self.pools.pop(0)}, answers=answers)
+        self.requests.write_status(status)
+
+
+def _scale(run: RunDirectory, *sizes: str) -> Any:
     folder = str(run.path.parent)
-    return scale(run.path.name, sizes, runs_directory=folder, wait_seconds=wait, notify=notify)
-
-
-@contextmanager
-def _answering(run: RunDirectory, *pools: PoolStatus, refusal: str = "") -> Any:
-    """A run that reads one request and answers with one status after another."""
-    requests, ended, heard = ScaleRequests(run), threading.Event(), []
-
-    def answer() -> None:
-        while not ended.is_set() and not heard:
-            heard.extend(requests.read_new())
-            time.sleep(0.01)
-        for pool in pools if heard else ():
-            answers = {request.request_id: refusal for request in heard}
-            requests.write_status(ScaleStatus(pools={"student_rollout": pool}, answers=answers))
-            ended.wait(0.7)
-
-    thread = threading.Thread(target=answer)
-    with requests.listening():
-        thread.start()
-        try:
-            yield heard
-        finally:
-            ended.set()
-            thread.join()
+    return scale(run.path.name, sizes, runs_directory=folder, wait_seconds=60.0, notify=print)
 
 
 def test_it_returns_once_the_pool_has_the_size(run: RunDirectory) -> None:
     begun = PoolStatus(wanted=3, present=1, starting=2, since=0.0)
     there = PoolStatus(wanted=3, present=3)
-    with _answering(run, begun, there) as heard:
-        assert _scale(run, "student_rollout=3") == {"student_rollout": there}
-    assert [request.wanted for request in heard] == [{"student_rollout": 3}]
+    answering = Answering(run, *[begun] * 11, there)
+    assert answering.scale("student_rollout=3") == {"student_rollout": there}
+    assert [request.wanted for request in answering.heard] == [{"student_rollout": 3}]
+    assert answering.clock.now == 1006.0, "it looks every half second"
+    [line] = answering.said
+    assert line.startswith("student_rollout: 1 of 3 workers (2 starting, asked for "), "after 5 s"
 
 
 def test_workers_still_on_their_way_at_the_deadline_are_the_answer(run: RunDirectory) -> None:
     begun = PoolStatus(wanted=3, present=1, starting=2, since=time.time())
-    with _answering(run, begun):
-        assert _scale(run, "student_rollout=3", wait=0.4) == {"student_rollout": begun}
+    answering = Answering(run, *[begun] * 99)
+    assert answering.scale("student_rollout=3", wait=1.25) == {"student_rollout": begun}
+    assert answering.clock.now == 1001.25
 
 
 def test_a_refusal_and_a_start_that_failed_are_errors(run: RunDirectory) -> None:
     same = PoolStatus(wanted=1, present=1)
-    refused = pytest.raises(ResourceError, match="the run refused: out of bounds")
-    with _answering(run, same, refusal="out of bounds"), refused:
-        _scale(run, "student_rollout=3")
+    with pytest.raises(ResourceError, match="the run refused: out of bounds"):
+        Answering(run, same, refusal="out of bounds").scale("student_rollout=3")
     failed = PoolStatus(wanted=1, present=1, problem="student_rollout-1 is given up: no room")
-    given_up = pytest.raises(ResourceError, match="student_rollout-1 is given up: no room")
-    with _answering(run, failed), given_up:
-        _scale(run, "student_rollout=2")
+    with pytest.raises(ResourceError, match="student_rollout-1 is given up: no room"):
+        Answering(run, failed).scale("student_rollout=2")
 
 
 def test_a_run_that_does_not_answer_is_told(run: RunDirectory) -> None:
-    late = pytest.raises(DeadlineError, match=r"did not read the request within 0\.2 s")
-    with ScaleRequests(run).listening(), late:
-        _scale(run, "student_rollout=3", wait=0.2)
+    answering = Answering(run)
+    with pytest.raises(DeadlineError, match=r"did not read the request within 7 s"):
+        answering.scale("student_rollout=3", wait=7.0)
+    assert answering.clock.now == 1007.0
+    assert answering.said == [
+        "waiting for the run to read the request, as it does between two steps"
+    ]
 
 
 def test_nothing_is_asked_where_no_run_listens(run: RunDirectory) -> None:
@@ -155,9 +177,12 @@ def test_what_cannot_be_asked_is_told_before_the_run_is(
 
 
 def test_the_command_prints_the_answer_and_finds_a_run_by_its_folder_too(
-    run: RunDirectory,
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with _answering(run, PoolStatus(wanted=2, present=2)):
+    answering = Answering(run, PoolStatus(wanted=2, present=2))
+    monkeypatch.setitem(scale.__kwdefaults__, "clock", answering.clock)
+    monkeypatch.setitem(scale.__kwdefaults__, "sleep", answering.clock.sleep)
+    with answering.requests.listening():
         said = CliRunner().invoke(app, ["scale", str(run.path), "student_rollout=2"])
     assert (said.exit_code, said.output) == (0, "student_rollout: 2 of 2 workers\n")
     said = CliRunner().invoke(app, ["scale", "nowhere", "student_rollout=2"])

@@ -117,7 +117,7 @@ def _written(rows, temperature=1.0):
     return logits.log_softmax(-1).gather(1, rows.token_ids_N[:, None]).squeeze(1)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6),
     cuts=st.lists(st.integers(0, 36), max_size=5),

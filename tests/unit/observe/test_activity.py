@@ -44,7 +44,7 @@ class TickByTick:
 
 
 @given(EVENTS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_busy_starved_and_blocked_agree_with_counting_tick_by_tick(events):
     clock, slow = PoolClock([0], 0.0), TickByTick()
     popped, now = [], 0
@@ -76,7 +76,7 @@ def test_busy_starved_and_blocked_agree_with_counting_tick_by_tick(events):
 
 
 @given(EVENTS, st.lists(st.floats(0.0, 50.0), min_size=40, max_size=40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_three_parts_add_up_to_the_workers_time_whatever_workers_report(events, reports):
     clock, calls, stretch, now = PoolClock([0], 0.0), {0: 0}, 0, 0
     for (at, what, worker), report in zip(

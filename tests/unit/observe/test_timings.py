@@ -1,8 +1,9 @@
 import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fakes.hand_clock import HandClock
 
 from distill_system.errors import RunStateError
 from distill_system.observe.run_directory import RunDirectory, read_json, write_json
@@ -24,82 +25,84 @@ def _stretch(tokens: int, busy_seconds: float) -> PoolActivity:
 
 
 def test_one_steps_phases_are_given_once(tmp_path: Path) -> None:
-    timings = Timings(RunDirectory(tmp_path))
-    for _ in range(2):
-        with timings.phase("learner"):
-            time.sleep(0.01)
-    with timings.phase("publish"):
-        pass
-    step = timings.pop_step()
-    assert set(step) == {"learner", "publish"}
-    assert step["learner"] >= 0.02 > step["publish"]
+    clock = HandClock()
+    timings = Timings(RunDirectory(tmp_path), clock=clock)
+    for phase, seconds in (("learner", 2.0), ("publish", 0.5), ("learner", 3.0)):
+        with timings.phase(phase):
+            clock.sleep(seconds)
+    assert timings.pop_step() == {"learner": 5.0, "publish": 0.5}
     assert timings.pop_step() == {}
 
 
 def test_a_resumed_run_goes_on_from_what_was_saved(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    first = Timings(run)
+    run, clock = RunDirectory(tmp_path), HandClock()
+    first = Timings(run, clock=clock)
     with first.stage("distill"):
         with first.phase("learner"):
-            time.sleep(0.03)
+            clock.sleep(3.0)
         first.add_activity({"learner": _stretch(10, 0.5)})
         first.save()
-        saved = read_json(run.timings_path)["seconds"]["distill"]  # type: ignore[index]
-        assert saved >= 0.03  # a run killed here keeps the time of the running stage
-    second = Timings(run)
+        clock.sleep(1.0)  # a run killed here keeps the time of the running stage up to its save
+        second = Timings(run, clock=clock)
+    assert second.seconds == {"distill": 3.0}
     with second.stage("distill"), second.phase("learner"):
-        time.sleep(0.03)
+        clock.sleep(4.0)
     second.add_activity({"learner": _stretch(20, 0.5)})
     second.save()
-    assert second.seconds["distill"] >= first.seconds["distill"] + 0.03
+    assert second.seconds == {"distill": 7.0}
     assert second.tokens_per_second == {"learner": 30.0}
-    assert 0.06 <= read_json(run.timings_path)["phases"]["distill"]["learner"] < 1.0  # type: ignore[index]
+    form: Any = read_json(run.timings_path)
+    assert form["phases"]["distill"] == {"learner": 7.0}
 
 
 def test_a_stage_that_begins_again_counts_from_zero(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    with Timings(run).stage("distill"):
-        time.sleep(0.2)
-    again = Timings(run)
+    run, clock = RunDirectory(tmp_path), HandClock()
+    with Timings(run, clock=clock).stage("distill"):
+        clock.sleep(200.0)
+    again = Timings(run, clock=clock)
     with again.stage("distill"):
+        clock.sleep(5.0)
         again.restart("distill")
-        with again.phase("learner"):
-            pass
-    assert 0 < again.seconds["distill"] < 0.2
+        clock.sleep(1.5)
+    assert again.seconds == {"distill": 1.5}
 
 
 def test_time_counts_when_the_work_fails(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    timings = Timings(run)
+    run, clock = RunDirectory(tmp_path), HandClock()
+    timings = Timings(run, clock=clock)
 
     def fail() -> None:
         with timings.stage("distill"), timings.phase("learner"):
-            time.sleep(0.02)
+            clock.sleep(2.0)
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert Timings(run).seconds["distill"] >= 0.02
-    assert timings.pop_step()["learner"] >= 0.02
+    assert Timings(run).seconds == {"distill": 2.0}
+    assert timings.pop_step() == {"learner": 2.0}
 
 
 def test_two_stages_at_once_count_each_for_itself(tmp_path: Path) -> None:
-    timings = Timings(RunDirectory(tmp_path))
+    """sft_student begins while sft_teacher is under way, and ends before it."""
+    clock, inner_is_done = HandClock(), threading.Event()
+    timings = Timings(RunDirectory(tmp_path), clock=clock)
 
     def work(stage: str, seconds: float) -> None:
         with timings.stage(stage), timings.phase("learner", stage=stage):
-            time.sleep(seconds)
+            clock.sleep(seconds)
 
-    threads = [
-        threading.Thread(target=work, args=("sft_teacher", 0.15)),
-        threading.Thread(target=work, args=("sft_student", 0.02)),
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert timings.seconds["sft_teacher"] >= 0.15 > timings.seconds["sft_student"]
-    assert set(timings.pop_step("sft_teacher")) == {"learner"}
+    def work_inside() -> None:
+        work("sft_student", 2.0)
+        inner_is_done.set()
+
+    with timings.stage("sft_teacher"), timings.phase("learner", stage="sft_teacher"):
+        clock.sleep(10.0)
+        threading.Thread(target=work_inside).start()
+        assert inner_is_done.wait(60.0)
+        clock.sleep(3.0)
+    assert timings.seconds == {"sft_teacher": 15.0, "sft_student": 2.0}
+    assert timings.pop_step("sft_teacher") == {"learner": 15.0}
+    assert timings.pop_step("sft_student") == {"learner": 2.0}
 
 
 def test_a_file_of_another_form_is_refused(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from distill_system.cli import app
 from distill_system.config import load_config
 from distill_system.config.recipes import recipe_path
 from distill_system.errors import ConfigError
@@ -14,7 +17,7 @@ from distill_system.observe import RunDirectory
 from distill_system.observe.run_directory import write_json, write_text
 from distill_system.stages.compare import ComparisonRequest, compare
 from distill_system.stages.pilot import PILOT_STEPS, plan_steps
-from distill_system.stages.processes import Job, run_jobs
+from distill_system.stages.processes import TRAIN, Job, run_jobs
 
 BROKEN = "data.held_out={type: jsonl, path: /no/where.jsonl}"
 QUICKSTART = str(Path(__file__).parents[3] / "configs/quickstart.yaml")
@@ -94,19 +97,34 @@ def test_names_are_checked_before_anything_runs(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+FAILING = """
+import json, pathlib, sys
+path, resume = sys.argv[1:]
+held_out = json.loads(pathlib.Path(path).read_text())["data"]["held_out"]["path"]
+print("begun with", resume, flush=True)
+sys.exit(f"DataError: {held_out}: no such file")
+"""
+
+
+def _command(program):
+    """In place of the train command, whose imports take seconds; without site-packages."""
+    return [sys.executable, "-I", "-S", "-c", program]
+
+
 def test_a_run_that_fails_is_told_and_what_is_done_is_skipped(tmp_path):
     missing = _config(tmp_path, "ammd", "name=broken", BROKEN)
     done = _config(tmp_path, "ammd", "name=done")
     _finish(RunDirectory(tmp_path / "done"))
     said = []
     jobs = [Job(key="a/done", config=done), Job(key="a/broken", config=missing)]
-    failures = run_jobs(jobs, at_once=2, notify=said.append)
+    failures = run_jobs(jobs, at_once=2, notify=said.append, command=_command(FAILING))
     assert said[0] == "2 runs, 1 of them done"
-    assert list(failures) == ["a/broken"]
-    assert "DataError" in failures["a/broken"]
-    assert "/no/where" in failures["a/broken"]
-    assert "exit code 1" in failures["a/broken"]
-    assert "DataError" in (tmp_path / "broken.log").read_text()
+    assert said[1] == "[1/1] a/broken: failed: DataError: /no/where.jsonl: no such file"
+    log = tmp_path / "broken.log"
+    lines = ["begun with --resume", "DataError: /no/where.jsonl: no such file"]
+    assert log.read_text().splitlines() == lines
+    told = "\n".join([f"exit code 1; {log} ends with:", *lines])
+    assert failures == {"a/broken": told}
     assert load_config([tmp_path / "broken.json"]) == missing
 
 
@@ -115,5 +133,12 @@ def test_a_teachers_evaluation_is_taken_from_a_run_of_the_same_seed(tmp_path):
     write_json(twin.evaluation_path("teacher"), {"measured": True})
     broken = _config(tmp_path, "ammd", "name=taker", BROKEN)
     job = Job(key="a/taker", config=broken, same_teacher=(tmp_path / "none", twin.path))
-    run_jobs([job], at_once=1, notify=print)
+    run_jobs([job], at_once=1, notify=print, command=_command("raise SystemExit(0)"))
     assert json.loads(job.run.evaluation_path("teacher").read_text()) == {"measured": True}
+
+
+def test_the_command_of_a_run_is_one_that_the_command_line_knows(tmp_path):
+    assert TRAIN[1:3] == ("-m", "distill_system")
+    said = CliRunner().invoke(app, [TRAIN[3], str(tmp_path / "none.json"), "--resume"])
+    assert said.exit_code == 1
+    assert "none.json" in said.output

@@ -34,7 +34,7 @@ def _shapes(tensors: dict[str, torch.Tensor]) -> list[Shape]:
 specifications = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=12)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(specification=specifications, bucket_bytes=st.integers(1, 300))
 def test_what_is_packed_comes_out_as_it_was(
     specification: list[tuple[int, int]], bucket_bytes: int
@@ -51,7 +51,7 @@ def test_what_is_packed_comes_out_as_it_was(
         assert torch.equal(tensor, tensors[name])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(specification=specifications, bucket_bytes=st.integers(1, 300))
 def test_a_bucket_is_no_larger_than_asked_unless_one_tensor_is(
     specification: list[tuple[int, int]], bucket_bytes: int

@@ -28,7 +28,7 @@ def _weights(count: int) -> torch.Tensor:
     return (signs.float() * 2 - 1).view(torch.uint8)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     size=st.integers(1, 5 * ROW),
     flips=st.sets(st.integers(0, 8 * 5 * ROW - 1), min_size=1, max_size=3),
@@ -41,7 +41,7 @@ def test_up_to_three_flipped_bits_are_seen(size: int, flips: set[int]) -> None:
     assert _sum(buffer) != before
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(first=st.integers(0, 4 * ROW - 1), second=st.integers(0, 4 * ROW - 1))
 def test_two_swapped_bytes_are_seen(first: int, second: int) -> None:
     buffer = _weights(4 * ROW)
@@ -50,7 +50,7 @@ def test_two_swapped_bytes_are_seen(first: int, second: int) -> None:
     assert (_sum(swapped) == _sum(buffer)) is torch.equal(swapped, buffer)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(start=st.integers(0, 3 * ROW), length=st.integers(1, ROW), seed=st.integers(0, 9))
 def test_garbage_in_a_row_of_bytes_is_seen(start: int, length: int, seed: int) -> None:
     buffer = _weights(5 * ROW)
