@@ -23,7 +23,8 @@ def run_ranks(count, meeting, main, *arguments):
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=TIMEOUT
         )
         answers.put((rank, main(rank, *arguments)))
-        dist.destroy_process_group()
+        if dist.is_initialized():  # main may have left it
+            dist.destroy_process_group()
 
     processes = [context.Process(target=rank_main, args=(rank,)) for rank in range(count)]
     for process in processes:

@@ -185,7 +185,9 @@ def test_a_large_model_goes_into_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr("distill_system.learner.checkpoint.SHARD_FILE_BYTES", 300)
     made = _build()
     files = _save(made, tmp_path)
-    assert len([name for name in files if name.startswith("model/")]) == 3
+    assert {name for name in files if name.startswith("model/")} == {
+        f"model/shard-00001-model-{part:05d}-of-00003.safetensors" for part in (1, 2, 3)
+    }
     other = _build(seed=4)
     _load(other, tmp_path)
     assert torch.equal(other.model.middle.weight, made.model.middle.weight)

@@ -1,5 +1,9 @@
+import resource
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from distill_system.learner.peak_memory import read_peak_memory_bytes
@@ -16,3 +20,12 @@ def test_the_peak_grows_by_what_was_held_and_does_not_fall() -> None:
     assert before >= 0.9 * resident
     assert held - before > 32 * 2**20
     assert read_peak_memory_bytes(torch.device("cpu")) >= held
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_the_systems_count_is_told_in_bytes(
+    monkeypatch: pytest.MonkeyPatch, platform: str, unit: int
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5000))
+    assert read_peak_memory_bytes(torch.device("cpu")) == 5000 * unit

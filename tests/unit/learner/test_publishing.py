@@ -139,18 +139,22 @@ def test_the_logprob_gap_is_what_sampler_and_learner_differ_by(
     pool = ScoringPool(LocalWorkers([scorer]))
     ranks = make_ranks(count) if count > 1 else LocalWorkers([alone])
 
-    def measured(on_policy):
+    def scored(on_policy):
         off = make_trajectories(6, Author.TEACHER)
         parts = [(off, Stream.OFF_POLICY), (on_policy, Stream.ON_POLICY)]
-        scored = [
+        return [
             chunk
             for trajectories, stream in parts
             for chunk in pool.start(trajectories, stream, needs=MOMENTS, num_shares=count)
         ]
-        return LearnerGroup(ranks).measure(scored)
 
-    same, other = measured(written), measured(wrong)
+    group = LearnerGroup(ranks)
+    same, other = group.measure(scored(written)), group.measure(scored(wrong))
     assert same["max_logprob_gap"] < 1e-5
-    num_tokens = sum(t.num_response_tokens for t in wrong)
-    assert other["logprob_gap"] == pytest.approx(0.75 / num_tokens, rel=1e-3)
+    mean = 0.75 / sum(t.num_response_tokens for t in wrong)
+    assert other["logprob_gap"] == pytest.approx(mean, rel=1e-3)
     assert other["max_logprob_gap"] == pytest.approx(0.5, rel=1e-4)
+    # A step says the same of the text that it learns from, whose version is 3.
+    assert group.learn(3, scored(wrong)).metrics["learner/logprob_gap"] == pytest.approx(
+        mean, rel=1e-3
+    )

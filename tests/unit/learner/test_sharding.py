@@ -6,7 +6,9 @@ import pytest
 import torch
 from process_groups import run_ranks
 
-from distill_system.learner.sharding import build_mesh, gather, shard_rows
+from distill_system.errors import ModelError
+from distill_system.language_model import load_language_model
+from distill_system.learner.sharding import build_mesh, find_blocks, gather, shard_rows
 
 CPU = torch.device("cpu")
 
@@ -47,3 +49,22 @@ def test_ranks_of_a_shard_keep_their_rows_and_give_all_of_them_back(
 
 def test_a_rank_alone_keeps_every_row():
     assert torch.equal(gather(shard_rows(_matrix(67), CPU, None)), _matrix(67))
+
+
+def test_a_models_blocks_are_found_in_their_order_and_nothing_else_is(tiny_model_folder):
+    model = load_language_model(
+        str(tiny_model_folder(num_layers=3)), dtype=torch.float32, device=CPU
+    )
+    blocks = find_blocks(model)
+    assert len(blocks) == 3
+    assert all(found is layer for found, layer in zip(blocks, model.model.layers, strict=True))
+
+
+@pytest.mark.parametrize(("named", "said"), [(None, "none"), (["NoSuchBlock"], "NoSuchBlock")])
+def test_a_model_that_does_not_name_its_blocks_is_told_what_runs_without(
+    tiny_model_folder, named, said
+):
+    model = load_language_model(str(tiny_model_folder()), dtype=torch.float32, device=CPU)
+    model._no_split_modules = named
+    with pytest.raises(ModelError, match=rf"_no_split_modules\), got .*{said}.*learner.offload"):
+        find_blocks(model)

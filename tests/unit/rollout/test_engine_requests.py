@@ -27,7 +27,7 @@ class Vllm:
     """
 
     def __init__(self):
-        self.log, self.seconds, self.failing = [], 0.0, None
+        self.log, self.seconds, self.failing = [], 100.0, None
         self.requests, self.weight_version = {}, None
         self.num_rows = 80
         self.model_config = SimpleNamespace(get_vocab_size=lambda: self.num_rows)
@@ -37,6 +37,7 @@ class Vllm:
         assert context == "LLM_CLASS"
         if self.failing is not None:
             raise self.failing
+        self.seconds += 4.0
         self.arguments, self.collects = arguments, gc.isenabled()
         return self
 
@@ -330,6 +331,11 @@ def test_an_engine_on_gpus_is_as_its_configuration_says(vllm, build):
     build(engine=EngineConfig(kv_cache_mebibytes=3, enforce_eager=True), uses_gpu=True)
     assert vllm.arguments.kv_cache_memory_bytes == 3 * 2**20
     assert vllm.arguments.enforce_eager
+
+
+def test_an_engine_says_how_long_it_took_to_build(build):
+    engine = build()
+    assert (engine.import_seconds, engine.start_seconds) == (0.0, 4.0)
 
 
 def test_a_model_that_never_changes_receives_no_weights(vllm, build):

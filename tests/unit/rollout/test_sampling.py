@@ -1,4 +1,6 @@
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +42,24 @@ def test_compilation_is_left_on_where_there_is_a_gpu() -> None:
     assert on_cpu["OMP_NUM_THREADS"] == "2"
     assert not {"TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS"} & on_gpu.keys()
     assert on_gpu["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+def _text_of(package: str, file: str) -> bytes:
+    """A file of an installed package, which is not imported."""
+    [folder] = importlib.util.find_spec(package).submodule_search_locations
+    [path] = Path(folder).glob(file)
+    return path.read_bytes()
+
+
+def test_libraries_read_what_their_environment_tells_them() -> None:
+    """A name that a release has changed would be passed over in silence."""
+    told = engine_environment(uses_gpu=False)
+    known = _text_of("vllm", "envs.py")
+    names = [name for name in told if name.startswith("VLLM_")]
+    assert len(names) >= 4
+    assert [name for name in names if f'"{name}"'.encode() not in known] == []
+    binding = f'"{told["VLLM_CPU_OMP_THREADS_BIND"]}"'.encode()
+    assert binding in _text_of("vllm", "utils/ompmultiprocessing.py")
+    others = [name for name in told if name.startswith("TOKENIZERS_")]
+    assert len(others) == 1
+    assert others[0].encode() in _text_of("tokenizers", "*.so")

@@ -30,7 +30,6 @@ class Engine:
         self.failing: dict[str, Exception] = {}
 
     def complete(self, prompts, sampling, seeds):
-        time.sleep(0.01)
         self.asked += zip(
             [p.tolist() for p in prompts], [sampling] * len(prompts), seeds, strict=True
         )
@@ -140,18 +139,6 @@ def test_requests_go_on_over_slices_and_are_handed_out_once(make_worker):
     assert (first.author, first.temperature) == (Author.STUDENT, 0.5)
     assert [each.version for each in said] == [2, 2, 2]
     assert all(each.busy_seconds >= 0.02 for each in said)
-    work = made.worker.work_done()
-    assert work.num_tokens == 3
-    assert work.busy_seconds == pytest.approx(sum(each.busy_seconds for each in said))
-
-
-def test_work_adds_up_over_calls(make_worker):
-    made = make_worker()
-    for _ in range(2):
-        made.worker.generate(TWO, SAMPLING, 3, "step_9")
-    work = made.worker.work_done()
-    assert work.num_tokens == 2 * 3
-    assert 2 * 0.01 <= work.busy_seconds < 60
 
 
 def test_a_worker_says_how_long_its_engine_took(make_worker):

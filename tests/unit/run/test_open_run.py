@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill_system.config import load_config
-from distill_system.errors import RunStateError
+from distill_system.errors import ModelError, RunStateError
 from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
 
 QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
@@ -164,3 +164,37 @@ def test_a_record_that_todays_models_refuse_is_compared_as_it_stands(tmp_path):
     run.config_path.write_text(json.dumps(recorded))
     with pytest.raises(RunStateError, match="a_key_of_old: 3 -> None"):
         open_run(_config(tmp_path))
+
+
+def test_a_key_that_a_refused_record_lacks_is_told_too(tmp_path):
+    run = _start(tmp_path)
+    run.teacher_directory.mkdir()
+    recorded = json.loads(run.config_path.read_text())
+    recorded["distill"]["a_key_of_old"] = 3
+    del recorded["distill"]["optimizer"]["weight_decay"]
+    run.config_path.write_text(json.dumps(recorded))
+    with pytest.raises(
+        RunStateError, match=r"a_key_of_old.*optimizer\.weight_decay: None -> 0\.01"
+    ):
+        open_run(_config(tmp_path))
+
+
+def test_a_folder_that_is_not_there_is_told_before_a_tokenizer_is_made(configure):
+    config = configure("teacher.path=runs/of/nobody")
+    run = open_run(config)
+    with pytest.raises(ModelError, match=r"teacher\.path='runs/of/nobody': .* no such folder"):
+        prepare_tokenizer(config, run)
+    assert not run.path.exists()
+
+
+def test_models_must_fit_the_tokenizer_each_time_it_is_prepared(configure, tiny_model_folder):
+    short = tiny_model_folder(seed=3, max_position_embeddings=8)
+    good, bad = configure(), configure(f"student.path={short}")
+    run = open_run(good)
+    with pytest.raises(ModelError, match="reads at most 8 tokens"):
+        prepare_tokenizer(bad, run)
+    assert not run.tokenizer_directory.exists()
+    prepare_tokenizer(good, run)
+    assert run.tokenizer_directory.exists()
+    with pytest.raises(ModelError, match="reads at most 8 tokens"):
+        prepare_tokenizer(bad, run)

@@ -17,7 +17,7 @@ from fakes.local_workers import Done, LocalWorkers
 from simulated_pools import make_prompts, make_rows
 
 from distill_system.config import load_config
-from distill_system.learner import LearnerGroup
+from distill_system.learner import Learner, LearnerGroup
 from distill_system.observe import RunDirectory, Timings
 from distill_system.records import (
     Author,
@@ -28,9 +28,9 @@ from distill_system.records import (
     VersionSpan,
     WeightVersion,
 )
-from distill_system.rollout import RolloutPool
+from distill_system.rollout import RolloutPool, RolloutWorker
 from distill_system.run.pools import Pools
-from distill_system.scoring import ScoringPool
+from distill_system.scoring import ScoringPool, TeacherScorer
 from distill_system.seeds import derive_seed
 from distill_system.streams import LockstepStreams
 from distill_system.streams.off_policy import OffPolicyMixture
@@ -170,12 +170,15 @@ class Run:
             student_sft=make_rows("dataset", 7),
         )
         self.students, self.teachers = (
-            workers([Writer(author, self.log, seconds=seconds) for _ in range(count)])
+            workers(
+                [Writer(author, self.log, seconds=seconds) for _ in range(count)],
+                stands_for=RolloutWorker,
+            )
             for author, count in ((Author.STUDENT, students), (Author.TEACHER, 1))
         )
-        self.scorers = workers([Scorer(self.log)])
+        self.scorers = workers([Scorer(self.log)], stands_for=TeacherScorer)
         rank = Rank(self.log, self.learned, self.students)
-        learner = LearnerGroup(workers([rank] * ranks))
+        learner = LearnerGroup(workers([rank] * ranks, stands_for=Learner))
         learner.connect_rollouts("gloo", None, students, 10.0)
         self.context = SimpleNamespace(
             config=self.config, timings=Timings(RunDirectory(folder / "run"))

@@ -13,7 +13,13 @@ from simulated_pools import make_prompts, make_rows
 from trajectories import make_trajectories
 
 from distill_system.config import load_config
-from distill_system.data import PromptFrontier, SampleOrigin, TrajectoryStore, read_trajectories
+from distill_system.data import (
+    PromptFrontier,
+    SampleOrigin,
+    TrajectoryStore,
+    read_trajectories,
+    stored_rows,
+)
 from distill_system.records import Author, Prompt
 from distill_system.run.stored_targets import PREFIX
 from distill_system.streams.off_policy import OffPolicyMixture
@@ -86,7 +92,7 @@ def test_a_stored_sample_goes_by_its_key_under_which_its_targets_may_stand(tmp_p
         seed=0,
     )
     store = TrajectoryStore(tmp_path / "store", "t")
-    store.append(make_trajectories(4, Author.TEACHER), origin, label="a")
+    store.append(stored_rows.make_rows(make_trajectories(4, Author.TEACHER), origin, label="a"))
     stored = read_trajectories(tmp_path / "store", "t")
     data = SimpleNamespace(prompts=make_prompts(3), stored=stored, student_sft=())
     overrides = ["distill.off_policy_source={teacher: 1, store: 1}", "data.trajectory_store=store"]
