@@ -91,6 +91,8 @@ def test_stemmed_rouge_l_by_hand() -> None:
         ("No wings, so yes", True),
         ("It has no wings, so yes", True),
         ("no", False),
+        ("It may say yes or no or yes. In the end it says no", False),
+        ("The answer is no. Or: the answer is no. Or else the answer is yes", True),
         ("There is nothing to know", None),
         ("Norway, yesterday", None),
         ("", None),
