@@ -38,3 +38,11 @@ def test_a_step_begins_with_a_sequence_of_the_student_for_every_rank():
     _load(*shared, "distill.staleness.min_on_policy_share=0.5")
     with pytest.raises(ConfigError, match=r"begin with 2 of .* at least pools.learner.count=4"):
         _load(*shared, "distill.staleness.min_on_policy_share=0.25")
+
+
+def test_a_share_of_the_sequences_is_rounded_up_to_whole_ones():
+    ahead = ["distill.staleness.max_staleness=2", "distill.staleness.too_old=reissue"]
+    shared = [*ahead, "pools.learner.count=3", "distill.student_prompts_per_step=8"]
+    _load(*shared, "distill.staleness.min_on_policy_share=0.3")  # 2.4 of them are 3
+    with pytest.raises(ConfigError, match=r"begin with 2 of .* at least pools.learner.count=3"):
+        _load(*shared, "distill.staleness.min_on_policy_share=0.25")
