@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from sacrebleu.metrics.bleu import BLEU
 
 from distill_system.errors import DataError, RecordError
 from distill_system.evaluation.evaluate import Metric, SplitEvaluation, evaluate_splits
@@ -85,6 +86,30 @@ def test_scores_lengths_and_ends_by_hand() -> None:
     assert means["ended_share_greedy"] == 100.0
     assert near.scores["exact_match_sampled"].stderr == pytest.approx(50.0)
     assert list(means)[:2] == ["exact_match_greedy", "exact_match_sampled"]
+
+
+def test_bleu_is_that_of_the_whole_split_and_has_an_error_for_two_prompts_or_more() -> None:
+    prompts = [
+        build_prompt("a", "red green blue red green"),
+        build_prompt("b", "blue blue red green", "green"),
+        build_prompt("c", "red"),
+    ]
+    wrote = {"a": [1, 2, 3, 1, 1, END], "b": [3, 3, 1, 2, END], "c": [2, END]}
+    generator = ScriptedGenerator(wrote, wrote)
+    both = evaluate_splits({"all": prompts, "one": prompts[:1]}, generator, decode, ("bleu",), 0)
+    whole = BLEU(force=True).corpus_score(
+        [decode(wrote[name]) for name in "abc"],
+        [[prompt.references[0] for prompt in prompts], [None, "green", None]],
+    )
+    score = both["all"].scores["bleu_greedy"]
+    assert 0 < whole.score < 100
+    assert score.mean == pytest.approx(whole.score)
+    assert score.stderr is not None
+    assert score.stderr > 0
+    replicates = both["all"].bootstrap["bleu_greedy"]
+    assert score.stderr == pytest.approx(np.std(replicates, ddof=1), rel=1e-4)
+    assert both["one"].scores["bleu_greedy"].stderr is None
+    assert "bleu_greedy" not in both["all"].per_example
 
 
 def test_a_split_without_references_has_lengths_and_ends_alone() -> None:

@@ -91,6 +91,8 @@ def test_stemmed_rouge_l_by_hand() -> None:
         ("No wings, so yes", True),
         ("It has no wings, so yes", True),
         ("no", False),
+        ("It may say yes or no or no. In the end it says yes", True),
+        ("The answer is no. Or: the answer is no. Or else the answer is yes", True),
         ("There is nothing to know", None),
         ("Norway, yesterday", None),
         ("", None),
@@ -174,3 +176,8 @@ def test_bootstraps_of_the_same_prompts_draw_the_same_prompts() -> None:
 def test_unequal_numbers_of_examples_cannot_be_paired() -> None:
     with pytest.raises(RecordError, match="got 2 and 3"):
         paired_standard_error([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def test_a_hypothesis_without_its_references_is_refused_and_not_left_out() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        bleu_statistics(["red", "green"], [["red"]])

@@ -44,6 +44,20 @@ def test_whitened_rows_are_the_symmetric_inverse_square_root_up_to_a_rotation():
     torch.testing.assert_close(ours @ ours.T, expected @ expected.T, atol=1e-5, rtol=1e-5)
 
 
+def test_a_step_of_few_tokens_counts_as_much_in_the_moment_as_one_of_many():
+    """Decay 0.5: the second step has weight 2/3, the first 1/3, whatever their tokens."""
+    config = WhitenedFeatures(type="whitened", decay=0.5, regularisation=0.1)
+    features, steps = build_features(config), (_hidden(200), _hidden(20, seed=1).flip(1))
+    for hidden in steps:
+        ours = features.extract(hidden, len(hidden), identity).double()
+    many, few = (torch.nn.functional.normalize(hidden.double(), dim=-1) for hidden in steps)
+    moment = (many.T @ many) / 200 / 3 + (few.T @ few) / 20 * 2 / 3
+    values, vectors = torch.linalg.eigh(moment)
+    root = vectors @ (values + 0.1 * values.mean()).rsqrt().diag() @ vectors.T
+    expected = torch.nn.functional.normalize(few @ root, dim=-1)
+    torch.testing.assert_close(ours @ ours.T, expected @ expected.T, atol=1e-5, rtol=1e-5)
+
+
 def test_whitening_evens_out_the_directions():
     def spread(features):
         values = torch.linalg.eigvalsh(features.T @ features)

@@ -86,3 +86,18 @@ def test_a_source_is_asked_to_its_end_so_that_it_can_say_what_is_wrong() -> None
     buckets = Buckets([Shape("w", torch.float32, (5,))], bucket_bytes=64, device=CPU)
     with pytest.raises(ValueError, match="one is missing"):
         buckets.fill(checked())
+
+
+def test_what_lies_at_its_dtypes_boundary_is_unpacked_without_a_copy() -> None:
+    """A model's bytes a third time would be the memory that the cache was to have."""
+    tensors = {
+        "first": torch.ones(3, dtype=torch.bfloat16),
+        "odd": torch.ones(2),  # behind six bytes
+        "even": torch.ones(1, 2, dtype=torch.bfloat16),
+    }
+    buckets = Buckets(_shapes(tensors), bucket_bytes=64, device=CPU)
+    buckets.fill(tensors.items())
+    begin, end = buckets.buffers[0].data_ptr(), buckets.buffers[0].data_ptr() + 18
+    unpacked = {name: tensor.data_ptr() for name, tensor in buckets.unpack(0)}
+    assert (unpacked["first"], unpacked["even"]) == (begin, begin + 14)
+    assert not begin <= unpacked["odd"] < end
