@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=60)
 
 
-def run_ranks(count, meeting, main, *arguments):
+def run_ranks(
+    count: int, meeting: Path, main: Callable[..., Any], *arguments: Any
+) -> dict[int, Any]:
     """Run main(rank, *arguments) in `count` processes that form a gloo group; answers by rank.
 
     meeting: a file that does not exist yet, where they find one another.
@@ -18,7 +23,7 @@ def run_ranks(count, meeting, main, *arguments):
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
 
-    def rank_main(rank):
+    def rank_main(rank: int) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=TIMEOUT
         )

@@ -70,12 +70,9 @@ def test_a_killed_generation_goes_on_and_writes_no_sample_twice(
     trajectory = stored[0]
     said = _teacher_says(teacher, trajectory)
     np.testing.assert_allclose(trajectory.behaviour_logprobs, said, atol=1e-4)
-    [reading] = set(
-        pyarrow.parquet.read_table(tmp_path / "store" / "targets", columns=["reading"])[
-            "reading"
-        ].to_pylist()
-    )
+    rows = pyarrow.parquet.read_table(tmp_path / "store" / "targets", columns=["reading"])
+    assert rows.num_rows == NUM_SAMPLES
+    [reading] = set(rows["reading"].to_pylist())
     targets = TargetStore(tmp_path / "store", reading)
-    assert len(targets) == NUM_SAMPLES
     [kept] = targets.read([stored.key(0)], [trajectory.trajectory_id])
     assert kept.features.shape == (trajectory.num_response_tokens, 64)

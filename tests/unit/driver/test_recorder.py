@@ -175,13 +175,14 @@ def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tm
 
 def test_a_second_look_forgets_the_waits_and_the_work_of_the_first(configure, tmp_path):
     run = RunDirectory(tmp_path / "look")
-    timings = SimpleNamespace(pop_step=lambda: waits.pop(0), add_activity=lambda _: None)
-    context = SimpleNamespace(
-        config=configure(), run=run, timings=timings, view=LiveView("test", console=None)
-    )
     waits = [{"student_rollout": 5.0, "teacher_rollout": 1.0}, {"teacher_rollout": 2.0}]
     waits.append({"teacher_rollout": 0.5, "student_rollout": 0.25})
-    streams = SimpleNamespace(
+    timings = SimpleNamespace(pop_step=lambda: waits.pop(0), add_activity=lambda _: None)
+    context: Any = SimpleNamespace(
+        config=configure(), run=run, timings=timings, view=LiveView("test", console=None)
+    )
+    no_pools: Any = SimpleNamespace()
+    streams: Any = SimpleNamespace(
         is_asynchronous=True,
         pop_counts=dict,
         pop_activity=lambda: {
@@ -189,7 +190,7 @@ def test_a_second_look_forgets_the_waits_and_the_work_of_the_first(configure, tm
             for name in ("student_rollout", "teacher_rollout", "learner")
         },
     )
-    recorder = RunRecorder(context, SimpleNamespace(), streams)
+    recorder = RunRecorder(context, no_pools, streams)
     result = StepResult(step=0, metrics={}, num_response_tokens=1, seconds=1.0)
     recorder.describe_step(result, 6.0)
     first = recorder.observe_scaling()

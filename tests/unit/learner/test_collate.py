@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ def test_a_stream_that_a_step_has_not_has_no_rows(both, present):
 def test_targets_follow_their_trajectories_in_the_numbers_that_learning_takes(both):
     """float16 and int32 are forms of the wire."""
     chunks, totals, trajectories = both
-    fields = {
+    fields: dict[Stream, dict[str, Any]] = {
         OFF: {"features": ((3,), np.float16), "logprobs": ((), np.float32)},
         ON: {"top_k_ids": ((2,), np.int32), "top_k_logprobs": ((2,), np.float32)},
     }

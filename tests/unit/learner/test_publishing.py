@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def test_packing_and_sending_share_one_deadline_of_which_a_second_always_remains
 ):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(publishing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    workers = _Clocked(clock, packing=packing, sending=0.25)
+    workers: Any = _Clocked(clock, packing=packing, sending=0.25)
     published = publishing.Publishing(3, ["packing"]).finish(workers, 10.0)
     assert workers.granted == {"packing": 10.0, "sending": pytest.approx(left)}
     assert published.seconds == pytest.approx(packing + 0.25)

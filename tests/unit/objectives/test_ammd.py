@@ -275,8 +275,8 @@ def test_beta_mixes_the_two_terms_and_the_language_model_term_adds():
 def test_no_critic_is_played_on_a_stream_without_weight(beta, played):
     game = Game()
     rows = game.rows(LANGUAGE.responses[:6], num_global_tokens=18)
-    critics = {"critic": GradientCritic(type="gradient_ascent")}
-    objective = Ammd(AmmdConfig(on_policy_weight=beta, **critics), max_response_tokens=3)
+    critic = GradientCritic(type="gradient_ascent")
+    objective = Ammd(AmmdConfig(on_policy_weight=beta, critic=critic), max_response_tokens=3)
     output = objective.compute_loss(game.head(), rows, rows, identity)
     assert set(output.metrics) == {f"{played}_distance"}
     assert set(objective.state_dict()) == {f"{played.removesuffix('_policy')}_critic.critic"}

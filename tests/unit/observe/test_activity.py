@@ -109,7 +109,7 @@ def test_the_three_parts_add_up_to_the_workers_time_whatever_workers_report(even
 
 
 def test_two_idle_workers_are_fully_starved():
-    pool = PoolClock(["v", "w"], 5.0).pop(15.0)
+    pool = PoolClock([0, 1], 5.0).pop(15.0)
     assert (pool.num_workers, pool.seconds) == (2.0, 10.0)
     assert (pool.starved_seconds, pool.starved_share) == (20.0, 1.0)
     assert (pool.busy_share, pool.blocked_share) == (0.0, 0.0)

@@ -107,7 +107,7 @@ class Vllm:
 def vllm(monkeypatch):
     """Stands where vLLM is imported from; its clock is the engine's."""
     made = Vllm()
-    contents = {
+    contents: dict[str, dict[str, object]] = {
         "vllm": {"SamplingParams": SimpleNamespace},
         "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(FINAL_ONLY="final")},
         "vllm.config": {"WeightTransferConfig": SimpleNamespace},

@@ -10,6 +10,7 @@ import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,8 @@ RISING = [{"held_out/cross_entropy": 1.0 + step} for step in range(STEPS)]
 
 class Later(Done):
     """A call that runs when it is waited for, so that it lasts from its start on."""
+
+    run: Any
 
     def __init__(self, run):
         super().__init__()
@@ -164,7 +167,7 @@ class Run:
             ],
         )
         self.log, self.learned = [], {}
-        self.data = SimpleNamespace(
+        data: Any = SimpleNamespace(
             prompts=make_prompts(11),
             stored=make_rows("store", 5),
             student_sft=make_rows("dataset", 7),
@@ -180,7 +183,7 @@ class Run:
         rank = Rank(self.log, self.learned, self.students)
         learner = LearnerGroup(workers([rank] * ranks, stands_for=Learner))
         learner.connect_rollouts("gloo", None, students, 10.0)
-        self.context = SimpleNamespace(
+        context: Any = SimpleNamespace(
             config=self.config, timings=Timings(RunDirectory(folder / "run"))
         )
         self.pools = Pools(
@@ -192,7 +195,8 @@ class Run:
             elastic={},
             connect_rollouts=lambda: None,
         )
-        self.streams = LockstepStreams(self.context, self.pools, self.data)
+        self.context, self.data = context, data
+        self.streams = LockstepStreams(context, self.pools, data)
 
     def play(self, first=0, end=STEPS, *, metrics=RISING):
         """Steps as the driver takes them; the state after each, as a checkpoint would keep it."""
@@ -447,8 +451,8 @@ def test_every_pools_time_is_busy_or_starved_and_its_tokens_are_told_once(tmp_pa
         for author in ("student", "teacher")
     }
     everything = sum(t.token_ids.size for t in learned)
-    done = {pool: (done.num_tokens, done.num_sequences) for pool, done in activity.items()}
-    assert done == {
+    handed_on = {pool: (done.num_tokens, done.num_sequences) for pool, done in activity.items()}
+    assert handed_on == {
         "student_rollout": (response["student"], 3 * 4),
         "teacher_rollout": (response["teacher"], 3 * 3),
         "teacher_scoring": (everything, 3 * 7),

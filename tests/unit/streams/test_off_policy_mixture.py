@@ -20,7 +20,7 @@ from distill_system.data import (
     read_trajectories,
     stored_rows,
 )
-from distill_system.records import Author, Prompt
+from distill_system.records import Author, Prompt, Trajectory
 from distill_system.run.stored_targets import PREFIX
 from distill_system.streams.off_policy import OffPolicyMixture
 
@@ -72,7 +72,7 @@ def test_the_teachers_share_is_parted_among_the_prompts_by_their_weights():
     ]
     named = zip(["prompts.a"] * 5 + ["prompts.b"] * 4, make_prompts(9), strict=True)
     prompts = [replace(prompt, source=name) for name, prompt in named]
-    data = SimpleNamespace(prompts=prompts, stored=make_rows("store", 5), student_sft=())
+    data: Any = SimpleNamespace(prompts=prompts, stored=make_rows("store", 5), student_sft=())
     mixture = OffPolicyMixture(load_config([QUICKSTART], overrides), data)
     items = [mixture.look_up(index) for index in mixture.frontier.take(160)]
     asked = [item.source for item in items if isinstance(item, Prompt)]
@@ -94,11 +94,12 @@ def test_a_stored_sample_goes_by_its_key_under_which_its_targets_may_stand(tmp_p
     store = TrajectoryStore(tmp_path / "store", "t")
     store.append(stored_rows.make_rows(make_trajectories(4, Author.TEACHER), origin, label="a"))
     stored = read_trajectories(tmp_path / "store", "t")
-    data = SimpleNamespace(prompts=make_prompts(3), stored=stored, student_sft=())
+    data: Any = SimpleNamespace(prompts=make_prompts(3), stored=stored, student_sft=())
     overrides = ["distill.off_policy_source={teacher: 1, store: 1}", "data.trajectory_store=store"]
     mixture = OffPolicyMixture(load_config([QUICKSTART], overrides), data)
     for index in range(4):
         sample = mixture.look_up(3 + index)
+        assert isinstance(sample, Trajectory)
         assert sample.trajectory_id == PREFIX + stored.key(index)
         assert sample.prompt_id == stored[index].prompt_id
         assert sample.token_ids.tolist() == stored[index].token_ids.tolist()

@@ -14,7 +14,10 @@ from distill_system.weights import FanOutClient, WeightPublisher
 from distill_system.weights.transport import broadcast_buckets, check_seal, send_seal
 
 pytest.importorskip("vllm")
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
 from distill_system.weights import backends, gloo
+from distill_system.weights.sealed import SealedWeightTransferEngine
 
 CPU = torch.device("cpu")
 
@@ -40,7 +43,8 @@ def _exchange(corrupt: Any, *, receivers: int = 2) -> list[Any]:
         )
         if rank == 0:
             honest, count = group.broadcast, iter(range(100))
-            group.broadcast = lambda tensor, src: honest(corrupt(next(count), tensor), src)
+            altered: Any = group  # mypy refuses to replace a method
+            altered.broadcast = lambda tensor, src: honest(corrupt(next(count), tensor), src)
             send_seal(group, broadcast_buckets(group, sent), CPU)
             return None
         buffers = [torch.zeros_like(buffer) for buffer in sent]
@@ -133,7 +137,7 @@ class Calls:
 
 def test_two_versions_reach_every_rank_of_every_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """The learner's end, the wire and the receiving ends as they are; no engine, no Ray."""
-    base = gloo.SealedWeightTransferEngine.__mro__[1]
+    base = SealedWeightTransferEngine.__mro__[1]
     monkeypatch.setattr(base, "start_weight_update", lambda self: None)
     receivers = [Receiver(2), Receiver(1)]
     model = torch.nn.Linear(100, 30)
@@ -169,7 +173,7 @@ def test_an_update_packs_a_tied_output_layer_anew_and_no_other(
     class Head(torch.nn.Module):
         quant_method = SimpleNamespace(process_weights_after_loading=packed.append)
 
-    base = gloo.SealedWeightTransferEngine.__mro__[1]
+    base = SealedWeightTransferEngine.__mro__[1]
     monkeypatch.setattr(base, "finish_weight_update", lambda self: packed.append("vLLM's own"))
     monkeypatch.setattr(gloo, "ParallelLMHead", Head)
     engine = object.__new__(gloo.GlooWeightTransferEngine)
@@ -181,7 +185,7 @@ def test_an_update_packs_a_tied_output_layer_anew_and_no_other(
 
 
 def test_registering_twice_changes_nothing() -> None:
-    factory = backends.WeightTransferEngineFactory
+    factory = WeightTransferEngineFactory
     before = factory._registry["gloo"]
     backends.register()
     assert factory._registry["gloo"] is before

@@ -9,13 +9,17 @@ import torch
 from distill_system.errors import TransferError
 
 pytest.importorskip("vllm")
-from distill_system.weights import sealed
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferUpdateInfo,
+)
+
 from distill_system.weights.buckets import Buckets
 from distill_system.weights.sealed import ReceivesWeights, SealedWeightTransferEngine
 from distill_system.weights.transport import Seal, broadcast_buckets
 
 WEIGHTS = {"embed": torch.arange(12.0).view(3, 4), "bias": torch.tensor([-1.0, 2.0])}
-UPDATE = sealed.NCCLWeightTransferUpdateInfo(
+UPDATE = NCCLWeightTransferUpdateInfo(
     names=list(WEIGHTS), dtype_names=["float32", "float32"], shapes=[[3, 4], [2]]
 )
 BUCKET_BYTES = 48
@@ -59,7 +63,7 @@ class Model:
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happened to the engine, in order; vLLM's own part of it is only noted."""
     seen: list[str] = []
-    base = sealed.NCCLWeightTransferEngine
+    base = NCCLWeightTransferEngine
     monkeypatch.setattr(base, "start_weight_update", lambda self: seen.append("give up old"))
     monkeypatch.setattr(base, "shutdown", lambda self: seen.append("leave"))
     return seen
@@ -82,7 +86,7 @@ def test_the_old_weights_are_given_up_only_once_all_the_new_ones_are_verified(
     assert events == ["broadcast"] * 3 + ["give up old"] + ["load"] * 2
     assert list(model.loaded) == list(WEIGHTS)
     assert all(torch.equal(model.loaded[name], WEIGHTS[name]) for name in WEIGHTS)
-    said = SimpleNamespace(weight_transfer_engine=engine)
+    said: Any = SimpleNamespace(weight_transfer_engine=engine)
     assert ReceivesWeights.received_seal(said) == (56, sender.seal.digest)
 
 
@@ -116,19 +120,17 @@ def test_weights_before_a_group_are_refused(events: list[str]) -> None:
 def test_the_memory_of_one_version_takes_the_next_and_no_other_shape(events: list[str]) -> None:
     engine = _receiver(Sender(events), Model(events))
     engine.receive_weights(UPDATE)
-    first = engine._make_room(UPDATE).buffers
+    first = engine._allocate(UPDATE).buffers
     engine.model_update_group = Sender(events)
     engine.receive_weights(UPDATE)
-    again = engine._make_room(UPDATE).buffers
+    again = engine._allocate(UPDATE).buffers
     assert [buffer.data_ptr() for buffer in again] == [buffer.data_ptr() for buffer in first]
-    turned = sealed.NCCLWeightTransferUpdateInfo(
-        names=["embed"], dtype_names=["float16"], shapes=[[4, 3]]
-    )
-    assert [buffer.numel() for buffer in engine._make_room(turned).buffers] == [24]
+    turned = NCCLWeightTransferUpdateInfo(names=["embed"], dtype_names=["float16"], shapes=[[4, 3]])
+    assert [buffer.numel() for buffer in engine._allocate(turned).buffers] == [24]
     engine.packed_buffer_size_bytes = 8
-    assert [buffer.numel() for buffer in engine._make_room(UPDATE).buffers] == [48, 8]
+    assert [buffer.numel() for buffer in engine._allocate(UPDATE).buffers] == [48, 8]
     engine.packed_buffer_size_bytes = 1 << 20
-    assert [buffer.numel() for buffer in engine._make_room(UPDATE).buffers] == [56]
+    assert [buffer.numel() for buffer in engine._allocate(UPDATE).buffers] == [56]
 
 
 def test_a_seal_reads_as_a_person_would_compare_two() -> None:
