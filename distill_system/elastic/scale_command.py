@@ -47,7 +47,7 @@ def scale(
         if status is not None and _is_answered(status, request_id, wanted):
             return {name: status.pools[name] for name in wanted}
         now = clock()
-        if now >= deadline:
+        if now >= deadline:  # an accepted request goes on; only an unread one is an error
             return _at_deadline(status, request_id, wanted, wait_seconds)
         _require_listener(run, requests)
         if now - notified_at >= NOTIFY_SECONDS:

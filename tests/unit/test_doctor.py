@@ -134,7 +134,7 @@ IMPORTED = {"torch": "2.13.0+cpu", "cuda": None, "vllm": "0.32.0", "device": "cp
         (IMPORTED, "", "vllm", "is a CPU build, vllm needs the one for CUDA"),
         ({}, "x\nNo module named 'torch'\n", "vllm-cpu", "torch cannot be imported: No module"),
         ({"torch": "2", "cuda": None}, "boom", "vllm-cpu", "vLLM cannot be imported: boom"),
-        ({"torch": "2", "cuda": None}, "", "vllm-cpu", "vLLM cannot be imported: nothing was"),
+        ({"torch": "2", "cuda": None}, "", "vllm-cpu", "vLLM cannot be imported: no error message"),
         (
             IMPORTED,
             "Failed to import from vllm._C: x\nbye",

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sacrebleu.metrics.bleu import BLEU
 
+from distill_system.config.run import MetricName
 from distill_system.errors import DataError, RecordError
-from distill_system.evaluation.evaluate import Metric, SplitEvaluation, evaluate_splits
+from distill_system.evaluation.evaluate import SplitEvaluation, evaluate_splits
 from distill_system.records import Author, Finish, Prompt, Trajectory
 
 TEXTS = {1: "red", 2: "green", 3: "blue"}
@@ -63,7 +64,7 @@ SAMPLED = {"a": [1, 3, END], "b": [2, END], "c": [2, END]}
 
 def evaluate() -> tuple[dict[str, SplitEvaluation], ScriptedGenerator]:
     generator = ScriptedGenerator(GREEDY, SAMPLED)
-    metrics: tuple[Metric, ...] = ("exact_match", "rouge_l", "bleu")
+    metrics: tuple[MetricName, ...] = ("exact_match", "rouge_l", "bleu")
     return evaluate_splits(SPLITS, generator, decode, metrics, 1), generator
 
 

@@ -65,7 +65,7 @@ def test_the_summary_has_the_shape_programs_read(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     write_summary(run)
     summary = read_json(run.summary_path)
-    score = summary["scores"]["in_distribution"]["exact_match_greedy"]  # type: ignore[index]
+    score = summary["scores"]["in_distribution"]["exact_match_greedy"]
     assert score == {
         "before": 50.0,
         "after": 75.0,

@@ -116,19 +116,19 @@ def test_weights_before_a_group_are_refused(events: list[str]) -> None:
 def test_the_memory_of_one_version_takes_the_next_and_no_other_shape(events: list[str]) -> None:
     engine = _receiver(Sender(events), Model(events))
     engine.receive_weights(UPDATE)
-    first = engine._make_room(UPDATE).buffers
+    first = engine._allocate(UPDATE).buffers
     engine.model_update_group = Sender(events)
     engine.receive_weights(UPDATE)
-    again = engine._make_room(UPDATE).buffers
+    again = engine._allocate(UPDATE).buffers
     assert [buffer.data_ptr() for buffer in again] == [buffer.data_ptr() for buffer in first]
     turned = sealed.NCCLWeightTransferUpdateInfo(
         names=["embed"], dtype_names=["float16"], shapes=[[4, 3]]
     )
-    assert [buffer.numel() for buffer in engine._make_room(turned).buffers] == [24]
+    assert [buffer.numel() for buffer in engine._allocate(turned).buffers] == [24]
     engine.packed_buffer_size_bytes = 8
-    assert [buffer.numel() for buffer in engine._make_room(UPDATE).buffers] == [48, 8]
+    assert [buffer.numel() for buffer in engine._allocate(UPDATE).buffers] == [48, 8]
     engine.packed_buffer_size_bytes = 1 << 20
-    assert [buffer.numel() for buffer in engine._make_room(UPDATE).buffers] == [56]
+    assert [buffer.numel() for buffer in engine._allocate(UPDATE).buffers] == [56]
 
 
 def test_a_seal_reads_as_a_person_would_compare_two() -> None:
