@@ -103,9 +103,8 @@ def _require_bounds(run: RunDirectory, wanted: Mapping[str, int]) -> None:
 def _require_listener(run: RunDirectory, requests: ScaleRequests) -> None:
     if not requests.has_listener():
         raise RunStateError(
-            f"{run.path}: no run distils here now, so that nobody would read the request. It is "
-            "read while the distillation itself goes on; give pools.*.count to a run that is to "
-            "start"
+            f"{run.path}: expected a run that is distilling, found none, so the request would not "
+            "be read. For a run that is to start, set pools.*.count"
         )
 
 

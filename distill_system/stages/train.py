@@ -194,7 +194,7 @@ def _note_removed_rows(view: LiveView, data: RunData) -> None:
     for name, count in data.num_removed.items():
         if count:
             view.note(
-                f"data.{name}: {count} rows left out, their prompts stand in an evaluation split"
+                f"data.{name}: {count} rows left out, their prompts are in an evaluation split"
             )
     for name, count in data.num_out_of_bounds.items():
         view.note(f"data.{name}: {count} rows left out by the token bounds of their source")
