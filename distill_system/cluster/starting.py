@@ -111,7 +111,8 @@ class StartingWorker:
         elif now - self._stage_since > limit:
             raise ResourceError(
                 f"the cluster did not place {bundle_of(self._request.pool)} for {self.name} within "
-                f"deadlines.resources_seconds={limit:g}: {describe_supply()}"
+                f"deadlines.resources_seconds={limit:g}: {describe_supply()}. Add nodes, or ask "
+                "for fewer workers"
             )
 
     def _check_if_loaded(self) -> None:
@@ -124,7 +125,8 @@ class StartingWorker:
             self.stage = StartStage.READY
         elif time.monotonic() - self._stage_since > limit:
             raise DeadlineError(
-                f"{self.name} did not load its model within deadlines.start_seconds={limit:g}"
+                f"{self.name} did not load its model within deadlines.start_seconds={limit:g}. "
+                "Raise it, or look at the worker's log in Ray's dashboard"
             )
 
 

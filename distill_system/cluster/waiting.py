@@ -158,7 +158,7 @@ def deadline_error(
     what: str,
     seconds: float,
 ) -> DeadlineError:
-    """The error for calls of which none has ended for so long; names the workers that are late."""
+    """The error for calls of which none has ended in `seconds`; names the workers that are late."""
     late = ", ".join(sorted({monitor.worker_of(reference) for reference in pending}))
     return DeadlineError(
         f"waited {seconds:.0f} s for {what} from {late}: {len(pending)} of {len(references)} "

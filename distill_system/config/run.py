@@ -59,6 +59,11 @@ class RunConfig(ConfigModel):
     scaling: ScalingConfig = ScalingConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
 
+    @property
+    def max_model_length(self) -> int:
+        """Longest prompt plus longest response, in tokens."""
+        return self.data.max_prompt_tokens + self.rollout.sampling.max_response_tokens
+
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
@@ -155,7 +160,7 @@ class RunConfig(ConfigModel):
             if model.sft is not None and getattr(self.data, f"{role}_sft") is None:
                 raise ValueError(f"{role}.sft needs rows: give data.{role}_sft")
             if model.architecture is not None:
-                longest = self.data.max_prompt_tokens + self.rollout.sampling.max_response_tokens
+                longest = self.max_model_length
                 if longest > model.architecture.max_position_embeddings:
                     raise ValueError(
                         f"{role}.architecture.max_position_embeddings must be at least "

@@ -20,7 +20,7 @@ from distill_system.errors import DataError
 PREFIX = ".writing-"
 """Prefix of a part that is being written; readers skip names that start with a dot."""
 ABANDONED_SECONDS = 3600.0
-"""A temporary file that has not changed for so long belongs to a process that was killed."""
+"""A temporary file that has not changed for this long belongs to a process that was killed."""
 
 
 def write_part(folder: Path, table: pyarrow.Table, *, row_group_rows: int | None = None) -> Path:

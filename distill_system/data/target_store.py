@@ -119,7 +119,7 @@ def make_target_rows(
 def predict_bytes(
     num_tokens: int, needs: TeacherNeeds, *, hidden: int, actions: int, half: bool
 ) -> int:
-    """What the targets of so many response tokens take, before compression.
+    """Bytes of the targets of num_tokens response tokens, before compression.
 
     hidden, actions: H and E, columns of the features and of the expected embeddings.
     half: whether the scorer sends those as float16.

@@ -42,7 +42,7 @@ TIMINGS_SECONDS = 2.0
 
 
 class RunRecorder:
-    """Keeps a run's books, so that the driver can tell its story without them."""
+    """Writes metrics, timings, checkpoints and the final student, so that the driver need not."""
 
     def __init__(self, context: RunContext, pools: Pools, streams: Streams) -> None:
         self.context = context

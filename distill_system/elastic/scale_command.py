@@ -47,7 +47,7 @@ def scale(
         if status is not None and _is_answered(status, request_id, wanted):
             return {name: status.pools[name] for name in wanted}
         now = clock()
-        if now >= deadline:
+        if now >= deadline:  # an accepted request goes on; only an unread one is an error
             return _at_deadline(status, request_id, wanted, wait_seconds)
         _require_listener(run, requests)
         if now - notified_at >= NOTIFY_SECONDS:
@@ -103,9 +103,8 @@ def _require_bounds(run: RunDirectory, wanted: Mapping[str, int]) -> None:
 def _require_listener(run: RunDirectory, requests: ScaleRequests) -> None:
     if not requests.has_listener():
         raise RunStateError(
-            f"{run.path}: no run distils here now, so that nobody would read the request. It is "
-            "read while the distillation itself goes on; give pools.*.count to a run that is to "
-            "start"
+            f"{run.path}: expected a run that is distilling, found none, so the request would not "
+            "be read. For a run that is to start, set pools.*.count"
         )
 
 

@@ -65,10 +65,10 @@ class Bottleneck:
             return f"the pools take turns, {self.pool} has {busy} of the step"
         waits = f"{self.waiting_pool} waits {self.waiting_share:.0%} of the time for"
         if self.is_bound:
-            whom = "" if self.waiting_pool is None else f", {waits} it"
-            return f"{self.pool} bounds the run ({busy} busy{whom})"
-        whom = "" if self.waiting_pool is None else f"; {waits} room in the window"
-        return f"no pool bounds the run ({self.pool}, the busiest, {busy} busy{whom})"
+            waiting = "" if self.waiting_pool is None else f", {waits} it"
+            return f"{self.pool} bounds the run ({busy} busy{waiting})"
+        waiting = "" if self.waiting_pool is None else f"; {waits} room in the window"
+        return f"no pool bounds the run ({self.pool}, the busiest, {busy} busy{waiting})"
 
     @property
     def _advice(self) -> str:

@@ -1,4 +1,4 @@
-"""Which metrics stand in which chart of the report: rows of the metric log in, charts out."""
+"""The charts of the report and the metrics in each: rows of the metric log in, charts out."""
 
 from __future__ import annotations
 

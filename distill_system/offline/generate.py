@@ -108,6 +108,7 @@ class _Generation:
         if self.request.cache_targets:
             without_targets = self.targets.missing(keys)
             new = set(todo["key"].to_pylist())
+            # Lengths of stored samples are known; new ones count with the longest response.
             stored = [key for key in without_targets if key not in new]
             self.targets.require_room(self.targets.stored_tokens(stored), todo.num_rows)
         if todo.num_rows or without_targets:
@@ -122,14 +123,14 @@ class _Generation:
         """Tables of samples, as the workers finish them."""
         config, author = self.request.config, self.request.author
         pool = rollout_pool(config, author)
-        arguments = rollout_arguments(config, self.tokenizer, author, self.origin.model)
+        arguments = rollout_arguments(config, self.tokenizer, author, self.origin.model, pool)
         most = FILLS_OF_AN_ENGINE * arguments["engine"].max_num_sequences
         return infer_batches(
             cut_batches(todo, num_workers=pool.count, most_rows=most),
             SampleWriter,
             {"arguments": arguments, "origin": self.origin},
             pool=pool,
-            environment=rollout_environment(config, author),
+            environment=rollout_environment(config, author, pool),
             deadlines=config.deadlines,
         )
 

@@ -107,9 +107,11 @@ class CheckpointStore:
         if files is None:
             return False
         partial, self._under_way = self._under_way, None
+        # The manifest comes last, and the rename after it: a complete folder always has one.
         files[STATE_FILE] = describe_file(partial / STATE_FILE)
         write_json(partial / MANIFEST_FILE, {"files": {n: r._asdict() for n, r in files.items()}})
         final = partial.with_suffix("")
+
         if final.exists():
             _remove(final)
         partial.rename(final)
@@ -146,6 +148,7 @@ class CheckpointStore:
             return None
         newest = complete[-1]
         try:
+            # If it is damaged, an older one is not used in its place: steps would be lost silently.
             files = _read_manifest(newest)
             damage = find_misfits(newest, files)
             damage = damage or find_alterations(newest, {STATE_FILE: files.pop(STATE_FILE)})

@@ -40,16 +40,6 @@ class RunContext:
         """Folder or hub name of the student that distillation starts from."""
         return model_path(self.config, self.run, "student")
 
-    @property
-    def max_model_length(self) -> int:
-        """Longest prompt plus longest response, in tokens."""
-        return max_model_length(self.config)
-
-
-def max_model_length(config: RunConfig) -> int:
-    """Longest prompt plus longest response, in tokens."""
-    return config.data.max_prompt_tokens + config.rollout.sampling.max_response_tokens
-
 
 def model_path(config: RunConfig, run: RunDirectory, role: str) -> str:
     """Folder or hub name of a role's model after its supervised fine-tuning, if it has any."""
@@ -59,6 +49,7 @@ def model_path(config: RunConfig, run: RunDirectory, role: str) -> str:
         tuned, given = config.student.sft, config.student.path
     if tuned is None:
         assert given is not None, "the configuration gives a path or an architecture with sft"
+        # Absolute, because Ray may start workers in another working directory; a hub name is not.
         return str(Path(given).absolute()) if Path(given).is_dir() else given
     return str(sft_directory(run, role))
 

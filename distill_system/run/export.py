@@ -17,6 +17,7 @@ def export_model(
 
     facts: rows of the model card, on how the model was made.
     """
+    # A stage whose folder exists is skipped, so a crash must not leave half a model under its name.
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     learner.export(partial)

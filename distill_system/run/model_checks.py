@@ -18,7 +18,6 @@ from distill_system.data import RunData
 from distill_system.errors import ConfigError, DataError, ModelError
 from distill_system.language_model import choose_linear_modules, find_family
 from distill_system.records import Trajectory
-from distill_system.run.context import max_model_length
 from distill_system.run.vocabulary import check_exportable, stop_token_ids, vocabulary_size
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -99,16 +98,16 @@ def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfi
     shape = _shape(role, model)
     _check_head_size(role, model, shape, config)
     if model.path is None:
-        return
+        return  # a model of random weights takes vocabulary and length from the run
     _check_vocabulary(role, model, shape.vocab_size, tokenizer)
-    limit, longest = _context_limit(shape), max_model_length(config)
+    limit, longest = _context_limit(shape), config.max_model_length
     if limit is not None and limit < longest:
         raise ModelError(
             f"{role}.path={model.path!r} reads at most {limit} tokens, the run asks for "
             f"data.max_prompt_tokens + rollout.sampling.max_response_tokens = {longest}; lower one "
             "of the two, or choose a model of longer context"
         )
-    if role == "student" or model.sft is not None:
+    if role == "student" or model.sft is not None:  # models that the run will export
         check_exportable(role, model)
 
 

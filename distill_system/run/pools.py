@@ -54,6 +54,7 @@ class Pools:
 def open_pools(context: RunContext, *, student_path: str) -> Pools:
     """Start all pools at once, wait until all are ready, connect learner and student rollouts."""
     requests = _distillation_requests(context, student_path)
+    # All workers load at the same time from here on; the waits below only collect them.
     placed = context.cluster.start_pools(requests)
     started = {request.name: workers for request, workers in zip(requests, placed, strict=True)}
     learner = connect_learner(context, started.pop("learner"))
@@ -61,6 +62,7 @@ def open_pools(context: RunContext, *, student_path: str) -> Pools:
         wait_until_ready(context, workers)
     students = RolloutPool(started["student_rollout"])
     evaluation = started.get("evaluation")
+    # Evaluation workers hold the student too, so every version is sent to them as well.
     receivers = [started["student_rollout"], *([evaluation] if evaluation is not None else [])]
     connect = partial(_connect_rollouts, context, learner, receivers)
     connect()
@@ -134,6 +136,7 @@ def _connect_rollouts(
     context: RunContext, learner: LearnerGroup, receivers: Sequence[RayWorkers]
 ) -> None:
     """Open the weight-transfer group between learner rank 0 and every engine of these pools."""
+    # Ranks of each worker, in the order in which all_named_handles lists the workers.
     pools, seconds = context.config.pools.by_name, context.config.deadlines.publish_seconds
     sizes = [
         tensor_parallel_size(pools[workers.name]) for workers in receivers for _ in workers.members

@@ -71,14 +71,14 @@ def _require_same(run: RunDirectory, config: RunConfig) -> None:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not _may_change(key)
     ]
+    # Without work there is nothing that could be mixed up, as after a run that failed to start.
     if changed and _has_work(run):
         raise RunStateError(
             f"{run.path} holds work of another configuration: {'; '.join(changed)}. Give the run "
             f"another name (name=...), or remove {run.path}"
         )
     if changed:
-        # Nothing was learned yet, so the new configuration may replace the old one; the tokenizer
-        # is the only thing that was made from it.
+        # The tokenizer is the only thing that was made from the old configuration.
         shutil.rmtree(run.tokenizer_directory, ignore_errors=True)
 
 

@@ -23,6 +23,7 @@ def sample_origin(
     Raises: RunStateError if the model has yet to be fine-tuned; ModelError if it does not exist.
     """
     sampling = config.rollout.sampling
+    # The fingerprint reads the model's files, so the model must exist: after sft, or as given.
     path = model_path(config, run, author)
     if getattr(config, author).sft is not None and not sft_directory(run, author).exists():
         raise RunStateError(

@@ -40,7 +40,7 @@ def find_stored_targets(context: RunContext) -> StoredTargets | None:
     if "store" not in config.distill.off_policy_mixture:
         return None
     folder = store_path(config.data)
-    if not target_folder(folder).is_dir():
+    if not target_folder(folder).is_dir():  # `generate` was called without --cache-targets
         return None
     teacher = sample_origin(config, context.run, context.tokenizer, Author.TEACHER)
     return StoredTargets(folder.absolute(), describe_reading(config, teacher.model_fingerprint))

@@ -10,7 +10,6 @@ from distill_system.config.pools import PoolConfig
 from distill_system.config.rollout import EngineConfig
 from distill_system.records import Author
 from distill_system.rollout import engine_environment
-from distill_system.run.context import max_model_length
 from distill_system.run.vocabulary import stop_token_ids, vocabulary_size
 
 
@@ -21,18 +20,17 @@ def rollout_pool(config: RunConfig, author: Author) -> PoolConfig:
 
 
 def rollout_arguments(
-    config: RunConfig, tokenizer: Any, author: Author, path: str
+    config: RunConfig, tokenizer: Any, author: Author, path: str, pool: PoolConfig
 ) -> dict[str, Any]:
     """Arguments of a RolloutWorker that receives no weights, without `name`.
 
-    path: folder or hub name of the model.
+    path: folder or hub name of the model.  pool: the worker's; author's own, or `evaluation`.
     """
-    pool = rollout_pool(config, author)
     return {
         "model_path": path,
         "author": author,
         "engine": _engine(config, author),
-        "max_model_length": max_model_length(config),
+        "max_model_length": config.max_model_length,
         "uses_gpu": pool.gpus > 0,
         "tensor_parallel_size": tensor_parallel_size(pool),
         "trust_remote_code": getattr(config, author).trust_remote_code,
@@ -42,10 +40,9 @@ def rollout_arguments(
     }
 
 
-def rollout_environment(config: RunConfig, author: Author) -> dict[str, str]:
-    """Environment variables of a RolloutWorker."""
-    uses_gpu = rollout_pool(config, author).gpus > 0
-    return engine_environment(uses_gpu=uses_gpu, threads=_engine(config, author).threads)
+def rollout_environment(config: RunConfig, author: Author, pool: PoolConfig) -> dict[str, str]:
+    """Environment variables of a RolloutWorker of this pool."""
+    return engine_environment(uses_gpu=pool.gpus > 0, threads=_engine(config, author).threads)
 
 
 def scorer_arguments(config: RunConfig, tokenizer: Any, path: str) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from distill_system.config.objective import ObjectiveConfig
 from distill_system.config.pools import PoolConfig
 from distill_system.learner import Learner, ModelSource
 from distill_system.records import Author
-from distill_system.rollout import RolloutWorker, engine_environment
+from distill_system.rollout import RolloutWorker
 from distill_system.run.context import RunContext
 from distill_system.run.stored_targets import find_stored_targets
 from distill_system.run.worker_arguments import (
     rollout_arguments,
+    rollout_environment,
     scorer_arguments,
-    tensor_parallel_size,
     torch_environment,
 )
 from distill_system.scoring import TeacherScorer
@@ -27,19 +27,16 @@ def rollout_request(context: RunContext, name: str, author: Author, path: str) -
     name: student_rollout, teacher_rollout or evaluation.
     """
     config, pool = context.config, context.config.pools.by_name[name]
-    is_student, uses_gpu = author is Author.STUDENT, pool.gpus > 0
     shared = {
-        **rollout_arguments(config, context.tokenizer, author, path),
-        "uses_gpu": uses_gpu,
-        "tensor_parallel_size": tensor_parallel_size(pool),
-        "weight_transfer_backend": transfer_backend(context) if is_student else None,
+        **rollout_arguments(config, context.tokenizer, author, path, pool),
+        "weight_transfer_backend": transfer_backend(context) if author is Author.STUDENT else None,
     }
     return WorkerRequest(
         name=name,
         worker_class=RolloutWorker,
         arguments=[{"name": f"{name}-{index}", **shared} for index in range(pool.count)],
         pool=pool,
-        environment=engine_environment(uses_gpu=uses_gpu, threads=shared["engine"].threads),
+        environment=rollout_environment(config, author, pool),
         colocate_with=pool.colocate_with,
     )
 
@@ -49,6 +46,7 @@ def scoring_request(context: RunContext) -> WorkerRequest:
     config, pool = context.config, context.config.pools.teacher_scoring
     arguments = {
         **scorer_arguments(config, context.tokenizer, context.teacher_path),
+        # Targets that a scorer looks up instead of computing them.
         "known_targets": find_stored_targets(context),
     }
     return WorkerRequest(
@@ -79,9 +77,11 @@ def learner_request(
         "source": source,
         "objective": objective,
         "optimizer": optimizer,
+        # The precision of fine-tuning is set apart from that of distillation.
         "config": config.learner.model_copy(update={"compute_dtype": compute_dtype}),
         "total_steps": total_steps,
         "max_response_tokens": config.rollout.sampling.max_response_tokens,
+        # By name, so that teacher and student do not start from the same random weights.
         "seed": derive_seed(config.seed, name, "weights"),
         "uses_gpu": pool.gpus > 0,
         "timeout_seconds": config.deadlines.call_seconds,

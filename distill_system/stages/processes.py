@@ -77,7 +77,7 @@ def run_jobs(
                 notify(f"[{number}/{len(due)}] {key}: {result}")
                 if failure:
                     failures[key] = failure
-        except BaseException:
+        except BaseException:  # Ctrl-C: start no further job, then end those that run
             threads.shutdown(wait=False, cancel_futures=True)
             processes.end()
             raise

@@ -43,6 +43,7 @@ def train(
     Raises: DistillError with one message for the person; every worker is ended first.
     """
     run = open_run(config)
+    # A stage that is done already is not in `work`; a run whose work is done starts no cluster.
     work = [stage for stage in _due(config, run) if stage in stages]
     _require_inputs(config, run, work)
     for stage in _checkpointed(config, run, work):
@@ -169,6 +170,7 @@ def _run_evaluate(context: RunContext) -> None:
     students = {"before": context.student_path, "after": str(context.run.student_directory)}
     steps = {"before": 0, "after": context.config.distill.steps}
     missing = [label for label in students if not context.run.evaluation_path(label).exists()]
+    # The two students differ, so each gets pools of its own, one after the other.
     for label in missing:
         with context.timings.stage("evaluate"):
             pools = open_pools(context, student_path=students[label])
@@ -192,7 +194,7 @@ def _note_removed_rows(view: LiveView, data: RunData) -> None:
     for name, count in data.num_removed.items():
         if count:
             view.note(
-                f"data.{name}: {count} rows left out, their prompts stand in an evaluation split"
+                f"data.{name}: {count} rows left out, their prompts are in an evaluation split"
             )
     for name, count in data.num_out_of_bounds.items():
         view.note(f"data.{name}: {count} rows left out by the token bounds of their source")

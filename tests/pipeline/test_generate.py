@@ -74,5 +74,6 @@ def test_a_killed_generation_goes_on_and_writes_no_sample_twice(
     assert rows.num_rows == NUM_SAMPLES
     [reading] = set(rows["reading"].to_pylist())
     targets = TargetStore(tmp_path / "store", reading)
+    assert all(stored.key(index) in targets for index in range(NUM_SAMPLES))
     [kept] = targets.read([stored.key(0)], [trajectory.trajectory_id])
     assert kept.features.shape == (trajectory.num_response_tokens, 64)

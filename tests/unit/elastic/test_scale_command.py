@@ -122,11 +122,11 @@ def test_a_run_that_does_not_answer_is_told(run: RunDirectory) -> None:
 
 
 def test_nothing_is_asked_where_no_run_listens(run: RunDirectory) -> None:
-    with pytest.raises(RunStateError, match="no run distils here now"):
+    with pytest.raises(RunStateError, match="expected a run that is distilling, found none"):
         _scale(run, "student_rollout=3")
     with ScaleRequests(run).listening():
         pass
-    with pytest.raises(RunStateError, match="no run distils here now"):
+    with pytest.raises(RunStateError, match="expected a run that is distilling, found none"):
         _scale(run, "student_rollout=3")
     assert ScaleRequests(run).read_new() == []
 
