@@ -85,6 +85,12 @@ def test_each_source_walks_epochs_of_its_own_whatever_is_restored(sources, takes
             assert len(epoch) < size or sorted(epoch) == list(range(size))
 
 
+def test_a_source_without_a_weight_counts_as_one_of_weight_one():
+    shares = [SourceShare("a", 5), SourceShare("b", 5, 1.0), SourceShare("c", 5, 2.0)]
+    taken = PromptFrontier(shares, 0, "student").take(40)
+    assert Counter(index // 5 for index in taken) == {0: 10, 1: 10, 2: 20}
+
+
 def test_sources_have_orders_of_their_own():
     walked = PromptFrontier([SourceShare("a", 50), SourceShare("b", 50)], 0, "student").take(100)
     first = [index for index in walked if index < 50]

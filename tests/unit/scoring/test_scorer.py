@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from distill_system.config.objective import MOMENTS, NOTHING, TeacherNeeds
 from distill_system.config.rollout import ScoringConfig
+from distill_system.errors import NonFiniteError
 from distill_system.records import Stream, TeacherTargets, TrajectoryChunk
 from distill_system.scoring import ScoringPool, TeacherScorer
 
@@ -175,3 +176,28 @@ def test_bytes_on_the_wire_are_counted_by_field(tiny_model_folder):
     scorer.score(chunk, TeacherNeeds(logprobs=True))
     since = scorer.shipped() - first
     assert since.num_bytes == {"features": 0, "logprobs": tokens * 4}
+
+
+def test_a_pools_bytes_are_those_of_all_its_scorers(tiny_model_folder):
+    scorers = [_scorer(tiny_model_folder()) for _ in range(2)]
+    pool = ScoringPool(LocalWorkers(scorers))
+    assert pool.shipped().num_response_tokens == 0
+    trajectories = make_trajectories(6)
+    scored = pool.start(
+        trajectories, Stream.ON_POLICY, needs=TeacherNeeds(logprobs=True), num_shares=1
+    )
+    pool.wait(scored)
+    tokens = sum(t.num_response_tokens for t in trajectories)
+    assert 0 < scorers[0].shipped().num_response_tokens < tokens
+    assert pool.shipped().num_bytes == {"logprobs": 4 * tokens}
+    assert pool.shipped().num_response_tokens == tokens
+
+
+def test_a_scorer_that_failed_is_heard_where_its_scores_are_used(tiny_model_folder):
+    scorer = _scorer(tiny_model_folder(), dtype="bfloat16")
+    with torch.no_grad():
+        scorer.model.model.norm.weight *= torch.inf
+    chunk = TrajectoryChunk(stream=Stream.ON_POLICY, trajectories=tuple(make_trajectories(3)))
+    with pytest.raises(NonFiniteError, match=r"'t0' or a trajectory .* scoring\.dtype=float32"):
+        scorer.score(chunk, TeacherNeeds(logprobs=True))
+    assert scorer.shipped().num_response_tokens == 0
