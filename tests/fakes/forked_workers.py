@@ -5,6 +5,7 @@ Processes are forked, so that they start in a moment and may be made by any func
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import traceback
@@ -137,6 +138,7 @@ class ForkedWorkers:
 
 
 def _serve(maker: Callable[[], Any], pipe: Connection) -> None:
+    gc.freeze()  # what the other process has left to collect may wait for threads that stay there
     worker, number = None, 0
     while True:
         method, arguments = pipe.recv()

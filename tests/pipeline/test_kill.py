@@ -1,8 +1,9 @@
 """A run that is killed as a whole, again and again, is the run that was never touched.
 
-kill -9 of the driver and of everything it started, at random moments of its life: while workers
-start, while models are measured, between and within steps, while a checkpoint is written, while the
-student is exported. DISTILL_SYSTEM_KILLS sets how often; each life costs the start of a cluster.
+kill -9 of the driver, alone or with everything it started, at random moments of its life: while
+workers start, while models are measured, between and within steps, while a checkpoint is written,
+while the student is exported. DISTILL_SYSTEM_KILLS sets how often; each life costs the start of a
+cluster.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def folder(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
 def test_a_run_killed_again_and_again_is_the_unbroken_run(launch: Launch, folder: Path) -> None:
     _Lives(launch, folder, "unbroken").finish()
     lives = _Lives(launch, folder, "killed")
-    for kind in _kinds():
-        lives.live_until(kind)
+    for number, kind in enumerate(_kinds()):
+        lives.live_until(kind, driver_alone=number == 0)
     lives.finish()
 
     ours, theirs = RunDirectory(folder / "killed"), RunDirectory(folder / "unbroken")
@@ -109,16 +110,25 @@ class _Lives:
     def end(self) -> None:
         self.wall_seconds += time.monotonic() - self.born
 
-    def live_until(self, kind: str) -> None:
-        """Kill it at a moment of a kind; only at the end may it be done before."""
+    def live_until(self, kind: str, *, driver_alone: bool = False) -> None:
+        """Kill it at a moment of a kind; only at the end may it be done before.
+
+        driver_alone: what it started is to notice, and to end by itself.
+        """
         run, rows, wait = self.begin(), self._last_step(), getattr(self, f"_{kind}")
         wait(run)
         if run.process.poll() is None:
-            _kill(run)
+            os.kill(run.process.pid, signal.SIGKILL)
+        if driver_alone:
+            run.process.wait()
+            assert run.orphans(seconds=60.0) == []
+        while processes := run.processes():
+            for process in processes:
+                process.kill()
         run.finish()
         self.end()
         if STARVED in run.stderr:
-            self.live_until(kind)
+            self.live_until(kind, driver_alone=driver_alone)
             return
         assert run.code == -signal.SIGKILL or (kind == "end" and run.code == 0), run.stderr
         if self._last_step() > rows:  # the rows of this life, cut back to its checkpoint
@@ -174,14 +184,6 @@ class _Lives:
 
     def _last_step(self) -> int:
         return max((row.step for row in self._rows()), default=-1)
-
-
-def _kill(run: Run) -> None:
-    """The driver first, so that it can tidy nothing up; then all that it started."""
-    os.kill(run.process.pid, signal.SIGKILL)
-    while processes := run.processes():
-        for process in processes:
-            process.kill()
 
 
 def _wait_closely(condition: Callable[[], object], run: Run) -> None:

@@ -1,14 +1,15 @@
-"""The main job with real Ray, real vLLM, real torch.distributed: train, crash, resume, export."""
+"""The main job with real Ray, real vLLM and real torch.distributed: all stages, wide, adapted.
+
+test_kill.py has its crashes, test_failures.py what a second call of it does.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -156,32 +157,6 @@ def test_every_step_is_recorded_once_and_sampler_equals_learner(unbroken):
     assert sft[-1] < 0.8 * sft[0]
 
 
-def test_kill_9_and_resume_give_the_same_run_to_the_bit(unbroken):
-    run = _beside(unbroken, "killed")
-    said = run / "stderr.txt"
-    with said.open("w") as file:
-        process = subprocess.Popen(_command(run.parent, "name=killed"), stderr=file)
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not (run / "checkpoints" / "distill" / "step_000004").exists():
-        assert process.poll() is None, said.read_text()[-3000:]
-        assert time.monotonic() < deadline, "no checkpoint before the deadline"
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (run / "student").exists()
-
-    refused = subprocess.run(
-        _command(run.parent, "name=killed"), capture_output=True, text=True, check=False
-    )
-    assert refused.returncode == 1
-    assert "add --resume" in refused.stderr
-
-    _train(run.parent, "name=killed", "--resume")
-    assert _learned(run) == _learned(unbroken)
-    ours = (run / "student" / "model.safetensors").read_bytes()
-    assert ours == (unbroken / "student" / "model.safetensors").read_bytes()
-
-
 def test_more_workers_make_the_same_first_step(unbroken):
     """Samples depend on the prompt, not on the worker; two sharded ranks make the update of one."""
     run = _beside(unbroken, "wide", steps=2)
@@ -257,11 +232,3 @@ def test_the_final_student_loads_in_plain_transformers_and_plain_vllm(unbroken):
     assert done.returncode == 0, done.stderr[-3000:]
     [line] = [line for line in done.stdout.splitlines() if line.startswith("OUT")]
     assert json.loads(line.removeprefix("OUT")) == greedy
-
-
-def test_a_finished_run_is_not_done_again(unbroken):
-    before = (unbroken / "student" / "model.safetensors").stat().st_mtime_ns
-    started = time.monotonic()
-    _train(unbroken.parent, "name=unbroken")
-    assert time.monotonic() - started < 60
-    assert (unbroken / "student" / "model.safetensors").stat().st_mtime_ns == before

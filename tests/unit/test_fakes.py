@@ -94,15 +94,18 @@ class Adder:
         return value
 
 
-@pytest.fixture(params=[LocalWorkers, ForkedWorkers])
-def group(request: pytest.FixtureRequest) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def forked() -> Iterator[ForkedWorkers]:
+    """Two adders in processes of their own."""
+    workers = ForkedWorkers([Adder, Adder])
+    yield workers
+    workers.stop()
+
+
+@pytest.fixture(params=["local", "forked"])
+def group(request: pytest.FixtureRequest, forked: ForkedWorkers) -> Any:
     """Two adders behind either kind of group."""
-    if request.param is LocalWorkers:
-        yield LocalWorkers([Adder(), Adder()])
-    else:
-        workers = ForkedWorkers([Adder, Adder])
-        yield workers
-        workers.stop()
+    return forked if request.param == "forked" else LocalWorkers([Adder(), Adder()])
 
 
 def _add(group: Any, worker: int = 0) -> Any:
@@ -189,13 +192,8 @@ def test_a_group_takes_in_only_ids_that_it_gave() -> None:
         group.remove(0)
 
 
-def test_forked_workers_live_in_processes_of_their_own() -> None:
-    workers = ForkedWorkers([Adder, Adder])
-    try:
-        ids = workers.ask(_process_id)
-        assert len({*ids, os.getpid()}) == 3
-    finally:
-        workers.stop()
+def test_forked_workers_live_in_processes_of_their_own(forked: ForkedWorkers) -> None:
+    assert len({*forked.ask(_process_id), os.getpid()}) == 3
 
 
 def _process_id(_: Adder) -> int:
