@@ -58,6 +58,7 @@ class Ranks:
         """The sums over ranks of named scalars, in one transfer."""
         if not values:
             return {}
+        # float64: token counts above 2^24 are not exact in float32
         shares = torch.stack(
             [value.detach().to(self.device, torch.float64).reshape(()) for value in values.values()]
         )

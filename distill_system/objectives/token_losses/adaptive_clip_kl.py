@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
-from distill_system.config.objective import AdaptiveClipKlConfig
+from distill_system.config.objective.token_losses import AdaptiveClipKlConfig
 from distill_system.objectives.divergences import MASKED_LOGPROB
 from distill_system.objectives.rows import TokenRows
 from distill_system.objectives.vocabulary import VocabularyChunk
@@ -13,7 +14,7 @@ from distill_system.objectives.vocabulary import VocabularyChunk
 
 def adaptive_clip_kl(
     config: AdaptiveClipKlConfig, chunk: VocabularyChunk, rows: TokenRows
-) -> Tensor:
+) -> Float32[Tensor, " c"]:
     """KL(pi* || pi_theta) over the teacher's dense tokens and one bucket for the others, nats, [c].
 
     Dense at a state are its most likely tokens up to the first at which they hold `mass` of the

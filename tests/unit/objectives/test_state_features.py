@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill_system.config.objective import ProjectedFeatures, UnitFeatures, WhitenedFeatures
+from distill_system.config.objective.ammd import ProjectedFeatures, UnitFeatures, WhitenedFeatures
 from distill_system.objectives.moving_average import MovingAverage
 from distill_system.objectives.state_features import build_features
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from two_policies import TwoPolicies
 
-from distill_system.config.objective import HiddenMatchingConfig, RelationalConfig
+from distill_system.config.objective.token_matching import HiddenMatchingConfig, RelationalConfig
 from distill_system.objectives.rows import TeacherRows
 from distill_system.objectives.terms import build_term, relational
 
