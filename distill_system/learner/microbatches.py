@@ -36,6 +36,7 @@ class Microbatches:
             self._rows_nH = [self._read(part) for part in first]
         for rows_nH in self._rows_nH:
             rows_nH.requires_grad_(learns)
+        # order_N undoes the packing: rows come back in the order of the sequences
         return torch.cat([*self._rows_nH, self._read(last)])[self.batch.order_N]
 
     def backward(self, loss: Float[Tensor, ""]) -> None:

@@ -71,4 +71,5 @@ def _load_unembedding(source: ModelSource) -> Tensor:
         vocabulary_size=source.vocabulary_size,
         trust_remote_code=source.trust_remote_code,
     )
+    # The scorers' own precision, so that the rebuilt logits are rounded as theirs were.
     return unembedding_VF.to(getattr(torch, source.teacher_dtype))

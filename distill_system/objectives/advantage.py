@@ -60,6 +60,8 @@ def read_advantage(
 
     def chunk_cost(chunk: VocabularyChunk) -> Tensor:
         student_bV, teacher_bV = chunk.student_logprobs_cV, chunk.teacher_logprobs_cV
+        # l and kappa are the critic's: detached, so that only the expectation under the student
+        # carries a gradient
         feature_bV = _action_feature(config, student_bV.detach(), teacher_bV)
         teacher_mean_b = (teacher_bV.exp() * feature_bV).sum(dim=-1)
         gap_b = teacher_mean_b - (student_bV.exp() * feature_bV).sum(dim=-1)

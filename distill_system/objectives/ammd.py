@@ -145,6 +145,7 @@ class Ammd:
             loss = weight * self._policy_loss(
                 student, expected_costs_N, sampled_costs_N, advantage, rows, weights, sum_over_ranks
             )
+        # For the metric alone: the return from each response's first token.
         counted_N = weigh(sampled_costs_N, _tokens(weights))
         first_N = cost_to_go(counted_N, rows, discount=self.config.discount)
         reward_to_go = -first_N[rows.positions_N == 0].sum() / rows.num_global_sequences

@@ -25,6 +25,7 @@ def compute_moment(
     sum_over_ranks: SumOverRanks,
 ) -> Float32[Tensor, "F E"]:
     """M = (1/N) sum_t w_t g_t d_t^T over all ranks, float32 [F, E], detached."""
+    # One [F, E] matrix is all that ranks exchange: it does not grow with the batch.
     share_FE = features_NF.detach().T @ (weights_N[:, None] * gap_NE.detach())
     return sum_over_ranks(share_FE) / num_global_tokens
 

@@ -132,6 +132,8 @@ class RunningWeights:
 
     def log_state_ratios(self, rows: slice = slice(None)) -> Float64[Tensor, " b"]:
         """Logarithms of the states' weights before they are capped, float64 [b], nats."""
+        # state: all tokens before t, without t itself; token: t's own ratio, which is a choice (its
+        # exact weight on a state would be 1)
         end = self.sums[:-1] if self.reaches_back else self.sums[1:]
         return end[rows] - self.sums[self.first_N[rows]]
 

@@ -159,6 +159,8 @@ class Minillm:
             # with a teacher's share the factor of KL_t reads the token as well
             step_N = weigh(mixture_N, tokens_N if self.config.teacher_mixture else states_N)
             return _Coefficients(step_N=step_N, score_N=weigh(mixture_N * future_N, sum_N))
+        # log of pi*/pi_theta over each prefix, its last token included; minus that token's share it
+        # is the prefix before it, which is what a state depends on
         ratios_N = pad_rows(-costs_N, rows).cumsum(dim=1)[rows.sequence_ids_N, rows.positions_N]
         weighted_N = weigh(self._importance(ratios_N) * costs_N, later_N)
         future_N = future_cost_to_go(weighted_N, rows, discount=1.0, normalise=normalise)

@@ -197,6 +197,7 @@ def pad_rows(values_N: Float[Tensor, " N"], rows: TokenRows) -> Float[Tensor, "S
     """
     num_sequences = int(rows.sequence_ids_N.max()) + 1 if values_N.numel() else 0
     longest = int(rows.positions_N.max()) + 1 if values_N.numel() else 0
+    # index assignment keeps the graph of values_N
     grid_ST = torch.zeros(num_sequences, longest, dtype=values_N.dtype, device=values_N.device)
     grid_ST[rows.sequence_ids_N, rows.positions_N] = values_N
     return grid_ST

@@ -171,6 +171,7 @@ class TeacherScorer:
                 hidden_NH,
                 token_ids_N,
                 self.unembedding_VH,
+                # no columns: the product is empty, the log-probabilities are made all the same
                 actions_VE if needs.expected_embedding else actions_VE[:, :0],
                 chunk_tokens=self.chunk_tokens,
             )

@@ -72,6 +72,8 @@ def _mean_squared_difference(
     parts: list[Tensor | None] = [None] * -(-student_TH.shape[0] // ROWS_AT_ONCE)
     if weights_T is not None:
         parts = [*weights_T.split(ROWS_AT_ONCE)]
+    # A response of 8192 tokens has a matrix of 256 MiB for each model; a block of lines has a part
+    # of it, made again in backward.
     blocks = [
         checkpoint(
             _block,

@@ -28,6 +28,7 @@ def adaptive_clip_kl(
     so that the student cannot hide mass there.
     """
     teacher_cV, student_cV = chunk.teacher_logprobs_cV, chunk.student_logprobs_cV
+    # strictly below: tokens as likely as the threshold are all dense, whichever sorted first
     sparse_cV = teacher_cV < _threshold(teacher_cV, config.mass)
     pointwise_cV = teacher_cV.exp() * (teacher_cV - student_cV)
     dense_part_c = pointwise_cV.masked_fill(sparse_cV, 0.0).sum(dim=-1)

@@ -56,6 +56,7 @@ def _student_buckets(
     logprobs_cV: Float32[Tensor, "c V"], ids_cK: Int64[Tensor, "c K"]
 ) -> Float32[Tensor, "c K+1"]:
     """The student's log-probability of each bucket, [c, K + 1]."""
+    # logsumexp over what is left, and not log(1 - sum): near mass 1 the difference would be noise
     outside_cV = logprobs_cV.scatter(1, ids_cK, MASKED_LOGPROB)
     tail_c1 = outside_cV.logsumexp(dim=-1, keepdim=True)
     return torch.cat([logprobs_cV.gather(1, ids_cK), tail_c1], dim=-1)
