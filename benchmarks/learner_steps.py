@@ -27,6 +27,7 @@ from distill_system.records import (
     TeacherTargets,
     Trajectory,
     TrajectoryChunk,
+    VersionSpan,
 )
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 32, 64
@@ -159,6 +160,11 @@ def _write(
         behaviour_logprobs=np.full(RESPONSE_TOKENS, -10.0, dtype=np.float32),
         temperature=1.0,
         finish=Finish.LENGTH,
+        weight_versions=(
+            (VersionSpan(version=0, start=0, end=RESPONSE_TOKENS),)
+            if stream is Stream.ON_POLICY
+            else ()
+        ),
     )
 
 

@@ -30,7 +30,7 @@ from objective_forms import SEED, TRL_BETAS, Case
 from record import write_result
 
 from distill_system.config.model import LearnerConfig
-from distill_system.config.objective import TokenLossConfig
+from distill_system.config.objective.token_losses import TokenLossConfig
 
 MIB = 2**20
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -1,6 +1,7 @@
 """The frozen types that travel between rooms: numpy, one sequence each, checked on construction.
 
-Axes: P prompt tokens, T response tokens, H teacher hidden size, E action-embedding size.
+Axes: P prompt tokens, T response tokens, F teacher hidden size, E action-embedding size, K most
+likely tokens.
 A record is never edited; a new one is made. Arrays that come out of Ray's object store are
 read-only and stay so. They have no slots: a frozen class with slots is pickled field by field in
 Python, which the driver would pay for with every call.
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distill_system.config.objective.needs import SIGNALS
 from distill_system.errors import RecordError
 from distill_system.workers import Reference
 
@@ -163,12 +165,13 @@ def trajectory_from_plain(plain: Mapping[str, Any]) -> Trajectory:
 class TeacherTargets:
     """What the teacher says of one trajectory.  Made by scoring, read by learner.
 
-    Only what the objective needs of the trajectory's stream is there; the rest is None.
+    Only what the objective needs of the trajectory's stream is there; the rest is None. Axes and
+    dtypes are those of config.objective.needs.SIGNALS, and are checked.
     num_tokens: T.
-    features: float16 or float32 [T, H], the teacher's final hidden state before each token.
-    expected_embedding: same dtype [T, E], sum over y of pi*(y | s_t) e(y).
-    logprobs: float32 [T], log pi*(y_t | s_t) in nats at temperature 1.
-    top_k_ids, top_k_logprobs: int32 and float32 [T, K], the most likely tokens, not renormalised.
+    features: the teacher's final hidden state before each token.
+    expected_embedding: sum over y of pi*(y | s_t) e(y).
+    logprobs: log pi*(y_t | s_t) in nats at temperature 1.
+    top_k_ids, top_k_logprobs: the most likely tokens, not renormalised.
     """
 
     trajectory_id: str
@@ -180,19 +183,15 @@ class TeacherTargets:
     top_k_logprobs: FloatArray | None = None
 
     def __post_init__(self) -> None:
-        axes = {
-            "features": 2,
-            "expected_embedding": 2,
-            "logprobs": 1,
-            "top_k_ids": 2,
-            "top_k_logprobs": 2,
-        }
-        for field, number in axes.items():
-            array = getattr(self, field)
-            if array is not None:
-                good = array.ndim == number and array.shape[0] == self.num_tokens
-                expected = f"{field} [{self.num_tokens}{', :' * (number - 1)}]"
-                _require(good, self.trajectory_id, expected, array.shape)
+        for signal in SIGNALS:
+            array = getattr(self, signal.name)
+            if array is None:
+                continue
+            good = array.ndim == 1 + bool(signal.axis) and array.shape[0] == self.num_tokens
+            axes = ", ".join([str(self.num_tokens), *signal.axis])
+            _require(good, self.trajectory_id, f"{signal.name} [{axes}]", list(array.shape))
+            dtypes = f"{signal.name} of {' or '.join(signal.dtypes)}"
+            _require(array.dtype.name in signal.dtypes, self.trajectory_id, dtypes, array.dtype)
 
 
 def deal_by_cost(costs: Sequence[int], count: int) -> list[list[int]]:

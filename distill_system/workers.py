@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Reference = Any
 """A result that may not exist yet. It may be handed to another worker's call without being read."""
 
 
+@runtime_checkable
 class Workers(Protocol):
     """A group of workers of one class."""
 

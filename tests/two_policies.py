@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill_system.config.objective import TokenLossConfig
+from distill_system.config.objective.token_losses import TokenLossConfig
 from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
 from distill_system.objectives.token_losses import bind_token_loss
 from distill_system.objectives.vocabulary import read_top_k

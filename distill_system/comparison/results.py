@@ -20,6 +20,8 @@ from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.summary import DISTANCES, read_evaluation
 from distill_system.standard_errors import FloatArray
 
+DISTANCE_METRICS = {f"{stream}_distance": stream for stream in DISTANCES}
+"""Column's metric -> key among an evaluation's distances."""
 HELD_OUT = "held_out"
 """The split of the columns that hold the distances."""
 
@@ -164,10 +166,10 @@ def _collect_scores(evaluation: Mapping[str, Any]) -> dict[Column, Score]:
         for metric, estimate in form["scores"].items()
         if estimate["mean"] is not None
     }
-    for name in DISTANCES:
-        value = (evaluation["distances"] or {}).get(name)
+    for metric, stream in DISTANCE_METRICS.items():
+        value = (evaluation["distances"] or {}).get(stream)
         if value is not None:
-            found[Column(HELD_OUT, f"{name}_distance")] = Score(mean=float(value))
+            found[Column(HELD_OUT, metric)] = Score(mean=float(value))
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distill_system.comparison.results import (
+    DISTANCE_METRICS,
     REFERENCE_ROLES,
     Column,
     Comparison,
@@ -14,6 +15,7 @@ from distill_system.comparison.results import (
     Score,
 )
 from distill_system.comparison.significance import Difference, compare_scores
+from distill_system.evaluation.scores import METRICS, Direction
 from distill_system.standard_errors import standard_error
 
 AVERAGE = "average"
@@ -21,8 +23,6 @@ AVERAGE = "average"
 REFERENCE_OBJECTIVE = "sft"
 OURS = "ammd"
 """Prefix of the names of this project's own objectives; all others are baselines."""
-HIGHER_IS_BETTER = ("exact_match", "rouge_l", "bleu")
-LOWER_IS_BETTER = ("on_policy_distance", "off_policy_distance")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +50,11 @@ class ColumnVerdict:
     """One column of the tables.
 
     cells: objective -> cell; objectives without a score there are missing.
-    references: role -> its score, averaged over runs.  direction: see better_direction.
+    references: role -> its score, averaged over runs.
     """
 
     column: Column
-    direction: int
+    direction: Direction
     best_baseline: str | None
     cells: Mapping[str, Cell]
     references: Mapping[str, float]
@@ -91,11 +91,15 @@ class Verdict:
         return tuple(verdict for verdict in self.columns if verdict.column.metric == metric)
 
 
-def better_direction(metric: str) -> int:
-    """1 where higher is better, -1 where lower is, 0 where neither is (lengths)."""
-    if metric.startswith(HIGHER_IS_BETTER):
-        return 1
-    return -1 if metric in LOWER_IS_BETTER else 0
+def better_direction(metric: str) -> Direction:
+    """Which way a column's metric is better, as it declares; neither for one that is not ours.
+
+    metric: a distance, or `<name>_<decoding>` of evaluation.scores.METRICS.
+    """
+    if metric in DISTANCE_METRICS:
+        return Direction.LOWER
+    declared = METRICS.get(metric.rpartition("_")[0])
+    return Direction.NEITHER if declared is None else declared.direction
 
 
 def reach_verdict(comparison: Comparison) -> Verdict:

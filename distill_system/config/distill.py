@@ -17,7 +17,7 @@ from pydantic import (
 
 from distill_system.config.base import ConfigModel
 from distill_system.config.model import FullUpdate, OptimizerConfig, UpdateConfig
-from distill_system.config.objective import AmmdConfig, MinillmConfig, ObjectiveConfig, StreamName
+from distill_system.config.objective import AmmdConfig, ObjectiveConfig, StreamName
 
 OffPolicySource = Literal["teacher", "store", "dataset"]
 """Sources of the off-policy stream, in the order in which several take turns."""
@@ -171,14 +171,11 @@ class DistillConfig(ConfigModel):
                     "got 0"
                 )
         sources = tuple(self.off_policy_mixture)
-        if isinstance(self.objective, MinillmConfig) and "dataset" in sources:
-            mixture = self.objective.teacher_mixture
-            if mixture > 0:
-                raise ValueError(
-                    "objective.teacher_mixture mixes in text that the teacher wrote: expected "
-                    "off_policy_source=teacher or teacher_mixture=0, got "
-                    f"off_policy_source={self.off_policy_source} and teacher_mixture={mixture}"
-                )
+        if "dataset" in sources and self.objective.refuses_data is not None:
+            raise ValueError(
+                f"{self.objective.refuses_data}: expected off_policy_source without dataset, got "
+                f"{self.off_policy_source}"
+            )
         if self.replay is not None and self.staleness.max_staleness > 0:
             raise ValueError(
                 "replay chooses the stream of each step as it begins, the streams may not run "

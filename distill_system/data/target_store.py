@@ -1,7 +1,7 @@
 """The teacher's targets of stored samples, so that the teacher reads each sample only once.
 
 In: TeacherTargets by the key of their sample.  Out: a folder of parts, one row a sample, and the
-targets of the samples asked for. A row holds T x (H + E) numbers: megabytes for a large teacher.
+targets of the samples asked for. A row holds T x (F + E) numbers: megabytes for a large teacher.
 """
 
 from __future__ import annotations
@@ -15,23 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow
 
-from distill_system.config.objective import TeacherNeeds
+from distill_system.config.objective.needs import SIGNALS, Signal
 from distill_system.data.parquet_parts import find_parts, open_part, remove_abandoned, write_part
 from distill_system.errors import DataError
 from distill_system.records import TeacherTargets
 
-WIDE = ("features", "expected_embedding")
-FLOAT16_BYTES, FLOAT32_BYTES = 2, 4
 ROW_GROUP_ROWS = 16
 """Samples that are read from the disk together; few, because each holds a matrix."""
-_FIXED = {
+_IDENTITY = {
     "key": pyarrow.string(),
     "reading": pyarrow.string(),
     "num_tokens": pyarrow.int32(),
-    "logprobs": pyarrow.list_(pyarrow.float32()),
-    "top_k_ids": pyarrow.list_(pyarrow.int32()),
-    "top_k_logprobs": pyarrow.list_(pyarrow.float32()),
 }
+"""Columns beside those of the signals."""
 
 
 class _Place(NamedTuple):
@@ -105,28 +101,14 @@ def make_target_rows(
     keys: Sequence[str], targets: Sequence[TeacherTargets], reading: str
 ) -> pyarrow.Table:
     """Targets as a table; matrices are flattened row by row, num_tokens gives their shapes back."""
-    number = _number_type(targets)
-    schema = pyarrow.schema([*_FIXED.items(), *((name, pyarrow.list_(number)) for name in WIDE)])
-    columns: dict[str, Any] = {name: _flat(targets, name) for name in schema.names[3:]}
-    fixed = {
+    types = {signal.name: pyarrow.list_(_number_type(signal, targets)) for signal in SIGNALS}
+    identity: dict[str, Any] = {
         "key": list(keys),
         "reading": [reading] * len(keys),
         "num_tokens": [each.num_tokens for each in targets],
     }
-    return pyarrow.table(fixed | columns, schema=schema)
-
-
-def predict_bytes(
-    num_tokens: int, needs: TeacherNeeds, *, hidden: int, actions: int, half: bool
-) -> int:
-    """Bytes of the targets of num_tokens response tokens, before compression.
-
-    hidden, actions: H and E, columns of the features and of the expected embeddings.
-    half: whether the scorer sends those as float16.
-    """
-    columns = hidden * needs.features + actions * needs.expected_embedding
-    narrow = FLOAT32_BYTES * (needs.logprobs + 2 * needs.top_k)
-    return num_tokens * (columns * (FLOAT16_BYTES if half else FLOAT32_BYTES) + narrow)
+    columns = {name: _flat(targets, name) for name in types}
+    return pyarrow.table(identity | columns, schema=pyarrow.schema(_IDENTITY | types))
 
 
 def require_room(folder: Path, num_bytes: float) -> None:
@@ -143,11 +125,12 @@ def require_room(folder: Path, num_bytes: float) -> None:
         )
 
 
-def _number_type(targets: Iterable[TeacherTargets]) -> pyarrow.DataType:
-    """float16 where the scorer sent that; float32 where one of them needs it, which holds both."""
-    arrays = [getattr(each, name) for each in targets for name in WIDE]
-    is_half = all(array.dtype == np.float16 for array in arrays if array is not None)
-    return pyarrow.float16() if is_half else pyarrow.float32()
+def _number_type(signal: Signal, targets: Iterable[TeacherTargets]) -> pyarrow.DataType:
+    """The smallest of the signal's dtypes that holds all of these: float32 holds float16 too."""
+    arrays = (getattr(each, signal.name) for each in targets)
+    found = {array.dtype.name for array in arrays if array is not None}
+    needed = [dtype for dtype in signal.dtypes if dtype in found]
+    return pyarrow.from_numpy_dtype(np.dtype((needed or signal.dtypes)[-1]))
 
 
 def _flat(targets: Sequence[TeacherTargets], name: str) -> list[Any]:
@@ -158,12 +141,12 @@ def _flat(targets: Sequence[TeacherTargets], name: str) -> list[Any]:
 def _read_targets(row: dict[str, Any], trajectory_id: str) -> TeacherTargets:
     num_tokens = row["num_tokens"].as_py()
     flat = {
-        name: row[name].values.to_numpy()
-        for name in ("logprobs", "top_k_ids", "top_k_logprobs", *WIDE)
-        if row[name].is_valid
+        signal: row[signal.name].values.to_numpy()
+        for signal in SIGNALS
+        if row[signal.name].is_valid
     }
-    fields = {
-        name: array if name == "logprobs" else array.reshape(num_tokens, -1)
-        for name, array in flat.items()
+    arrays = {
+        signal.name: array.reshape(num_tokens, -1) if signal.axis else array
+        for signal, array in flat.items()
     }
-    return TeacherTargets(trajectory_id=trajectory_id, num_tokens=num_tokens, **fields)
+    return TeacherTargets(trajectory_id=trajectory_id, num_tokens=num_tokens, **arrays)

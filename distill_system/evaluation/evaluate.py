@@ -10,12 +10,9 @@ from typing import TypeAlias
 from distill_system.config.run import MetricName
 from distill_system.errors import DataError, RecordError
 from distill_system.evaluation.scores import (
-    accuracy,
+    METRICS,
     bleu_from_sums,
     bleu_statistics,
-    exact_match,
-    rouge_l,
-    rouge_l_stemmed,
     yes_no_answer,
 )
 from distill_system.records import Finish, Prompt, Trajectory
@@ -82,16 +79,6 @@ class _Generation:
     text: str
     num_tokens: int
     ended: bool
-
-
-_PER_EXAMPLE: dict[str, Callable[[Prompt, _Generation], float]] = {
-    "exact_match": lambda prompt, row: exact_match(row.text, prompt.references),
-    "rouge_l": lambda prompt, row: rouge_l(row.text, prompt.references),
-    "rouge_l_stemmed": lambda prompt, row: rouge_l_stemmed(row.text, prompt.references),
-    "accuracy": lambda prompt, row: accuracy(row.text, prompt.references),
-    "mean_length": lambda _, row: float(row.num_tokens),
-    "ended_share": lambda _, row: 100.0 * row.ended,
-}
 
 
 def evaluate_splits(
@@ -210,8 +197,13 @@ def _evaluate_split(
 def _score_each(
     metric: str, prompts: Sequence[Prompt], rows: Sequence[_Generation]
 ) -> tuple[float, ...]:
-    score = _PER_EXAMPLE[metric]
-    return tuple(score(prompt, row) for prompt, row in zip(prompts, rows, strict=True))
+    if metric == "mean_length":
+        return tuple(float(row.num_tokens) for row in rows)
+    if metric == "ended_share":
+        return tuple(100.0 * row.ended for row in rows)
+    score = METRICS[metric].per_text
+    assert score is not None, f"{metric} is not a score of single examples"
+    return tuple(score(row.text, p.references) for p, row in zip(prompts, rows, strict=True))
 
 
 def _bleu(

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 
 from distill_system.standard_errors import FloatArray
+
+
+class Direction(IntEnum):
+    """Which way a metric is better; times it, more is better."""
+
+    HIGHER = 1
+    LOWER = -1
+    NEITHER = 0
 
 
 class UnicodeWordTokenizer:
@@ -119,3 +129,27 @@ def bleu_from_sums(sums_K: FloatArray) -> float:
         correct=sums[2:6], total=sums[6:], sys_len=sums[0], ref_len=sums[1], smooth_method="exp"
     )
     return float(score.score)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One thing that an evaluation measures of generations.
+
+    per_text: (text, references) -> the score of one example in percent; None where it is not made
+    of the text alone: of a whole corpus, or of a response's tokens.
+    """
+
+    direction: Direction
+    per_text: Callable[[str, Sequence[str]], float] | None = None
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": Metric(Direction.HIGHER, exact_match),
+    "rouge_l": Metric(Direction.HIGHER, rouge_l),
+    "rouge_l_stemmed": Metric(Direction.HIGHER, rouge_l_stemmed),
+    "accuracy": Metric(Direction.HIGHER, accuracy),
+    "bleu": Metric(Direction.HIGHER),
+    "mean_length": Metric(Direction.NEITHER),
+    "ended_share": Metric(Direction.NEITHER),
+}
+"""All metrics by name, those of evaluation.metrics first."""

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from distill_system.config.objective.needs import SIGNALS, Signal
 from distill_system.errors import RecordError
 from distill_system.language_model import SequenceBatch
 from distill_system.objectives import TeacherRows, TokenRows
@@ -41,16 +43,16 @@ class BehaviourRows:
     logprobs_N: float32, nats, at temperature. versions_N: int64, of the weights that wrote each.
     """
 
-    logprobs_N: Tensor
+    logprobs_N: Float32[Tensor, " N"]
     temperature: float
-    versions_N: Tensor
+    versions_N: Int64[Tensor, " N"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerBatch:
     """What one rank learns from in one step: off-policy sequences first, then on-policy ones.
 
-    behaviour: None where text and student are of one version, or one writer is as good as another.
+    behaviour: None without an on-policy stream.
     """
 
     sequences: SequenceBatch
@@ -59,7 +61,7 @@ class LearnerBatch:
     totals: Mapping[Stream, StreamTotals]
     behaviour: BehaviourRows | None = None
 
-    def stream_rows(self, stream: Stream, hidden_NH: Tensor) -> TokenRows | None:
+    def stream_rows(self, stream: Stream, hidden_NH: Float[Tensor, "N H"]) -> TokenRows | None:
         """The stream's part of the hidden states; None if this step has no such stream."""
         if stream not in self.trajectories:
             return None
@@ -88,14 +90,12 @@ def collate(
     device: torch.device,
     *,
     num_parts: int = 1,
-    brings_behaviour: bool = False,
 ) -> LearnerBatch:
     """Join this rank's chunks; targets[i] belongs to chunks[i], None where no teacher read.
 
-    num_parts: in how many parts the model reads them. brings_behaviour: whether what the writer
-    said of on-policy tokens comes along.
+    num_parts: in how many parts the model reads them.
     Raises: RecordError if a trajectory and its targets disagree, or on-policy trajectories do not
-        say who wrote them, or were sampled at different temperatures.
+        say which weights wrote them, or were sampled at different temperatures.
     """
     trajectories: dict[Stream, tuple[Trajectory, ...]] = {}
     teacher: dict[Stream, TeacherRows] = {}
@@ -104,20 +104,17 @@ def collate(
         if not mine:
             continue
         trajectories[stream] = tuple(t for i in mine for t in chunks[i].trajectories)
-        said = [target for i in mine for target in (targets[i] if targets else None) or ()]
-        if said:
-            teacher[stream] = _teacher_rows(trajectories[stream], said, device)
+        of_stream = [target for i in mine for target in (targets[i] if targets else None) or ()]
+        if of_stream:
+            teacher[stream] = _teacher_rows(trajectories[stream], of_stream, device)
     every = [t for stream_trajectories in trajectories.values() for t in stream_trajectories]
+    on_policy = trajectories.get(Stream.ON_POLICY)
     return LearnerBatch(
         sequences=SequenceBatch.collate(every, device, num_parts=num_parts),
         trajectories=trajectories,
         teacher=teacher,
         totals=totals,
-        behaviour=(
-            _behaviour_rows(trajectories[Stream.ON_POLICY], device)
-            if brings_behaviour and Stream.ON_POLICY in trajectories
-            else None
-        ),
+        behaviour=None if on_policy is None else _behaviour_rows(on_policy, device),
     )
 
 
@@ -135,6 +132,7 @@ def _behaviour_rows(trajectories: Sequence[Trajectory], device: torch.device) ->
             "the on-policy trajectories of a step: expected one sampling temperature, got "
             f"{temperatures}; importance ratios compare policies at one"
         )
+    # Spans cover a response without a gap (records.Trajectory checks it): one version a token.
     spans = [span for trajectory in trajectories for span in trajectory.weight_versions]
     versions_N = np.repeat([s.version for s in spans], [s.end - s.start for s in spans])
     logprobs_N = np.concatenate([t.behaviour_logprobs for t in trajectories])
@@ -152,24 +150,22 @@ def _teacher_rows(
         same = trajectory.trajectory_id == target.trajectory_id
         if not same or target.num_tokens != trajectory.num_response_tokens:
             raise RecordError(
-                f"trajectory {trajectory.trajectory_id!r} of {trajectory.num_response_tokens} "
-                f"tokens came with targets of {target.trajectory_id!r} for {target.num_tokens}"
+                f"trajectory {trajectory.trajectory_id!r}: expected targets of its "
+                f"{trajectory.num_response_tokens} response tokens, it came with targets of "
+                f"{target.trajectory_id!r} for {target.num_tokens}"
             )
 
-    def join(field: str) -> Tensor | None:
-        arrays = [getattr(target, field) for target in targets]
-        if any(array is None for array in arrays):
-            return None
-        joined = torch.from_numpy(np.concatenate(arrays)).to(device)
-        return joined.float() if joined.is_floating_point() else joined.long()
+    rows = {f"{each.name}_N{each.axis}": _join(each, targets, device) for each in SIGNALS}
+    return TeacherRows(**rows)
 
-    return TeacherRows(
-        features_NF=join("features"),
-        expected_embedding_NE=join("expected_embedding"),
-        logprobs_N=join("logprobs"),
-        top_k_ids_NK=join("top_k_ids"),
-        top_k_logprobs_NK=join("top_k_logprobs"),
-    )
+
+def _join(signal: Signal, targets: Sequence[TeacherTargets], device: torch.device) -> Tensor | None:
+    """The signal at the rows of all sequences; None where a scorer did not send it."""
+    arrays = [getattr(target, signal.name) for target in targets]
+    if any(array is None for array in arrays):
+        return None
+    joined = torch.from_numpy(np.concatenate(arrays)).to(device)
+    return joined.float() if joined.is_floating_point() else joined.long()
 
 
 def _num_tokens(trajectories: Sequence[Trajectory]) -> int:

@@ -22,7 +22,6 @@ from distill_system.learner.adapters import MergedSource, export_merged
 from distill_system.learner.checkpoint import CheckpointWriter, load_checkpoint
 from distill_system.learner.checkpoint_files import FileRecord, find_alterations
 from distill_system.learner.collate import LearnerBatch, StreamTotals, collate
-from distill_system.learner.logprob_gap import measure_logprob_gap
 from distill_system.learner.microbatches import Microbatches
 from distill_system.learner.optimizer import (
     build_optimizers,
@@ -34,6 +33,12 @@ from distill_system.learner.peak_memory import read_peak_memory_bytes
 from distill_system.learner.ranks import Ranks
 from distill_system.learner.rendezvous import find_rendezvous
 from distill_system.learner.rollout_shares import rollout_shares
+from distill_system.learner.sampler import (
+    compare_with_sampler,
+    measure_gap,
+    measure_largest_gap,
+    measure_staleness,
+)
 from distill_system.learner.sharding import (
     Policy,
     build_mesh,
@@ -41,7 +46,6 @@ from distill_system.learner.sharding import (
     prepare_blocks,
     shard_policy,
 )
-from distill_system.learner.staleness_metrics import measure_staleness
 from distill_system.learner.student import ModelSource, build_student, fill_student
 from distill_system.learner.teacher_matrices import TeacherMatrices
 from distill_system.objectives import (
@@ -50,6 +54,8 @@ from distill_system.objectives import (
     build_objective,
     measure_stream,
 )
+from distill_system.objectives.importance import compute_log_ratios
+from distill_system.objectives.rows import ObjectiveOutput, TokenRows
 from distill_system.records import (
     StepResult,
     Stream,
@@ -158,7 +164,7 @@ class Learner:
         Raises: NonFiniteError before any weight has changed.
         """
         started = time.perf_counter()
-        batch = self._collate(chunks, targets, totals, brings_behaviour=self.reads_older_text)
+        batch = self._collate(chunks, targets, totals)
         microbatches = Microbatches(self.policy, batch.sequences)
         hidden_NH = microbatches.read()
         on_policy = batch.stream_rows(Stream.ON_POLICY, hidden_NH)
@@ -169,12 +175,11 @@ class Learner:
                 on_policy,
                 self.ranks.sum,
             )
+        # One transfer. Every rank then has the same loss, so that all of them refuse it, or none.
         sums = self.ranks.sum_scalars(
-            {"loss": output.loss_share, **output.metric_shares, **rollout_shares(batch, output)}
+            {"loss": output.loss_share, **output.metric_shares, **rollout_shares(batch)}
         )
-        staleness = measure_staleness(
-            batch, on_policy, output, self.importance, step=step, ranks=self.ranks
-        )
+        sampler = self._compare_with_sampler(batch, on_policy, output, step=step)
         self._require_finite(sums["loss"], step)
         microbatches.backward(output.loss_share)
         gradient_norm, rate = self._update(step)
@@ -182,7 +187,7 @@ class Learner:
         metrics = {
             **sums,
             **output.metrics,
-            **staleness,
+            **sampler,
             "gradient_norm": gradient_norm,
             "learning_rate": rate,
             "response_tokens": num_tokens,
@@ -196,6 +201,18 @@ class Learner:
             seconds=time.perf_counter() - started,
             peak_memory_bytes=read_peak_memory_bytes(self.device),
         )
+
+    def _compare_with_sampler(
+        self, batch: LearnerBatch, rows: TokenRows | None, output: ObjectiveOutput, *, step: int
+    ) -> dict[str, float]:
+        """What the student says of the text that it learns from, against who wrote it."""
+        student_logprobs_N = output.student_logprobs_N
+        if batch.behaviour is None or rows is None or student_logprobs_N is None:
+            return {}
+        gap = compare_with_sampler(batch.behaviour, student_logprobs_N, self.ranks, step=step)
+        if not self.reads_older_text:
+            return gap
+        return gap | measure_staleness(rows, student_logprobs_N, self.importance, self.ranks)
 
     def _update(self, step: int) -> tuple[float, float]:
         """Clip gradients, step every optimizer; returns the gradient's norm before and the rate."""
@@ -227,13 +244,18 @@ class Learner:
         for stream in totals:
             rows = batch.stream_rows(stream, hidden_NH)
             assert rows is not None, "every rank holds a part of every stream"
-            measured = measure_stream(heads, rows, self.ranks.sum, stream=stream.value)
+            with self.policy.precision():
+                measured = measure_stream(heads, rows, self.ranks.sum, stream=stream.value)
             measures[f"{stream.value}_distance"] = measured.distance
             if stream is Stream.OFF_POLICY:
                 measures["cross_entropy"] = measured.cross_entropy
             else:
-                said_N, written = measured.student_logprobs_N, batch.trajectories[stream]
-                measures |= measure_logprob_gap(said_N, written, totals[stream], self.ranks)
+                assert rows.behaviour_logprobs_N is not None, "collate brings them on-policy"
+                log_ratios_N = compute_log_ratios(
+                    measured.student_logprobs_N, rows.behaviour_logprobs_N
+                )
+                measures |= measure_gap(log_ratios_N, self.ranks)
+                measures |= measure_largest_gap(log_ratios_N, self.ranks)
         self.policy.release()
         return measures
 
@@ -318,22 +340,13 @@ class Learner:
         chunks: Sequence[TrajectoryChunk],
         targets: Sequence[Sequence[TeacherTargets] | None],
         totals: Mapping[Stream, StreamTotals],
-        *,
-        brings_behaviour: bool = False,
     ) -> LearnerBatch:
         """This rank's batch, in as many parts as the rank that needs most: they go in step."""
         limit, num_parts = self.config.max_tokens_per_microbatch, 1
         if limit is not None:
             lengths = [int(t.token_ids.size) for chunk in chunks for t in chunk.trajectories]
             num_parts = self.ranks.max(count_parts(lengths, limit))
-        return collate(
-            chunks,
-            targets,
-            totals,
-            self.device,
-            num_parts=num_parts,
-            brings_behaviour=brings_behaviour,
-        )
+        return collate(chunks, targets, totals, self.device, num_parts=num_parts)
 
     def _heads(self) -> PolicyHeads:
         return self.teacher.build_heads(

@@ -13,6 +13,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from distill_system.language_model import PackedPart, SequenceBatch, read_part
@@ -27,7 +28,7 @@ class Microbatches:
         self.batch = batch
         self._rows_nH: list[Tensor] = []
 
-    def read(self) -> Tensor:
+    def read(self) -> Float[Tensor, "N H"]:
         """The final hidden state before each response token, [N, H]; with graph where it learns."""
         *first, last = self.batch.parts
         learns = torch.is_grad_enabled()
@@ -35,10 +36,13 @@ class Microbatches:
             self._rows_nH = [self._read(part) for part in first]
         for rows_nH in self._rows_nH:
             rows_nH.requires_grad_(learns)
+        # order_N undoes the packing: rows come back in the order of the sequences
         return torch.cat([*self._rows_nH, self._read(last)])[self.batch.order_N]
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Float[Tensor, ""]) -> None:
         """Add the gradient of a loss of those rows to the parameters'."""
+        # All parts but the last, which has its activations still and goes first; the others follow
+        # from the end, each giving up its rows' gradient as it is used.
         waiting = list(zip(self.batch.parts, self._rows_nH, strict=False))
         self.policy.expect_backward(last=not waiting)
         loss.backward()

@@ -36,6 +36,7 @@ def build_optimizers(
     embedding_ids = {id(tensor) for tensor in embeddings}
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim == 2 and id(p) not in embedding_ids]
+    # By identity: == of tensors compares their elements.
     matrix_ids = {id(p) for p in matrices}
     others = [p for p in parameters if id(p) not in matrix_ids]
     rate, decay, betas = config.learning_rate, config.weight_decay, config.adam_betas

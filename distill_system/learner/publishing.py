@@ -9,8 +9,8 @@ from dataclasses import replace
 from distill_system.records import WeightVersion
 from distill_system.workers import Reference, Workers
 
-_LAST_SECONDS = 1.0
-"""Who asks late still hears what has long arrived."""
+_LEAST_SECONDS = 1.0
+"""What a wait gets at the least: workers that answered before the deadline are heard after it."""
 
 
 class Publishing:
@@ -36,7 +36,8 @@ class Publishing:
     def finish(self, ranks: Workers, seconds: float) -> WeightVersion:
         """Wait for every rollout worker."""
         receiving = self.receiving(ranks, seconds)
-        left = max(_LAST_SECONDS, seconds - (time.perf_counter() - self._began))
+        # The packing has used up a part of the same deadline.
+        left = max(_LEAST_SECONDS, seconds - (time.perf_counter() - self._began))
         what = f"weight version {self.version} to reach the rollout workers"
         first, *_ = ranks.finish(receiving, what=what, seconds=left)
         assert isinstance(first, WeightVersion)

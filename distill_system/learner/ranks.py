@@ -50,7 +50,7 @@ class Ranks:
         """The sum over ranks; a new tensor, the argument stays."""
         if self.world_size == 1:
             return tensor
-        total = tensor.clone()
+        total = tensor.clone()  # all_reduce works in place
         dist.all_reduce(total)
         return total
 
@@ -58,6 +58,7 @@ class Ranks:
         """The sums over ranks of named scalars, in one transfer."""
         if not values:
             return {}
+        # float64: token counts above 2^24 are not exact in float32
         shares = torch.stack(
             [value.detach().to(self.device, torch.float64).reshape(()) for value in values.values()]
         )
@@ -67,6 +68,7 @@ class Ranks:
         """The largest of the ranks' values; float32 where they are fractions."""
         if self.world_size == 1:
             return value
+        # torch's default of a Python float: 24 bits, enough for a metric
         largest = torch.tensor(value, device=self.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return type(value)(largest.item())

@@ -6,30 +6,18 @@ import torch
 from torch import Tensor
 
 from distill_system.learner.collate import LearnerBatch
-from distill_system.objectives.rows import ObjectiveOutput
 from distill_system.records import Finish, Stream
 
 
-def rollout_shares(batch: LearnerBatch, output: ObjectiveOutput) -> dict[str, Tensor]:
-    """Lengths, ends, and sampler against learner; empty where there is no such stream.
-
-    logprob_gap is comparable where sampling is neither truncated nor tempered. Where older students
-    may have written the text it is left to measure_staleness.
-    """
+def rollout_shares(batch: LearnerBatch) -> dict[str, Tensor]:
+    """Mean length of the student's responses and how many ended; empty without such a stream."""
     trajectories = batch.trajectories.get(Stream.ON_POLICY)
-    if trajectories is None or output.student_logprobs_N is None:
+    if trajectories is None:
         return {}
-    totals = batch.totals[Stream.ON_POLICY]
+    count = batch.totals[Stream.ON_POLICY].num_sequences
     ended = sum(trajectory.finish is Finish.STOP for trajectory in trajectories)
     tokens = sum(trajectory.num_response_tokens for trajectory in trajectories)
-    shares = {
-        "mean_student_response_tokens": torch.tensor(tokens / totals.num_sequences),
-        "student_ended_share": torch.tensor(ended / totals.num_sequences),
+    return {
+        "mean_student_response_tokens": torch.tensor(tokens / count),
+        "student_ended_share": torch.tensor(ended / count),
     }
-    if batch.behaviour is not None:
-        return shares
-    behaviour_N = torch.cat(
-        [torch.from_numpy(trajectory.behaviour_logprobs.copy()) for trajectory in trajectories]
-    )
-    gap = (output.student_logprobs_N.cpu() - behaviour_N).abs().sum() / totals.num_tokens
-    return {**shares, "logprob_gap": gap}

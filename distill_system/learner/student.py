@@ -92,6 +92,7 @@ def fill_student(policy: Policy, source: ModelSource, *, seed: int, device: torc
     """
     if source.path is None:
         return
+    # It was built and sharded on the meta device: no rank ever holds the whole model.
     allocate(policy.model, device)
     read_weights(policy.model, source.path, rename=checkpoint_name)
     initialise_adapters(policy.model, seed=seed)

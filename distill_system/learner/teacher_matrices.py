@@ -6,6 +6,7 @@ Axes: V vocabulary, E action-embedding size, F teacher hidden size.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -36,7 +37,9 @@ class TeacherMatrices:
         if objective is not None and objective.needs_teacher_distribution:
             self.unembedding_VF = shard_rows(_load_unembedding(source), device, mesh)
 
-    def build_heads(self, unembedding_VH: Tensor, *, chunk_tokens: int) -> PolicyHeads:
+    def build_heads(
+        self, unembedding_VH: Float[Tensor, "V H"], *, chunk_tokens: int
+    ) -> PolicyHeads:
         """Both policies' matrices, whole; every rank calls it. Drop it when the loss is made."""
         unembedding_VF = None if self.unembedding_VF is None else gather(self.unembedding_VF)
         return PolicyHeads(
@@ -68,4 +71,5 @@ def _load_unembedding(source: ModelSource) -> Tensor:
         vocabulary_size=source.vocabulary_size,
         trust_remote_code=source.trust_remote_code,
     )
+    # The scorers' own precision, so that the rebuilt logits are rounded as theirs were.
     return unembedding_VF.to(getattr(torch, source.teacher_dtype))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from distill_system.config.objective import (
     AmmdConfig,
-    CrossEntropyConfig,
     MinillmConfig,
     ObjectiveConfig,
     TokenMatchingConfig,
 )
+from distill_system.config.objective.token_losses import CrossEntropyConfig
 from distill_system.objectives.action_space import make_action_embeddings
 from distill_system.objectives.ammd import Ammd
 from distill_system.objectives.distances import measure_stream
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 SUPERVISED = TokenMatchingConfig(
-    type="token_matching", off_policy=CrossEntropyConfig(type="cross_entropy"), on_policy_weight=0.0
+    type="token_matching", off_policy=CrossEntropyConfig(type="cross_entropy")
 )
 """Next-token loss on the responses of the data; asks nothing of a teacher."""
 

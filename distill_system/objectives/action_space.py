@@ -11,6 +11,7 @@ Axes: V vocabulary, E width of the teacher's input embeddings, R dimensions that
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from distill_system.objectives.state_features import draw_gaussian
@@ -19,7 +20,9 @@ from distill_system.objectives.vocabulary import unit_rows
 SEED = 0
 
 
-def make_action_embeddings(embeddings_VE: Tensor, dimension: int | None) -> Tensor:
+def make_action_embeddings(
+    embeddings_VE: Float[Tensor, "V E"], dimension: int | None
+) -> Float32[Tensor, "V R"]:
     """Float32 unit rows [V, E], or their part in a fixed random subspace [V, R] where R < E.
 
     The subspace depends on E and R alone: scorer and learner ranks that make it for themselves
@@ -31,7 +34,8 @@ def make_action_embeddings(embeddings_VE: Tensor, dimension: int | None) -> Tens
     return actions_VE @ draw_basis(actions_VE.shape[1], dimension).to(actions_VE)
 
 
-def draw_basis(size: int, dimension: int) -> Tensor:
+def draw_basis(size: int, dimension: int) -> Float64[Tensor, "{size} {dimension}"]:
     """Orthonormal columns, float64 [size, dimension], with the signs that make QR unique."""
     columns_ER, triangle_RR = torch.linalg.qr(draw_gaussian(size, dimension, SEED).double())
+    # QR is unique up to signs, and libraries choose them differently.
     return columns_ER * triangle_RR.diagonal().sign()

@@ -24,9 +24,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from distill_system.config.objective import AdvantageConfig
+from distill_system.config.objective.ammd import AdvantageConfig
 from distill_system.objectives.rows import PolicyHeads, TokenRows
 from distill_system.objectives.vocabulary import VocabularyChunk
 
@@ -43,13 +44,13 @@ class AdvantageRows:
     sampled_costs_N: w kappa (E_pi* l - l(y_t)), detached.
     """
 
-    total: Tensor
-    expected_costs_N: Tensor
-    sampled_costs_N: Tensor
+    total: Float[Tensor, ""]
+    expected_costs_N: Float[Tensor, " N"]
+    sampled_costs_N: Float[Tensor, " N"]
 
 
 def read_advantage(
-    config: AdvantageConfig, heads: PolicyHeads, rows: TokenRows, weights_N: Tensor
+    config: AdvantageConfig, heads: PolicyHeads, rows: TokenRows, weights_N: Float[Tensor, " N"]
 ) -> AdvantageRows:
     """Play kappa up at each state and sum what the feature finds; weights_N [N] as in heads.sum.
 
@@ -59,6 +60,8 @@ def read_advantage(
 
     def chunk_cost(chunk: VocabularyChunk) -> Tensor:
         student_bV, teacher_bV = chunk.student_logprobs_cV, chunk.teacher_logprobs_cV
+        # l and kappa are the critic's: detached, so that only the expectation under the student
+        # carries a gradient
         feature_bV = _action_feature(config, student_bV.detach(), teacher_bV)
         teacher_mean_b = (teacher_bV.exp() * feature_bV).sum(dim=-1)
         gap_b = teacher_mean_b - (student_bV.exp() * feature_bV).sum(dim=-1)
@@ -73,7 +76,9 @@ def read_advantage(
     )
 
 
-def _action_feature(config: AdvantageConfig, student_bV: Tensor, teacher_bV: Tensor) -> Tensor:
+def _action_feature(
+    config: AdvantageConfig, student_bV: Float[Tensor, "b V"], teacher_bV: Float[Tensor, "b V"]
+) -> Float[Tensor, "b V"]:
     """l at every token of the vocabulary, [b, V], in -1..1."""
     if config.type == "soft_advantage":
         return teacher_bV.clamp(min=-config.clip) / config.clip

@@ -38,6 +38,7 @@ from distill_system.objectives.rows import (
     SumOverRanks,
     TokenRows,
     stream_mean,
+    stream_weights,
     weigh,
 )
 from distill_system.objectives.state_features import build_features
@@ -69,17 +70,18 @@ class Ammd:
         on_policy: TokenRows | None,
         sum_over_ranks: SumOverRanks,
     ) -> ObjectiveOutput:
-        """(1 - beta) L_off + beta L_on; a stream of weight zero may be absent (None)."""
-        beta = self.config.on_policy_weight
-        terms: list[ObjectiveOutput] = []
-        if off_policy is not None and beta < 1.0:
-            terms.append(self._off_policy_term(heads, off_policy, sum_over_ranks))
-        if on_policy is not None and beta > 0.0:
-            terms.append(self._on_policy_term(heads, on_policy, sum_over_ranks))
-        return _merge(terms)
+        """(1 - beta) L_off + beta L_on; a stream alone counts 1."""
+        play = {"off_policy": self._off_policy_term, "on_policy": self._on_policy_term}
+        streams = stream_weights(self.config, off_policy, on_policy)
+        return _merge(
+            [
+                play[name](heads, rows, weight, sum_over_ranks)
+                for name, (rows, weight) in streams.items()
+            ]
+        )
 
     def _off_policy_term(
-        self, heads: PolicyHeads, rows: TokenRows, sum_over_ranks: SumOverRanks
+        self, heads: PolicyHeads, rows: TokenRows, weight: float, sum_over_ranks: SumOverRanks
     ) -> ObjectiveOutput:
         """Differentiated directly through the student's expectation of f1 (docs/objectives.md)."""
         student = heads.read(rows)
@@ -99,7 +101,7 @@ class Ammd:
             game = self._discounted_mean((scores_NE * gap_NE).sum(dim=-1), rows)
             if advantage is not None:
                 game = game + advantage.total
-            loss = (1.0 - self.config.on_policy_weight) * game
+            loss = weight * game
         cross_entropy = -stream_mean(student.logprobs_N, rows)
         if self.config.language_model_weight > 0:
             loss = loss + self.config.language_model_weight * cross_entropy
@@ -113,7 +115,7 @@ class Ammd:
         )
 
     def _on_policy_term(
-        self, heads: PolicyHeads, rows: TokenRows, sum_over_ranks: SumOverRanks
+        self, heads: PolicyHeads, rows: TokenRows, weight: float, sum_over_ranks: SumOverRanks
     ) -> ObjectiveOutput:
         """Policy gradient on costs of f2, whose immediate part is known in expectation."""
         student = heads.read(rows)
@@ -140,9 +142,10 @@ class Ammd:
             if advantage is not None:
                 sampled_costs_N = sampled_costs_N + advantage.sampled_costs_N
             expected_costs_N = (scores_NE * gap_NE).sum(dim=-1)
-            loss = self.config.on_policy_weight * self._policy_loss(
+            loss = weight * self._policy_loss(
                 student, expected_costs_N, sampled_costs_N, advantage, rows, weights, sum_over_ranks
             )
+        # For the metric alone: the return from each response's first token.
         counted_N = weigh(sampled_costs_N, _tokens(weights))
         first_N = cost_to_go(counted_N, rows, discount=self.config.discount)
         reward_to_go = -first_N[rows.positions_N == 0].sum() / rows.num_global_sequences
@@ -187,6 +190,8 @@ class Ammd:
         moment_FE = compute_moment(
             features_NF, gap_NE, counted_N, rows.num_global_tokens, sum_over_ranks
         )
+        # Held fixed where the gap is differentiated: at a maximum the critic's own change is of
+        # second order (envelope theorem).
         critic_FE = critic.respond(moment_FE)
         return features_NF @ critic_FE, float((critic_FE * moment_FE).sum())
 
@@ -298,7 +303,6 @@ def _advantage_share(stream: StreamName, advantage: AdvantageRows | None) -> dic
 
 
 def _merge(terms: list[ObjectiveOutput]) -> ObjectiveOutput:
-    assert terms, "the configuration guarantees a stream of positive weight"
     return ObjectiveOutput(
         loss_share=torch.stack([term.loss_share for term in terms]).sum(),
         metric_shares={k: v for term in terms for k, v in term.metric_shares.items()},

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 CPU_BLOCK_ELEMENTS = 2**20
@@ -47,7 +48,7 @@ def probability_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
 
 
-def multiply(left: Tensor, right: Tensor) -> Tensor:
+def multiply(left: Float[Tensor, "L X"], right: Float[Tensor, "X R"]) -> Float32[Tensor, "L R"]:
     """left @ right in float32; on a GPU not rounded to the factors' lower precision on the way."""
     if _adds_in_float32(left):
         return torch.mm(left, right, out_dtype=torch.float32)
@@ -67,8 +68,8 @@ class UnembeddingGradients:
 
     def __init__(
         self,
-        hidden_NH: Tensor,
-        unembedding_VH: Tensor,
+        hidden_NH: Float[Tensor, "N H"],
+        unembedding_VH: Float[Tensor, "V H"],
         *,
         needs: tuple[bool, bool],
         dtype: torch.dtype,
@@ -87,13 +88,13 @@ class UnembeddingGradients:
         """Whether there is any gradient to make."""
         return self.into_hidden_NH is not None or self.into_unembedding_VH is not None
 
-    def make_logits(self, rows: slice) -> Tensor:
+    def make_logits(self, rows: slice) -> Float32[Tensor, "c V"]:
         """hidden @ unembedding^T of these rows, float32 [c, V]."""
         return multiply(self.hidden_NH[rows].to(self.dtype), self.weight_VH.T)
 
-    def add(self, rows: slice, into_logits_cV: Tensor) -> None:
+    def add(self, rows: slice, into_logits_cV: Float32[Tensor, "c V"]) -> None:
         """Take in the gradient of these rows' logits."""
-        into_cV = into_logits_cV.to(self.dtype)
+        into_cV = into_logits_cV.to(self.dtype)  # as autocast would in a backward pass
         if self.into_hidden_NH is not None:
             self.into_hidden_NH[rows] = into_cV @ self.weight_VH
         if self.into_unembedding_VH is not None:
@@ -106,6 +107,8 @@ class UnembeddingGradients:
         elif self.dtype is torch.float32:
             total_VH.addmm_(into_Vc, hidden_cH)
         else:
+            # addmm_ takes one dtype on a CPU: each chunk's product is rounded to bfloat16, the sum
+            # over chunks is not.
             total_VH += into_Vc @ hidden_cH
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:

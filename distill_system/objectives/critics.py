@@ -13,12 +13,13 @@ norm ball comes out, and the moment-matching distance <phi, M>.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from distill_system.config.objective import ClosedFormCritic, CriticConfig, GradientCritic
+from distill_system.config.objective.ammd import ClosedFormCritic, CriticConfig, GradientCritic
 from distill_system.objectives.moving_average import MovingAverage
 
 SMALLEST_SINGULAR_VALUE = 5e-6
@@ -33,7 +34,7 @@ a student that equals its teacher would be pushed about by rounding errors.
 """
 
 
-def polar_factor(matrix: Tensor) -> Tensor:
+def polar_factor(matrix: Float[Tensor, "F E"]) -> Float[Tensor, "F E"]:
     """The orthogonal factor U V^T of matrix = U S V^T, by scaled cubic Newton-Schulz iteration.
 
     Shapes: float [F, E]; returns [F, E], zero for a zero matrix. A singular value below
@@ -45,6 +46,8 @@ def polar_factor(matrix: Tensor) -> Tensor:
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     factor = wide / wide.norm().clamp_min(torch.finfo(wide.dtype).tiny)
+    # All singular values are in [lower, 1]; each cubic maps that interval into itself and lifts its
+    # lower end. The stretch at which both ends land on one value lifts it fastest.
     lower = SMALLEST_SINGULAR_VALUE
     while 1.0 - lower > torch.finfo(wide.dtype).eps:
         stretch = min(math.sqrt(3.0 / (1.0 + lower + lower**2)), LARGEST_STRETCH)
@@ -54,26 +57,29 @@ def polar_factor(matrix: Tensor) -> Tensor:
     return factor if matrix.shape[0] <= matrix.shape[1] else factor.T
 
 
-def best_response(moment_FE: Tensor, *, ball: str, radius: float) -> Tensor:
+def best_response(
+    moment_FE: Float[Tensor, "F E"], *, ball: str, radius: float
+) -> Float[Tensor, "F E"]:
     """The critic of the ball that maximises <phi, M>: C M/|M|_F, or C U V^T for the spectral ball.
 
     Shapes: [F, E] -> [F, E]; zero where |M|_F is at most MOMENT_NOISE.
     """
     norm = moment_FE.norm()
+    # torch.where, not if: a comparison in Python would make a GPU wait at each step
     heard_FE = torch.where(norm > MOMENT_NOISE, moment_FE, torch.zeros_like(moment_FE))
     if ball == "spectral":
         return radius * polar_factor(heard_FE)
     return radius * heard_FE / norm.clamp_min(MOMENT_NOISE)
 
 
-def moment_distance(moment_FE: Tensor, *, ball: str, radius: float) -> float:
+def moment_distance(moment_FE: Float[Tensor, "F E"], *, ball: str, radius: float) -> float:
     """sup over the ball of <phi, M>: radius times the nuclear (spectral ball) or Frobenius norm."""
     if ball == "spectral":
         return radius * float(torch.linalg.svdvals(moment_FE).sum())
     return radius * float(moment_FE.norm())
 
 
-def project(critic_FE: Tensor, *, ball: str, radius: float) -> Tensor:
+def project(critic_FE: Float[Tensor, "F E"], *, ball: str, radius: float) -> Float[Tensor, "F E"]:
     """The nearest matrix of the ball (Frobenius distance)."""
     if ball == "frobenius":
         return critic_FE * min(1.0, radius / max(float(critic_FE.norm()), 1e-30))
@@ -81,10 +87,11 @@ def project(critic_FE: Tensor, *, ball: str, radius: float) -> Tensor:
     return (left * singular.clamp_max(radius)) @ right
 
 
+@runtime_checkable
 class Critic(Protocol):
     """One player of the inner maximisation."""
 
-    def respond(self, moment_FE: Tensor) -> Tensor:
+    def respond(self, moment_FE: Float[Tensor, "F E"]) -> Float[Tensor, "F E"]:
         """The critic matrix for this step's moment, detached [F, E]."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -101,7 +108,7 @@ class BestResponseCritic:
         self.config = config
         self.moments = MovingAverage(config.average)
 
-    def respond(self, moment_FE: Tensor) -> Tensor:
+    def respond(self, moment_FE: Float[Tensor, "F E"]) -> Float[Tensor, "F E"]:
         """C M/|M|_F or C polar(M)."""
         heard_FE = self.moments.update(moment_FE)
         return best_response(heard_FE, ball=self.config.ball, radius=self.config.radius)
@@ -122,12 +129,13 @@ class AscentCritic:
         self.config = config
         self.critic_FE: Tensor | None = None
 
-    def respond(self, moment_FE: Tensor) -> Tensor:
+    def respond(self, moment_FE: Float[Tensor, "F E"]) -> Float[Tensor, "F E"]:
         """Walk K steps of length step_size x radius along M/|M|_F, projected after each."""
         config = self.config
         critic_FE = torch.zeros_like(moment_FE)
         if self.critic_FE is not None and config.keep:
             critic_FE = self.critic_FE.to(moment_FE)
+        # <phi, M> is linear in phi: its gradient is the same at every step of the walk
         uphill_FE = best_response(moment_FE, ball="frobenius", radius=1.0)
         for _ in range(config.steps):
             critic_FE = project(

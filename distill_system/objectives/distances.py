@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from distill_system.config.objective import StreamName
@@ -17,13 +18,14 @@ from distill_system.objectives.vocabulary import unit_rows
 
 
 def compute_moment(
-    features_NF: Tensor,
-    gap_NE: Tensor,
-    weights_N: Tensor,
+    features_NF: Float[Tensor, "N F"],
+    gap_NE: Float[Tensor, "N E"],
+    weights_N: Float[Tensor, " N"],
     num_global_tokens: int,
     sum_over_ranks: SumOverRanks,
-) -> Tensor:
+) -> Float32[Tensor, "F E"]:
     """M = (1/N) sum_t w_t g_t d_t^T over all ranks, float32 [F, E], detached."""
+    # One [F, E] matrix is all that ranks exchange: it does not grow with the batch.
     share_FE = features_NF.detach().T @ (weights_N[:, None] * gap_NE.detach())
     return sum_over_ranks(share_FE) / num_global_tokens
 
@@ -39,7 +41,7 @@ class HeldOutMeasures:
 
     distance: float
     cross_entropy: float
-    student_logprobs_N: Tensor
+    student_logprobs_N: Float[Tensor, " N"]
 
 
 def measure_stream(
@@ -62,9 +64,11 @@ def measure_stream(
     student = heads.read(rows)
     gap_NE = expected_NE - student.expected_embedding_NE
     ones_N = torch.ones(gap_NE.shape[0], device=gap_NE.device)
-    moment_FE = compute_moment(
-        unit_rows(features_NF), gap_NE, ones_N, rows.num_global_tokens, sum_over_ranks
-    )
+    # The student is read as it learns, under the caller's autocast; its moments are not.
+    with torch.autocast(gap_NE.device.type, enabled=False):
+        moment_FE = compute_moment(
+            unit_rows(features_NF), gap_NE, ones_N, rows.num_global_tokens, sum_over_ranks
+        )
     total = sum_over_ranks(student.logprobs_N.detach().sum().reshape(1))
     return HeldOutMeasures(
         distance=moment_distance(moment_FE, ball=ball, radius=radius),
@@ -73,7 +77,7 @@ def measure_stream(
     )
 
 
-def read_teacher(rows: TokenRows) -> tuple[Tensor, Tensor]:
+def read_teacher(rows: TokenRows) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N E"]]:
     """The teacher's features [N, F] and expected embeddings [N, E]."""
     teacher = rows.teacher
     assert teacher is not None, "AMMD declares MOMENTS; the learner must bring them"

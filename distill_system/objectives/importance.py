@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from distill_system.objectives.rows import TokenRows
@@ -40,9 +41,9 @@ class ImportanceWeights:
     on the token as well. responses_N: where it depends on the whole response.
     """
 
-    states_N: Tensor
-    tokens_N: Tensor
-    responses_N: Tensor
+    states_N: Float32[Tensor, " N"]
+    tokens_N: Float32[Tensor, " N"]
+    responses_N: Float32[Tensor, " N"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,9 @@ class Importance:
             return None
         return RunningWeights(rows, rows.behaviour_logprobs_N, kind=self.kind, cap=self.cap)
 
-    def read(self, rows: TokenRows, student_logprobs_N: Tensor) -> ImportanceWeights | None:
+    def read(
+        self, rows: TokenRows, student_logprobs_N: Float[Tensor, " N"]
+    ) -> ImportanceWeights | None:
         """All weights at once; None where nothing is weighed.
 
         student_logprobs_N: log pi_theta(y_t | s_t) at rows.behaviour_temperature, nats.
@@ -76,6 +79,17 @@ UNWEIGHTED = Importance()
 """Every token counts as 1: the text is the current student's own, or taken to be."""
 
 
+def compute_log_ratios(
+    student_logprobs_b: Float[Tensor, " b"], behaviour_logprobs_b: Float[Tensor, " b"]
+) -> Float64[Tensor, " b"]:
+    """log rho_t: the learner's log-probability of each token minus its writer's, nats.
+
+    Shapes: two float32 [b]; returns float64 [b], without graph. Float64, because products of ratios
+    are sums of hundreds of these.
+    """
+    return student_logprobs_b.detach().double() - behaviour_logprobs_b.double()
+
+
 class RunningWeights:
     """The weights of a stream, while its tokens are read in order, a few at a time.
 
@@ -84,7 +98,7 @@ class RunningWeights:
     """
 
     def __init__(
-        self, rows: TokenRows, behaviour_N: Tensor, *, kind: ImportanceKind, cap: float
+        self, rows: TokenRows, behaviour_N: Float[Tensor, " N"], *, kind: ImportanceKind, cap: float
     ) -> None:
         places_N = torch.arange(behaviour_N.shape[0], device=behaviour_N.device)
         self.rows, self.behaviour_N, self.log_cap = rows, behaviour_N, math.log(cap)
@@ -92,21 +106,23 @@ class RunningWeights:
         self.sums = behaviour_N.new_zeros(behaviour_N.shape[0] + 1, dtype=torch.float64)
         self.first_N = places_N - rows.positions_N if self.reaches_back else places_N
 
-    def take(self, rows: slice, student_logprobs_b: Tensor) -> None:
+    def take(self, rows: slice, student_logprobs_b: Float[Tensor, " b"]) -> None:
         """Take in log pi_theta(y_t | s_t) of the next tokens; rows says which they are."""
-        log_ratios_b = student_logprobs_b.detach().double() - self.behaviour_N[rows]
+        log_ratios_b = compute_log_ratios(student_logprobs_b, self.behaviour_N[rows])
+        # A running sum over the whole stream: a response's product is a difference of two entries,
+        # whatever the borders between readings. Float64 keeps 1e-12 of it after 1e4 nats.
         last = self.sums[rows.start]
         self.sums[rows.start + 1 : rows.stop + 1] = last + log_ratios_b.cumsum(dim=0)
 
-    def states(self, rows: slice = slice(None)) -> Tensor:
+    def states(self, rows: slice = slice(None)) -> Float32[Tensor, " b"]:
         """Weights of what depends on the states of these rows alone, float32 [b]."""
         return self._cap(self.log_state_ratios(rows))
 
-    def tokens(self, rows: slice = slice(None)) -> Tensor:
+    def tokens(self, rows: slice = slice(None)) -> Float32[Tensor, " b"]:
         """Weights of what depends on the tokens of these rows, float32 [b]."""
         return self._cap(self.sums[1:][rows] - self.sums[self.first_N[rows]])
 
-    def responses(self) -> Tensor:
+    def responses(self) -> Float32[Tensor, " N"]:
         """Weights of what depends on whole responses, float32 [N]."""
         if not self.reaches_back:
             return self.tokens()
@@ -114,10 +130,13 @@ class RunningWeights:
         ends_N = lengths_S.cumsum(dim=0).repeat_interleave(lengths_S)
         return self._cap(self.sums[ends_N] - self.sums[self.first_N])
 
-    def log_state_ratios(self, rows: slice = slice(None)) -> Tensor:
+    def log_state_ratios(self, rows: slice = slice(None)) -> Float64[Tensor, " b"]:
         """Logarithms of the states' weights before they are capped, float64 [b], nats."""
+        # state: all tokens before t, without t itself; token: t's own ratio, which is a choice (its
+        # exact weight on a state would be 1)
         end = self.sums[:-1] if self.reaches_back else self.sums[1:]
         return end[rows] - self.sums[self.first_N[rows]]
 
     def _cap(self, log_ratios_b: Tensor) -> Tensor:
+        # capped before exp: a ratio of e^100 would be infinite in float32
         return log_ratios_b.clamp_max(self.log_cap).exp().float()

@@ -27,6 +27,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from distill_system.config.objective import MinillmConfig, StreamName
@@ -48,8 +49,8 @@ from distill_system.objectives.vocabulary import VocabularyChunk, VocabularyRows
 class _Coefficients:
     """What each token's KL_t and log pi_theta(y_t) are multiplied by, detached [N]."""
 
-    step_N: Tensor
-    score_N: Tensor
+    step_N: Float[Tensor, " N"]
+    score_N: Float[Tensor, " N"]
 
 
 class Minillm:
@@ -128,12 +129,13 @@ class Minillm:
             step_b = share * coefficients.step_N[chunk.rows]
             return step_b * divergence_b + score_N[chunk.rows] * chunk.written_logprobs_c
 
+        # The coefficients stand in the chunk's losses: two losses share one pass, of weight 1.
         part = heads.sum(rows, chunk_loss, torch.ones_like(student.logprobs_N))
         counted_N = weigh(divergence_N, None if weights is None else weights.states_N)
         return part.total, stream_mean(counted_N, rows), stream_mean(coefficients.step_N, rows)
 
     def _coefficients(
-        self, rows: TokenRows, logprobs_N: Tensor, weights: ImportanceWeights | None
+        self, rows: TokenRows, logprobs_N: Float[Tensor, " N"], weights: ImportanceWeights | None
     ) -> _Coefficients:
         """token: w_t and w_t F_t. prefix: w of the tokens before t, and the future of w_k c_k.
 
@@ -157,6 +159,8 @@ class Minillm:
             # with a teacher's share the factor of KL_t reads the token as well
             step_N = weigh(mixture_N, tokens_N if self.config.teacher_mixture else states_N)
             return _Coefficients(step_N=step_N, score_N=weigh(mixture_N * future_N, sum_N))
+        # log of pi*/pi_theta over each prefix, its last token included; minus that token's share it
+        # is the prefix before it, which is what a state depends on
         ratios_N = pad_rows(-costs_N, rows).cumsum(dim=1)[rows.sequence_ids_N, rows.positions_N]
         weighted_N = weigh(self._importance(ratios_N) * costs_N, later_N)
         future_N = future_cost_to_go(weighted_N, rows, discount=1.0, normalise=normalise)
@@ -165,11 +169,12 @@ class Minillm:
             score_N=weigh(future_N, sum_N),
         )
 
-    def _importance(self, log_ratios_N: Tensor) -> Tensor:
+    def _importance(self, log_ratios_N: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """pi_theta / (alpha pi* + (1 - alpha) pi_theta), from log(pi* / pi_theta)."""
         alpha = self.config.teacher_mixture
         if alpha == 0.0:
             return torch.ones_like(log_ratios_N)
+        # 1 / (alpha pi*/pi_theta + 1 - alpha), in logarithms: the ratio alone may overflow
         student = torch.full_like(log_ratios_N, math.log1p(-alpha))
         return (-torch.logaddexp(log_ratios_N + math.log(alpha), student)).exp()
 

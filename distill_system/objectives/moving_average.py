@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -18,7 +19,7 @@ class MovingAverage:
         self.sum: Tensor | None = None
         self.count = 0
 
-    def update(self, matrix: Tensor) -> Tensor:
+    def update(self, matrix: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
         """Take in one more matrix; returns the mean, of its shape, without graph."""
         matrix = matrix.detach()
         if self.decay == 0.0:
@@ -26,6 +27,7 @@ class MovingAverage:
         past = torch.zeros_like(matrix) if self.sum is None else self.sum.to(matrix)
         self.sum = self.decay * past + (1.0 - self.decay) * matrix
         self.count += 1
+        # the sum began at 0, which without this would pull the first means towards it
         return self.sum / (1.0 - self.decay**self.count)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -6,12 +6,15 @@ Axes: N flat response tokens, S sequences, T longest response.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from distill_system.objectives.rows import SumOverRanks, TokenRows, pad_rows
 
 
-def cost_to_go(costs_N: Tensor, rows: TokenRows, *, discount: float) -> Tensor:
+def cost_to_go(
+    costs_N: Float[Tensor, " N"], rows: TokenRows, *, discount: float
+) -> Float[Tensor, " N"]:
     """Discounted sum of each token's cost and all later costs of its response.
 
     Shapes: costs_N float [N]; returns [N]. Units: the costs' own.
@@ -20,6 +23,8 @@ def cost_to_go(costs_N: Tensor, rows: TokenRows, *, discount: float) -> Tensor:
     """
     grid_ST = pad_rows(costs_N, rows)
     running_S = grid_ST.new_zeros(grid_ST.shape[0])
+    # Last token first. The grid holds zeros behind a response, so that its sum begins at 0; with a
+    # closed form, discount^-T would overflow on long responses.
     for position in reversed(range(grid_ST.shape[1])):
         running_S = grid_ST[:, position] + discount * running_S
         grid_ST[:, position] = running_S
@@ -27,8 +32,8 @@ def cost_to_go(costs_N: Tensor, rows: TokenRows, *, discount: float) -> Tensor:
 
 
 def future_cost_to_go(
-    costs_N: Tensor, rows: TokenRows, *, discount: float, normalise: bool
-) -> Tensor:
+    costs_N: Float[Tensor, " N"], rows: TokenRows, *, discount: float, normalise: bool
+) -> Float[Tensor, " N"]:
     """Discounted sum of strictly later costs, optionally over the number of later tokens.
 
     Shapes: costs_N float [N]; returns [N], 0 at each response's last token.
@@ -41,8 +46,13 @@ def future_cost_to_go(
 
 
 def compute_baseline(
-    kind: str, returns_N: Tensor, rows: TokenRows, sum_over_ranks: SumOverRanks, *, longest: int
-) -> Tensor:
+    kind: str,
+    returns_N: Float[Tensor, " N"],
+    rows: TokenRows,
+    sum_over_ranks: SumOverRanks,
+    *,
+    longest: int,
+) -> Float[Tensor, " N"]:
     """A baseline that does not depend on the action at its own token, but for the batch's means.
 
     none: zero. batch: mean over all tokens. position: mean over all tokens at the same position.
@@ -60,6 +70,7 @@ def compute_baseline(
     if kind == "batch":
         total = sum_over_ranks(returns_N.sum().reshape(1))
         return (total / rows.num_global_tokens).expand_as(returns_N)
+    # sums and counts in one transfer; `longest` is a setting, so that ranks agree on the size
     sums_2T = returns_N.new_zeros(2, longest)
     sums_2T[0].index_add_(0, rows.positions_N, returns_N)
     sums_2T[1].index_add_(0, rows.positions_N, torch.ones_like(returns_N))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from distill_system.config.objective.needs import StreamName, WeighsStreams
 from distill_system.objectives.vocabulary import (
     ChunkLoss,
     ChunkWeights,
@@ -36,11 +38,11 @@ class TeacherRows:
     top_k_ids_NK: int64, its most likely tokens, with top_k_logprobs_NK.
     """
 
-    features_NF: Tensor | None = None
-    expected_embedding_NE: Tensor | None = None
-    logprobs_N: Tensor | None = None
-    top_k_ids_NK: Tensor | None = None
-    top_k_logprobs_NK: Tensor | None = None
+    features_NF: Float[Tensor, "N F"] | None = None
+    expected_embedding_NE: Float[Tensor, "N E"] | None = None
+    logprobs_N: Float[Tensor, " N"] | None = None
+    top_k_ids_NK: Int64[Tensor, "N K"] | None = None
+    top_k_logprobs_NK: Float[Tensor, "N K"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +59,14 @@ class TokenRows:
         behaviour_temperature; None where the text is taken to be the current student's own.
     """
 
-    hidden_NH: Tensor
-    token_ids_N: Tensor
-    sequence_ids_N: Tensor
-    positions_N: Tensor
+    hidden_NH: Float[Tensor, "N H"]
+    token_ids_N: Int64[Tensor, " N"]
+    sequence_ids_N: Int64[Tensor, " N"]
+    positions_N: Int64[Tensor, " N"]
     num_global_tokens: int
     num_global_sequences: int
     teacher: TeacherRows | None = None
-    behaviour_logprobs_N: Tensor | None = None
+    behaviour_logprobs_N: Float[Tensor, " N"] | None = None
     behaviour_temperature: float = 1.0
 
 
@@ -76,10 +78,10 @@ class PolicyHeads:
     teacher_unembedding_VF: None where the objective needs no teacher distribution.
     """
 
-    unembedding_VH: Tensor
-    action_embeddings_VE: Tensor
+    unembedding_VH: Float[Tensor, "V H"]
+    action_embeddings_VE: Float[Tensor, "V E"]
     chunk_tokens: int
-    teacher_unembedding_VF: Tensor | None = None
+    teacher_unembedding_VF: Float[Tensor, "V F"] | None = None
 
     def read(self, rows: TokenRows) -> VocabularyRows:
         """Log-probabilities and expected embeddings of the student at each row, with graph."""
@@ -96,7 +98,7 @@ class PolicyHeads:
         self,
         rows: TokenRows,
         chunk_loss: ChunkLoss,
-        weights_N: Tensor,
+        weights_N: Float[Tensor, " N"],
         *,
         chunk_weights: ChunkWeights | None = None,
         temperature: float = 1.0,
@@ -137,12 +139,13 @@ class ObjectiveOutput:
         behaviour_temperature, None without such rows.
     """
 
-    loss_share: Tensor
+    loss_share: Float32[Tensor, ""]
     metric_shares: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    student_logprobs_N: Tensor | None = None
+    student_logprobs_N: Float[Tensor, " N"] | None = None
 
 
+@runtime_checkable
 class Objective(Protocol):
     """One training objective. Its state is what a checkpoint must hold."""
 
@@ -162,25 +165,39 @@ class Objective(Protocol):
         """Take back what state_dict gave."""
 
 
-def stream_mean(values_N: Tensor, rows: TokenRows) -> Tensor:
+def stream_weights(
+    config: WeighsStreams, off_policy: TokenRows | None, on_policy: TokenRows | None
+) -> dict[StreamName, tuple[TokenRows, float]]:
+    """The streams of this step that the configuration reads, each with its weight, 1 if alone."""
+    here: dict[StreamName, TokenRows | None] = {"off_policy": off_policy, "on_policy": on_policy}
+    read = {name: rows for name, rows in here.items() if rows is not None and config.reads(name)}
+    assert read, "the driver brings every stream that the configuration reads, or one of them"
+    alone = len(read) == 1
+    return {name: (rows, 1.0 if alone else config.weight(name)) for name, rows in read.items()}
+
+
+def stream_mean(values_N: Float[Tensor, " N"], rows: TokenRows) -> Float[Tensor, ""]:
     """This rank's share of a mean over all response tokens of the stream."""
     return values_N.sum() / rows.num_global_tokens
 
 
-def weigh(values: Tensor, weights_N: Tensor | None) -> Tensor:
+def weigh(
+    values: Float[Tensor, "N ..."], weights_N: Float[Tensor, " N"] | None
+) -> Float[Tensor, "N ..."]:
     """values [N] or [N, X], each row times its weight; None leaves them as they are."""
     if weights_N is None:
         return values
     return values * weights_N.reshape(-1, *[1] * (values.dim() - 1))
 
 
-def pad_rows(values_N: Tensor, rows: TokenRows) -> Tensor:
+def pad_rows(values_N: Float[Tensor, " N"], rows: TokenRows) -> Float[Tensor, "S T"]:
     """Flat rows as a grid, one line a sequence, zeros behind each response.
 
     Shapes: values_N [N]; returns [S, T], S sequences of this rank, T its longest response.
     """
     num_sequences = int(rows.sequence_ids_N.max()) + 1 if values_N.numel() else 0
     longest = int(rows.positions_N.max()) + 1 if values_N.numel() else 0
+    # index assignment keeps the graph of values_N
     grid_ST = torch.zeros(num_sequences, longest, dtype=values_N.dtype, device=values_N.device)
     grid_ST[rows.sequence_ids_N, rows.positions_N] = values_N
     return grid_ST

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -40,6 +41,8 @@ class SoftmaxRead(torch.autograd.Function):
         The third are the log-probabilities at behaviour_temperature, None where it is 1.
         """
         student = UnembeddingGradients(hidden_NH, unembedding_VH, needs=(False, False), dtype=dtype)
+        # Softmax and sums in float32, products of probabilities in the lower precision where that
+        # has float32's range.
         actions_VE = action_embeddings_VE.to(probability_dtype(dtype))
         logprobs_N = torch.empty(token_ids_N.shape, device=hidden_NH.device)
         expected_NE = logprobs_N.new_empty(*token_ids_N.shape, actions_VE.shape[1])
@@ -53,6 +56,8 @@ class SoftmaxRead(torch.autograd.Function):
         context.save_for_backward(
             hidden_NH, unembedding_VH, token_ids_N, action_embeddings_VE, expected_NE
         )
+        # No logits are kept: those of 1024 tokens and 152k words are 600 MB, and one product makes
+        # them again.
         context.chunk_tokens, context.dtype = chunk_tokens, dtype
         if tempered_N is not None:
             context.mark_non_differentiable(tempered_N)
@@ -60,8 +65,11 @@ class SoftmaxRead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden states and unembedding, from those of both results."""
+    def backward(context: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden states and unembedding, from those of the first two results.
+
+        The third takes no gradient: torch hands in None for it.
+        """
         hidden_NH, unembedding_VH, token_ids_N, actions_VE, expected_NE = context.saved_tensors
         into_logprobs_N, into_expected_NE, _ = gradients
         sums = UnembeddingGradients(
@@ -80,12 +88,14 @@ class SoftmaxRead(torch.autograd.Function):
         return *sums.finish(), None, None, None, None, None
 
 
-def temper(logits_cV: Tensor, temperature: float) -> Tensor:
+def temper(logits_cV: Float32[Tensor, "c V"], temperature: float) -> Float32[Tensor, "c V"]:
     """Logits divided by the temperature; at 1 the same tensor."""
     return logits_cV if temperature == 1.0 else logits_cV / temperature
 
 
-def read_written(logits_cV: Tensor, token_ids_c: Tensor, temperature: float) -> Tensor:
+def read_written(
+    logits_cV: Float32[Tensor, "c V"], token_ids_c: Int64[Tensor, " c"], temperature: float
+) -> Float32[Tensor, " c"]:
     """Log-probabilities of the written tokens at a temperature, nats, [c]."""
     tempered_cV = temper(logits_cV, temperature)
     written_c1 = tempered_cV.gather(1, token_ids_c[:, None])

@@ -13,27 +13,29 @@ Axes: N tokens, H hidden size, D feature size: H, or fewer dimensions where they
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
-from distill_system.config.objective import FeaturesConfig, ProjectedFeatures, WhitenedFeatures
+from distill_system.config.objective.ammd import FeaturesConfig, ProjectedFeatures, WhitenedFeatures
 from distill_system.objectives.moving_average import MovingAverage
 from distill_system.objectives.rows import SumOverRanks, weigh
 from distill_system.objectives.vocabulary import unit_rows
 
 
+@runtime_checkable
 class StateFeatures(Protocol):
     """The map g of one critic."""
 
     def extract(
         self,
-        hidden_NH: Tensor,
+        hidden_NH: Float[Tensor, "N H"],
         num_global_tokens: int,
         sum_over_ranks: SumOverRanks,
-        weights_N: Tensor | None = None,
-    ) -> Tensor:
+        weights_N: Float[Tensor, " N"] | None = None,
+    ) -> Float32[Tensor, "N D"]:
         """Unit rows g(s_t), float32 [N, D], without graph.
 
         weights_N: what each row counts in a mean over rows; None counts each as 1.
@@ -62,11 +64,11 @@ class Unit(_Stateless):
 
     def extract(
         self,
-        hidden_NH: Tensor,
+        hidden_NH: Float[Tensor, "N H"],
         num_global_tokens: int,
         sum_over_ranks: SumOverRanks,
-        weights_N: Tensor | None = None,
-    ) -> Tensor:
+        weights_N: Float[Tensor, " N"] | None = None,
+    ) -> Float32[Tensor, "N D"]:
         """Each row divided by its length."""
         return unit_rows(hidden_NH.detach())
 
@@ -80,15 +82,15 @@ class Projected(_Stateless):
 
     def __init__(self, config: ProjectedFeatures) -> None:
         self.config = config
-        self.projection_HD: Tensor | None = None
+        self.projection_HD: Tensor | None = None  # H is known with the first states
 
     def extract(
         self,
-        hidden_NH: Tensor,
+        hidden_NH: Float[Tensor, "N H"],
         num_global_tokens: int,
         sum_over_ranks: SumOverRanks,
-        weights_N: Tensor | None = None,
-    ) -> Tensor:
+        weights_N: Float[Tensor, " N"] | None = None,
+    ) -> Float32[Tensor, "N D"]:
         """Each row projected, then divided by its length."""
         if self.projection_HD is None:
             self.projection_HD = draw_gaussian(
@@ -110,11 +112,11 @@ class Whitened:
 
     def extract(
         self,
-        hidden_NH: Tensor,
+        hidden_NH: Float[Tensor, "N H"],
         num_global_tokens: int,
         sum_over_ranks: SumOverRanks,
-        weights_N: Tensor | None = None,
-    ) -> Tensor:
+        weights_N: Float[Tensor, " N"] | None = None,
+    ) -> Float32[Tensor, "N D"]:
         """Each row whitened by the second moment up to this step, then divided by its length."""
         rows_NH = unit_rows(hidden_NH.detach())
         weighted_NH = weigh(rows_NH, weights_N)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distill_system.config.objective import StreamName, TokenMatchingConfig
+from distill_system.config.objective.token_matching import STREAMS
 from distill_system.objectives.importance import UNWEIGHTED, Importance
 from distill_system.objectives.rows import (
     ObjectiveOutput,
@@ -20,12 +21,11 @@ from distill_system.objectives.rows import (
     SumOverRanks,
     TokenRows,
     stream_mean,
+    stream_weights,
 )
 from distill_system.objectives.terms import Term, build_term
 from distill_system.objectives.token_losses import bind_token_loss
 from distill_system.objectives.vocabulary import ChunkWeights, VocabularySum
-
-STREAMS: tuple[StreamName, ...] = ("off_policy", "on_policy")
 
 
 class TokenMatching:
@@ -58,23 +58,17 @@ class TokenMatching:
         on_policy: TokenRows | None,
         sum_over_ranks: SumOverRanks,
     ) -> ObjectiveOutput:
-        """A stream alone has weight 1, whatever beta is."""
-        streams: list[tuple[StreamName, TokenRows, float]] = []
-        beta = self.config.on_policy_weight
-        if off_policy is not None and self.config.off_policy is not None:
-            streams.append(("off_policy", off_policy, 1.0 - beta if on_policy else 1.0))
-        if on_policy is not None and self.config.on_policy is not None:
-            streams.append(("on_policy", on_policy, beta if off_policy else 1.0))
-        assert streams, "the driver brings every stream that the configuration reads"
+        """(1 - beta) L_off + beta L_on; a stream alone counts 1."""
+        streams = stream_weights(self.config, off_policy, on_policy)
         self.step += 1
-        sums = {name: self._sum(heads, name, rows) for name, rows, _ in streams}
+        sums = {name: self._sum(heads, name, rows) for name, (rows, _) in streams.items()}
         terms = {
             name: self._terms(name, rows, sums[name].logprobs_N, sum_over_ranks)
-            for name, rows, _ in streams
+            for name, (rows, _) in streams.items()
         }
         losses = [
             weight * torch.stack([sums[name].total, *terms[name].values()]).sum()
-            for name, _, weight in streams
+            for name, (_, weight) in streams.items()
         ]
         return ObjectiveOutput(
             loss_share=torch.stack(losses).sum(),
@@ -87,7 +81,7 @@ class TokenMatching:
         )
 
     def _sum(self, heads: PolicyHeads, name: StreamName, rows: TokenRows) -> VocabularySum:
-        config = self.config.off_policy if name == "off_policy" else self.config.on_policy
+        config = self.config.loss_on(name)
         assert config is not None, "the stream was chosen because it has a loss"
         means_N = torch.full(
             rows.token_ids_N.shape, 1.0 / rows.num_global_tokens, device=rows.token_ids_N.device

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -41,9 +42,9 @@ class VocabularyRows:
     behaviour_logprobs_N: logprobs_N at the temperature that the text was sampled at, detached.
     """
 
-    logprobs_N: Tensor
-    expected_embedding_NE: Tensor
-    behaviour_logprobs_N: Tensor
+    logprobs_N: Float32[Tensor, " N"]
+    expected_embedding_NE: Float32[Tensor, "N E"]
+    behaviour_logprobs_N: Float32[Tensor, " N"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,9 @@ class VocabularySum:
     logprobs_N: float32, log pi_theta(y_t | s_t) at the temperature that the text was sampled at.
     """
 
-    total: Tensor
-    values_N: Tensor
-    logprobs_N: Tensor
+    total: Float32[Tensor, ""]
+    values_N: Float32[Tensor, " N"]
+    logprobs_N: Float32[Tensor, " N"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,18 +70,18 @@ class VocabularyChunk:
     token_ids_c: int64, the tokens written. rows: which rows of the stream these are.
     """
 
-    student_logprobs_cV: Tensor
-    token_ids_c: Tensor
+    student_logprobs_cV: Float32[Tensor, "c V"]
+    token_ids_c: Int64[Tensor, " c"]
     rows: slice
     read_teacher: Callable[[], Tensor]
 
     @property
-    def teacher_logprobs_cV(self) -> Tensor:  # noqa: N802  # tensors end in their axes
+    def teacher_logprobs_cV(self) -> Float32[Tensor, "c V"]:  # noqa: N802  # tensors end in their axes
         """Made anew at each call: keep it in a name of your own."""
         return self.read_teacher()
 
     @property
-    def written_logprobs_c(self) -> Tensor:
+    def written_logprobs_c(self) -> Float32[Tensor, " c"]:
         """log pi_theta(y_t | s_t) of the tokens written, with graph."""
         return self.student_logprobs_cV.gather(1, self.token_ids_c[:, None]).squeeze(1)
 
@@ -92,10 +93,10 @@ class TeacherDistribution:
     features_NF: its final hidden states. unembedding_VF: its own, frozen.
     """
 
-    features_NF: Tensor
-    unembedding_VF: Tensor
+    features_NF: Float[Tensor, "N F"]
+    unembedding_VF: Float[Tensor, "V F"]
 
-    def make_logits(self, rows: slice) -> Tensor:
+    def make_logits(self, rows: slice) -> Float32[Tensor, "c V"]:
         """Logits at these rows, float32 [c, V]."""
         features_cF = self.features_NF[rows].to(self.unembedding_VF.dtype)
         return multiply(features_cF, self.unembedding_VF.T)
@@ -109,7 +110,7 @@ ChunkWeights = Callable[[slice, Tensor], Tensor]
 tokens written; called once for all rows, in order, a few at a time."""
 
 
-def unit_rows(matrix: Tensor) -> Tensor:
+def unit_rows(matrix: Float[Tensor, "*rows D"]) -> Float32[Tensor, "*rows D"]:
     """Each row divided by its Euclidean norm, float32; a zero row stays zero.
 
     Shapes: matrix [..., D]; returns float32 [..., D].
@@ -118,10 +119,10 @@ def unit_rows(matrix: Tensor) -> Tensor:
 
 
 def read_vocabulary(
-    hidden_NH: Tensor,
-    token_ids_N: Tensor,
-    unembedding_VH: Tensor,
-    action_embeddings_VE: Tensor,
+    hidden_NH: Float[Tensor, "N H"],
+    token_ids_N: Int64[Tensor, " N"],
+    unembedding_VH: Float[Tensor, "V H"],
+    action_embeddings_VE: Float[Tensor, "V E"],
     *,
     chunk_tokens: int,
     behaviour_temperature: float = 1.0,
@@ -135,6 +136,7 @@ def read_vocabulary(
         action_embeddings_VE [V, E]. Gradients flow to hidden_NH and unembedding_VH.
     Memory: one chunk_tokens x V float32 in forward, two in backward.
     """
+    # Autocast does not see into an autograd.Function: its dtype is asked for here, then it is off.
     dtype = multiplication_dtype(hidden_NH)
     with torch.autocast(hidden_NH.device.type, enabled=False):
         logprobs_N, expected_NE, tempered_N = SoftmaxRead.apply(  # type: ignore[no-untyped-call]  # torch types no Function
@@ -151,10 +153,10 @@ def read_vocabulary(
 
 
 def sum_over_vocabulary(
-    hidden_NH: Tensor,
-    token_ids_N: Tensor,
-    unembedding_VH: Tensor,
-    weights_N: Tensor,
+    hidden_NH: Float[Tensor, "N H"],
+    token_ids_N: Int64[Tensor, " N"],
+    unembedding_VH: Float[Tensor, "V H"],
+    weights_N: Float[Tensor, " N"],
     chunk_loss: ChunkLoss,
     *,
     teacher: TeacherDistribution | None = None,
@@ -197,8 +199,12 @@ def sum_over_vocabulary(
 
 @torch.no_grad()
 def read_top_k(
-    hidden_NH: Tensor, unembedding_VH: Tensor, *, k: int, chunk_tokens: int
-) -> tuple[Tensor, Tensor]:
+    hidden_NH: Float[Tensor, "N H"],
+    unembedding_VH: Float[Tensor, "V H"],
+    *,
+    k: int,
+    chunk_tokens: int,
+) -> tuple[Int64[Tensor, "N K"], Float32[Tensor, "N K"]]:
     """The k most likely tokens at each row, int64 [N, K], and their logprobs, float32 [N, K].
 
     Most likely first. What they leave out is 1 - sum exp(logprobs): nothing is renormalised.
@@ -277,9 +283,12 @@ class _TokenLosses:
             with torch.set_grad_enabled(learns):
                 values_b = self._losses(logits_bV, tokens, partial(teacher.read, block))
             self.values_N[tokens] = values_b.detach()
+            # after the losses: the weights follow from log-probabilities that they have just read
             if self.chunk_weights is not None:
                 self.weights_N[tokens] *= self.chunk_weights(tokens, self.logprobs_N[tokens])
             if learns:
+                # Inside a Function's forward, autograd records nothing but what it is told to: this
+                # graph is the block's own and ends at its logits, whose memory takes the gradient.
                 [into_bV] = torch.autograd.grad(values_b, logits_bV, self.weights_N[tokens])
                 logits_cV[block] = into_bV
 

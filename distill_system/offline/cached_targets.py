@@ -20,7 +20,7 @@ from distill_system.data import (
     TargetStore,
     read_trajectories,
 )
-from distill_system.data.target_store import predict_bytes, require_room, target_folder
+from distill_system.data.target_store import require_room, target_folder
 from distill_system.errors import ConfigError
 from distill_system.observe import LiveView, RunDirectory
 from distill_system.offline.samples import cut_batches
@@ -117,9 +117,7 @@ class CachedTargets:
     def _predict(self, num_tokens: int) -> int:
         config, shape = self._config, self._shape
         most = config.distill.action_dimension
-        return predict_bytes(
-            num_tokens,
-            self._needs,
+        return num_tokens * self._needs.bytes_per_token(
             hidden=shape.row_size,
             actions=shape.embedding_size if most is None else min(most, shape.embedding_size),
             half=config.scoring.dtype == "bfloat16",

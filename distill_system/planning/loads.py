@@ -7,7 +7,7 @@ bring; real sequences are shorter.
 from __future__ import annotations
 
 from distill_system.config.model import LearnerConfig, LoraUpdate, OptimizerConfig, SupervisedConfig
-from distill_system.config.objective import AmmdConfig, TeacherNeeds
+from distill_system.config.objective import TeacherNeeds
 from distill_system.config.objective.needs import StreamName
 from distill_system.config.run import RunConfig
 from distill_system.planning.activations import BFLOAT16, FLOAT32
@@ -49,7 +49,7 @@ def distillation_load(config: RunConfig, student: ModelShape, teacher: ModelShap
     ranks = config.pools.learner.count
     # The fullest rank: sequences are dealt as evenly as they go.
     sequences = sum(-(-distill.sequences(stream) // ranks) for stream in streams_read(config))
-    reads_softmax = isinstance(distill.objective, AmmdConfig)
+    reads_softmax = needs.expected_embedding
     streams = len(streams_read(config))
     rebuilds = distill.objective.needs_teacher_distribution
     return _learner_load(
@@ -154,9 +154,8 @@ def scorer_load(config: RunConfig, teacher: ModelShape) -> ScorerLoad:
 
 def wire_bytes_per_token(config: RunConfig, teacher: ModelShape) -> int:
     """What a scorer sends of one response token."""
-    needs = teacher_needs(config)
-    # A teacher in bfloat16 ships float16.
-    number = NUMBER_BYTES[config.scoring.dtype]
-    columns = teacher.row_size if needs.features else 0
-    columns += action_columns(config, teacher) if needs.expected_embedding else 0
-    return number * columns + FLOAT32 * needs.logprobs + 2 * FLOAT32 * needs.top_k
+    return teacher_needs(config).bytes_per_token(
+        hidden=teacher.row_size,
+        actions=action_columns(config, teacher),
+        half=config.scoring.dtype == "bfloat16",
+    )

@@ -1,6 +1,7 @@
 """One teacher scorer: trajectories in -> TeacherTargets out.
 
-Axes: N response tokens, H teacher hidden size, E action-embedding size, V vocabulary.
+Axes: N response tokens, H teacher hidden size, E action-embedding size, V vocabulary, X columns of
+a signal.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill_system.config.objective import TeacherNeeds
+from distill_system.config.objective.needs import SIGNALS, Signal, TeacherNeeds
 from distill_system.config.rollout import ScoringConfig
 from distill_system.errors import NonFiniteError
 from distill_system.language_model import (
@@ -26,19 +27,17 @@ from distill_system.language_model import (
 )
 from distill_system.objectives import make_action_embeddings, read_top_k, read_vocabulary
 from distill_system.records import (
-    FloatArray,
     TeacherTargets,
     Trajectory,
     TrajectoryChunk,
 )
 
-TARGET_FIELDS = ("features", "expected_embedding", "logprobs", "top_k_ids", "top_k_logprobs")
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, slots=True)
 class Shipped:
-    """What scorers have handed on: bytes by field of TeacherTargets, and the response tokens."""
+    """What scorers have handed on: bytes by the name of the signal, and the response tokens."""
 
     num_bytes: Mapping[str, int] = field(default_factory=dict)
     num_response_tokens: int = 0
@@ -48,10 +47,10 @@ class Shipped:
         """Count these."""
         num_bytes = Counter[str]()
         for target in targets:
-            for name in TARGET_FIELDS:
-                array = getattr(target, name)
+            for signal in SIGNALS:
+                array = getattr(target, signal.name)
                 if array is not None:
-                    num_bytes[name] += array.nbytes
+                    num_bytes[signal.name] += array.nbytes
         return cls(dict(num_bytes), sum(target.num_tokens for target in targets))
 
     def __add__(self, other: Shipped) -> Shipped:
@@ -129,11 +128,11 @@ class TeacherScorer:
         Raises: NonFiniteError if the teacher's output is not finite.
         """
         ids = [trajectory.trajectory_id for trajectory in chunk.trajectories]
-        said = {} if self.known_targets is None else self.known_targets.read(ids)
-        unread = [each for each in chunk.trajectories if each.trajectory_id not in said]
+        known = {} if self.known_targets is None else self.known_targets.read(ids)
+        unread = [each for each in chunk.trajectories if each.trajectory_id not in known]
         if unread:
-            said |= {target.trajectory_id: target for target in self._score(unread, needs)}
-        targets = [said[trajectory_id] for trajectory_id in ids]
+            known |= {target.trajectory_id: target for target in self._score(unread, needs)}
+        targets = [known[trajectory_id] for trajectory_id in ids]
         self._shipped += Shipped.of(targets)
         return targets
 
@@ -164,40 +163,41 @@ class TeacherScorer:
     def _read(
         self, hidden_NH: Tensor, token_ids_N: Tensor, needs: TeacherNeeds
     ) -> dict[str, np.ndarray]:
-        """The fields of TeacherTargets that are needed, for all rows."""
-        fields: dict[str, np.ndarray] = {}
-        if needs.features:
-            fields["features"] = self._to_wire(hidden_NH)
+        """Every signal that is needed, for all rows, by its name."""
+        made: dict[str, Tensor] = {"features": hidden_NH}
         if needs.expected_embedding or needs.logprobs:
             actions_VE = self.action_embeddings_VE
             rows = read_vocabulary(
                 hidden_NH,
                 token_ids_N,
                 self.unembedding_VH,
+                # no columns: the product is empty, the log-probabilities are made all the same
                 actions_VE if needs.expected_embedding else actions_VE[:, :0],
                 chunk_tokens=self.chunk_tokens,
             )
-            if needs.expected_embedding:
-                fields["expected_embedding"] = self._to_wire(rows.expected_embedding_NE)
-            if needs.logprobs:
-                fields["logprobs"] = rows.logprobs_N.cpu().numpy()
+            made["expected_embedding"] = rows.expected_embedding_NE
+            made["logprobs"] = rows.logprobs_N
         if needs.top_k:
-            ids_NK, logprobs_NK = read_top_k(
+            made["top_k_ids"], made["top_k_logprobs"] = read_top_k(
                 hidden_NH, self.unembedding_VH, k=needs.top_k, chunk_tokens=self.chunk_tokens
             )
-            fields["top_k_ids"] = ids_NK.int().cpu().numpy()
-            fields["top_k_logprobs"] = logprobs_NK.cpu().numpy()
-        return fields
+        return {each.name: self._to_wire(made[each.name], each) for each in needs.signals}
 
     def _require_finite(self, hidden_NH: Tensor, trajectories: Sequence[Trajectory]) -> None:
         if not hidden_NH.isfinite().all():
             raise NonFiniteError(
-                "the teacher's hidden states must be finite, got NaN or infinity on "
-                f"{trajectories[0].trajectory_id!r} or a trajectory beside it; "
+                "the teacher's hidden states: expected finite numbers, got NaN or infinity on "
+                f"{trajectories[0].trajectory_id!r} or a trajectory of the same call; "
                 "try scoring.dtype=float32"
             )
 
-    def _to_wire(self, rows_NX: Tensor) -> FloatArray:
-        values = rows_NX.float().cpu().numpy()
-        small = self.config.dtype == "bfloat16" and np.abs(values).max(initial=0.0) < FLOAT16_MAX
+    def _to_wire(self, rows: Tensor, signal: Signal) -> np.ndarray:
+        """[N] or [N, X] in the smallest of the signal's dtypes that loses nothing."""
+        full = signal.dtypes[-1]
+        values = rows.to(getattr(torch, full)).cpu().numpy()
+        if not signal.may_be_half or self.config.dtype != "bfloat16":
+            return values
+        # float16 has more digits than bfloat16 but less range: 65504 against 3e38. One number
+        # beyond it and the whole array stays in float32.
+        small = np.abs(values).max(initial=0.0) < FLOAT16_MAX
         return values.astype(np.float16) if small else values

@@ -15,13 +15,9 @@ import torch
 from enumerable_language import EnumerableLanguage
 from fakes.fixed_critic import FixedCritic
 
-from distill_system.config.objective import (
-    AmmdConfig,
-    ForwardKlConfig,
-    MinillmConfig,
-    RelationalConfig,
-    TokenMatchingConfig,
-)
+from distill_system.config.objective import AmmdConfig, MinillmConfig, TokenMatchingConfig
+from distill_system.config.objective.token_losses import ForwardKlConfig
+from distill_system.config.objective.token_matching import RelationalConfig
 from distill_system.objectives import Importance, build_objective
 from distill_system.objectives.ammd import Ammd
 from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows

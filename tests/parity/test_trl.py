@@ -13,7 +13,7 @@ import pytest
 import torch
 from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, ChunkedDivergenceFunction
 
-from distill_system.config.objective import (
+from distill_system.config.objective.token_losses import (
     ForwardKlConfig,
     GeneralizedJsdConfig,
     ReverseKlConfig,

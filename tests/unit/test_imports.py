@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "seeds": set(),
     "workers": set(),
     "config": {"errors"},
-    "records": {"errors", "workers"},
+    "records": {"config.objective", "errors", "workers"},
     "standard_errors": {"errors"},
     # rooms that know records and not each other
     "data": RECORDS,
@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"run", "streams", "elastic"},
     # several runs, and what goes before and after them
     "planning": RECORDS,
-    "comparison": RECORDS | {"observe", "standard_errors"},
+    "comparison": RECORDS | {"evaluation", "observe", "standard_errors"},
     "stages": RECORDS
     | {"data", "learner", "cluster", "observe", "run", "driver", "planning", "comparison"},
     "offline": RECORDS | {"data", "rollout", "scoring", "cluster", "observe", "run", "planning"},
@@ -62,7 +62,7 @@ ALLOWED_FROM_OUTSIDE = {
     "workers": set(),
     "records": {"numpy"},
     "config": {"pydantic", "yaml"},
-    "objectives": {"torch"},
+    "objectives": {"jaxtyping", "torch"},
 }
 
 MAY_IMPORT_RAY = {"cluster", "observe", "cli"}

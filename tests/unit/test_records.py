@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ import pytest
 from trajectories import make_trajectories, make_trajectory
 
 from distill_system import errors
+from distill_system.config.objective.needs import SIGNALS, TeacherNeeds
 from distill_system.errors import DistillError, RecordError
+from distill_system.objectives import TeacherRows
 from distill_system.records import (
     Author,
     PoolActivity,
@@ -75,7 +77,7 @@ def test_a_prompt_must_hold_tokens():
 
 
 def test_teacher_targets_of_unequal_length_are_refused():
-    with pytest.raises(RecordError, match=r"expected_embedding \[3, :\]"):
+    with pytest.raises(RecordError, match=r"expected_embedding \[3, E\], got \[2, 2\]"):
         TeacherTargets(
             trajectory_id="t",
             num_tokens=3,
@@ -83,6 +85,22 @@ def test_teacher_targets_of_unequal_length_are_refused():
             expected_embedding=np.zeros((2, 2), np.float16),
             logprobs=np.zeros(3, np.float32),
         )
+
+
+def test_teacher_targets_of_another_dtype_are_refused():
+    with pytest.raises(RecordError, match=r"features of float16 or float32, got float64"):
+        TeacherTargets(trajectory_id="t", num_tokens=3, features=np.zeros((3, 2)))
+    with pytest.raises(RecordError, match=r"top_k_ids of int32, got int64"):
+        TeacherTargets(trajectory_id="t", num_tokens=3, top_k_ids=np.zeros((3, 2), np.int64))
+
+
+def test_records_and_rows_hold_the_signals_of_the_table_and_no_others():
+    signals = {signal.name for signal in SIGNALS}
+    identity = {"trajectory_id", "num_tokens"}
+    assert {field.name for field in fields(TeacherTargets)} == signals | identity
+    rows = {f"{signal.name}_N{signal.axis}" for signal in SIGNALS}
+    assert {field.name for field in fields(TeacherRows)} == rows
+    assert {signal.need for signal in SIGNALS} == set(TeacherNeeds.model_fields)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 40])

@@ -7,7 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from distill_system.config.base import ConfigModel
-from distill_system.config.objective.needs import MOMENTS, StreamName, TeacherNeeds
+from distill_system.config.objective.needs import (
+    MOMENTS,
+    StreamName,
+    TeacherNeeds,
+    WeighsStreams,
+)
 
 
 class ClosedFormCritic(ConfigModel):
@@ -95,12 +100,10 @@ class AdvantageConfig(ConfigModel):
         return self
 
 
-class AmmdConfig(ConfigModel):
+class AmmdConfig(WeighsStreams):
     """Adversarial action-value moment matching (arXiv 2406.02959) on both streams."""
 
     type: Literal["ammd"] = "ammd"
-    on_policy_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    """beta: weight of the on-policy term; 1 - beta weighs the off-policy term."""
     critic: CriticConfig = ClosedFormCritic()
     """How the inner maximisation is played."""
     features: FeaturesConfig = UnitFeatures()
@@ -125,9 +128,19 @@ class AmmdConfig(ConfigModel):
     language_model_weight: NonNegativeFloat = 0.0
     """Weight of an extra next-token loss on the off-policy stream."""
 
-    def reads(self, stream: StreamName) -> bool:
-        """Whether the stream has weight."""
-        return (self.on_policy_weight if stream == "on_policy" else 1 - self.on_policy_weight) > 0
+    @model_validator(mode="after")
+    def _check_language_model(self) -> AmmdConfig:
+        if self.language_model_weight > 0 and not self.reads("off_policy"):
+            raise ValueError(
+                f"language_model_weight={self.language_model_weight} is a loss on the off-policy "
+                f"stream, which on_policy_weight={self.on_policy_weight} leaves out: expected "
+                "language_model_weight=0 or on_policy_weight below 1"
+            )
+        return self
+
+    def has_loss(self, stream: StreamName) -> bool:
+        """On both."""
+        return True
 
     def teacher_needs(self, stream: StreamName) -> TeacherNeeds:
         """Final hidden states and expected embeddings of both streams."""

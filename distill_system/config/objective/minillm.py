@@ -6,11 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat
 
-from distill_system.config.base import ConfigModel
-from distill_system.config.objective.needs import NOTHING, StreamName, TeacherNeeds
+from distill_system.config.objective.needs import (
+    NOTHING,
+    ObjectiveModel,
+    StreamName,
+    TeacherNeeds,
+)
 
 
-class MinillmConfig(ConfigModel):
+class MinillmConfig(ObjectiveModel):
     """Reverse KL of whole responses by policy gradient, MiniLLM (arXiv 2306.08543)."""
 
     type: Literal["minillm"]
@@ -39,3 +43,13 @@ class MinillmConfig(ConfigModel):
     def needs_teacher_distribution(self) -> bool:
         """Whether the learner rebuilds the teacher's whole distribution."""
         return True
+
+    @property
+    def refuses_data(self) -> str | None:
+        """A share of the mixture is the teacher's."""
+        if self.teacher_mixture == 0:
+            return None
+        return (
+            f"objective.teacher_mixture={self.teacher_mixture} mixes in text that the teacher "
+            "wrote (0 mixes in none)"
+        )

@@ -10,9 +10,9 @@ from distill_system.config.base import ConfigModel
 from distill_system.config.objective.needs import (
     DISTRIBUTION,
     NOTHING,
-    Share,
     StreamName,
     TeacherNeeds,
+    WeighsStreams,
 )
 from distill_system.config.objective.token_losses import TokenLossConfig
 
@@ -39,10 +39,12 @@ class RelationalConfig(ConfigModel):
     """Times this, the term is added to the stream's loss."""
 
 
+STREAMS: tuple[StreamName, ...] = ("off_policy", "on_policy")
+
 TermConfig = Annotated[HiddenMatchingConfig | RelationalConfig, Field(discriminator="type")]
 
 
-class TokenMatchingConfig(ConfigModel):
+class TokenMatchingConfig(WeighsStreams):
     """A loss between the two policies at each token, chosen for each stream by itself."""
 
     type: Literal["token_matching"]
@@ -50,9 +52,6 @@ class TokenMatchingConfig(ConfigModel):
     """Loss on the off-policy stream; null leaves the stream out."""
     on_policy: TokenLossConfig | None = None
     """Loss on the on-policy stream; null leaves the stream out."""
-    on_policy_weight: Share = 0.5
-    """Weight of the on-policy loss where both streams are there; the off-policy one has the rest.
-    A stream alone in a step has weight 1."""
     temperature: PositiveFloat = 1.0
     """Both policies' logits are divided by it before they are compared."""
     terms: tuple[TermConfig, ...] = ()
@@ -60,8 +59,8 @@ class TokenMatchingConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _check_temperature(self) -> TokenMatchingConfig:
-        for stream in ("off_policy", "on_policy"):
-            loss: TokenLossConfig | None = getattr(self, stream)
+        for stream in STREAMS:
+            loss = self.loss_on(stream)
             if loss is not None and loss.needs.top_k and self.temperature != 1.0:
                 raise ValueError(
                     f"{stream}={loss.type} reads k of the teacher's probabilities, which cannot be "
@@ -73,22 +72,25 @@ class TokenMatchingConfig(ConfigModel):
     def _check(self) -> TokenMatchingConfig:
         if self.off_policy is None and self.on_policy is None:
             raise ValueError("give off_policy, on_policy or both, got neither")
-        alone = {0.0: "off_policy", 1.0: "on_policy"}.get(self.on_policy_weight)
-        given = [name for name in ("off_policy", "on_policy") if getattr(self, name) is not None]
-        if len(given) == 1 and alone not in (None, given[0]):
+        given = [stream for stream in STREAMS if self.has_loss(stream)]
+        if len(given) == 1 and self.weight(given[0]) == 0.0:
             raise ValueError(
                 f"on_policy_weight={self.on_policy_weight} gives {given[0]} no weight, and "
                 "there is no other loss"
             )
         return self
 
-    def reads(self, stream: StreamName) -> bool:
-        """Whether the stream has a loss."""
-        return getattr(self, stream) is not None
+    def loss_on(self, stream: StreamName) -> TokenLossConfig | None:
+        """The stream's token loss."""
+        return self.on_policy if stream == "on_policy" else self.off_policy
+
+    def has_loss(self, stream: StreamName) -> bool:
+        """Whether its key gives one."""
+        return self.loss_on(stream) is not None
 
     def teacher_needs(self, stream: StreamName) -> TeacherNeeds:
         """What the stream's token loss and the terms need."""
-        loss: TokenLossConfig | None = getattr(self, stream)
+        loss = self.loss_on(stream)
         if loss is None:
             return NOTHING
         return loss.needs | DISTRIBUTION if self.terms else loss.needs
@@ -96,5 +98,5 @@ class TokenMatchingConfig(ConfigModel):
     @property
     def needs_teacher_distribution(self) -> bool:
         """Whether the learner rebuilds the teacher's whole distribution."""
-        losses = [loss for loss in (self.off_policy, self.on_policy) if loss is not None]
-        return any(loss.needs.features for loss in losses)
+        read = [self.loss_on(stream) for stream in STREAMS if self.reads(stream)]
+        return any(loss.needs.features for loss in read if loss is not None)

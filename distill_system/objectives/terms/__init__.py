@@ -6,11 +6,16 @@ hidden states, and keeps what its next value depends on as its state.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor
 
-from distill_system.config.objective import HiddenMatchingConfig, RelationalConfig, TermConfig
+from distill_system.config.objective.token_matching import (
+    HiddenMatchingConfig,
+    RelationalConfig,
+    TermConfig,
+)
 from distill_system.objectives.importance import ImportanceWeights
 from distill_system.objectives.rows import SumOverRanks, TokenRows
 from distill_system.objectives.terms.hidden_matching import HiddenMatching
@@ -19,6 +24,7 @@ from distill_system.objectives.terms.relational import Relational
 __all__ = ["Term", "build_term"]
 
 
+@runtime_checkable
 class Term(Protocol):
     """One additive part of a stream's loss."""
 
@@ -27,7 +33,7 @@ class Term(Protocol):
         rows: TokenRows,
         sum_over_ranks: SumOverRanks,
         weights: ImportanceWeights | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, ""]:
         """This rank's share of the term, scalar with graph; the sum over ranks is the term."""
 
     def state_dict(self) -> dict[str, Tensor]:

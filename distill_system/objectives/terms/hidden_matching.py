@@ -6,10 +6,11 @@ Axes: N tokens, I student hidden size and one constant, F teacher hidden size.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from distill_system.config.objective import HiddenMatchingConfig
+from distill_system.config.objective.token_matching import HiddenMatchingConfig
 from distill_system.objectives.importance import ImportanceWeights
 from distill_system.objectives.moving_average import MovingAverage
 from distill_system.objectives.rows import SumOverRanks, TokenRows, stream_mean, weigh
@@ -36,7 +37,7 @@ class HiddenMatching:
         rows: TokenRows,
         sum_over_ranks: SumOverRanks,
         weights: ImportanceWeights | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, ""]:
         """The mean over the stream's tokens, covariances likewise; not below 0."""
         states_N = None if weights is None else weights.states_N
         targets_NF = _teacher_features(rows)
@@ -60,7 +61,9 @@ class HiddenMatching:
             tiny = torch.finfo(torch.float32).tiny
             return stream_mean(weigh(squared_N, states_N), rows) / mean_length.clamp_min(tiny)
 
-    def _solve(self, input_moment_II: Tensor, cross_moment_IF: Tensor) -> Tensor:
+    def _solve(
+        self, input_moment_II: Float[Tensor, "I I"], cross_moment_IF: Float[Tensor, "I F"]
+    ) -> Float[Tensor, "I F"]:
         """W [I, F] that minimises E |W^T h - h*|^2 + ridge x mean(h^2) x |W|^2, float32."""
         # in float64: hidden states are correlated, and the map is the same on every rank
         moment_II = input_moment_II.double()

@@ -6,6 +6,7 @@ Axes: N tokens, T tokens of one response, H and F hidden sizes, b rows at once.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -32,7 +33,7 @@ class Relational:
         rows: TokenRows,
         sum_over_ranks: SumOverRanks,
         weights: ImportanceWeights | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, ""]:
         """This rank's share of the mean over responses; in [0, 4] where all of them count 1."""
         assert rows.teacher is not None, "the objective declares that it needs teacher features"
         assert rows.teacher.features_NF is not None, "as above"
@@ -60,8 +61,10 @@ class Relational:
 
 
 def _mean_squared_difference(
-    student_TH: Tensor, teacher_TF: Tensor, weights_T: Tensor | None
-) -> Tensor:
+    student_TH: Float[Tensor, "T H"],
+    teacher_TF: Float[Tensor, "T F"],
+    weights_T: Float[Tensor, " T"] | None,
+) -> Float[Tensor, ""]:
     """Of the two T x T matrices, made a few lines at a time and again in backward; scalar.
 
     weights_T: what each line counts; None counts each as 1.
@@ -69,6 +72,8 @@ def _mean_squared_difference(
     parts: list[Tensor | None] = [None] * -(-student_TH.shape[0] // ROWS_AT_ONCE)
     if weights_T is not None:
         parts = [*weights_T.split(ROWS_AT_ONCE)]
+    # A response of 8192 tokens has a matrix of 256 MiB for each model; a block of lines has a part
+    # of it, made again in backward.
     blocks = [
         checkpoint(
             _block,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill_system.config.objective import (
+from distill_system.config.objective.token_losses import (
     AdaptiveClipKlConfig,
     CrossEntropyConfig,
     FirstConfig,

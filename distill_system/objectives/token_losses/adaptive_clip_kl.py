@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
-from distill_system.config.objective import AdaptiveClipKlConfig
+from distill_system.config.objective.token_losses import AdaptiveClipKlConfig
 from distill_system.objectives.divergences import MASKED_LOGPROB
 from distill_system.objectives.rows import TokenRows
 from distill_system.objectives.vocabulary import VocabularyChunk
@@ -13,7 +14,7 @@ from distill_system.objectives.vocabulary import VocabularyChunk
 
 def adaptive_clip_kl(
     config: AdaptiveClipKlConfig, chunk: VocabularyChunk, rows: TokenRows
-) -> Tensor:
+) -> Float32[Tensor, " c"]:
     """KL(pi* || pi_theta) over the teacher's dense tokens and one bucket for the others, nats, [c].
 
     Dense at a state are its most likely tokens up to the first at which they hold `mass` of the
@@ -27,6 +28,7 @@ def adaptive_clip_kl(
     so that the student cannot hide mass there.
     """
     teacher_cV, student_cV = chunk.teacher_logprobs_cV, chunk.student_logprobs_cV
+    # strictly below: tokens as likely as the threshold are all dense, whichever sorted first
     sparse_cV = teacher_cV < _threshold(teacher_cV, config.mass)
     pointwise_cV = teacher_cV.exp() * (teacher_cV - student_cV)
     dense_part_c = pointwise_cV.masked_fill(sparse_cV, 0.0).sum(dim=-1)

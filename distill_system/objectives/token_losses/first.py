@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float32
 from torch import Tensor
 
-from distill_system.config.objective import FirstConfig
+from distill_system.config.objective.token_losses import FirstConfig
 from distill_system.objectives.rows import TokenRows
 from distill_system.objectives.vocabulary import VocabularyChunk
 
 
-def first(config: FirstConfig, chunk: VocabularyChunk, rows: TokenRows) -> Tensor:
+def first(config: FirstConfig, chunk: VocabularyChunk, rows: TokenRows) -> Float32[Tensor, " c"]:
     """-sum over the k tokens of target(y) log pi_theta(y), nats, [c].
 
     target = softmax over the k tokens of log pi*(y) / T, T = recalibration_temperature; the

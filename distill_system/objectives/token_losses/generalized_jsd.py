@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float32
 from torch import Tensor
 
-from distill_system.config.objective import GeneralizedJsdConfig
+from distill_system.config.objective.token_losses import GeneralizedJsdConfig
 from distill_system.objectives.divergences import jensen_shannon
 from distill_system.objectives.rows import TokenRows
 from distill_system.objectives.vocabulary import VocabularyChunk
@@ -12,7 +13,7 @@ from distill_system.objectives.vocabulary import VocabularyChunk
 
 def generalized_jsd(
     config: GeneralizedJsdConfig, chunk: VocabularyChunk, rows: TokenRows
-) -> Tensor:
+) -> Float32[Tensor, " c"]:
     """b KL(pi* || m) + (1 - b) KL(pi_theta || m), m = b pi* + (1 - b) pi_theta, nats, [c].
 
     b is mixture_weight, the teacher's share of the mixture, as in the paper and in TRL's

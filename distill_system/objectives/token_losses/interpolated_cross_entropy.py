@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float32
 from torch import Tensor
 
-from distill_system.config.objective import InterpolatedCrossEntropyConfig
+from distill_system.config.objective.token_losses import InterpolatedCrossEntropyConfig
 from distill_system.objectives.rows import TokenRows
 from distill_system.objectives.vocabulary import VocabularyChunk
 
 
 def interpolated_cross_entropy(
     config: InterpolatedCrossEntropyConfig, chunk: VocabularyChunk, rows: TokenRows
-) -> Tensor:
+) -> Float32[Tensor, " c"]:
     """-sum_y target(y) log pi_theta(y), target = (1 - w) 1[y = y_t] + w pi*, nats, [c].
 
     w is teacher_weight at this point of the run (InterpolatedCrossEntropyConfig.at), so that a

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill_system.config.objective import SinkhornConfig
+from distill_system.config.objective.token_losses import SinkhornConfig
 from distill_system.objectives.rows import TokenRows
 from distill_system.objectives.vocabulary import VocabularyChunk
 
 
-def sinkhorn(config: SinkhornConfig, chunk: VocabularyChunk, rows: TokenRows) -> Tensor:
+def sinkhorn(
+    config: SinkhornConfig, chunk: VocabularyChunk, rows: TokenRows
+) -> Float32[Tensor, " c"]:
     """What it costs to carry each token's student distribution to teacher ones of its batch, [c].
 
     For b tokens: costs D_ij = sum_y |pi_theta(y | s_i) - pi*(y | s_j)|; the plan is exp(-D/lambda)
@@ -34,10 +37,13 @@ def sinkhorn(config: SinkhornConfig, chunk: VocabularyChunk, rows: TokenRows) ->
     )
 
 
-def _row_costs(config: SinkhornConfig, student_bV: Tensor, teacher_bV: Tensor) -> Tensor:
+def _row_costs(
+    config: SinkhornConfig, student_bV: Float32[Tensor, "b V"], teacher_bV: Float32[Tensor, "b V"]
+) -> Float32[Tensor, " b"]:
     """sum_j plan_ij D_ij of one batch, [b]; the columns of the plan sum to 1."""
     costs_bb = _PairwiseL1.apply(student_bV, teacher_bV)  # type: ignore[no-untyped-call]  # torch types no Function
     log_plan_bb = -costs_bb / config.entropy_weight
+    # Softmax over a row divides it by its sum: Sinkhorn's rounds, rows then columns, in log space.
     for _ in range(config.iterations):
         log_plan_bb = log_plan_bb.log_softmax(dim=1).log_softmax(dim=0)
     return (log_plan_bb.exp() * costs_bb).sum(dim=1)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float32
 from torch import Tensor
 
-from distill_system.config.objective import SkewKlConfig, SkewReverseKlConfig
+from distill_system.config.objective.token_losses import SkewKlConfig, SkewReverseKlConfig
 from distill_system.objectives.divergences import kl_divergence, log_mixture
 from distill_system.objectives.rows import TokenRows
 from distill_system.objectives.vocabulary import VocabularyChunk
 
 
-def skew_kl(config: SkewKlConfig, chunk: VocabularyChunk, rows: TokenRows) -> Tensor:
+def skew_kl(config: SkewKlConfig, chunk: VocabularyChunk, rows: TokenRows) -> Float32[Tensor, " c"]:
     """KL(pi* || a pi* + (1 - a) pi_theta), nats, [c]; at most -log a.
 
     a is skew. Source: DistiLLM (Ko et al., arXiv 2402.03898, skew KL). Differs: nothing.
@@ -20,7 +21,9 @@ def skew_kl(config: SkewKlConfig, chunk: VocabularyChunk, rows: TokenRows) -> Te
     return kl_divergence(teacher_cV, mixture_cV)
 
 
-def skew_reverse_kl(config: SkewReverseKlConfig, chunk: VocabularyChunk, rows: TokenRows) -> Tensor:
+def skew_reverse_kl(
+    config: SkewReverseKlConfig, chunk: VocabularyChunk, rows: TokenRows
+) -> Float32[Tensor, " c"]:
     """KL(pi_theta || (1 - a) pi* + a pi_theta), nats, [c]; at most -log a.
 
     a is skew. Source: DistiLLM (Ko et al., arXiv 2402.03898, skew reverse KL). Differs: nothing.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from distill_system.config.objective import TopKConfig
+from distill_system.config.objective.token_losses import TopKConfig
 from distill_system.objectives.divergences import MASKED_LOGPROB, jensen_shannon, kl_divergence
 from distill_system.objectives.rows import TokenRows
 from distill_system.objectives.vocabulary import VocabularyChunk
@@ -14,7 +15,7 @@ SMALLEST_TAIL = 1e-7
 """Mass of the teacher's tail below which float32 log-probabilities do not tell it from 0."""
 
 
-def top_k(config: TopKConfig, chunk: VocabularyChunk, rows: TokenRows) -> Tensor:
+def top_k(config: TopKConfig, chunk: VocabularyChunk, rows: TokenRows) -> Float32[Tensor, " c"]:
     """D(teacher's buckets, student's buckets) over k tokens and the tail, nats, [c].
 
     The student's tail is the sum of all its probabilities outside the k tokens. By the data
@@ -44,15 +45,18 @@ def top_k(config: TopKConfig, chunk: VocabularyChunk, rows: TokenRows) -> Tensor
             return jensen_shannon(teacher_cB, student_cB, mixture_weight=0.5)
 
 
-def _teacher_buckets(logprobs_cK: Tensor) -> Tensor:
+def _teacher_buckets(logprobs_cK: Float32[Tensor, "c K"]) -> Float32[Tensor, "c K+1"]:
     """The k log-probabilities with that of the tail behind them, [c, K + 1]."""
     # in float64, since 1 minus a sum near 1 keeps few digits
     tail_c1 = 1.0 - logprobs_cK.double().exp().sum(dim=-1, keepdim=True)
     return torch.cat([logprobs_cK, tail_c1.clamp_min(SMALLEST_TAIL).log().float()], dim=-1)
 
 
-def _student_buckets(logprobs_cV: Tensor, ids_cK: Tensor) -> Tensor:
+def _student_buckets(
+    logprobs_cV: Float32[Tensor, "c V"], ids_cK: Int64[Tensor, "c K"]
+) -> Float32[Tensor, "c K+1"]:
     """The student's log-probability of each bucket, [c, K + 1]."""
+    # logsumexp over what is left, and not log(1 - sum): near mass 1 the difference would be noise
     outside_cV = logprobs_cV.scatter(1, ids_cK, MASKED_LOGPROB)
     tail_c1 = outside_cV.logsumexp(dim=-1, keepdim=True)
     return torch.cat([logprobs_cV.gather(1, ids_cK), tail_c1], dim=-1)

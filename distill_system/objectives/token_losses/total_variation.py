@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float32
 from torch import Tensor
 
-from distill_system.config.objective import TotalVariationConfig
+from distill_system.config.objective.token_losses import TotalVariationConfig
 from distill_system.objectives.rows import TokenRows
 from distill_system.objectives.vocabulary import VocabularyChunk
 
 
 def total_variation(
     config: TotalVariationConfig, chunk: VocabularyChunk, rows: TokenRows
-) -> Tensor:
+) -> Float32[Tensor, " c"]:
     """1/2 sum_y |pi*(y) - pi_theta(y)|, in [0, 1], [c].
 
     Source: f-distill (Wen et al., arXiv 2307.15190, the TVD form of its step-wise decomposition).

@@ -4,7 +4,13 @@ import pytest
 from comparison_runs import make_plan, write_run, write_trial
 
 from distill_system.comparison.results import Column, read_comparison
-from distill_system.comparison.verdict import ColumnVerdict, Verdict, reach_verdict
+from distill_system.comparison.verdict import (
+    ColumnVerdict,
+    Verdict,
+    better_direction,
+    reach_verdict,
+)
+from distill_system.evaluation.scores import Direction
 
 
 def scores(*values: float, **splits: float) -> dict[str, dict[str, list[float]]]:
@@ -85,6 +91,39 @@ def test_lengths_have_no_winner(verdict: Verdict) -> None:
     column = find(verdict, "easy", "mean_length_greedy")
     assert column.best_baseline is None
     assert not any(cell.is_best or cell.against_sft for cell in column.cells.values())
+
+
+def test_a_comparison_of_accuracy_alone_has_a_best_score_and_significance(tmp_path: Path) -> None:
+    """configs/paper/strategyqa.yaml measures nothing else."""
+    found = {
+        "sft": {
+            seed: {"strategyqa": {"accuracy_greedy": [0.0] * 40 + [100.0] * 10}} for seed in (0, 1)
+        },
+        "ammd": {
+            seed: {"strategyqa": {"accuracy_greedy": [0.0] * 10 + [100.0] * 40}} for seed in (0, 1)
+        },
+    }
+    write_trial(tmp_path, make_plan(["sft", "ammd"], [0, 1]), found)
+    column = find(reach_verdict(read_comparison(tmp_path)), "strategyqa", "accuracy_greedy")
+    assert (column.best_baseline, column.cells["ammd"].is_best) == ("sft", True)
+    assert not column.cells["sft"].is_best
+    against = column.cells["ammd"].against_sft
+    assert against is not None
+    assert against.difference == pytest.approx(60.0)
+    assert against.is_significant
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [
+        ("rouge_l_stemmed_sampled", Direction.HIGHER),
+        ("ended_share_greedy", Direction.NEITHER),
+        ("off_policy_distance", Direction.LOWER),
+        ("a_score_of_another_version_greedy", Direction.NEITHER),
+    ],
+)
+def test_a_column_is_better_the_way_its_metric_says(metric: str, direction: Direction) -> None:
+    assert better_direction(metric) is direction
 
 
 def test_the_smallest_distance_is_the_best(tmp_path: Path) -> None:

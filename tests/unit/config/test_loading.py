@@ -8,12 +8,8 @@ from hypothesis import strategies as st
 
 from distill_system.config import RunConfig, dump_config, load_config
 from distill_system.config.data import EmbeddedSource, JsonlSource, MessagesFields
-from distill_system.config.objective import (
-    AmmdConfig,
-    ClosedFormCritic,
-    CriticConfig,
-    GradientCritic,
-)
+from distill_system.config.objective import AmmdConfig
+from distill_system.config.objective.ammd import ClosedFormCritic, CriticConfig, GradientCritic
 from distill_system.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[3]

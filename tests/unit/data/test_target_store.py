@@ -10,12 +10,7 @@ import pytest
 
 from distill_system.config.objective import TeacherNeeds
 from distill_system.data import TargetStore
-from distill_system.data.target_store import (
-    ROW_GROUP_ROWS,
-    make_target_rows,
-    predict_bytes,
-    require_room,
-)
+from distill_system.data.target_store import ROW_GROUP_ROWS, make_target_rows, require_room
 from distill_system.errors import DataError
 from distill_system.records import TeacherTargets
 
@@ -111,15 +106,10 @@ def test_the_prediction_is_what_the_arrays_take(dtype):
     needs = TeacherNeeds(features=True, expected_embedding=True, logprobs=True)
     made = targets(20, dtype=dtype)
     arrays = [getattr(each, name) for each in made for name in (*FLOATS, "logprobs")]
-    predicted = predict_bytes(
-        sum(each.num_tokens for each in made),
-        needs,
-        hidden=6,
-        actions=4,
-        half=dtype is np.float16,
-    )
-    assert predicted == sum(array.nbytes for array in arrays)
-    assert predict_bytes(5, TeacherNeeds(top_k=3), hidden=6, actions=4, half=True) == 5 * 3 * 8
+    per_token = needs.bytes_per_token(hidden=6, actions=4, half=dtype is np.float16)
+    num_tokens = sum(each.num_tokens for each in made)
+    assert num_tokens * per_token == sum(array.nbytes for array in arrays)
+    assert TeacherNeeds(top_k=3).bytes_per_token(hidden=6, actions=4, half=True) == 3 * 8
 
 
 def test_more_than_the_disk_has_is_refused(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,8 +9,12 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
+from distill_system.config.run import MetricName
 from distill_system.errors import RecordError
+from distill_system.evaluation.evaluate import LENGTH_METRICS
 from distill_system.evaluation.scores import (
+    METRICS,
+    Direction,
     UnicodeWordTokenizer,
     accuracy,
     bleu_from_sums,
@@ -181,3 +186,9 @@ def test_unequal_numbers_of_examples_cannot_be_paired() -> None:
 def test_a_hypothesis_without_its_references_is_refused_and_not_left_out() -> None:
     with pytest.raises(ValueError, match="shorter"):
         bleu_statistics(["red", "green"], [["red"]])
+
+
+def test_every_metric_says_which_way_it_is_better() -> None:
+    assert set(METRICS) == {*get_args(MetricName), *LENGTH_METRICS}
+    neither = {name for name, metric in METRICS.items() if metric.direction is Direction.NEITHER}
+    assert neither == set(LENGTH_METRICS)

@@ -103,7 +103,7 @@ def test_each_streams_rows_are_its_own_and_counted_from_its_own_start(both, num_
 
 def test_what_the_writer_said_comes_with_its_own_text_alone(both):
     chunks, totals, trajectories = both
-    batch = collate(chunks, [None] * 4, totals, CPU, brings_behaviour=True)
+    batch = collate(chunks, [None] * 4, totals, CPU)
     hidden_NH = torch.zeros(batch.sequences.token_ids_N.shape[0], 2)
     off, on = (batch.stream_rows(stream, hidden_NH) for stream in (OFF, ON))
     assert off.behaviour_logprobs_N is None

@@ -9,15 +9,10 @@ from trajectories import make_trajectories
 
 from distill_system.config.distill import StalenessConfig
 from distill_system.config.model import LearnerConfig
-from distill_system.config.objective import (
-    AdvantageConfig,
-    AmmdConfig,
-    HiddenMatchingConfig,
-    MinillmConfig,
-    RelationalConfig,
-    ReverseKlConfig,
-    TokenMatchingConfig,
-)
+from distill_system.config.objective import AmmdConfig, MinillmConfig, TokenMatchingConfig
+from distill_system.config.objective.ammd import AdvantageConfig
+from distill_system.config.objective.token_losses import ReverseKlConfig
+from distill_system.config.objective.token_matching import HiddenMatchingConfig, RelationalConfig
 from distill_system.learner import LearnerGroup
 from distill_system.records import Author, Stream
 from distill_system.scoring import ScoringPool

@@ -9,7 +9,8 @@ from fakes.local_workers import Done, LocalWorkers
 from trajectories import make_trajectories
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig
-from distill_system.config.objective import MOMENTS, AmmdConfig, GradientCritic
+from distill_system.config.objective import MOMENTS, AmmdConfig
+from distill_system.config.objective.ammd import GradientCritic
 from distill_system.errors import NonFiniteError, RecordError, RunStateError
 from distill_system.learner import LearnerGroup
 from distill_system.learner.sharding import gather

@@ -72,13 +72,14 @@ def test_a_second_publish_finishes_the_first():
     assert rank.log == ["connect", 1, 3, 4]
 
 
-class _Clocked:
+class _Clocked(LocalWorkers):
     """Workers whose every answer takes its time by a clock that the test holds."""
 
     def __init__(self, clock, **seconds):
+        super().__init__([])
         self.clock, self.takes, self.granted = clock, seconds, {}
 
-    def finish(self, references, *, what, seconds):
+    def finish(self, references, *, what, fetch=True, seconds=None):
         kind = "packing" if "gather" in what else "sending"
         self.granted[kind] = seconds
         self.clock.now += self.takes[kind]

@@ -14,12 +14,8 @@ from tiny_families import save_family
 from trajectories import make_trajectories
 
 from distill_system.config.model import ArchitectureConfig, LearnerConfig, OptimizerConfig
-from distill_system.config.objective import (
-    MOMENTS,
-    AmmdConfig,
-    ReverseKlConfig,
-    TokenMatchingConfig,
-)
+from distill_system.config.objective import MOMENTS, AmmdConfig, TokenMatchingConfig
+from distill_system.config.objective.token_losses import ReverseKlConfig
 from distill_system.errors import RecordError
 from distill_system.language_model import SequenceBatch
 from distill_system.learner import LearnerGroup, ModelSource

@@ -7,7 +7,8 @@ import torch
 from enumerable_language import EnumerableLanguage
 from fakes.fixed_critic import FixedCritic
 
-from distill_system.config.objective import AmmdConfig, ClosedFormCritic, GradientCritic
+from distill_system.config.objective import AmmdConfig
+from distill_system.config.objective.ammd import ClosedFormCritic, GradientCritic
 from distill_system.objectives import ammd
 from distill_system.objectives.ammd import Ammd
 from distill_system.objectives.distances import measure_stream
@@ -280,6 +281,24 @@ def test_no_critic_is_played_on_a_stream_without_weight(beta, played):
     output = objective.compute_loss(game.head(), rows, rows, identity)
     assert set(output.metrics) == {f"{played}_distance"}
     assert set(objective.state_dict()) == {f"{played.removesuffix('_policy')}_critic.critic"}
+
+
+def test_a_stream_alone_counts_one_whatever_beta_is():
+    game = Game()
+    rows = game.rows(LANGUAGE.responses[:6], num_global_tokens=18)
+
+    def loss(beta, off_policy, on_policy):
+        objective = game.objective(on_policy_weight=beta)
+        output = objective.compute_loss(game.head(), off_policy, on_policy, identity)
+        return float(output.loss_share.detach())
+
+    assert loss(0.3, rows, None) == loss(0.0, rows, rows) != 0.0
+    assert loss(0.3, None, rows) == loss(1.0, rows, rows) != 0.0
+
+
+def test_a_language_model_loss_needs_a_stream_to_read():
+    with pytest.raises(ValueError, match=r"on_policy_weight=1\.0 leaves out"):
+        AmmdConfig(on_policy_weight=1.0, language_model_weight=0.5)
 
 
 def test_reward_to_go_metric_is_minus_the_mean_discounted_cost_of_a_response():

@@ -11,7 +11,8 @@ from fakes.fixed_critic import FixedCritic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_system.config.objective import AmmdConfig, ClosedFormCritic, GradientCritic
+from distill_system.config.objective import AmmdConfig
+from distill_system.config.objective.ammd import ClosedFormCritic, GradientCritic
 from distill_system.objectives.ammd import Ammd
 from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
 

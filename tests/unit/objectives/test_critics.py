@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill_system.config.objective import ClosedFormCritic, GradientCritic
+from distill_system.config.objective.ammd import ClosedFormCritic, GradientCritic
 from distill_system.objectives.critics import (
     AscentCritic,
     best_response,

@@ -11,13 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_system.config.objective import (
-    AdvantageConfig,
-    AmmdConfig,
-    MinillmConfig,
-    TokenMatchingConfig,
-    WhitenedFeatures,
-)
+from distill_system.config.objective import AmmdConfig, MinillmConfig, TokenMatchingConfig
+from distill_system.config.objective.ammd import AdvantageConfig, WhitenedFeatures
 from distill_system.objectives import Importance, build_objective, chunked_products
 from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
 from distill_system.objectives.vocabulary import read_vocabulary

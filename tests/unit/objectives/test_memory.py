@@ -18,14 +18,9 @@ from fakes.forked_workers import ForkedWorkers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distill_system.config.objective import (
-    AdvantageConfig,
-    AmmdConfig,
-    ObjectiveConfig,
-    SinkhornConfig,
-    TokenLossConfig,
-    TokenMatchingConfig,
-)
+from distill_system.config.objective import AmmdConfig, ObjectiveConfig, TokenMatchingConfig
+from distill_system.config.objective.ammd import AdvantageConfig
+from distill_system.config.objective.token_losses import SinkhornConfig, TokenLossConfig
 from distill_system.objectives import (
     PolicyHeads,
     TeacherRows,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from two_policies import TwoPolicies, assert_same_reading
 
-from distill_system.config.objective import SinkhornConfig, TotalVariationConfig
+from distill_system.config.objective.token_losses import SinkhornConfig, TotalVariationConfig
 
 
 def sinkhorn(batch=4, entropy_weight=0.1, iterations=20):

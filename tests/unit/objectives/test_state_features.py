@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill_system.config.objective import ProjectedFeatures, UnitFeatures, WhitenedFeatures
+from distill_system.config.objective.ammd import ProjectedFeatures, UnitFeatures, WhitenedFeatures
 from distill_system.objectives.moving_average import MovingAverage
 from distill_system.objectives.state_features import build_features
 
@@ -117,11 +117,11 @@ def test_a_projection_is_the_same_on_every_rank_and_keeps_angles_roughly():
 
 def test_a_moving_average_is_unbiased_from_its_first_matrix():
     average = MovingAverage(0.5)
-    assert average.update(torch.tensor([8.0])).tolist() == [8.0]
-    assert average.update(torch.tensor([2.0])).tolist() == pytest.approx([(0.5 * 8 + 2) / 1.5])
+    assert average.update(torch.tensor([[8.0]])).item() == 8.0
+    assert average.update(torch.tensor([[2.0]])).item() == pytest.approx((0.5 * 8 + 2) / 1.5)
     constant = MovingAverage(0.9)
     for _ in range(4):
-        assert constant.update(torch.tensor([3.0])).tolist() == pytest.approx([3.0])
+        assert constant.update(torch.tensor([[3.0]])).item() == pytest.approx(3.0)
 
 
 def test_no_decay_gives_each_matrix_back_and_keeps_nothing():

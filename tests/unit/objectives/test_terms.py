@@ -9,7 +9,7 @@ import pytest
 import torch
 from two_policies import TwoPolicies
 
-from distill_system.config.objective import HiddenMatchingConfig, RelationalConfig
+from distill_system.config.objective.token_matching import HiddenMatchingConfig, RelationalConfig
 from distill_system.objectives.rows import TeacherRows
 from distill_system.objectives.terms import build_term, relational
 
@@ -26,8 +26,17 @@ RELATIONAL = RelationalConfig(type="relational")
 EVERY = [hidden_matching(), hidden_matching("cosine"), RELATIONAL]
 
 
-def rows_of(hidden, features):
-    return replace(TwoPolicies().rows(hidden=hidden), teacher=TeacherRows(features_NF=features))
+def rows_of(hidden, features, sequence_ids=None):
+    """A term reads states and sequences alone: tokens and positions are zeros."""
+    rows, zeros = TwoPolicies().rows(), torch.zeros(len(hidden), dtype=torch.long)
+    return replace(
+        rows,
+        hidden_NH=hidden,
+        token_ids_N=zeros,
+        positions_N=zeros,
+        sequence_ids_N=rows.sequence_ids_N if sequence_ids is None else sequence_ids,
+        teacher=TeacherRows(features_NF=features),
+    )
 
 
 def draw(*shape, seed=0):
@@ -161,10 +170,8 @@ def test_relations_know_neither_turns_nor_lengths():
 def test_no_whole_matrix_of_a_response_outlives_its_lines(monkeypatch):
     monkeypatch.setattr(relational, "ROWS_AT_ONCE", 16)
     tokens, kept = 128, []
-    rows = replace(
-        rows_of(draw(tokens, 4).requires_grad_(), draw(tokens, 5)),
-        sequence_ids_N=torch.zeros(tokens, dtype=torch.long),
-    )
+    one_response = torch.zeros(tokens, dtype=torch.long)
+    rows = rows_of(draw(tokens, 4).requires_grad_(), draw(tokens, 5), one_response)
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
     ):
@@ -188,14 +195,9 @@ def test_two_ranks_give_the_loss_and_gradient_of_one(config):
             barrier.wait()
             return gathered[0] + gathered[1]
 
-        rows = rows_of(hidden, features)
         mine = hidden[part].clone().requires_grad_()
-        rows = replace(
-            rows,
-            hidden_NH=mine,
-            teacher=TeacherRows(features_NF=features[part]),
-            sequence_ids_N=rows.sequence_ids_N[part],
-        )
+        sequence_ids = TwoPolicies().rows().sequence_ids_N[part]
+        rows = rows_of(mine, features[part], sequence_ids)
         loss = build_term(config).compute_loss(rows, sum_over_ranks)
         loss.backward()
         results[rank] = (float(loss.detach()), mine.grad)
@@ -216,9 +218,7 @@ def test_two_ranks_give_the_loss_and_gradient_of_one(config):
 @pytest.mark.parametrize("config", EVERY, ids=lambda config: repr(config)[:60])
 def test_a_rank_without_rows_has_no_share_but_a_graph(config):
     hidden = draw(13, 4)[:0].requires_grad_()
-    rows = replace(
-        rows_of(hidden, draw(13, 5)[:0]), sequence_ids_N=torch.zeros(0, dtype=torch.long)
-    )
+    rows = rows_of(hidden, draw(13, 5)[:0], torch.zeros(0, dtype=torch.long))
     loss = build_term(config).compute_loss(rows, lambda tensor: tensor + torch.ones_like(tensor))
     assert float(loss.detach()) == 0.0
     loss.backward()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from two_policies import TwoPolicies, assert_same_reading
 
-from distill_system.config.objective import (
+from distill_system.config.objective.token_losses import (
     AdaptiveClipKlConfig,
     CrossEntropyConfig,
     ForwardKlConfig,

@@ -6,17 +6,15 @@ import pytest
 import torch
 from two_policies import TwoPolicies
 
-from distill_system.config.objective import (
-    DISTRIBUTION,
-    NOTHING,
+from distill_system.config.objective import TokenMatchingConfig
+from distill_system.config.objective.needs import DISTRIBUTION, NOTHING
+from distill_system.config.objective.token_losses import (
     CrossEntropyConfig,
     ForwardKlConfig,
-    HiddenMatchingConfig,
     InterpolatedCrossEntropyConfig,
-    RelationalConfig,
     ReverseKlConfig,
-    TokenMatchingConfig,
 )
+from distill_system.config.objective.token_matching import HiddenMatchingConfig, RelationalConfig
 from distill_system.objectives import build_objective
 from distill_system.objectives.terms import build_term
 
@@ -47,7 +45,7 @@ def stream_loss(config, policies):
     return float(policies.read(config).values.mean())
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("beta", [0.25, 0.9])
 def test_streams_are_mixed_by_beta(beta):
     policies = TwoPolicies()
     objective = matching(off_policy=FORWARD_KL, on_policy=REVERSE_KL, on_policy_weight=beta)
@@ -67,6 +65,28 @@ def test_a_stream_alone_has_all_the_weight():
     assert float(output.loss_share.detach()) == pytest.approx(
         stream_loss(REVERSE_KL, policies), rel=1e-5
     )
+
+
+@pytest.mark.parametrize(("beta", "read"), [(0.0, "off_policy"), (1.0, "on_policy")])
+def test_a_stream_without_weight_is_not_read(beta, read):
+    policies = TwoPolicies()
+    losses = {"off_policy": FORWARD_KL, "on_policy": REVERSE_KL}
+    objective = matching(**losses, on_policy_weight=beta)
+    assert [stream for stream in losses if objective.config.reads(stream)] == [read]
+    output = loss_of(objective, policies.rows(), policies.rows())
+    loss = float(output.loss_share.detach())
+    assert loss == pytest.approx(stream_loss(losses[read], policies), rel=1e-5)
+    assert "off_policy_loss" not in output.metric_shares or read == "off_policy"
+
+
+def test_the_teachers_distribution_is_rebuilt_for_streams_that_are_read_alone():
+    config = TokenMatchingConfig(
+        type="token_matching",
+        off_policy=CROSS_ENTROPY,
+        on_policy=REVERSE_KL,
+        on_policy_weight=0.0,
+    )
+    assert not config.needs_teacher_distribution
 
 
 def test_terms_are_added_to_each_stream_with_the_weight_of_both():

@@ -10,15 +10,14 @@ import torch
 from pydantic import ValidationError
 from two_policies import TwoPolicies, assert_same_reading
 
-from distill_system.config.objective import (
+from distill_system.config.objective import TeacherNeeds, TokenMatchingConfig
+from distill_system.config.objective.token_losses import (
     CrossEntropyConfig,
     FirstConfig,
     ForwardKlConfig,
     GeneralizedJsdConfig,
     ReverseKlConfig,
-    TeacherNeeds,
     TokenLossConfig,
-    TokenMatchingConfig,
     TopKConfig,
 )
 

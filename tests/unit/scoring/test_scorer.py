@@ -7,7 +7,8 @@ from fakes.local_workers import LocalWorkers
 from trajectories import make_trajectories
 from transformers import AutoModelForCausalLM
 
-from distill_system.config.objective import MOMENTS, NOTHING, TeacherNeeds
+from distill_system.config.objective import MOMENTS, TeacherNeeds
+from distill_system.config.objective.needs import NOTHING
 from distill_system.config.rollout import ScoringConfig
 from distill_system.errors import NonFiniteError
 from distill_system.records import Stream, TeacherTargets, TrajectoryChunk
