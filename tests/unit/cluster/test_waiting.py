@@ -85,6 +85,23 @@ def test_an_urgent_call_does_not_wait_for_company(workers: Start) -> None:
     assert 1 < len(done) < len(many)
 
 
+def test_waits_that_bring_nothing_for_as_long_as_a_call_may_take_end_together(
+    workers: Start,
+) -> None:
+    group = workers(Speaker, count=2)
+    group.finish([group.start(index, "ready") for index in range(2)], what="a start")
+    group.call_seconds = 0.8
+    how: dict[str, Any] = {"what": "three words", "seconds": 0.5}
+    late = group.start(1, "say_late", "late", 30.0)
+    assert group.wait_any([late], **how) == []
+    time.sleep(0.5)  # time between two waits is not the workers' silence
+    soon = group.start(0, "say", "soon")
+    assert group.wait_any([late, soon], **how) == [soon]
+    assert group.wait_any([late], **how) == []
+    with pytest.raises(DeadlineError, match=r"waited 1 s for three words from speaker-1: 1 of 1"):
+        group.wait_any([late], **how)
+
+
 def test_a_deadline_names_the_worker_and_what_it_owes(workers: Start) -> None:
     group = workers(Speaker, count=2)
     group.finish([group.start(index, "ready") for index in range(2)], what="a start")
