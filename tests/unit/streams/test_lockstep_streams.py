@@ -6,6 +6,7 @@ weights, as a rollout worker's does: two runs agree to the bit only if they aske
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -44,14 +45,22 @@ REPLAY = ("distill.off_policy_source=dataset", "distill.replay={initial_share: 0
 RISING = [{"held_out/cross_entropy": 1.0 + step} for step in range(STEPS)]
 
 
+CALLS = itertools.count()
+
+
 class Later(Done):
-    """A call that runs when it is waited for, so that it lasts from its start on."""
+    """A call that runs when it is waited for, so that it lasts from its start on.
+
+    number: in the order in which calls begin.
+    """
 
     run: Any
+    number: int
 
     def __init__(self, run):
         super().__init__()
         object.__setattr__(self, "run", run)
+        object.__setattr__(self, "number", next(CALLS))
 
     def complete(self):
         if self.run is not None:
@@ -61,7 +70,7 @@ class Later(Done):
 
 
 class WaitedForWorkers(LocalWorkers):
-    """Workers whose calls run one after another, as somebody waits for them."""
+    """Workers whose calls run as somebody waits for them, those first that began first."""
 
     def start(self, worker, method, *arguments):
         return Later(lambda: LocalWorkers.start(self, worker, method, *arguments))
@@ -73,7 +82,7 @@ class WaitedForWorkers(LocalWorkers):
         return super().finish(references, **how)
 
     def wait_any(self, references, *, what, seconds, unhurried=(), together_seconds=0.0):
-        references[0].complete()
+        min(references, key=lambda reference: reference.number).complete()
         return [reference for reference in references if reference.run is None]
 
 
@@ -124,17 +133,18 @@ class Scorer:
 class Rank:
     """A learner rank. learned: per step, (stream, trajectory) of all chunks of all ranks."""
 
-    def __init__(self, log, learned, writers):
-        self.log, self.learned, self.writers = log, learned, writers
+    def __init__(self, log, learned, writers, *, seconds):
+        self.log, self.learned, self.writers, self.seconds = log, learned, writers, seconds
 
     def step(self, step, chunks, totals, *targets):
+        time.sleep(self.seconds)
         self.log.append(("learner", step))
         for chunk, said in zip(chunks, targets, strict=True):
             assert [t.trajectory_id for t in chunk.trajectories] == [t.trajectory_id for t in said]
             fed = self.learned.setdefault(step, [])
             fed.extend((str(chunk.stream), trajectory) for trajectory in chunk.trajectories)
         tokens = sum(total.num_tokens for total in totals.values())
-        return StepResult(step=step, metrics={}, num_response_tokens=tokens, seconds=1e-6)
+        return StepResult(step=step, metrics={}, num_response_tokens=tokens, seconds=self.seconds)
 
     def address(self):
         return "here", 1
@@ -153,7 +163,16 @@ class Rank:
 class Run:
     """Streams over pools of their own, and what went through them."""
 
-    def __init__(self, folder, *overrides, students=2, ranks=1, seconds=0.0, workers=LocalWorkers):
+    def __init__(
+        self,
+        folder,
+        *overrides,
+        students=2,
+        ranks=1,
+        seconds=0.0,
+        step_seconds=0.0,
+        workers=LocalWorkers,
+    ):
         self.config = load_config(
             [QUICKSTART],
             [
@@ -180,7 +199,7 @@ class Run:
             for author, count in ((Author.STUDENT, students), (Author.TEACHER, 1))
         )
         self.scorers = workers([Scorer(self.log)], stands_for=TeacherScorer)
-        rank = Rank(self.log, self.learned, self.students)
+        rank = Rank(self.log, self.learned, self.students, seconds=step_seconds)
         learner = LearnerGroup(workers([rank] * ranks, stands_for=Learner))
         learner.connect_rollouts("gloo", None, students, 10.0)
         context: Any = SimpleNamespace(
@@ -200,7 +219,7 @@ class Run:
 
     def play(self, first=0, end=STEPS, *, metrics=RISING):
         """Steps as the driver takes them; the state after each, as a checkpoint would keep it."""
-        states = {}
+        states = {first: json.loads(json.dumps(self.streams.state()))}
         for writer in self.students.objects.values():
             writer.version = first
         self.streams.begin(first)
@@ -325,13 +344,13 @@ def test_a_run_resumed_after_any_step_goes_on_to_the_bit(tmp_path, overrides):
     states = unbroken.play()
     expected = _content(unbroken.learned)
     assert len(expected) == STEPS
-    for done in range(1, STEPS):
+    for done in range(STEPS):
         resumed = Run(tmp_path, *overrides)
         resumed.streams.restore(states[done])
         assert json.loads(json.dumps(resumed.streams.state())) == states[done]
         later = resumed.play(first=done)
         assert _content(resumed.learned) == {step: expected[step] for step in range(done, STEPS)}
-        assert later == {step: states[step] for step in range(done + 1, STEPS + 1)}
+        assert later == {step: states[step] for step in range(done, STEPS + 1)}
 
 
 @pytest.mark.parametrize("overrides", [(MIXTURE,), REPLAY], ids=["mixture", "replay"])
@@ -461,6 +480,19 @@ def test_every_pools_time_is_busy_or_starved_and_its_tokens_are_told_once(tmp_pa
     idle = run.streams.pop_activity()
     assert {pool: done.num_tokens for pool, done in idle.items()} == dict.fromkeys(activity, 0)
     assert idle["student_rollout"].busy_seconds == 0.0
+
+
+def test_a_worker_that_is_done_waits_while_others_work(tmp_path):
+    """The teacher's call ends before the learner's step does, and is not needed until after it."""
+    run = Run(tmp_path, seconds=0.01, step_seconds=0.1, workers=WaitedForWorkers)
+    run.streams.begin(0)
+    run.step(0)
+    run.step(1)
+    activity = run.streams.pop_activity()
+    assert activity["learner"].busy_seconds >= 2 * 0.1
+    assert activity["teacher_rollout"].starved_seconds >= 2 * 0.1
+    assert activity["student_rollout"].starved_seconds >= 2 * 2 * 0.1
+    assert activity["teacher_scoring"].starved_seconds >= 2 * 0.1
 
 
 def test_measurements_leave_no_trace_in_what_the_pools_did(tmp_path):
