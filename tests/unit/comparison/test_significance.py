@@ -102,6 +102,17 @@ def test_a_corpus_score_is_paired_by_its_replicates() -> None:
     assert (found.basis, found.num_examples) == ("seeds and examples", 50)
 
 
+def test_four_replicates_have_the_variance_of_a_sample_of_four() -> None:
+    ids = ("p0", "p1", "p2")
+    ours = {0: (Score(mean=21.0, prompt_ids=ids, replicates_R=np.array([1.0, 2.0, 4.0, 9.0])),)}
+    theirs = {0: (Score(mean=20.0, prompt_ids=ids, replicates_R=np.zeros(4)),)}
+    found = compare_scores(ours, theirs)
+    assert found is not None
+    # about the mean of 4: 9 + 4 + 0 + 25, over 3
+    assert found.stderr == pytest.approx(math.sqrt(38 / 3))
+    assert (found.basis, found.difference, found.num_examples) == ("examples", 1.0, 3)
+
+
 def test_replicates_of_a_mean_say_what_its_examples_say() -> None:
     rng = np.random.default_rng(1)
     by_example, by_replicate = ({}, {})

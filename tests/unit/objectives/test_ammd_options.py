@@ -220,6 +220,64 @@ def test_an_averaged_critic_answers_the_mean_moment_and_is_scored_on_this_steps(
     torch.testing.assert_close(critic.respond(moment / 5), -first, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["log_ratio", "soft_advantage"])
+def test_a_written_tokens_cost_of_the_extra_feature_is_part_of_the_return(kind):
+    """With a critic of zero it is the whole return: w kappa (E_{pi*} l - l(y_t)), discounted."""
+    streams, weight, clip, discount = Streams(4), 0.7, 1.5, 0.9
+    objective = _ammd(
+        on_policy_weight=1.0,
+        policy_gradient="reward_to_go",
+        discount=discount,
+        advantage={"type": kind, "weight": weight, "clip": clip},
+    )
+    objective.on_critic = FixedCritic(torch.zeros(streams.vocabulary, 4))
+    output = streams.play(objective)
+    teacher, student = (
+        x["on"].detach().log_softmax(-1) for x in (streams.teacher, streams.student)
+    )
+    if kind == "log_ratio":
+        feature = (teacher - student).clamp(-clip, clip) / clip
+        signs = torch.ones(len(teacher))
+    else:
+        feature = teacher.clamp(min=-clip) / clip
+        signs = ((teacher.exp() - student.exp()) * feature).sum(-1).sign()
+    written = feature.gather(1, streams.tokens_N[:, None])[:, 0]
+    costs = weight * signs * ((teacher.exp() * feature).sum(-1) - written)
+    places = torch.cat([torch.arange(length) for length in streams.lengths])
+    expected = -float((discount**places * costs).sum()) / len(streams.lengths)
+    assert abs(expected) > 0.01
+    assert float(output.metric_shares["reward_to_go"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_extra_features_expected_cost_is_part_of_what_a_token_is_blamed_for_later():
+    """With a critic of zero the loss is its gaps, and log pi(y_t) times the gaps after t."""
+    streams, weight, clip, discount = Streams(4), 0.7, 1.5, 0.9
+    objective = _ammd(
+        on_policy_weight=1.0,
+        policy_gradient="immediate_plus_future",
+        baseline="none",
+        future_weight=0.5,
+        normalise_future=False,
+        discount=discount,
+        advantage={"type": "log_ratio", "weight": weight, "clip": clip},
+    )
+    objective.on_critic = FixedCritic(torch.zeros(streams.vocabulary, 4))
+    loss = float(streams.play(objective).loss_share.detach())
+    teacher, student = (
+        x["on"].detach().log_softmax(-1) for x in (streams.teacher, streams.student)
+    )
+    feature = (teacher - student).clamp(-clip, clip) / clip
+    gaps = (weight * ((teacher.exp() - student.exp()) * feature).sum(-1)).tolist()
+    written = student.gather(1, streams.tokens_N[:, None])[:, 0].tolist()
+    expected, start = 0.0, 0
+    for length in streams.lengths:
+        for t in range(length):
+            later = sum(discount ** (k - t) * gaps[start + k] for k in range(t + 1, length))
+            expected += discount**t * (gaps[start + t] + 0.5 * written[start + t] * later)
+        start += length
+    assert loss == pytest.approx(expected / start, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("baseline", "share_of_exact"), [("none", 1.0), ("leave_one_out", 1.0), ("position", 0.5)]
 )

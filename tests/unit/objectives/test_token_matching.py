@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from two_policies import TwoPolicies
@@ -87,6 +89,26 @@ def test_the_teachers_distribution_is_rebuilt_for_streams_that_are_read_alone():
         on_policy_weight=0.0,
     )
     assert not config.needs_teacher_distribution
+
+
+def test_without_a_configuration_it_is_the_next_token_loss_on_data_and_asks_no_teacher():
+    policies = TwoPolicies()
+    objective = build_objective(None, max_response_tokens=6, total_steps=10)
+    heads = replace(policies.heads(), teacher_unembedding_VF=None)
+    rows = replace(policies.rows(), teacher=None)
+    loss = objective.compute_loss(heads, rows, None, identity).loss_share
+    expected = stream_loss(CROSS_ENTROPY, policies)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_cross_entropy_of_the_off_policy_text_is_told_whatever_its_loss():
+    policies, other = TwoPolicies(), TwoPolicies(seed=1)
+    objective = matching(off_policy=FORWARD_KL, on_policy=REVERSE_KL)
+    both = loss_of(objective, policies.rows(), other.rows()).metric_shares
+    assert float(both["cross_entropy"]) == pytest.approx(
+        stream_loss(CROSS_ENTROPY, policies), rel=1e-5
+    )
+    assert "cross_entropy" not in loss_of(objective, None, other.rows()).metric_shares
 
 
 def test_terms_are_added_to_each_stream_with_the_weight_of_both():
