@@ -19,6 +19,7 @@ from distill_system.config.objective.token_losses import (
     ReverseKlConfig,
     TokenLossConfig,
 )
+from distill_system.objectives.rows import TokenRows
 from distill_system.objectives.token_losses import bind_token_loss
 from distill_system.objectives.vocabulary import TeacherDistribution, sum_over_vocabulary
 
@@ -51,6 +52,18 @@ class Problem:
         pair = self.hidden, self.unembedding
         return [tensor.to(dtype, copy=True).requires_grad_() for tensor in pair]
 
+    def rows(self, hidden):
+        """One sequence of all tokens, which these losses do not look at."""
+        count = len(hidden)
+        return TokenRows(
+            hidden_NH=hidden,
+            token_ids_N=torch.zeros(count, dtype=torch.int64),
+            sequence_ids_N=torch.zeros(count, dtype=torch.int64),
+            positions_N=torch.arange(count),
+            num_global_tokens=count,
+            num_global_sequences=1,
+        )
+
     def ours(self, beta, *, temperature=1.0):
         """Token losses and the gradients of hidden states and unembedding."""
         hidden, unembedding = leaves = self.leaves()
@@ -59,7 +72,7 @@ class Problem:
             torch.zeros(len(hidden), dtype=torch.int64),
             unembedding,
             self.weights,
-            bind_token_loss(LOSSES[beta], None),
+            bind_token_loss(LOSSES[beta], self.rows(hidden)),
             teacher=TeacherDistribution(
                 features_NF=self.features, unembedding_VF=self.teacher_unembedding
             ),
