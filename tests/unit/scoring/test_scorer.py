@@ -194,6 +194,25 @@ def test_a_pools_bytes_are_those_of_all_its_scorers(tiny_model_folder):
     assert pool.shipped().num_response_tokens == tokens
 
 
+class _Noting(LocalWorkers):
+    """Notes down what is waited for, and whether it is brought here."""
+
+    waits = ()
+
+    def finish(self, references, *, what, fetch=True, seconds=None):
+        self.waits = [*self.waits, (list(references), fetch)]
+        return super().finish(references, what=what, fetch=fetch, seconds=seconds)
+
+
+def test_scores_are_waited_for_and_stay_where_they_are(tiny_model_folder):
+    workers = _Noting([_scorer(tiny_model_folder())] * 2)
+    pool = ScoringPool(workers)
+    scored = pool.start(make_trajectories(6), Stream.ON_POLICY, needs=MOMENTS, num_shares=2)
+    unread = pool.start(make_trajectories(2), Stream.ON_POLICY, needs=NOTHING, num_shares=2)
+    pool.wait([*scored, *unread])
+    assert workers.waits == [([chunk.targets for chunk in scored], False)]
+
+
 def test_a_scorer_that_failed_is_heard_where_its_scores_are_used(tiny_model_folder):
     scorer = _scorer(tiny_model_folder(), dtype="bfloat16")
     with torch.no_grad():
