@@ -194,6 +194,40 @@ def test_a_pools_bytes_are_those_of_all_its_scorers(tiny_model_folder):
     assert pool.shipped().num_response_tokens == tokens
 
 
+@pytest.mark.parametrize("uses_gpu", [False, True])
+@pytest.mark.parametrize("trust", [None, True])
+def test_the_teacher_is_loaded_where_and_as_it_was_said(monkeypatch, uses_gpu, trust):
+    class LoadedError(Exception):
+        """What would be loaded."""
+
+    def load(path, **how):
+        raise LoadedError(path, how)
+
+    monkeypatch.setattr("distill_system.scoring.scorer.load_language_model", load)
+    given = {} if trust is None else {"trust_remote_code": trust}
+    with pytest.raises(LoadedError) as caught:
+        TeacherScorer(
+            model_path="/models/teacher",
+            config=ScoringConfig(dtype="bfloat16"),
+            vocabulary_chunk_tokens=5,
+            uses_gpu=uses_gpu,
+            **given,
+        )
+    assert caught.value.args == (
+        "/models/teacher",
+        {
+            "dtype": torch.bfloat16,
+            "device": torch.device("cuda" if uses_gpu else "cpu"),
+            "trust_remote_code": bool(trust),
+        },
+    )
+
+
+def test_the_teacher_is_frozen(tiny_model_folder):
+    scorer = _scorer(tiny_model_folder())
+    assert not any(parameter.requires_grad for parameter in scorer.model.parameters())
+
+
 class _Noting(LocalWorkers):
     """Notes down what is waited for, and whether it is brought here."""
 
