@@ -194,6 +194,59 @@ def test_a_pools_bytes_are_those_of_all_its_scorers(tiny_model_folder):
     assert pool.shipped().num_response_tokens == tokens
 
 
+@pytest.mark.parametrize("uses_gpu", [False, True])
+@pytest.mark.parametrize("trust", [None, True])
+def test_the_teacher_is_loaded_where_and_as_it_was_said(monkeypatch, uses_gpu, trust):
+    class LoadedError(Exception):
+        """What would be loaded."""
+
+    def load(path, **how):
+        raise LoadedError(path, how)
+
+    monkeypatch.setattr("distill_system.scoring.scorer.load_language_model", load)
+    given = {} if trust is None else {"trust_remote_code": trust}
+    with pytest.raises(LoadedError) as caught:
+        TeacherScorer(
+            model_path="/models/teacher",
+            config=ScoringConfig(dtype="bfloat16"),
+            vocabulary_chunk_tokens=5,
+            uses_gpu=uses_gpu,
+            **given,
+        )
+    assert caught.value.args == (
+        "/models/teacher",
+        {
+            "dtype": torch.bfloat16,
+            "device": torch.device("cuda" if uses_gpu else "cpu"),
+            "trust_remote_code": bool(trust),
+        },
+    )
+
+
+def test_the_teacher_is_frozen(tiny_model_folder):
+    scorer = _scorer(tiny_model_folder())
+    assert not any(parameter.requires_grad for parameter in scorer.model.parameters())
+
+
+class _Noting(LocalWorkers):
+    """Notes down what is waited for, and whether it is brought here."""
+
+    waits = ()
+
+    def finish(self, references, *, what, fetch=True, seconds=None):
+        self.waits = [*self.waits, (list(references), fetch)]
+        return super().finish(references, what=what, fetch=fetch, seconds=seconds)
+
+
+def test_scores_are_waited_for_and_stay_where_they_are(tiny_model_folder):
+    workers = _Noting([_scorer(tiny_model_folder())] * 2)
+    pool = ScoringPool(workers)
+    scored = pool.start(make_trajectories(6), Stream.ON_POLICY, needs=MOMENTS, num_shares=2)
+    unread = pool.start(make_trajectories(2), Stream.ON_POLICY, needs=NOTHING, num_shares=2)
+    pool.wait([*scored, *unread])
+    assert workers.waits == [([chunk.targets for chunk in scored], False)]
+
+
 def test_a_scorer_that_failed_is_heard_where_its_scores_are_used(tiny_model_folder):
     scorer = _scorer(tiny_model_folder(), dtype="bfloat16")
     with torch.no_grad():

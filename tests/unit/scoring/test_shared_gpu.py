@@ -11,7 +11,7 @@ from distill_system.records import Stream, TrajectoryChunk
 from distill_system.scoring import TeacherScorer
 
 
-@pytest.mark.parametrize("shares_gpu", [True, False])
+@pytest.mark.parametrize("shares_gpu", [True, False, None])
 def test_memory_is_given_back_once_a_call_and_only_where_it_is_shared(
     tiny_model_folder, monkeypatch, shares_gpu
 ):
@@ -22,7 +22,7 @@ def test_memory_is_given_back_once_a_call_and_only_where_it_is_shared(
         config=ScoringConfig(),
         vocabulary_chunk_tokens=8,
         uses_gpu=False,
-        shares_gpu=shares_gpu,
+        **({} if shares_gpu is None else {"shares_gpu": shares_gpu}),
     )
     chunk = TrajectoryChunk(stream=Stream.ON_POLICY, trajectories=tuple(make_trajectories(4)))
     first, second = (scorer.score(chunk, TeacherNeeds(logprobs=True)) for _ in range(2))

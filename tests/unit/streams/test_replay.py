@@ -50,6 +50,24 @@ def test_only_a_rise_of_the_loss_raises_the_share():
     assert shares == [0, 0, 0, 0.3, 0.6, 0.6, 0.9, 1.0, 1.0]
 
 
+def test_a_rise_by_the_tolerance_itself_counts_as_none():
+    replay = _replay(increase=0.3, tolerance=0.5)
+    for loss in (1.0, 1.5, 2.0):
+        replay.on_held_out_loss(loss)
+    assert replay.share == 0
+    replay.on_held_out_loss(2.5625)
+    assert replay.share == 0.3
+
+
+def test_a_schedule_of_a_seed_stays_what_it_was():
+    """Pinned, so that a run that is resumed under a later version goes on as it began."""
+    replay = _replay(initial_share=0.6, capacity=5)
+    replay.keep(make_trajectories(5))
+    kinds = "".join(replay.choose(step).name[0] for step in range(200, 210))
+    assert kinds == "WDWRWRDDDW"  # data, write, replay
+    assert [t.trajectory_id for t in replay.sample(2, 3)] == ["t0", "t2", "t4"]
+
+
 def test_the_oldest_text_leaves_first_and_a_sample_repeats_nothing():
     replay = _replay(capacity=6)
     written = make_trajectories(10)
