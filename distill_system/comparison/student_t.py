@@ -35,9 +35,9 @@ def critical_value(freedom: float, *, level: float = 0.05) -> float:
 
 def _incomplete_beta(a: float, b: float, x: float, squared: float) -> float:
     """I_x(a, b); 1 - x is computed as squared / (2 a + squared), which is exact near x = 1."""
-    if squared == 0:
-        return 1.0
     rest = squared / (2 * a + squared)
+    if rest == 0:  # also where the quotient of a tiny square is too small for a float
+        return 1.0
     log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
     front = math.exp(log_front + a * math.log1p(-rest) + b * math.log(rest))
     # The continued fraction converges fast on this side; on the other, I_x(a,b) = 1 - I_1-x(b,a).

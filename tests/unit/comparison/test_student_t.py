@@ -44,6 +44,13 @@ def test_the_density_integrates_to_the_p_value(statistic: float, freedom: float)
     assert two_sided_p_value(statistic, freedom) == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
+@pytest.mark.parametrize("statistic", [0.0, 2e-162, -2e-162, 1e-150])
+@pytest.mark.parametrize("freedom", [1.0, 60.0])
+def test_next_to_no_difference_is_all_chance(statistic: float, freedom: float) -> None:
+    """Of 2e-162 the square is the smallest float there is, and a sixtieth of it is none."""
+    assert two_sided_p_value(statistic, freedom) == 1.0
+
+
 @given(st.floats(0.01, 8.0))
 def test_many_degrees_of_freedom_are_the_normal_distribution(statistic: float) -> None:
     normal = 2 * NormalDist().cdf(-statistic)

@@ -137,6 +137,14 @@ def test_bleu_of_empty_and_of_perfect_texts() -> None:
     assert bleu_from_sums(perfect.sum(axis=0)) == pytest.approx(100.0)
 
 
+def test_bleu_takes_off_for_texts_that_are_right_and_too_short() -> None:
+    short = bleu_statistics(["a b c d e f"], [["a b c d e f g h"]])
+    assert bleu_from_sums(short.sum(axis=0)) == pytest.approx(100.0 * math.exp(1 - 8 / 6))
+    long = bleu_statistics(["a b c d e f g h"], [["a b c d e f"]])
+    precisions = (6 / 8) * (5 / 7) * (4 / 6) * (3 / 5)
+    assert bleu_from_sums(long.sum(axis=0)) == pytest.approx(100.0 * precisions**0.25)
+
+
 def test_standard_error_of_a_share_is_the_binomial_one() -> None:
     values = [100.0] * 30 + [0.0] * 70
     # sqrt(p (1 - p) / (n - 1)), in percent.

@@ -272,6 +272,23 @@ def test_beta_mixes_the_two_terms_and_the_language_model_term_adds():
     assert with_term == pytest.approx(0.7 * off + 0.3 * on + 0.5 * cross_entropy, rel=1e-5)
 
 
+@pytest.mark.parametrize("ball", ["spectral", "frobenius"])
+@pytest.mark.parametrize("stream", ["off_policy", "on_policy"])
+def test_a_measured_distance_is_that_of_the_features_which_the_streams_critic_reads(stream, ball):
+    game = Game()
+    rows = game.rows(LANGUAGE.responses[:7], num_global_tokens=21)
+    measured = measure_stream(game.head(), rows, identity, stream=stream, ball=ball, radius=2.0)
+    states = rows.hidden_NH.argmax(-1)
+    read = rows.hidden_NH if stream == "off_policy" else unit_rows(game.features_SF[states])
+    gap = (game.teacher_SV - game.student_SV.detach())[states] @ game.actions_VE
+    moment = read.T @ gap / 21
+    norm = torch.linalg.svdvals(moment).sum() if ball == "spectral" else moment.norm()
+    assert measured.distance == pytest.approx(2.0 * float(norm), rel=1e-4)
+    logprobs = game.student_SV.detach()[states, rows.token_ids_N].log()
+    assert measured.cross_entropy == pytest.approx(-float(logprobs.mean()), rel=1e-5)
+    torch.testing.assert_close(measured.student_logprobs_N, logprobs, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("beta", "played"), [(0.0, "off_policy"), (1.0, "on_policy")])
 def test_no_critic_is_played_on_a_stream_without_weight(beta, played):
     game = Game()

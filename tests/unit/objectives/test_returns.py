@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from distill_system.objectives.returns import compute_baseline, cost_to_go, future_cost_to_go
-from distill_system.objectives.rows import TokenRows
+from distill_system.objectives.rows import TokenRows, pad_rows
 
 LENGTHS = (3, 1, 4)
 
@@ -43,6 +45,22 @@ def test_future_cost_leaves_out_the_token_itself_and_divides_by_what_is_left():
     mean = future_cost_to_go(COSTS, _rows(), discount=1.0, normalise=True)
     assert plain.tolist() == [6.0, 4.0, 0.0, 0.0, 1.0, 1.0, 2.0, 0.0]
     assert mean.tolist() == pytest.approx([3.0, 4.0, 0.0, 0.0, 1 / 3, 0.5, 2.0, 0.0])
+
+
+def test_leave_one_out_is_the_mean_of_the_others_of_one_other_too_and_zero_without_any():
+    baseline = compute_baseline("leave_one_out", COSTS, _rows(), lambda tensor: tensor, longest=6)
+    # at each position: 1, 8 and 1; then 2 and 0; then 4 and -1; then 2 alone
+    assert baseline.tolist() == pytest.approx([4.5, 0.0, -1.0, 1.0, 4.5, 2.0, 4.0, 0.0])
+
+
+def test_rows_are_laid_out_a_response_a_line_with_zeros_behind():
+    grid = pad_rows(COSTS, _rows())
+    assert grid.tolist() == [[1.0, 2.0, 4.0, 0.0], [8.0, 0.0, 0.0, 0.0], [1.0, 0.0, -1.0, 2.0]]
+    none = {
+        name: getattr(_rows(), name)[:0]
+        for name in ("hidden_NH", "token_ids_N", "sequence_ids_N", "positions_N")
+    }
+    assert pad_rows(COSTS[:0], replace(_rows(), **none)).shape == (0, 0)
 
 
 def test_baselines_are_zero_the_batch_mean_and_the_mean_at_each_position():

@@ -118,6 +118,35 @@ def test_the_map_follows_the_moving_average_of_the_covariances():
     assert float(got) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_a_step_of_few_tokens_counts_as_much_in_the_map_as_one_of_many():
+    """Decay 0.5 as above, of 13 tokens and then of 6."""
+    many, few = draw(13, 3), draw(6, 3, seed=1)
+    features = draw(13, 5, seed=2)
+    rows = rows_of(many, features)
+    term = build_term(hidden_matching(ridge=1e-9, decay=0.5))
+    term.compute_loss(rows, identity)
+    shorter = replace(
+        rows,
+        hidden_NH=few,
+        token_ids_N=rows.token_ids_N[:6],
+        sequence_ids_N=rows.sequence_ids_N[:6],
+        positions_N=rows.positions_N[:6],
+        num_global_tokens=6,
+        num_global_sequences=1,
+        teacher=TeacherRows(features_NF=features[:6]),
+    )
+    got = term.compute_loss(shorter, identity)
+    a, b = (torch.cat([each, torch.ones(len(each), 1)], dim=1).double() for each in (many, few))
+    roots = (1 / 3 / 13) ** 0.5, (2 / 3 / 6) ** 0.5
+    targets = features.double()
+    mapping = torch.linalg.lstsq(
+        torch.cat([a * roots[0], b * roots[1]]),
+        torch.cat([targets * roots[0], targets[:6] * roots[1]]),
+    ).solution
+    expected = (b @ mapping - targets[:6]).square().sum() / targets[:6].square().sum()
+    assert float(got) == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_a_restored_term_goes_on_as_the_one_that_was_saved():
     features = draw(13, 5, seed=2)
     saved = build_term(hidden_matching(decay=0.9))

@@ -91,6 +91,18 @@ def test_the_teachers_distribution_is_rebuilt_for_streams_that_are_read_alone():
     assert not config.needs_teacher_distribution
 
 
+@pytest.mark.parametrize(("name", "beta"), [("off_policy", 0.0), ("on_policy", 1.0)])
+def test_a_stream_without_a_loss_is_not_read_though_it_is_there(name, beta):
+    policies, other = TwoPolicies(), TwoPolicies(seed=1)
+    streams = {"off_policy": other.rows(), "on_policy": other.rows(), name: policies.rows()}
+    objective = matching(**{name: FORWARD_KL}, on_policy_weight=beta)
+    output = loss_of(objective, **streams)
+    expected = stream_loss(FORWARD_KL, policies)
+    assert float(output.loss_share.detach()) == pytest.approx(expected, rel=1e-5)
+    losses = [metric for metric in output.metric_shares if metric.endswith("_loss")]
+    assert losses == [f"{name}_loss"]
+
+
 def test_without_a_configuration_it_is_the_next_token_loss_on_data_and_asks_no_teacher():
     policies = TwoPolicies()
     objective = build_objective(None, max_response_tokens=6, total_steps=10)

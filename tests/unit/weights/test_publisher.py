@@ -1,7 +1,8 @@
 """The learner's end with a communicator that only records; importing vLLM takes 5 s."""
 
 import threading
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from distill_system.errors import TransferError
 
 pytest.importorskip("vllm")
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-from distill_system.weights.gloo import GlooTrainerInitInfo, GlooTrainerWeightTransferEngine
+from distill_system.weights.gloo import GlooTrainerWeightTransferEngine
 from distill_system.weights.publisher import WeightPublisher
 
 
@@ -56,12 +58,18 @@ class Client:
 class Trial:
     """A publisher of two small parameters, its group and its workers."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, rank: int = 0) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        rank: int = 0,
+        backend: Literal["gloo", "nccl"] = "gloo",
+    ) -> None:
         self.group, self.client = Group(), Client()
         self.model = nn.Linear(3, 2)
-        self.asked: GlooTrainerInitInfo | None = None
+        self.asked: Any = None
 
-        def open_group(init_info: GlooTrainerInitInfo, *, client: Any, source: Any) -> Any:
+        def open_group(init_info: Any, *, client: Any, source: Any) -> Any:
             self.asked = init_info
             engine = GlooTrainerWeightTransferEngine(
                 client=client, source=source, is_sender=init_info.is_sender
@@ -72,7 +80,7 @@ class Trial:
         monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", open_group)
         self.publisher = WeightPublisher(
             self.model,
-            backend="gloo",
+            backend=backend,
             client=self.client,
             master_address="127.0.0.1",
             master_port=1,
@@ -122,7 +130,6 @@ def test_what_is_sent_are_the_parameters_as_they_were_at_the_start(trial: Trial)
 
 def test_the_group_has_a_place_for_every_receiver_and_twice_the_time(trial: Trial) -> None:
     asked = trial.asked
-    assert asked is not None
     assert (asked.world_size, asked.rank, asked.timeout_seconds) == (4, 0, 20.0)
     assert (asked.master_address, asked.master_port) == ("127.0.0.1", 1)
     assert asked.packed_buffer_size_bytes == 24
@@ -185,23 +192,34 @@ def test_closing_lets_what_is_being_sent_arrive(trial: Trial) -> None:
     assert trial.publisher._engine.model_update_group is None
 
 
-def test_another_rank_joins_in_gathering_and_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Sharded:
-        """Counts how often it is gathered."""
+def test_another_rank_joins_in_gathering_waits_for_rank_0_and_sends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
 
-        gathered = 0
+    class Sharded:
+        """Tells when it is gathered."""
 
         def metadata(self) -> list[Any]:
             return []
 
-        def __iter__(self):
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
             for at in range(3):
-                self.gathered += 1
+                seen.append("gathered")
                 yield f"w{at}", torch.ones(1)
 
     trial = Trial(monkeypatch, rank=1)
-    trial.publisher._source = source = Sharded()
+    monkeypatch.setattr(trial.publisher._engine, "_post_send_sync", lambda: seen.append("read"))
+    trial.publisher._source = Sharded()
     assert trial.publisher.start(1) == []
-    assert source.gathered == 3
+    assert seen == ["gathered"] * 3 + ["read"], "rank 0 has read it before it may change"
     assert trial.client.versions == []
     assert trial.group.sent == []
+
+
+def test_over_nccl_vllms_own_group_is_asked_for_with_vllms_own_deadlines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = Trial(monkeypatch, rank=1, backend="nccl").asked
+    assert type(asked) is NCCLTrainerInitInfo
+    assert (asked.world_size, asked.rank, asked.packed_buffer_size_bytes) == (4, 1, 24)
