@@ -13,10 +13,10 @@ PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13; do \
 # -qq: pip says nothing but errors.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-# Files side by side on two processes; then learner ranks and whole clusters, one after another.
+# Files side by side on two processes; then whole clusters, one after another.
 define SUITE
-$(BIN)/python -m pytest tests --ignore=tests/pipeline --ignore=tests/unit/learner -n 2 --dist loadfile
-$(BIN)/python -m pytest tests/unit/learner tests/pipeline
+$(BIN)/python -m pytest tests --ignore=tests/pipeline -n 2 --dist loadfile
+$(BIN)/python -m pytest tests/pipeline
 endef
 
 .DEFAULT_GOAL := help

@@ -15,8 +15,8 @@ settings.load_profile("busy_machine")
 # report of its use.  Both must stand before Ray is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if "PYTEST_XDIST_WORKER" in os.environ:  # test processes side by side share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Models here are so small that a second thread costs more than it does, and files run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ work.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distill_system.data import RunData
@@ -30,8 +31,15 @@ class LockstepStreams(Streams):
 
     is_asynchronous = False
 
-    def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
-        super().__init__(context, pools, data)
+    def __init__(
+        self,
+        context: RunContext,
+        pools: Pools,
+        data: RunData,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        super().__init__(context, pools, data, clock=clock)
         self._before = self.mixture.frontier.state()
         self._ahead: list[Prompt | Trajectory] = []
         self._writing: PendingRollouts | None = None

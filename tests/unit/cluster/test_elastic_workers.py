@@ -136,7 +136,7 @@ def test_a_worker_without_a_place_is_demand_until_it_is_given_up(session: Cluste
     _wait_for_demand([{"CPU": 0.5, "huge_memory": 2.0}])
     begin = time.monotonic()
     assert starting.poll() is None
-    assert time.monotonic() - begin < 0.5, "polling waits for nothing"
+    assert time.monotonic() - begin < 2.0, "polling waits for nothing, not for its 3 s"
     expected = (
         r"did not place .*'huge_memory': 2.0.* for clerk-5 within .*resources_seconds=3: free"
     )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from fakes.hand_clock import HandClock
 from fakes.local_workers import Done, LocalWorkers
 from simulated_pools import make_prompts, make_rows
 
@@ -89,12 +90,12 @@ class WaitedForWorkers(LocalWorkers):
 class Writer:
     """A rollout worker. log: of (author, label, prompt ids), shared by all workers of a run."""
 
-    def __init__(self, author, log, *, seconds=0.0):
-        self.author, self.log, self.seconds = author, log, seconds
+    def __init__(self, author, log, *, pause=lambda: None):
+        self.author, self.log, self.pause = author, log, pause
         self.version, self.sampling = 0, None
 
     def generate(self, prompts, sampling, seed, label):
-        time.sleep(self.seconds)
+        self.pause()
         self.log.append((str(self.author), label, [prompt.prompt_id for prompt in prompts]))
         self.sampling, self.seed = sampling, seed
         return [self._write(prompt, seed, label) for prompt in prompts]
@@ -133,11 +134,12 @@ class Scorer:
 class Rank:
     """A learner rank. learned: per step, (stream, trajectory) of all chunks of all ranks."""
 
-    def __init__(self, log, learned, writers, *, seconds):
+    def __init__(self, log, learned, writers, *, seconds, pause):
         self.log, self.learned, self.writers, self.seconds = log, learned, writers, seconds
+        self.pause = pause
 
     def step(self, step, chunks, totals, *targets):
-        time.sleep(self.seconds)
+        self.pause()
         self.log.append(("learner", step))
         for chunk, said in zip(chunks, targets, strict=True):
             assert [t.trajectory_id for t in chunk.trajectories] == [t.trajectory_id for t in said]
@@ -185,7 +187,7 @@ class Run:
                 *overrides,
             ],
         )
-        self.log, self.learned = [], {}
+        self.log, self.learned, self.clock = [], {}, HandClock()
         data: Any = SimpleNamespace(
             prompts=make_prompts(11),
             stored=make_rows("store", 5),
@@ -193,17 +195,21 @@ class Run:
         )
         self.students, self.teachers = (
             workers(
-                [Writer(author, self.log, seconds=seconds) for _ in range(count)],
+                [Writer(author, self.log, pause=self._pause(seconds)) for _ in range(count)],
                 stands_for=RolloutWorker,
             )
             for author, count in ((Author.STUDENT, students), (Author.TEACHER, 1))
         )
         self.scorers = workers([Scorer(self.log)], stands_for=TeacherScorer)
-        rank = Rank(self.log, self.learned, self.students, seconds=step_seconds)
+        rank = Rank(
+            *(self.log, self.learned, self.students),
+            seconds=step_seconds,
+            pause=self._pause(step_seconds),
+        )
         learner = LearnerGroup(workers([rank] * ranks, stands_for=Learner))
         learner.connect_rollouts("gloo", None, students, 10.0)
         context: Any = SimpleNamespace(
-            config=self.config, timings=Timings(RunDirectory(folder / "run"))
+            config=self.config, timings=Timings(RunDirectory(folder / "run"), clock=self.clock)
         )
         self.pools = Pools(
             students=RolloutPool(self.students),
@@ -215,7 +221,11 @@ class Run:
             connect_rollouts=lambda: None,
         )
         self.context, self.data = context, data
-        self.streams = LockstepStreams(context, self.pools, data)
+        self.streams = LockstepStreams(context, self.pools, data, clock=self.clock)
+
+    def _pause(self, seconds):
+        """What a call of this length does with the clock."""
+        return partial(self.clock.sleep, seconds) if seconds else lambda: None
 
     def play(self, first=0, end=STEPS, *, metrics=RISING):
         """Steps as the driver takes them; the state after each, as a checkpoint would keep it."""
@@ -443,11 +453,11 @@ def test_the_scorers_are_asked_for_what_each_stream_needs_in_as_many_shares_as_r
 
 def test_every_pools_time_is_busy_or_starved_and_its_tokens_are_told_once(tmp_path):
     run = Run(tmp_path, ranks=2, seconds=0.01, workers=WaitedForWorkers)
-    began = time.perf_counter()
+    began = run.clock.now
     run.streams.begin(0)
     for step in range(3):
         run.step(step)
-    played = time.perf_counter() - began
+    played = run.clock.now - began
     activity = run.streams.pop_activity()
     counts = {pool: done.num_workers for pool, done in activity.items()}
     assert counts == {
@@ -457,12 +467,12 @@ def test_every_pools_time_is_busy_or_starved_and_its_tokens_are_told_once(tmp_pa
         "learner": 1,  # ranks work side by side, as one
     }
     for pool, done in activity.items():
-        assert done.seconds == pytest.approx(played, abs=0.05), pool
+        assert done.seconds == pytest.approx(played), pool
         assert (done.blocked_seconds, done.queued) == (0, 0)
         assert done.busy_seconds + done.starved_seconds == pytest.approx(done.worker_seconds)
     # Two students and the teacher wrote in each step.
-    assert activity["student_rollout"].busy_seconds >= 6 * 0.01
-    assert activity["teacher_rollout"].busy_seconds >= 3 * 0.01
+    assert activity["student_rollout"].busy_seconds >= 6 * 0.01 - 1e-9
+    assert activity["teacher_rollout"].busy_seconds >= 3 * 0.01 - 1e-9
     assert activity["student_rollout"].starved_seconds > 0
     learned = [t for fed in run.learned.values() for _, t in fed]
     response = {
@@ -489,10 +499,10 @@ def test_a_worker_that_is_done_waits_while_others_work(tmp_path):
     run.step(0)
     run.step(1)
     activity = run.streams.pop_activity()
-    assert activity["learner"].busy_seconds >= 2 * 0.1
-    assert activity["teacher_rollout"].starved_seconds >= 2 * 0.1
-    assert activity["student_rollout"].starved_seconds >= 2 * 2 * 0.1
-    assert activity["teacher_scoring"].starved_seconds >= 2 * 0.1
+    assert activity["learner"].busy_seconds >= 2 * 0.1 - 1e-9
+    assert activity["teacher_rollout"].starved_seconds >= 2 * 0.1 - 1e-9
+    assert activity["student_rollout"].starved_seconds >= 2 * 2 * 0.1 - 1e-9
+    assert activity["teacher_scoring"].starved_seconds >= 2 * 0.1 - 1e-9
 
 
 def test_measurements_leave_no_trace_in_what_the_pools_did(tmp_path):
@@ -517,7 +527,7 @@ def test_what_the_driver_waited_for_is_told_by_pool(tmp_path):
         "learner",
         "publish",
     }
-    assert waited["student_rollout"] >= 2 * 0.01
+    assert waited["student_rollout"] >= 2 * 0.01 - 1e-9
 
 
 def test_workers_leave_and_join_between_take_and_learn_without_a_trace_in_the_text(tmp_path):
