@@ -231,10 +231,12 @@ def test_the_teacher_is_frozen(tiny_model_folder):
 class _Noting(LocalWorkers):
     """Notes down what is waited for, and whether it is brought here."""
 
-    waits = ()
+    def __init__(self, objects):
+        super().__init__(objects)
+        self.waits = []
 
     def finish(self, references, *, what, fetch=True, seconds=None):
-        self.waits = [*self.waits, (list(references), fetch)]
+        self.waits.append((list(references), fetch))
         return super().finish(references, what=what, fetch=fetch, seconds=seconds)
 
 
