@@ -13,7 +13,7 @@ from pipeline.command_line import Run, write_configuration, write_rows
 Launch = Callable[..., Run]
 
 HOPELESS = "distill: {optimizer: {learning_rate: 1e30}, objective: {type: ammd}}"
-NO_DATA = "data: {held_out: {path: nowhere.jsonl}}\ndistill: {objective: {type: ammd}}"
+OTHER = "distill: {optimizer: {learning_rate: 1e29}, objective: {type: ammd}}"
 
 
 @pytest.fixture
@@ -54,13 +54,13 @@ def test_a_comparison_runs_equal_budgets_and_tells_what_failed(
     before = [_evaluation(folder / name / "seed_0", "before") for name in rows]
     assert before[0] == before[1], "one start"
 
-    (configuration.parent / "hopeless.yaml").write_text(NO_DATA)  # fails before it needs a cluster
+    (configuration.parent / "hopeless.yaml").write_text(OTHER)  # refused before it needs a cluster
     again = launch(*arguments).finish(seconds=200)
     assert again.code == 0, again.stderr
     assert "3 runs, 2 of them done" in again.stdout
     table = (folder / "compare.md").read_text()
     assert "NonFiniteError" not in table, "what failed is tried again"
-    assert "DataError" in table
+    assert "RunStateError" in table
 
 
 def _distill_rows(run: Path) -> list[dict[str, float]]:
