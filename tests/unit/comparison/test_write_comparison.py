@@ -205,8 +205,8 @@ SMALL = """\
 
 Mean ± standard error over seeds; the best of each column is bold. * better than sft, ↓ worse than \
 sft, † better than the best baseline (named in the last row), each with p < 0.05, paired over \
-seeds and examples. No correction is made for the number of comparisons: of twenty differences that \
-chance alone makes, one is marked.
+seeds and examples. No correction is made for the number of comparisons: of twenty \
+differences that chance alone makes, one is marked.
 
 ## Exact match, greedy (higher is better)
 
