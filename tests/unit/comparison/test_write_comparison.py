@@ -196,3 +196,123 @@ def test_a_drawn_curve_keeps_to_the_steps_that_most_seeds_have(tmp_path: Path) -
     files = write_comparison(tmp_path)
     assert len(files.verdict.curves["held_out/on_policy_distance"]["ammd"]) == 5
     assert "<svg" not in files.html_path.read_text()
+
+
+SMALL = """\
+# trial
+
+3 objectives, 2 seeds; equal budget: 20 student updates per run.
+
+Mean ± standard error over seeds; the best of each column is bold. * better than sft, ↓ worse than \
+sft, † better than the best baseline (named in the last row), each with p < 0.05, paired over \
+seeds and examples. No correction is made for the number of comparisons: of twenty \
+differences that chance alone makes, one is marked.
+
+## Exact match, greedy (higher is better)
+
+| objective | average | easy | out of reach |
+|---|---:|---:|---:|
+| sft | 14.3 ± 0.3 | 14.3 ± 0.3 | 14.3 ± 0.3 |
+| gkd | 34.5 ± 0.2 \\* | 34.5 ± 0.2 \\* | 34.5 ± 0.2 \\* |
+| ammd | **55.0 ± 0.5** \\*† | **55.0 ± 0.5** \\*† | **55.0 ± 0.5** \\*† |
+| student before distillation | 34.6 | 34.6 | 34.6 |
+| best baseline | gkd | gkd | gkd |
+
+## Mean length, tokens, greedy (neither is better)
+
+| objective | average | easy | out of reach |
+|---|---:|---:|---:|
+| sft | 14.3 ± 0.3 | 14.3 ± 0.3 | 14.3 ± 0.3 |
+| gkd | 34.5 ± 0.2 | 34.5 ± 0.2 | 34.5 ± 0.2 |
+| ammd | 55.0 ± 0.5 | 55.0 ± 0.5 | 55.0 ± 0.5 |
+| student before distillation | 34.6 | 34.6 | 34.6 |
+
+## On-policy distance (lower is better)
+
+| objective | held out |
+|---|---:|
+| sft | **0.0100 ± 0.0000** |
+| gkd | **0.0100 ± 0.0000** |
+| ammd | **0.0100 ± 0.0000** |
+| student before distillation | 0.0100 |
+| best baseline | sft |
+
+## Off-policy distance (lower is better)
+
+| objective | held out |
+|---|---:|
+| sft | **0.0050 ± 0.0000** |
+| gkd | **0.0050 ± 0.0000** |
+| ammd | **0.0050 ± 0.0000** |
+| student before distillation | 0.0050 |
+| best baseline | sft |
+
+## Costs of one run (the lowest is bold)
+
+| objective | steps | seconds of steps | seconds with evaluations | \
+tokens sampled by both models | tokens learned from | peak memory of a learner, MiB |
+|---|---:|---:|---:|---:|---:|---:|
+| sft | 20 ± 0 | **4.0 ± 0.0** | **70.0 ± 0.0** | **12,000 ± 0** | **2,000 ± 0** | **3 ± 0** |
+| gkd | 20 ± 0 | **4.0 ± 0.0** | **70.0 ± 0.0** | **12,000 ± 0** | **2,000 ± 0** | **3 ± 0** |
+| ammd | 20 ± 0 | **4.0 ± 0.0** | **70.0 ± 0.0** | **12,000 ± 0** | **2,000 ± 0** | **3 ± 0** |
+"""
+"""compare.md of three objectives, whose values are chosen so that each mark appears."""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> ComparisonFiles:
+    means = {"sft": (14.0, 14.6), "gkd": (34.3, 34.7), "ammd": (54.5, 55.5)}
+    metrics = COSTS | {
+        "sampled_tokens/student": 2500.0,
+        "sampled_tokens/teacher": 3500.0,
+        "learner/response_tokens": 1000.0,
+        "evaluation/easy/exact_match_greedy": 30.0,
+    }
+    write_plan(tmp_path, make_plan(list(means), [0, 1]))
+    for objective, by_seed in means.items():
+        for seed, mean in enumerate(by_seed):
+            row = [mean + each for each in (-1.0, 0.0, 0.5, 0.5)]
+            split = {"exact_match_greedy": row, "mean_length_greedy": row}
+            values = {"easy": split, "out_of_reach": split}
+            write_run(tmp_path, objective, seed, values, metrics=metrics)
+    return write_comparison(tmp_path)
+
+
+def test_the_whole_markdown_of_a_small_comparison(small: ComparisonFiles) -> None:
+    assert small.markdown_path.read_text() == SMALL
+
+
+def test_a_cells_note_says_the_difference_its_interval_and_what_it_rests_on(
+    small: ComparisonFiles,
+) -> None:
+    notes = re.findall(r'title="(against [^"]*)"', small.html_path.read_text())
+    number = r"[+−]\d+\.\d"  # noqa: RUF001  # a minus sign
+    compared = (
+        rf"{number} \[{number}, {number}\], p = \S+ \(chance of seeds and examples; 2 seeds\)"
+    )
+    both = rf"against sft: {compared}; against gkd, the best baseline: {compared}"
+    assert [bool(re.fullmatch(both, note)) for note in notes[6:9]] == [True] * 3
+    assert re.fullmatch(rf"against gkd, the best baseline: {compared}", notes[0])
+    assert re.fullmatch(rf"against sft: {compared}", notes[3])
+
+
+def test_drawn_curves_have_titles_bands_and_one_line_an_objective(small: ComparisonFiles) -> None:
+    page = small.html_path.read_text()
+    assert page.index("Distances to the teacher") < page.index("Scores during training")
+    assert page.count("mean over seeds, band of one standard error") == 2
+    assert "On-policy distance" in page
+    assert "Exact match, greedy · easy" in page
+
+
+def test_the_json_form_says_whose_it_is_and_at_what_level(small: ComparisonFiles) -> None:
+    form = json.loads(small.json_path.read_text())
+    assert (form["name"], form["objectives"], form["seeds"]) == (
+        "trial",
+        ["sft", "gkd", "ammd"],
+        [0, 1],
+    )
+    assert (form["budget"], form["budget_value"], form["level"]) == ("updates", 20, 0.05)
+    assert form["steps"] == {"sft": 20, "gkd": 20, "ammd": 20}
+    assert form["scores"]["exact_match_greedy"]["easy"]["direction"] == 1
+    assert form["scores"]["mean_length_greedy"]["easy"]["direction"] == 0
+    assert form["scores"]["on_policy_distance"]["held_out"]["direction"] == -1
