@@ -43,8 +43,3 @@ class ScoringPool:
         """What all scorers have handed on since they started."""
         asked = [self.workers.start(at, "shipped") for at in self.workers.members]
         return sum(self.workers.finish(asked, what="the scorers' bytes"), start=Shipped())
-
-    def wait(self, scored: Sequence[ScoredChunk]) -> None:
-        """Return once all targets exist, so that a failed scorer speaks for itself."""
-        waited = [chunk.targets for chunk in scored if chunk.targets is not None]
-        self.workers.finish(waited, what="teacher scores", fetch=False)

@@ -174,9 +174,9 @@ class LockstepStreams(Streams):
         return self._scorers.start(trajectories, stream, needs=needs, num_shares=ranks)
 
     def _wait_for_scores(self, scored: Sequence[ScoredChunk]) -> None:
+        """The scores stay where they are; a scorer's error comes up where a rank reads them."""
         targets = [part.targets for part in scored if part.targets is not None]
         self._wait(targets, what="teacher scores")
-        self._scorers.wait(scored)  # a scorer that failed raises its own error here
         self._watched["teacher_scoring"].hand_on(
             num_tokens=sum(part.chunk.num_tokens for part in scored if part.targets is not None),
             num_sequences=sum(len(part.chunk.trajectories) for part in scored),

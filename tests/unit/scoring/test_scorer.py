@@ -127,7 +127,6 @@ def test_a_stream_that_needs_no_teacher_is_dealt_and_not_read(tiny_model_folder)
     workers = LocalWorkers([_scorer(tiny_model_folder())])
     pool = ScoringPool(workers)
     scored = pool.start(make_trajectories(6), Stream.OFF_POLICY, needs=NOTHING, num_shares=2)
-    pool.wait(scored)
     assert [chunk.targets for chunk in scored] == [None, None]
     assert workers.calls == []
 
@@ -187,7 +186,6 @@ def test_a_pools_bytes_are_those_of_all_its_scorers(tiny_model_folder):
     scored = pool.start(
         trajectories, Stream.ON_POLICY, needs=TeacherNeeds(logprobs=True), num_shares=1
     )
-    pool.wait(scored)
     tokens = sum(t.num_response_tokens for t in trajectories)
     assert 0 < scorers[0].shipped().num_response_tokens < tokens
     assert pool.shipped().num_bytes == {"logprobs": 4 * tokens}
@@ -226,27 +224,6 @@ def test_the_teacher_is_loaded_where_and_as_it_was_said(monkeypatch, uses_gpu, t
 def test_the_teacher_is_frozen(tiny_model_folder):
     scorer = _scorer(tiny_model_folder())
     assert not any(parameter.requires_grad for parameter in scorer.model.parameters())
-
-
-class _Noting(LocalWorkers):
-    """Notes down what is waited for, and whether it is brought here."""
-
-    def __init__(self, objects):
-        super().__init__(objects)
-        self.waits = []
-
-    def finish(self, references, *, what, fetch=True, seconds=None):
-        self.waits.append((list(references), fetch))
-        return super().finish(references, what=what, fetch=fetch, seconds=seconds)
-
-
-def test_scores_are_waited_for_and_stay_where_they_are(tiny_model_folder):
-    workers = _Noting([_scorer(tiny_model_folder())] * 2)
-    pool = ScoringPool(workers)
-    scored = pool.start(make_trajectories(6), Stream.ON_POLICY, needs=MOMENTS, num_shares=2)
-    unread = pool.start(make_trajectories(2), Stream.ON_POLICY, needs=NOTHING, num_shares=2)
-    pool.wait([*scored, *unread])
-    assert workers.waits == [([chunk.targets for chunk in scored], False)]
 
 
 def test_a_scorer_that_failed_is_heard_where_its_scores_are_used(tiny_model_folder):
