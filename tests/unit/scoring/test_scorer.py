@@ -183,9 +183,7 @@ def test_a_pools_bytes_are_those_of_all_its_scorers(tiny_model_folder):
     pool = ScoringPool(LocalWorkers(scorers))
     assert pool.shipped().num_response_tokens == 0
     trajectories = make_trajectories(6)
-    scored = pool.start(
-        trajectories, Stream.ON_POLICY, needs=TeacherNeeds(logprobs=True), num_shares=1
-    )
+    pool.start(trajectories, Stream.ON_POLICY, needs=TeacherNeeds(logprobs=True), num_shares=1)
     tokens = sum(t.num_response_tokens for t in trajectories)
     assert 0 < scorers[0].shipped().num_response_tokens < tokens
     assert pool.shipped().num_bytes == {"logprobs": 4 * tokens}
