@@ -1,4 +1,4 @@
-"""The memory formula: measured against predicted, and what fits where by it.
+"""The plan's memory: measured against predicted, and what fits where by it.
 
     python benchmarks/memory_plan.py [--quick] [--only-tables]
 
@@ -30,12 +30,18 @@ from learner_steps import save_teacher
 from memory_tables import format_markdown, student_rows, teacher_rows
 from record import write_result
 
-from distill_system.config.model import FullUpdate, LearnerConfig, LoraUpdate, OptimizerConfig
+from distill_system.config.model import (
+    ArchitectureConfig,
+    FullUpdate,
+    LearnerConfig,
+    LoraUpdate,
+    OptimizerConfig,
+)
 from distill_system.config.objective import AmmdConfig
 from distill_system.learner import Learner, ModelSource
 from distill_system.learner.collate import StreamTotals
 from distill_system.planning import LearnerLoad, architecture_shape, learner_memory
-from distill_system.records import Stream, TeacherTargets, Trajectory, TrajectoryChunk
+from distill_system.records import Author, Stream, TeacherTargets, Trajectory, TrajectoryChunk
 
 MIB = 2**20
 PROCESSES = multiprocessing.get_context("spawn")
@@ -103,25 +109,26 @@ def _compare(trial: Trial) -> dict[str, Any]:
     process = PROCESSES.Process(target=_serve, args=(trial, theirs))
     process.start()
     theirs.close()
-    measured, load = ours.recv()
+    measured = ours.recv()
     process.join()
+    load = _load(trial)
     predicted = learner_memory(load)
     row = {
         "student": trial.name,
-        "parameters": load.num_held,
-        "tokens_at_once": load.part_tokens,
+        "parameters": load.student.num_parameters,
+        "tokens": sum(chunk.num_tokens for chunk in load.chunks),
         "measured_mib": measured / MIB,
         "predicted_mib": predicted.num_bytes / MIB,
         "error": predicted.num_bytes / measured - 1.0,
         "moment": predicted.moment,
-        "largest": predicted.largest.name,
+        "largest": predicted.by_size[0],
     }
     print(row, flush=True)
     return row
 
 
 def _serve(trial: Trial, pipe: Connection) -> None:
-    """Two steps; send the peak above the base, and what a prediction needs to know."""
+    """Two steps; send the peak above the base."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     case = trial.case
@@ -135,7 +142,7 @@ def _serve(trial: Trial, pipe: Connection) -> None:
         memory.base_bytes = memory_base  # building holds things that no step does
         for step in range(2):
             learner.step(step, *batch)
-    pipe.send((memory.above_base(), _load(trial, learner)))
+    pipe.send(memory.above_base())
 
 
 def _take_steps(trial: Trial, folder: str | None) -> None:
@@ -145,11 +152,6 @@ def _take_steps(trial: Trial, folder: str | None) -> None:
 
 
 def _build(trial: Trial, folder: str | None) -> Learner:
-    update = (
-        LoraUpdate(type="lora", rank=trial.lora_rank)
-        if trial.lora_rank and folder
-        else FullUpdate()
-    )
     return Learner(
         rank=0,
         world_size=1,
@@ -158,15 +160,11 @@ def _build(trial: Trial, folder: str | None) -> Learner:
             vocabulary_size=trial.case.vocabulary,
             teacher_path=folder,
             action_dimension=ACTION_COLUMNS,
-            update=update,
+            update=_update(trial) if folder else FullUpdate(),
         ),
         objective=None if folder is None else AmmdConfig(),
         optimizer=OptimizerConfig(type=trial.optimizer, learning_rate=1e-4),
-        config=LearnerConfig(
-            vocabulary_chunk_tokens=CHUNK_TOKENS,
-            max_tokens_per_microbatch=trial.microbatch_tokens,
-            activation_checkpointing=trial.checkpointing,
-        ),
+        config=_learner_config(trial),
         total_steps=10,
         max_response_tokens=trial.case.longest,
         seed=SEED,
@@ -195,9 +193,7 @@ def _make_batch(case: Case, *, teacher: bool) -> tuple[Any, ...]:
 def _sampled(trajectory: Trajectory) -> Trajectory:
     """The same as if the student had written it."""
     logprobs = np.full(trajectory.num_response_tokens, -9.0, dtype=np.float32)
-    names = (name for name in Trajectory.__slots__ if name not in ("author", "behaviour_logprobs"))
-    fields = {name: getattr(trajectory, name) for name in names}
-    return Trajectory(**fields, author="student", behaviour_logprobs=logprobs)
+    return replace(trajectory, author=Author.STUDENT, behaviour_logprobs=logprobs)
 
 
 def _target(generator: np.random.Generator, trajectory: Trajectory) -> TeacherTargets:
@@ -210,27 +206,34 @@ def _target(generator: np.random.Generator, trajectory: Trajectory) -> TeacherTa
     )
 
 
-def _load(trial: Trial, learner: Learner) -> LearnerLoad:
-    """What was measured, in the formula's terms; tokens as they were, not at their limits."""
+def _load(trial: Trial) -> LearnerLoad:
+    """What is measured, for the prediction: the same text, and a teacher of the same sizes."""
     case = trial.case
-    sequences = deal_steps(case)[0]
-    tokens = sum(len(sequence.token_ids) for sequence in sequences)
-    shape = architecture_shape(case.architecture, vocabulary=case.vocabulary)
-    adapters = sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
-    parts = -(-tokens // trial.microbatch_tokens) if trial.microbatch_tokens else 1
-    return LearnerLoad(
-        student=shape,
-        optimizer=trial.optimizer,
-        step_tokens=sum(sequence.num_response_tokens for sequence in sequences),
-        part_tokens=-(-tokens // parts),
-        num_parts=parts,
-        chunk_tokens=CHUNK_TOKENS,
-        feature_columns=TEACHER_HIDDEN,
-        action_columns=ACTION_COLUMNS,
-        softmax_reads=2,
-        num_adapter=adapters if trial.lora_rank else 0,
-        checkpointing=trial.checkpointing,
+    teacher = ArchitectureConfig(
+        hidden_size=TEACHER_HIDDEN, intermediate_size=TEACHER_HIDDEN, num_layers=1, num_heads=1
     )
+    return LearnerLoad(
+        student=architecture_shape(case.architecture, vocabulary=case.vocabulary),
+        config=_learner_config(trial),
+        optimizer=OptimizerConfig(type=trial.optimizer, learning_rate=1e-4),
+        chunks=_make_batch(case, teacher=True)[0],
+        update=_update(trial),
+        objective=AmmdConfig(),
+        teacher=architecture_shape(teacher, vocabulary=case.vocabulary),
+        action_columns=ACTION_COLUMNS,
+    )
+
+
+def _learner_config(trial: Trial) -> LearnerConfig:
+    return LearnerConfig(
+        vocabulary_chunk_tokens=CHUNK_TOKENS,
+        max_tokens_per_microbatch=trial.microbatch_tokens,
+        activation_checkpointing=trial.checkpointing,
+    )
+
+
+def _update(trial: Trial) -> FullUpdate | LoraUpdate:
+    return LoraUpdate(type="lora", rank=trial.lora_rank) if trial.lora_rank else FullUpdate()
 
 
 if __name__ == "__main__":

@@ -1,26 +1,29 @@
-"""What fits where by the memory formula: Llama-shaped models of 1 to 70 billion parameters."""
+"""What fits where by the plan's account: Llama-shaped models of 1 to 70 billion parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 from transformers import LlamaConfig
 
-from distill_system.config.model import LearnerConfig
+from distill_system.config import RunConfig, load_config
 from distill_system.planning import (
-    LearnerLoad,
     Memory,
     ModelShape,
-    ScorerLoad,
     learner_memory,
     measure_shape,
     scorer_memory,
 )
+from distill_system.planning.loads import distillation_load
 from distill_system.planning.memory import GIB, PROCESS_BYTES
 
 DEVICES = (80, 141)
+QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
 
 
+@cache
 def _shapes() -> dict[str, ModelShape]:
     """Llama-shaped models with the sizes of well-known ones."""
     sizes = {
@@ -48,49 +51,52 @@ def _shapes() -> dict[str, ModelShape]:
     }
 
 
+def _config(settings: Sequence[str]) -> RunConfig:
+    """A step of 64 sequences of 512 + 512 tokens, half of them in each stream."""
+    text = [
+        "data.max_prompt_tokens=512",
+        "rollout.sampling.max_response_tokens=512",
+        "distill.student_prompts_per_step=32",
+        "distill.teacher_prompts_per_step=32",
+        "distill.action_dimension=256",
+    ]
+    return load_config([QUICKSTART], [*text, *settings])
+
+
 def student_rows() -> list[dict[str, str]]:
     """GiB of a learner rank: bfloat16, activation checkpointing, 8,192 tokens at once, AMMD.
 
     64 sequences of 512 + 512 tokens a step; the teacher's hidden size is 8,192.
     """
     rows = []
-    for name, shape in _shapes().items():
+    for name in _shapes():
         row = {"student": name}
         for ranks in (1, 8):
-            row[f"full, {ranks} GPU"] = _gib(_learner(shape, ranks, 0))
-        row["LoRA, 1 GPU"] = _gib(_learner(shape, 1, 16))
+            row[f"full, {ranks} GPU"] = _gib(_learner(name, ranks, 0))
+        row["LoRA, 1 GPU"] = _gib(_learner(name, 1, 16))
         for device in DEVICES:
-            row[f"fewest GPUs of {device} GiB, full"] = _fewest(shape, device, 0)
-            row[f"and LoRA ({device})"] = _fewest(shape, device, 16)
+            row[f"fewest GPUs of {device} GiB, full"] = _fewest(name, device, 0)
+            row[f"and LoRA ({device})"] = _fewest(name, device, 16)
         rows.append(row)
     return rows
 
 
-def _learner(shape: ModelShape, ranks: int, lora_rank: int) -> Memory:
-    sequences = max(1, 64 // ranks)
-    return learner_memory(
-        LearnerLoad(
-            student=shape,
-            compute_dtype="bfloat16",
-            num_ranks=ranks,
-            shard_ranks=ranks,
-            step_tokens=512 * sequences,
-            part_tokens=min(8192, 1024 * sequences),
-            num_parts=max(1, sequences // 8),
-            chunk_tokens=LearnerConfig().vocabulary_chunk_tokens,
-            feature_columns=8192,
-            action_columns=256,
-            softmax_reads=2,
-            num_adapter=lora_rank * sum(shape.adapter_rows.values()),
-            checkpointing=True,
-            on_gpu=True,
-        )
+@cache
+def _learner(name: str, ranks: int, lora_rank: int) -> Memory:
+    config = _config(
+        [
+            f"pools.learner={{count: {ranks}, gpus: 1}}",
+            "learner={compute_dtype: bfloat16, activation_checkpointing: true, "
+            "shard_ranks: all, max_tokens_per_microbatch: 8192}",
+            *([f"distill.update={{type: lora, rank: {lora_rank}}}"] if lora_rank else []),
+        ]
     )
+    return learner_memory(distillation_load(config, _shapes()[name], _shapes()["70B"]))
 
 
-def _fewest(shape: ModelShape, device: int, lora_rank: int) -> str:
+def _fewest(name: str, device: int, lora_rank: int) -> str:
     for ranks in (1, 2, 4, 8, 16, 32, 64):
-        if _learner(shape, ranks, lora_rank).num_bytes + PROCESS_BYTES["cuda"] <= device * GIB:
+        if _learner(name, ranks, lora_rank).num_bytes + PROCESS_BYTES["cuda"] <= device * GIB:
             return str(ranks)
     return "more than 64"
 
@@ -99,17 +105,8 @@ def teacher_rows() -> list[dict[str, str]]:
     """GiB of a scorer, which is one GPU; GPUs of one rollout engine with 8 GiB of cache each."""
     rows = []
     for name, shape in _shapes().items():
-        scorer = scorer_memory(
-            ScorerLoad(
-                teacher=shape,
-                number_bytes=2,
-                batch_tokens=8192,
-                row_tokens=32 * 512,
-                chunk_tokens=512,
-                action_columns=256,
-                reads_vocabulary=True,
-            )
-        )
+        config = _config(["pools.teacher_scoring={count: 1, gpus: 1}", "scoring.dtype=bfloat16"])
+        scorer = scorer_memory(config, shape)
         row = {"teacher": name, "scorer": _gib(scorer)}
         for device in DEVICES:
             fits = scorer.num_bytes + PROCESS_BYTES["cuda"] <= device * GIB

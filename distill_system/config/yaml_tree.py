@@ -19,6 +19,10 @@ Plain = Scalar | list["Plain"] | dict[str, "Plain"]
 Place = Callable[[yaml.Mark], str]
 """Turns a position in the text into what a person reads, such as run.yaml:12."""
 
+MAX_CHARACTERS, MAX_VALUES, MAX_DEPTH = 2**18, 100_000, 50
+"""Of one text; the largest configurations have some thousand characters and six levels."""
+_TOO_DEEP = f"expected lists and mappings of at most {MAX_DEPTH} levels, got deeper ones"
+
 
 @dataclass(frozen=True)
 class Located:
@@ -32,6 +36,17 @@ class _CoreLoader(yaml.SafeLoader):
     """Resolves plain scalars by YAML 1.2's core schema."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node; PyYAML calls itself for each level below it."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _PATTERNS = {
@@ -60,8 +75,13 @@ def parse_yaml(text: str, *, source: str, place: Place) -> Located | None:
 
     Raises:
         ConfigError: the text is not YAML, a key stands twice in a mapping, a key is not a plain
-            text, or a value has a tag of its own; with the position.
+            text, a value has a tag of its own, or the text is larger or deeper than a
+            configuration can be; with the position.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(
+            f"{source}: expected at most {MAX_CHARACTERS:,} characters, got {len(text):,}"
+        )
     try:
         node = yaml.compose(text, Loader=_CoreLoader)
     except yaml.MarkedYAMLError as error:
@@ -71,7 +91,7 @@ def parse_yaml(text: str, *, source: str, place: Place) -> Located | None:
         raise ConfigError(f"{at}: not valid YAML: {said}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from error
-    return None if node is None else _located(node, place(node.start_mark), place, ())
+    return None if node is None else _Writing(place).located(node, place(node.start_mark), ())
 
 
 def to_plain(node: Located) -> Plain:
@@ -83,32 +103,51 @@ def to_plain(node: Located) -> Plain:
     return node.value
 
 
-def _located(node: yaml.Node, where: str, place: Place, parents: tuple[int, ...]) -> Located:
-    if id(node) in parents:
-        raise ConfigError(f"{where}: an alias (*name) that contains itself; write the value out")
-    inside = (*parents, id(node))
-    if isinstance(node, yaml.MappingNode):
-        return Located(_mapping(node, place, inside), where)
-    if isinstance(node, yaml.SequenceNode):
-        items = [_located(item, place(item.start_mark), place, inside) for item in node.value]
-        return Located(items, where)
-    return Located(_scalar(node, where), where)
+class _Writing:
+    """Nodes written out as a tree, aliases in full, no further than a configuration can go."""
 
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._num_values = 0
 
-def _mapping(node: yaml.MappingNode, place: Place, parents: tuple[int, ...]) -> dict[str, Located]:
-    children: dict[str, Located] = {}
-    for key_node, value_node in node.value:
-        where = place(key_node.start_mark)
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(f"{where}: expected a text as key, got a {key_node.id}")
-        key = key_node.value
-        if key in children:
+    def located(self, node: yaml.Node, where: str, parents: tuple[int, ...]) -> Located:
+        """A node and all below it. parents: ids of the nodes that it stands in."""
+        self._num_values += 1
+        if self._num_values > MAX_VALUES:
             raise ConfigError(
-                f"{where}: the key '{key}' already stands in this mapping at "
-                f"{children[key].where}; keep one of the two"
+                f"{where}: expected at most {MAX_VALUES:,} values, got more once all aliases "
+                "(*name) are written out"
             )
-        children[key] = _located(value_node, where, place, parents)
-    return children
+        if id(node) in parents:
+            raise ConfigError(
+                f"{where}: an alias (*name) that contains itself; write the value out"
+            )
+        if len(parents) == MAX_DEPTH:
+            raise ConfigError(f"{where}: {_TOO_DEEP}")
+        inside = (*parents, id(node))
+        if isinstance(node, yaml.MappingNode):
+            return Located(self._mapping(node, inside), where)
+        if isinstance(node, yaml.SequenceNode):
+            items = [
+                self.located(item, self._place(item.start_mark), inside) for item in node.value
+            ]
+            return Located(items, where)
+        return Located(_scalar(node, where), where)
+
+    def _mapping(self, node: yaml.MappingNode, inside: tuple[int, ...]) -> dict[str, Located]:
+        children: dict[str, Located] = {}
+        for key_node, value_node in node.value:
+            where = self._place(key_node.start_mark)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{where}: expected a text as key, got a {key_node.id}")
+            key = key_node.value
+            if key in children:
+                raise ConfigError(
+                    f"{where}: the key '{key}' already stands in this mapping at "
+                    f"{children[key].where}; keep one of the two"
+                )
+            children[key] = self.located(value_node, where, inside)
+        return children
 
 
 def _scalar(node: yaml.Node, where: str) -> Scalar:

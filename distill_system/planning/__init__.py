@@ -3,15 +3,11 @@
 Reads the models' config.json and nothing else.
 """
 
-from distill_system.planning.learner_memory import LearnerLoad, learner_memory
-from distill_system.planning.memory import (
-    Memory,
-    MemoryPart,
-    ScorerLoad,
-    engine_memory,
-    scorer_memory,
-)
+from distill_system.planning.learner_memory import learner_memory
+from distill_system.planning.loads import LearnerLoad
+from distill_system.planning.memory import Memory
 from distill_system.planning.plan import Plan, WorkerPlan, make_plan
+from distill_system.planning.scorer_memory import scorer_memory
 from distill_system.planning.shapes import (
     ModelShape,
     architecture_shape,
@@ -23,13 +19,10 @@ from distill_system.planning.table import render_plan
 __all__ = [
     "LearnerLoad",
     "Memory",
-    "MemoryPart",
     "ModelShape",
     "Plan",
-    "ScorerLoad",
     "WorkerPlan",
     "architecture_shape",
-    "engine_memory",
     "learner_memory",
     "make_plan",
     "measure_shape",

@@ -1,276 +1,286 @@
-"""Bytes of one learner rank, from the student's sizes and those of its batches.
+"""One learner rank's load in -> the memory of its fullest moment, by the learner's own step.
 
-weights + optimizer + frozen matrices at rest, and the largest of
-    loss        activations of a part + rows of the step + a chunk over the vocabulary
-                + gradients of the unembedding
-    backward    activations of a part + backward of its last block + rows of the step
-                + gradients: the unembedding's, from a second part on those of all weights
-    first block gradients of all weights and of the embeddings + one block's activations
-    optimizer   gradients + what the optimizer makes on the way
+The step runs under sizes.SizeTracker, on tensors without values. Three things differ from a run:
+
+    ranks       one, in a process group that sends nothing; FSDP2 shards and gathers as it would
+    device      the CPU's kernels, since torch without CUDA makes no fake tensors of its: in
+                bfloat16 attention and products make a copy more than they do on a GPU
+    parts       of a step in many microbatches few are read, and a line drawn to the others
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
 
-from distill_system.planning.activations import (
-    BFLOAT16,
-    FLOAT32,
-    Arithmetic,
-    Reading,
-    activation_bytes_per_token,
-    backward_bytes_per_token,
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from distill_system.config.model import LoraUpdate
+from distill_system.config.objective import TeacherNeeds
+from distill_system.language_model import LanguageModel, count_parts, unembedding
+from distill_system.learner import Learner, ModelSource
+from distill_system.learner.adapters import add_adapters
+from distill_system.learner.collate import LearnerBatch, StreamTotals
+from distill_system.learner.optimizer import build_optimizers
+from distill_system.learner.ranks import Ranks
+from distill_system.learner.sharding import (
+    Policy,
+    allocate,
+    build_mesh,
+    prepare_blocks,
+    shard_policy,
+    shard_rows,
 )
-from distill_system.planning.memory import Memory, MemoryPart
-from distill_system.planning.shapes import ModelShape
+from distill_system.learner.teacher_matrices import TeacherMatrices
+from distill_system.objectives import (
+    Importance,
+    PolicyHeads,
+    TeacherRows,
+    build_objective,
+    chunked_products,
+)
+from distill_system.planning.loads import LearnerLoad
+from distill_system.planning.memory import Memory, fullest_moment
+from distill_system.planning.shapes import build_empty
+from distill_system.planning.sizes import Sizes, SizeTracker
+from distill_system.records import TeacherTargets, TrajectoryChunk
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearnerLoad:
-    """What one learner rank holds and reads.
-
-    step_tokens: response tokens of the rank's step, N. part_tokens: tokens, prompts included, whose
-    activations are held at once. num_parts: of a step. feature_columns, action_columns: F and R of
-    what the teacher sends, 0 if it sends none. softmax_reads: streams whose expected embeddings are
-    read (AMMD). token_sums: streams with a token loss. teacher_columns: of the teacher's
-    unembedding, 0 where the objective does without. num_adapter: parameters of adapters, 0 if all
-    weights learn.
-    """
-
-    student: ModelShape
-    compute_dtype: str = "float32"
-    optimizer: str = "adamw"
-    num_ranks: int = 1
-    shard_ranks: int = 1
-    step_tokens: int
-    part_tokens: int
-    num_parts: int = 1
-    chunk_tokens: int
-    feature_columns: int = 0
-    action_columns: int = 0
-    softmax_reads: int = 0
-    token_sums: int = 0
-    teacher_columns: int = 0
-    teacher_number_bytes: int = FLOAT32
-    num_adapter: int = 0
-    checkpointing: bool = False
-    offload: bool = False
-    on_gpu: bool = False
-
-    @property
-    def is_wrapped(self) -> bool:
-        """Whether FSDP2 gathers the model; a rank alone without offload wraps nothing."""
-        return self.num_ranks > 1 or self.offload
-
-    @property
-    def arithmetic(self) -> Arithmetic:
-        """A wrapped model is gathered in bfloat16, another is cast by autocast."""
-        if self.compute_dtype == "float32":
-            return Arithmetic.FLOAT32
-        return Arithmetic.BFLOAT16 if self.is_wrapped else Arithmetic.AUTOCAST
-
-    @property
-    def reading(self) -> Reading:
-        """How the student's blocks are read; only a GPU has a kernel for packed lines."""
-        return Reading(
-            arithmetic=self.arithmetic,
-            checkpointing=self.checkpointing,
-            in_rectangles=not (self.on_gpu and self.compute_dtype == "bfloat16"),
-            learns_norms=not self.num_adapter,
-        )
-
-    @property
-    def num_learning(self) -> int:
-        """Parameters with a gradient."""
-        return self.num_adapter or self.student.num_parameters
-
-    @property
-    def num_held(self) -> int:
-        """All parameters, adapters included."""
-        return self.student.num_parameters + self.num_adapter
-
-
-RESTING = ("weights", "optimizer state", "gradients")
+CPU = torch.device("cpu")
+_SHARING = "learner.shard_ranks, learner.offload"
+LOWERED_BY = {
+    "weights": _SHARING,
+    "optimizer state": f"{_SHARING}, an optimizer of type muon, distill.update.type=lora",
+    "gradients": f"{_SHARING}, distill.update.type=lora",
+    "optimizer's workspace": f"{_SHARING}, distill.update.type=lora",
+    "teacher's matrices": "distill.action_dimension, scoring.dtype=bfloat16, learner.shard_ranks",
+    "activations": "learner.max_tokens_per_microbatch, learner.activation_checkpointing",
+    "backward": "learner.max_tokens_per_microbatch, learner.vocabulary_chunk_tokens",
+    "loss": "learner.vocabulary_chunk_tokens",
+    "rows of the step": (
+        "distill.student_prompts_per_step, distill.teacher_prompts_per_step, more ranks"
+    ),
+}
+RESTING = frozenset({"weights", "optimizer state", "gradients"})
 """What learner.offload keeps in CPU memory."""
+FEW_PARTS = (2, 3)
+"""Microbatches that are read of a step in more: each further one brings but its rows."""
 
 
 def learner_memory(load: LearnerLoad) -> Memory:
     """The fullest moment of a learner rank's step."""
-    gradients, rows = _gradients(load), _rows(load)
-    kept, block = _activations(load), _block(load)
-    chunk, unembedding = _vocabulary(load)
-    early = gradients if load.num_parts > 1 else unembedding
-    frozen, copies = _gathered_frozen(load), _copies(load)
-    rest = [*_at_rest(load), *_gathered(load)]
-    moments = {
-        "loss": [*rest, kept, copies, rows, frozen, chunk, unembedding],
-        "backward": [*rest, kept, block, copies, rows, early],
-        "first block": [*rest, gradients, _embedding_gradient(load), block, rows],
-        "optimizer": [*rest, gradients, _optimizer_workspace(load), _left_rows(load)],
+    lengths = [t.token_ids.size for chunk in load.chunks for t in chunk.trajectories]
+    num_parts = count_parts(lengths, load.config.max_tokens_per_microbatch)
+    steps = [load.chunks]
+    if num_parts > max(FEW_PARTS):
+        steps = [[_first(chunk, few / num_parts) for chunk in load.chunks] for few in FEW_PARTS]
+    leaves = load.config.offload and load.on_gpu  # on a CPU it is the same memory
+    elsewhere = RESTING if leaves else frozenset[str]()
+    sizes, model = SizeTracker(elsewhere), _build_empty_student(load)
+    with _mesh_of_one(load) as mesh, blocks_of_a_gpu(on_gpu=load.on_gpu), sizes:
+        learner = SizedLearner(load, model, sizes, mesh)
+        moments = [learner.measure_step(chunks) for chunks in steps]
+    if len(steps) == 1:
+        return fullest_moment(moments[0], LOWERED_BY, elsewhere)
+    fewer, more = (sum(len(chunk.trajectories) for chunk in chunks) for chunks in steps)
+    line = _draw_line(moments[0], moments[1], (len(lengths) - fewer) / (more - fewer))
+    return fullest_moment(line, LOWERED_BY, elsewhere)
+
+
+def _build_empty_student(load: LearnerLoad) -> LanguageModel:
+    model = build_empty(load.student)
+    if isinstance(load.update, LoraUpdate):
+        add_adapters(model, load.update, seed=0)
+    return model
+
+
+def _first(chunk: TrajectoryChunk, share: float) -> TrajectoryChunk:
+    count = max(1, round(share * len(chunk.trajectories)))
+    return replace(chunk, trajectories=chunk.trajectories[:count])
+
+
+def _draw_line(
+    start: Mapping[str, Sizes], end: Mapping[str, Sizes], length: float
+) -> dict[str, Sizes]:
+    """Each moment's bytes at `length` times the way from start to end."""
+    return {
+        moment: {
+            label: (1.0 - length) * start[moment].get(label, 0.0) + length * held.get(label, 0.0)
+            for label in {*held, *start[moment]}
+        }
+        for moment, held in end.items()
     }
-    leaves = load.offload and load.on_gpu  # on a CPU it is the same memory
-    accounts = [
-        Memory(
-            moment=moment,
-            parts=tuple(p for p in parts if p.num_bytes and not (leaves and p.name in RESTING)),
-            host_bytes=sum(p.num_bytes for p in parts if leaves and p.name in RESTING),
+
+
+@contextmanager
+def _mesh_of_one(load: LearnerLoad) -> Iterator[DeviceMesh | None]:
+    """The mesh that a rank of many is on, None for one that shards nothing."""
+    if load.num_ranks == 1 and not load.config.offload:
+        yield None
+        return
+    dist.init_process_group("fake", rank=0, world_size=load.num_ranks, store=FakeStore())
+    try:
+        shards = load.config.shard_size(load.num_ranks)
+        yield build_mesh(CPU, num_ranks=load.num_ranks, shard_ranks=shards)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def blocks_of_a_gpu(*, on_gpu: bool) -> Iterator[None]:
+    """Elementwise work over the vocabulary in a GPU's blocks, on the CPU's tensors as well."""
+    elements = chunked_products.GPU_BLOCK_ELEMENTS
+    with (
+        patch.object(chunked_products, "CPU_BLOCK_ELEMENTS", elements) if on_gpu else nullcontext()
+    ):
+        yield
+
+
+class _Alike(Ranks):
+    """One rank of several that all say the same."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor if self.world_size == 1 else tensor.clone()
+
+    def max(self, value: Any) -> Any:
+        return value
+
+
+class _SizedPolicy(Policy):
+    """What is made while the model is read are activations."""
+
+    sizes: SizeTracker
+
+    def __call__(self, *arguments: Any) -> Any:
+        with self.sizes.labelled("activations"):
+            return super().__call__(*arguments)
+
+
+class SizedLearner(Learner):
+    """The learner with weights that nobody reads, that tells the tracker what it does."""
+
+    def __init__(
+        self, load: LearnerLoad, model: LanguageModel, sizes: SizeTracker, mesh: DeviceMesh | None
+    ) -> None:
+        self.load_of, self.model, self.sizes = load, model, sizes
+        self.config, self.optimizer_config, self.total_steps = load.config, load.optimizer, 1
+        self.device, self.source = CPU, ModelSource(update=load.update)
+        self.ranks = _Alike(
+            rank=0, world_size=load.num_ranks, device=CPU, timeout_seconds=1.0, alone=mesh is None
         )
-        for moment, parts in moments.items()
-    ]
-    return max(accounts, key=lambda memory: memory.num_bytes)
+        self.reads_older_text = load.staleness.max_staleness > 0
+        self.importance = Importance(
+            kind=load.staleness.importance, cap=load.staleness.importance_cap
+        )
+        self.objective = build_objective(
+            load.objective,
+            max_response_tokens=max(
+                t.num_response_tokens for chunk in load.chunks for t in chunk.trajectories
+            ),
+            total_steps=1,
+            importance=self.importance,
+        )
+        with sizes.labelled("weights"):
+            self._build_policy(mesh)
+        with sizes.labelled("teacher's matrices"):
+            self._build_teacher(mesh)
+        ends = [self.model.get_input_embeddings().weight, unembedding(self.model)]
+        self.optimizers = build_optimizers(self.model, ends, load.optimizer)
+        with sizes.labelled("optimizer's workspace"):
+            self._make_optimizer_state()
 
+    def _build_policy(self, mesh: DeviceMesh | None) -> None:
+        load = self.load_of
+        allocate(self.model, CPU)
+        policy = _SizedPolicy(self.model, device=CPU, compute_dtype=load.config.compute_dtype)
+        policy.sizes, self.policy = self.sizes, policy
+        prepare_blocks(self.model, load.config)
+        if mesh is not None:
+            shard_policy(policy, mesh, load.config)
+            policy(lambda model: None)  # so that what is gathered once a step has been
+            policy.release()
 
-def _at_rest(load: LearnerLoad) -> list[MemoryPart]:
-    """Between two steps: float32 weights and moments, a part of each on every rank of a shard."""
-    student, shards = load.student, load.shard_ranks
-    # Muon keeps one moment of each matrix (an adapter's factors are all matrices), AdamW two.
-    matrices = load.num_adapter or student.num_matrix_parameters
-    states = 2 * load.num_learning - (matrices if load.optimizer == "muon" else 0)
-    sharing = "learner.shard_ranks, learner.offload"
-    actions = student.vocabulary * load.action_columns * FLOAT32 / shards
-    teacher = student.vocabulary * load.teacher_columns * load.teacher_number_bytes / shards
-    return [
-        MemoryPart(name="weights", num_bytes=FLOAT32 * load.num_held / shards, lowered_by=sharing),
-        MemoryPart(
-            name="optimizer state",
-            num_bytes=FLOAT32 * states / shards,
-            lowered_by=f"{sharing}, an optimizer of type muon, distill.update.type=lora",
-        ),
-        MemoryPart(
-            name="action embeddings", num_bytes=actions, lowered_by="distill.action_dimension"
-        ),
-        MemoryPart(
-            name="teacher unembedding",
-            num_bytes=teacher,
-            lowered_by="scoring.dtype=bfloat16, learner.shard_ranks",
-        ),
-    ]
+    def _build_teacher(self, mesh: DeviceMesh | None) -> None:
+        """Its matrices, as large as those that a run reads from files."""
+        load, rows = self.load_of, self.load_of.student.vocabulary
+        self.teacher = TeacherMatrices(self.source, None, vocabulary_size=0, device=CPU, mesh=None)
+        actions_VE = torch.empty(rows, load.action_columns)
+        self.teacher.action_embeddings_VE = shard_rows(actions_VE, CPU, mesh)
+        if load.objective is not None and load.objective.needs_teacher_distribution:
+            assert load.teacher is not None, "a distribution of the teacher's has a teacher"
+            dtype = getattr(torch, load.teacher_dtype)
+            matrix_VF = torch.empty(rows, load.teacher.row_size, dtype=dtype)
+            self.teacher.unembedding_VF = shard_rows(matrix_VF, CPU, mesh)
 
+    def _make_optimizer_state(self) -> None:
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p: self.sizes.relabel(p.grad, "gradients")
+                )
+        for optimizer in self.optimizers:
+            if self.load_of.on_gpu and isinstance(optimizer, torch.optim.AdamW):
+                for group in optimizer.param_groups:  # what torch chooses on a GPU
+                    group["foreach"] = not self.config.offload
+        self._update(0)
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                for tensor in state.values():
+                    self.sizes.relabel(tensor, "optimizer state")
 
-def _gathered(load: LearnerLoad) -> list[MemoryPart]:
-    """What ranks of a shard bring together: two blocks at a time; the rest for a whole step."""
-    if not load.is_wrapped:
-        return []
-    number, student = load.arithmetic.num_bytes, load.student
-    blocks = 2 * number * student.num_block_parameters
-    ends = number * student.num_embedding_parameters
-    # A block's gradient is brought into float32 before it is summed and given back.
-    reduced = FLOAT32 * student.num_block_parameters * (not load.num_adapter)
-    return [
-        MemoryPart(name="gathered blocks", num_bytes=blocks + reduced),
-        MemoryPart(name="gathered embeddings", num_bytes=ends),
-    ]
+    def measure_step(self, chunks: Sequence[TrajectoryChunk]) -> dict[str, Sizes]:
+        """What is held in each moment of a step of these."""
+        totals = {chunk.stream: StreamTotals.of(chunk.trajectories) for chunk in chunks}
+        self.sizes.forget_peaks()
+        with self.sizes.labelled("rows of the step"):
+            self.step(0, chunks, totals)
+        return self.sizes.fullest
 
+    def _collate(
+        self,
+        chunks: Sequence[TrajectoryChunk],
+        targets: Sequence[Sequence[TeacherTargets] | None],
+        totals: Mapping[Any, StreamTotals],
+    ) -> LearnerBatch:
+        batch = super()._collate(chunks, (), totals)
+        objective = self.load_of.objective
+        if objective is None:
+            return batch
+        rows = {
+            stream: self._teacher_rows(objective.teacher_needs(stream.value), total.num_tokens)
+            for stream, total in totals.items()
+        }
+        return replace(batch, teacher=rows)
 
-def _gathered_frozen(load: LearnerLoad) -> MemoryPart:
-    """The teacher's matrices, whole, while the loss is made."""
-    of_token = load.action_columns * FLOAT32 + load.teacher_columns * load.teacher_number_bytes
-    elsewhere = 1.0 - 1.0 / load.shard_ranks
-    return MemoryPart(
-        name="gathered frozen matrices",
-        num_bytes=elsewhere * load.student.vocabulary * of_token,
-        lowered_by="distill.action_dimension, scoring.dtype=bfloat16",
-    )
+    def _teacher_rows(self, needs: TeacherNeeds, num_tokens: int) -> TeacherRows:
+        load = self.load_of
+        assert load.teacher is not None, "an objective has a teacher"
+        return TeacherRows(
+            features_NF=torch.empty(num_tokens, load.teacher.row_size) if needs.features else None,
+            expected_embedding_NE=(
+                torch.empty(num_tokens, load.action_columns) if needs.expected_embedding else None
+            ),
+            logprobs_N=torch.empty(num_tokens) if needs.logprobs else None,
+            top_k_ids_NK=(
+                torch.empty(num_tokens, needs.top_k, dtype=torch.int64) if needs.top_k else None
+            ),
+            top_k_logprobs_NK=torch.empty(num_tokens, needs.top_k) if needs.top_k else None,
+        )
 
+    def _heads(self) -> PolicyHeads:
+        self.sizes.label = "loss"
+        return super()._heads()
 
-def _copies(load: LearnerLoad) -> MemoryPart:
-    """Autocast's: kept by the layers that multiplied by them, or made again with their block; the
-    unembedding's is made where it is read."""
-    student = load.student
-    copied = student.num_parameters
-    if load.checkpointing:
-        copied = student.num_embedding_parameters + 2 * student.num_block_parameters
-    casts = load.arithmetic is Arithmetic.AUTOCAST
-    return MemoryPart(
-        name="bfloat16 copies of the weights",
-        num_bytes=float(BFLOAT16 * copied * casts),
-        lowered_by="learner.activation_checkpointing",
-    )
+    def _require_finite(self, loss: float, step: int) -> None:
+        self.sizes.label = "backward"
 
-
-def _activations(load: LearnerLoad) -> MemoryPart:
-    return MemoryPart(
-        name="activations",
-        num_bytes=load.part_tokens * activation_bytes_per_token(load.student, load.reading),
-        lowered_by="learner.max_tokens_per_microbatch, learner.activation_checkpointing",
-    )
-
-
-def _block(load: LearnerLoad) -> MemoryPart:
-    return MemoryPart(
-        name="backward of a block",
-        num_bytes=load.part_tokens * backward_bytes_per_token(load.student, load.reading),
-        lowered_by="learner.max_tokens_per_microbatch",
-    )
-
-
-def _rows(load: LearnerLoad) -> MemoryPart:
-    """Of all response tokens of the step: hidden rows as read, in order, and their gradient; the
-    teacher's features, as unit rows too; four of the action columns' size, the teacher's and the
-    student's expectation, the critic's answer and a gradient."""
-    hidden = 3 * load.student.row_size
-    features = (1.5 if load.softmax_reads else 1.0) * load.feature_columns
-    actions = 4 * load.action_columns if load.softmax_reads else 0
-    fewer = "distill.student_prompts_per_step, distill.teacher_prompts_per_step, more ranks"
-    return MemoryPart(
-        name="rows of the step",
-        num_bytes=float(FLOAT32 * load.step_tokens * (hidden + features + actions)),
-        lowered_by=fewer,
-    )
-
-
-def _left_rows(load: LearnerLoad) -> MemoryPart:
-    """Of these, what stays until the step is over: the hidden rows and the teacher's."""
-    columns = 2 * load.student.row_size + load.feature_columns + load.action_columns
-    return MemoryPart(
-        name="rows of the step", num_bytes=float(FLOAT32 * load.step_tokens * columns)
-    )
-
-
-def _vocabulary(load: LearnerLoad) -> list[MemoryPart]:
-    """A chunk's logits, and the unembedding's gradients: one of each stream that is read."""
-    tokens = min(load.chunk_tokens, load.step_tokens)
-    copies = 2.0 if load.softmax_reads else 1.0 + bool(load.teacher_columns)
-    copies += 0.5 * (load.arithmetic is not Arithmetic.FLOAT32)
-    # Elementwise work sees a few rows of a chunk at a time: a softmax in place, or a loss with
-    # autograd, which makes about six temporaries.
-    elements = min(2**24 if load.on_gpu else 2**20, tokens * load.student.vocabulary)
-    blocks = (6 if load.token_sums else 2) * FLOAT32 * elements
-    streams = 0 if load.num_adapter else max(1, load.softmax_reads + load.token_sums)
-    return [
-        MemoryPart(
-            name="chunk over the vocabulary",
-            num_bytes=copies * FLOAT32 * tokens * load.student.vocabulary + blocks,
-            lowered_by="learner.vocabulary_chunk_tokens",
-        ),
-        MemoryPart(
-            name="gradients of the unembedding",
-            num_bytes=streams * FLOAT32 * load.student.vocabulary * load.student.row_size,
-        ),
-    ]
-
-
-def _gradients(load: LearnerLoad) -> MemoryPart:
-    return MemoryPart(
-        name="gradients",
-        num_bytes=FLOAT32 * load.num_learning / load.shard_ranks,
-        lowered_by="learner.shard_ranks, learner.offload, distill.update.type=lora",
-    )
-
-
-def _embedding_gradient(load: LearnerLoad) -> MemoryPart:
-    """The input embeddings' is as large as they are, and joins the unembedding's if tied."""
-    student = load.student
-    held = 0 if load.num_adapter else student.vocabulary * student.embedding_size
-    return MemoryPart(name="gradient of the embeddings", num_bytes=FLOAT32 * float(held))
-
-
-def _optimizer_workspace(load: LearnerLoad) -> MemoryPart:
-    """On a GPU AdamW updates all weights at once and makes one more of each on the way; on a CPU
-    one matrix after another, the embeddings being the largest."""
-    student = load.student
-    at_once = float(load.num_learning) / load.shard_ranks
-    if not load.on_gpu or load.offload:
-        largest = student.vocabulary * max(student.row_size, student.embedding_size)
-        at_once = min(at_once, 2.0 * largest / load.shard_ranks)
-    return MemoryPart(name="optimizer's workspace", num_bytes=FLOAT32 * at_once)
+    def _update(self, step: int) -> tuple[float, float]:
+        self.sizes.label = "optimizer's workspace"
+        return super()._update(step)

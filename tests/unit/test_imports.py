@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"data", "rollout", "scoring", "weights", "observe", "evaluation"}
     | {"run", "streams", "elastic"},
     # several runs, and what goes before and after them
-    "planning": RECORDS,
+    "planning": RECORDS | {"language_model", "learner", "objectives", "scoring"},
     "comparison": RECORDS | {"evaluation", "observe", "standard_errors"},
     "stages": RECORDS
     | {"data", "learner", "cluster", "observe", "run", "driver", "planning", "comparison"},

@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 
@@ -79,6 +80,50 @@ def test_a_text_that_cannot_be_read_is_refused_with_its_line(text: str, message:
     with pytest.raises(ConfigError) as raised:
         _parse(text)
     assert message in str(raised.value)
+
+
+def _alias_bomb() -> str:
+    """Ten levels of ten aliases each: ten thousand million values in 600 characters."""
+    levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 11)]
+    return "a0: &a0 [x]\n" + "".join(levels)
+
+
+def _alias_chain(length: int) -> str:
+    """Each list holds the one before: shallow as written, deep as meant."""
+    return "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, length))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (_alias_bomb(), "line 1: expected at most 100,000 values, got more once all aliases"),
+        (_alias_chain(2000), "line 1: expected lists and mappings of at most 50 levels"),
+        (
+            "[" * 60 + "]" * 60,
+            "line 1: not valid YAML: expected lists and mappings of at most 50 levels",
+        ),
+        (
+            "[" * 5000 + "]" * 5000,
+            "line 1: not valid YAML: expected lists and mappings of at most 50 levels",
+        ),
+        ("{a: " * 5000, "line 1: not valid YAML: expected lists and mappings of at most 50 levels"),
+        ("- " * 5000, "line 1: not valid YAML: expected lists and mappings of at most 50 levels"),
+        ("x" * 300_000, "text: expected at most 262,144 characters, got 300,000"),
+        ("a\x00b: 1", "text: not valid YAML"),
+        ("\x00" * 1000, "text: not valid YAML"),
+    ],
+    ids=["bomb", "chain", "deep", "lists", "mappings", "blocks", "long", "nul", "nuls"],
+)
+def test_a_text_that_no_configuration_is_ends_at_once(text: str, message: str) -> None:
+    started = time.process_time()
+    with pytest.raises(ConfigError) as raised:
+        _parse(text)
+    assert message in str(raised.value)
+    assert time.process_time() - started < 10.0
+
+
+def test_an_alias_is_written_out() -> None:
+    assert _parse("a: &x {b: [1]}\nc: *x\n") == {"a": {"b": [1]}, "c": {"b": [1]}}
 
 
 def test_a_text_without_a_document_has_no_tree() -> None:

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from distill_system.cli import app
 from distill_system.config import load_config
+from distill_system.config.recipes import recipe_path
 from distill_system.planning import make_plan
 from distill_system.stages.plan import plan_run
 
@@ -41,7 +42,7 @@ def test_a_hub_model_that_is_not_here_is_named(monkeypatch) -> None:
 
 
 def test_what_does_not_fit_names_the_keys_that_help() -> None:
-    large = "student.architecture={hidden_size: 8192, intermediate_size: 28672, num_layers: 40, "
+    large = "student.architecture={hidden_size: 8192, intermediate_size: 28672, num_layers: 8, "
     large += "num_heads: 64, max_position_embeddings: 128}"
     result = _run(QUICKSTART, large, *GPUS, "--device-gib", "80")
     assert result.exit_code == 1
@@ -106,3 +107,37 @@ def test_more_ranks_share_a_student_and_a_step(families: list[str]) -> None:
     assert learner(*four) < learner()
     assert learner(*four, "learner.shard_ranks=all") < learner(*four)
     assert learner("learner.max_tokens_per_microbatch=500") < learner()
+
+
+def test_bfloat16_halves_a_scorer_but_for_its_float32_rows(families: list[str]) -> None:
+    def scorer(*settings: str) -> dict[str, float]:
+        config = load_config([QUICKSTART], [*families, *settings])
+        plan = make_plan(config, vocabulary=None, device_gib=80)
+        return dict(next(w for w in plan.workers if w.pool == "teacher_scoring").memory.parts)
+
+    full, half = scorer(), scorer("scoring.dtype=bfloat16")
+    assert half["weights"] == pytest.approx(full["weights"] / 2, rel=0.01)
+    assert sum(half.values()) < sum(full.values())
+
+
+def test_tensor_parallelism_divides_an_engines_weights(families: list[str]) -> None:
+    def weights(gpus: int) -> float:
+        config = load_config([QUICKSTART], [*families, *GPUS, f"pools.student_rollout.gpus={gpus}"])
+        plan = make_plan(config, vocabulary=None, device_gib=80)
+        engine = next(w for w in plan.workers if w.pool == "student_rollout")
+        return engine.memory.parts["weights"]
+
+    assert weights(1) == 2 * weights(2)
+
+
+@pytest.mark.parametrize(
+    "name", ["ammd_paper", "ammd_soft_advantage", "dac_kl", "minillm", "sinkd", "top_k"]
+)
+def test_methods_are_planned_by_their_own_code(families: list[str], name: str) -> None:
+    config = load_config([QUICKSTART, recipe_path(name)], families)
+    plan = plan_run(config, device_gib=80)
+    learner = next(worker for worker in plan.workers if worker.pool == "learner")
+    parts, moment = learner.memory.parts, learner.memory.moment
+    assert parts["weights"] == pytest.approx(4 * plan.student.num_parameters, rel=0.02)
+    assert parts["weights"] <= parts["optimizer state"] <= 2 * parts["weights"]  # Muon
+    assert moment in ("loss", "backward", "activations", "optimizer's workspace")
