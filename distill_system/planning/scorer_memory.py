@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from distill_system.config.run import RunConfig
 from distill_system.language_model import LanguageModel, unembedding
@@ -14,7 +17,6 @@ from distill_system.planning.loads import scored_at_once, teacher_needs
 from distill_system.planning.memory import Memory, fullest_moment
 from distill_system.planning.shapes import ModelShape, build_empty
 from distill_system.planning.sizes import SizeTracker
-from distill_system.records import FloatArray
 from distill_system.scoring import TeacherScorer
 
 LOWERED_BY = {
@@ -31,9 +33,20 @@ def scorer_memory(config: RunConfig, teacher: ModelShape) -> Memory:
     model = build_empty(teacher).to(getattr(torch, config.scoring.dtype)).requires_grad_(False)
     with blocks_of_a_gpu(on_gpu=config.pools.teacher_scoring.gpus > 0), SizeTracker() as sizes:
         scorer = SizedScorer(config, model, sizes)
-        with torch.no_grad(), sizes.labelled("a forward pass"):
+        with torch.no_grad(), _NoNumbers(), sizes.labelled("a forward pass"):
             scorer._score(chunk.trajectories, teacher_needs(config))
         return fullest_moment(sizes.fullest, LOWERED_BY)
+
+
+class _NoNumbers(TorchFunctionMode):
+    """Arrays of tensors without values have their rows and no columns."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.numpy:
+            return np.zeros((args[0].shape[0], 0)[: args[0].ndim], dtype=np.float32)
+        return func(*args, **(kwargs or {}))
 
 
 class SizedScorer(TeacherScorer):
@@ -53,7 +66,3 @@ class SizedScorer(TeacherScorer):
 
     def _require_finite(self, hidden_NH: Tensor, trajectories: object) -> None:
         self.sizes.label = "rows of a call"
-
-    def _to_wire(self, rows_NX: Tensor) -> FloatArray:
-        rows_NX.float()
-        return np.empty((rows_NX.shape[0], 0), dtype=np.float32)
