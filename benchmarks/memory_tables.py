@@ -54,6 +54,8 @@ def _shapes() -> dict[str, ModelShape]:
 def _config(settings: Sequence[str]) -> RunConfig:
     """A step of 64 sequences of 512 + 512 tokens, half of them in each stream."""
     text = [
+        "teacher.architecture.max_position_embeddings=1024",
+        "student.architecture.max_position_embeddings=1024",
         "data.max_prompt_tokens=512",
         "rollout.sampling.max_response_tokens=512",
         "distill.student_prompts_per_step=32",
@@ -86,6 +88,7 @@ def _learner(name: str, ranks: int, lora_rank: int) -> Memory:
     config = _config(
         [
             f"pools.learner={{count: {ranks}, gpus: 1}}",
+            "pools.student_rollout={count: 1, gpus: 1}",
             "learner={compute_dtype: bfloat16, activation_checkpointing: true, "
             "shard_ranks: all, max_tokens_per_microbatch: 8192}",
             *([f"distill.update={{type: lora, rank: {lora_rank}}}"] if lora_rank else []),
