@@ -314,6 +314,8 @@ def test_intervals_fill_their_card_from_the_lowest_bound_to_the_highest(
     bounds = [(float(left), float(left) + float(width)) for left, width in found]
     # Two objectives in each of three cards, from zero to ammd's upper bound.
     assert len(bounds) == 6
+    kinds = re.findall(r'<i class="mean (\w+)"', small.html_path.read_text())
+    assert kinds == ["up"] * 6, "both are better than sft"
     assert max(high for _, high in bounds) == pytest.approx(100.0, abs=0.02)
     assert all(40 < low < high < 55 for low, high in bounds[::2])
 
