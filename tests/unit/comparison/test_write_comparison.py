@@ -267,6 +267,7 @@ def small(tmp_path: Path) -> ComparisonFiles:
         "sampled_tokens/teacher": 3500.0,
         "learner/response_tokens": 1000.0,
         "evaluation/easy/exact_match_greedy": 30.0,
+        "evaluation/out_of_reach/exact_match_greedy": 30.0,
     }
     write_plan(tmp_path, make_plan(list(means), [0, 1]))
     for objective, by_seed in means.items():
@@ -299,9 +300,30 @@ def test_a_cells_note_says_the_difference_its_interval_and_what_it_rests_on(
 def test_drawn_curves_have_titles_bands_and_one_line_an_objective(small: ComparisonFiles) -> None:
     page = small.html_path.read_text()
     assert page.index("Distances to the teacher") < page.index("Scores during training")
-    assert page.count("mean over seeds, band of one standard error") == 2
+    assert len(re.findall(">mean over seeds, band of one standard error", page)) == 3
     assert "On-policy distance" in page
     assert "Exact match, greedy · easy" in page
+    assert "Exact match, greedy · out of reach" in page
+
+
+def test_intervals_fill_their_card_from_the_lowest_bound_to_the_highest(
+    small: ComparisonFiles,
+) -> None:
+    shown = r'<i class="(?:up|down|unclear)" style="left: ([\d.]+)%; width: ([\d.]+)%'
+    found = re.findall(shown, small.html_path.read_text())
+    bounds = [(float(left), float(left) + float(width)) for left, width in found]
+    # Two objectives in each of three cards, from zero to ammd's upper bound.
+    assert len(bounds) == 6
+    kinds = re.findall(r'<i class="mean (\w+)"', small.html_path.read_text())
+    assert kinds == ["up"] * 6, "both are better than sft"
+    assert max(high for _, high in bounds) == pytest.approx(100.0, abs=0.02)
+    assert all(40 < low < high < 55 for low, high in bounds[::2])
+
+
+def test_a_bar_in_a_name_does_not_end_its_cell(tmp_path: Path) -> None:
+    values = {"easy": {"rouge_l_greedy": [40.0, 50.0]}}
+    write_trial(tmp_path, make_plan(["a|b"], [0], config={}), {"a|b": {0: values}})
+    assert "| a\\|b | **45.0** |" in write_comparison(tmp_path).markdown_path.read_text()
 
 
 def test_the_json_form_says_whose_it_is_and_at_what_level(small: ComparisonFiles) -> None:

@@ -118,6 +118,8 @@ def test_no_rows_in_no_rows_out_with_a_graph():
 def test_unit_rows_have_length_one_and_a_zero_row_stays_zero():
     rows = unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     assert rows.tolist() == [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    stacked = unit_rows(torch.full((2, 3, 4), 5.0))
+    assert stacked.flatten().tolist() == [0.5] * 24
 
 
 def _reverse_kl(chunk):
