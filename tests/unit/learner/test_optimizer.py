@@ -55,6 +55,17 @@ def test_every_parameter_has_one_optimizer_and_only_hidden_matrices_decay(kind):
     assert [id(p) for p in muon] == ([id(net.hidden.weight)] if kind == "muon" else [])
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_what_is_frozen_has_no_optimizer(kind):
+    net = _Net()
+    net.hidden.weight.requires_grad_(False)
+    net.second = torch.nn.Linear(4, 4, bias=False)
+    config = OptimizerConfig(type=kind, learning_rate=1.0)
+    optimizers = build_optimizers(net, [net.embedding.weight], config)
+    owned = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+    assert owned == {id(p) for p in net.parameters()} - {id(net.hidden.weight)}
+
+
 @pytest.mark.parametrize("shape", [(256, 64), (64, 256), (96, 96)])
 def test_a_step_of_muon_is_as_long_as_one_of_adamw_and_both_follow_the_rate(shape):
     """0.2 x rate is AdamW's usual root mean square, so that one rate serves both."""

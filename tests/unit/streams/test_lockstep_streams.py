@@ -83,7 +83,9 @@ class WaitedForWorkers(LocalWorkers):
         return super().finish(references, **how)
 
     def wait_any(self, references, *, what, seconds, unhurried=(), together_seconds=0.0):
-        min(references, key=lambda reference: reference.number).complete()
+        left = [reference for reference in references if reference.run is not None]
+        if left:
+            min(left, key=lambda reference: reference.number).complete()
         return [reference for reference in references if reference.run is None]
 
 
