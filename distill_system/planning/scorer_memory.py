@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from distill_system.config.objective.needs import Signal
 from distill_system.config.run import RunConfig
@@ -34,20 +31,9 @@ def scorer_memory(config: RunConfig, teacher: ModelShape) -> Memory:
     model = build_empty(teacher).to(getattr(torch, config.scoring.dtype)).requires_grad_(False)
     with blocks_of_a_gpu(on_gpu=config.pools.teacher_scoring.gpus > 0), SizeTracker() as sizes:
         scorer = SizedScorer(config, model, sizes)
-        with torch.no_grad(), _NoNumbers(), sizes.labelled("a forward pass"):
+        with torch.no_grad(), sizes.labelled("a forward pass"):
             scorer._score(chunk.trajectories, teacher_needs(config))
         return fullest_moment(sizes.fullest, LOWERED_BY)
-
-
-class _NoNumbers(TorchFunctionMode):
-    """Arrays of tensors without values have their rows and no columns."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is Tensor.numpy:
-            return np.zeros((args[0].shape[0], 0)[: args[0].ndim], dtype=np.float32)
-        return func(*args, **(kwargs or {}))
 
 
 class SizedScorer(TeacherScorer):
