@@ -160,3 +160,25 @@ def test_the_logprob_gap_is_what_sampler_and_learner_differ_by(
     assert group.learn(3, scored(wrong)).metrics["learner/logprob_gap"] == pytest.approx(
         mean, rel=1e-3
     )
+
+
+def test_a_rank_leaves_a_transfer_group_before_it_opens_another_and_as_it_ends(
+    make_learner, monkeypatch
+):
+    log = []
+
+    class Publisher:
+        def __init__(self, source, *, master_port, **how):
+            self.port = master_port
+            log.append(("open", self.port))
+
+        def close(self):
+            log.append(("close", self.port))
+
+    monkeypatch.setattr("distill_system.learner.learner.WeightPublisher", Publisher)
+    learner = make_learner()
+    for port in (1, 2):
+        learner.connect_rollouts("gloo", None, "here", port, 2, 10.0)
+    learner.close()
+    assert log == [("open", 1), ("close", 1), ("open", 2), ("close", 2)]
+    make_learner().close()
