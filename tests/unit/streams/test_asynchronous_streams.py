@@ -427,6 +427,39 @@ def test_a_budget_of_tokens_lets_steps_take_more_than_their_own(tmp_path):
     assert max(counts) > 4
 
 
+@pytest.mark.parametrize(("weight", "read"), [(0.0, "off_policy"), (1.0, "on_policy")])
+def test_a_stream_that_the_objective_does_not_read_is_not_written(tmp_path, weight, read):
+    overrides = [
+        "distill.staleness.max_staleness=1",
+        f"distill.objective.on_policy_weight={weight}",
+    ]
+    played = play(tmp_path, seed=4, overrides=overrides)
+    assert {stream for batch in played.learner.trained for stream, _ in batch} == {read}
+    assert played.streams.pop_prompts().keys() == {read}
+    sampled = played.streams.pop_counts()
+    silent = "teacher" if read == "on_policy" else "student"
+    assert sampled[f"sampled_tokens/{silent}"] == 0
+
+
+def test_queues_and_what_is_in_flight_are_told(tmp_path):
+    """At the end of a run nothing is: every prompt that was given out was learned from."""
+    played = play(tmp_path, seed=4, overrides=["distill.staleness.max_staleness=2"])
+    assert played.streams.pop_counts()["in_flight/sequences"] == 0
+    activity = played.streams.pop_activity()
+    assert {pool: each.queued for pool, each in activity.items()} == dict.fromkeys(activity, 0)
+    assert activity["learner"].num_sequences == STEPS * 8
+    assert activity["teacher_scoring"].num_sequences == STEPS * 8
+    for pool in ("student_rollout", "teacher_rollout"):
+        assert activity[pool].num_sequences == STEPS * 4
+        tokens = activity[pool].num_tokens
+        assert tokens == sum(
+            t.num_response_tokens
+            for batch in played.learner.trained
+            for _, t in batch
+            if t.author == pool.removesuffix("_rollout")
+        )
+
+
 @pytest.mark.parametrize("stop", [1, 3, 6])
 def test_a_resumed_run_trains_on_the_prompts_that_were_in_flight(tmp_path, stop):
     """In order: the same prompts in the same steps of both streams, as samples of their own."""
