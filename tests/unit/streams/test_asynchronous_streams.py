@@ -103,9 +103,12 @@ def play(
     if state is not None:
         streams.restore(state)
     streams.begin(begin)
-    most_under_way = 0
+    most_under_way, chunk_sizes = 0, []
     for step in range(begin, steps if stop is None else stop):
         scored = streams.take(step)
+        chunk_sizes.append(
+            [len(p.chunk.trajectories) for p in scored if p.chunk.stream == "on_policy"]
+        )
         for buffer in [flow.buffer for flow in streams._flows.values()]:
             require_one_place_each(buffer)
             most_under_way = max(most_under_way, buffer.num_in_flight)
@@ -116,6 +119,7 @@ def play(
         streams=streams,
         clock=clock,
         most_under_way=most_under_way,
+        chunk_sizes=chunk_sizes,
         state=json.loads(json.dumps(streams.state())),
     )
 
@@ -439,6 +443,52 @@ def test_a_stream_that_the_objective_does_not_read_is_not_written(tmp_path, weig
     sampled = played.streams.pop_counts()
     silent = "teacher" if read == "on_policy" else "student"
     assert sampled[f"sampled_tokens/{silent}"] == 0
+
+
+def test_every_learner_rank_has_a_chunk_of_the_smallest_batch(tmp_path):
+    """Half of 8 sequences are enough for a step of two ranks: chunks of 2 at most."""
+    overrides = [
+        "distill.staleness.max_staleness=2",
+        "distill.staleness.too_old=reissue",
+        "distill.staleness.min_on_policy_share=0.5",
+        "pools.learner.count=2",
+    ]
+    played = play(tmp_path, seed=1, overrides=overrides, batch=8, num_prompts=200)
+    assert {size for sizes in played.chunk_sizes for size in sizes} <= {1, 2}
+    assert max(size for sizes in played.chunk_sizes for size in sizes) == 2
+    assert all(len(sizes) >= 2 for sizes in played.chunk_sizes)
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "publish_seconds", "reason"), [(10.0, 0.0, "blocked"), (0.0, 10.0, "starved")]
+)
+def test_idle_writers_wait_for_room_or_for_weights(tmp_path, step_seconds, publish_seconds, reason):
+    """Quick writers before a slow learner have no room; before slow weights nothing to write by."""
+    clock = Clock()
+    students = SimulatedWorkers(clock, [SimulatedWriter(Author.STUDENT, 1e3, lambda: 5)])
+    learner = SimulatedLearner(
+        clock,
+        students,
+        draw_step_seconds=lambda: step_seconds,
+        draw_publish_seconds=lambda: publish_seconds,
+    )
+    context, pools, data = simulated_run(
+        load_config([QUICKSTART], ["distill.steps=9", "distill.staleness.max_staleness=1"]),
+        SimpleNamespace(prompts=make_prompts(99), student_sft=[], stored=[]),
+        students=students,
+        teachers=SimulatedWorkers(clock, [SimulatedWriter(Author.TEACHER, 1e3, lambda: 5)]),
+        scorers=SimulatedWorkers(clock, [SimulatedScorer(1e6)]),
+        learner=learner,
+        timings_folder=RunDirectory(tmp_path),
+    )
+    streams = AsynchronousStreams(context, pools, data, clock=clock)
+    streams.begin(0)
+    for step in range(5):
+        streams.learn(step, streams.take(step))
+        streams.publish(step + 1)
+    activity = streams.pop_activity()
+    assert getattr(activity["student_rollout"], f"{reason}_share") > 0.8
+    assert activity["teacher_rollout"].blocked_share > 0.8, "the teacher needs no weights"
 
 
 def test_queues_and_what_is_in_flight_are_told(tmp_path):
