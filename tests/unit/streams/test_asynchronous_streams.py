@@ -239,7 +239,28 @@ def test_a_step_may_go_on_without_the_late_ones(tmp_path, seed, share):
     assert all(0 <= age <= 2 for age in ages(played.learner))
     for batch in played.learner.trained:
         assert share * 4 <= sum(s == "on_policy" for s, _ in batch) <= 4
-        assert 4 <= sum(s == "off_policy" for s, _ in batch) <= 8 - share * 4
+        written = Counter(s for s, _ in batch)
+        assert 4 <= written["off_policy"] <= 8 - written["on_policy"], "no more than what lacks"
+
+
+def test_off_policy_text_stands_in_for_what_an_on_policy_batch_lacks(tmp_path):
+    """At a seed at which batches are short, and others whole."""
+    played = play(
+        tmp_path,
+        seed=1,
+        overrides=[
+            "distill.staleness.max_staleness=2",
+            "distill.staleness.too_old=reissue",
+            "distill.staleness.min_on_policy_share=0.25",
+        ],
+        steps=30,
+        num_prompts=200,
+    )
+    batches = [Counter(s for s, _ in batch) for batch in played.learner.trained]
+    assert {batch["on_policy"] for batch in batches} >= {1, 4}
+    short = [batch for batch in batches if batch["on_policy"] < 4]
+    assert max(batch["off_policy"] for batch in short) > 4
+    assert all(batch["off_policy"] == 4 for batch in batches if batch["on_policy"] == 4)
 
 
 @anything
