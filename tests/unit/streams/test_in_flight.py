@@ -261,6 +261,7 @@ def test_whatever_happens_nothing_is_lost_and_nothing_too_old_is_learned_from(
             step = buffer.next_step
             fed = [t for part in buffer.take() for t in part.chunk.trajectories]
             assert len(fed) == batch
+            assert all(at is None or at > step for at, _ in buffer._by_state), "steps that are over"
             learned += [int(t.prompt_id.removeprefix("p")) for t in fed]
             if too_old != "weigh":
                 assert all(step - t.oldest_version <= bound for t in fed)

@@ -159,8 +159,10 @@ def test_a_scorer_that_leaves_finishes_what_it_has_and_gets_nothing_more():
     built.begin(at=0.0)
     assert not built.scorers.leave(0)
     done = built.workers.wait_any(built.scorers.references, what="scores", seconds=100)
+    assert built.scorers.workers.present == {0, 1}, "it works still"
     for reference in done:
         built.scorers.collect(reference)
+    assert built.scorers.workers.present == {1}
     assert built.scorers.leave(0)
     built.fill([90, 90, 90])
     built.scorers.begin()
