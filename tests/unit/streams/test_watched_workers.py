@@ -67,3 +67,4 @@ def test_workers_count_for_as_long_as_they_belong(build):
     clock.now = 10.0
     assert watched.pop_activity().worker_seconds == pytest.approx(10 + 4 + 6)
     assert watched.members == (0, 1, 7)
+    assert watched.count == 3
