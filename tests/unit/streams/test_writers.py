@@ -117,3 +117,14 @@ def test_a_worker_that_leaves_is_waited_for_no_more_and_its_prompts_are_free():
     assert len(built.writers.references) == 1
     assert len(built.buffer.handed_back()) == 2
     assert built.writers.find_free(lambda version: True) == (1, 0)
+
+
+def test_a_worker_was_busy_for_as_long_as_it_says_however_late_it_is_heard_of():
+    built = Built(1)
+    built.give(1)  # three tokens: two slices of a second, and a third that nobody begins
+    built.writers.begin()
+    built.clock.run_until(lambda: False, 10.0)
+    for _ in range(2):
+        built.writers.collect(built.writers.references)
+    activity = built.writers.workers.pop_activity()
+    assert (activity.busy_seconds, activity.worker_seconds) == (2.0, 10.0)
