@@ -28,13 +28,10 @@ from distill_system.run.pools import Pools
 from distill_system.streams.in_flight import InFlight
 from distill_system.streams.scorers import Scorers
 from distill_system.streams.stream_flow import LookUp, StreamFlow
-from distill_system.streams.streams import Streams
+from distill_system.streams.streams import LOOK_SECONDS, Streams
 from distill_system.streams.window import StalenessWindow
 from distill_system.streams.writers import NO_VERSION, Writers
 from distill_system.workers import Reference
-
-LOOK_SECONDS = 1.0
-"""Longest wait before the driver looks again whether all workers live."""
 
 TOGETHER_SHARE = 0.25
 """Of a slice: so long a turn listens for more. Each worker has another slice in flight."""

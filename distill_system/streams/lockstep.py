@@ -18,12 +18,10 @@ from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
 from distill_system.scoring import ScoringPool
 from distill_system.streams.replay import AdaptiveReplay, StepKind
-from distill_system.streams.streams import Streams
+from distill_system.streams.streams import LOOK_SECONDS, Streams
 from distill_system.workers import Reference
 
 HELD_OUT_LOSS = "held_out/cross_entropy"
-LOOK_SECONDS = 1.0
-"""Longest wait before the driver looks again whether all workers live."""
 
 
 class LockstepStreams(Streams):

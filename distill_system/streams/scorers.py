@@ -8,7 +8,7 @@ waited long enough.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -143,18 +143,17 @@ class Scorers:
 
     def _begin_chunk(self, waiting: Mapping[int, Entry], stream: Stream) -> bool:
         """Cut a chunk and hand it out; False if no scorer is free."""
-        needs, targets = self._needs[stream], None
-        worker = self._find_free()
-        if needs.anything and worker is None:
+        needs, worker = self._needs[stream], self._find_free()
+        if not needs.anything:
+            entries = self._cut(waiting, stream)
+            self._buffers[stream].score(entries, ScoredChunk(_chunk_of(entries, stream), None))
+            return True
+        if worker is None:
             return False
         entries = self._cut(waiting, stream)
-        trajectories = (entry.trajectory for entry in entries)
-        chunk = TrajectoryChunk(
-            stream=stream, trajectories=tuple(each for each in trajectories if each is not None)
-        )
-        if needs.anything and worker is not None:
-            targets = self.workers.start(worker, "score", chunk, needs)
-            self._calls[targets] = ScoringCall(worker=worker, stream=stream, entries=tuple(entries))
+        chunk = _chunk_of(entries, stream)
+        targets = self.workers.start(worker, "score", chunk, needs)
+        self._calls[targets] = ScoringCall(worker=worker, stream=stream, entries=tuple(entries))
         self._buffers[stream].score(entries, ScoredChunk(chunk, targets))
         return True
 
@@ -174,3 +173,9 @@ class Scorers:
                 break
             cut.append(entry)
         return cut
+
+
+def _chunk_of(entries: Sequence[Entry], stream: Stream) -> TrajectoryChunk:
+    written = tuple(entry.trajectory for entry in entries if entry.trajectory is not None)
+    assert len(written) == len(entries), "what waits for a scorer is written"
+    return TrajectoryChunk(stream=stream, trajectories=written)

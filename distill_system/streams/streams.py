@@ -22,6 +22,9 @@ from distill_system.streams.off_policy import OffPolicyMixture
 from distill_system.streams.watched_workers import WatchedWorkers
 from distill_system.workers import Reference
 
+LOOK_SECONDS = 1.0
+"""Longest wait before the driver looks again whether all workers live."""
+
 LEARNER = 0
 """The learner's ranks work side by side: its clock counts them as one worker."""
 
