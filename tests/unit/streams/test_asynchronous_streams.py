@@ -33,6 +33,23 @@ QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 STEPS = 7
 
 
+def open_streams(
+    folder, clock, overrides, *, students, learner, teachers=None, scorers=None, data=None
+):
+    """Streams over simulated pools; a teacher and a scorer that hold nobody up by default."""
+    quick = SimulatedWriter(Author.TEACHER, 1e3, lambda: 5)
+    context, pools, data = simulated_run(
+        load_config([QUICKSTART], overrides),
+        data or SimpleNamespace(prompts=make_prompts(99), student_sft=[], stored=[]),
+        students=students,
+        teachers=teachers or SimulatedWorkers(clock, [quick]),
+        scorers=scorers or SimulatedWorkers(clock, [SimulatedScorer(1e6)]),
+        learner=learner,
+        timings_folder=RunDirectory(folder),
+    )
+    return AsynchronousStreams(context, pools, data, clock=clock)
+
+
 def play(
     folder,
     *,
@@ -52,15 +69,12 @@ def play(
     begin, state: where it goes on.  stop: after so many steps; the result has its state there.
     """
     draw = random.Random(seed)
-    config = load_config(
-        [QUICKSTART],
-        [
-            f"distill.steps={steps}",
-            f"distill.student_prompts_per_step={batch}",
-            f"distill.teacher_prompts_per_step={batch}",
-            *overrides,
-        ],
-    )
+    overrides = [
+        f"distill.steps={steps}",
+        f"distill.student_prompts_per_step={batch}",
+        f"distill.teacher_prompts_per_step={batch}",
+        *overrides,
+    ]
 
     def length():
         return draw.choice([1, 1, 2, 3, 5, 30, 80])
@@ -87,16 +101,16 @@ def play(
         draw_publish_seconds=lambda: draw.choice([0.0, 0.01, 0.5]),
     )
     data = SimpleNamespace(prompts=make_prompts(num_prompts), student_sft=rows, stored=[])
-    context, pools, data = simulated_run(
-        config,
-        data,
+    streams = open_streams(
+        folder,
+        clock,
+        overrides,
         students=students,
+        learner=learner,
         teachers=teachers,
         scorers=scorers,
-        learner=learner,
-        timings_folder=RunDirectory(folder),
+        data=data,
     )
-    streams = AsynchronousStreams(context, pools, data, clock=clock)
     learner.version = learner.first = begin
     for writer in students.objects.values():
         writer.version = begin
@@ -348,20 +362,8 @@ def test_running_ahead_hides_the_writing_behind_the_learning(tmp_path):
         learner = SimulatedLearner(
             clock, students, draw_step_seconds=lambda: 1.0, draw_publish_seconds=lambda: 0.0
         )
-        config = load_config(
-            [QUICKSTART],
-            ["distill.steps=20", f"distill.staleness.max_staleness={bound}"],
-        )
-        context, pools, data = simulated_run(
-            config,
-            SimpleNamespace(prompts=make_prompts(9), student_sft=[], stored=[]),
-            students=students,
-            teachers=SimulatedWorkers(clock, [SimulatedWriter(Author.TEACHER, 1e3, lambda: 10)]),
-            scorers=SimulatedWorkers(clock, [SimulatedScorer(1e6)]),
-            learner=learner,
-            timings_folder=RunDirectory(tmp_path),
-        )
-        streams = AsynchronousStreams(context, pools, data, clock=clock)
+        overrides = ["distill.steps=20", f"distill.staleness.max_staleness={bound}"]
+        streams = open_streams(tmp_path, clock, overrides, students=students, learner=learner)
         streams.begin(0)
         for step in range(20):
             streams.learn(step, streams.take(step))
@@ -399,18 +401,18 @@ def test_workers_come_and_go_and_every_step_keeps_its_prompts(tmp_path, seed, bo
         "distill.teacher_prompts_per_step=4",
         f"distill.staleness.max_staleness={bound}",
     ]
-    context, pools, data = simulated_run(
-        load_config([QUICKSTART], overrides),
-        SimpleNamespace(prompts=make_prompts(100), student_sft=[], stored=[]),
-        students=students,
-        teachers=teachers,
-        scorers=scorers,
-        learner=learner,
-        timings_folder=RunDirectory(tmp_path),
-    )
     groups = {"student_rollout": students, "teacher_rollout": teachers, "teacher_scoring": scorers}
     absent = {name: group.objects.pop(2) for name, group in groups.items()}
-    streams = AsynchronousStreams(context, pools, data, clock=clock)
+    streams = open_streams(
+        tmp_path,
+        clock,
+        overrides,
+        students=students,
+        learner=learner,
+        teachers=teachers,
+        scorers=scorers,
+        data=SimpleNamespace(prompts=make_prompts(100), student_sft=[], stored=[]),
+    )
     streams.begin(0)
     for step in range(STEPS):
         scored = streams.take(step)
@@ -493,16 +495,8 @@ def test_idle_writers_wait_for_room_or_for_weights(tmp_path, step_seconds, publi
         draw_step_seconds=lambda: step_seconds,
         draw_publish_seconds=lambda: publish_seconds,
     )
-    context, pools, data = simulated_run(
-        load_config([QUICKSTART], ["distill.steps=9", "distill.staleness.max_staleness=1"]),
-        SimpleNamespace(prompts=make_prompts(99), student_sft=[], stored=[]),
-        students=students,
-        teachers=SimulatedWorkers(clock, [SimulatedWriter(Author.TEACHER, 1e3, lambda: 5)]),
-        scorers=SimulatedWorkers(clock, [SimulatedScorer(1e6)]),
-        learner=learner,
-        timings_folder=RunDirectory(tmp_path),
-    )
-    streams = AsynchronousStreams(context, pools, data, clock=clock)
+    overrides = ["distill.steps=9", "distill.staleness.max_staleness=1"]
+    streams = open_streams(tmp_path, clock, overrides, students=students, learner=learner)
     streams.begin(0)
     for step in range(5):
         streams.learn(step, streams.take(step))
@@ -561,16 +555,8 @@ def test_what_is_handed_back_waits_for_a_writer_with_weights_that_are_new_enough
     learner = SimulatedLearner(
         clock, students, draw_step_seconds=lambda: 1.0, draw_publish_seconds=lambda: 0.0
     )
-    context, pools, data = simulated_run(
-        load_config([QUICKSTART], ["distill.staleness.max_staleness=1"]),
-        SimpleNamespace(prompts=make_prompts(99), student_sft=[], stored=[]),
-        students=students,
-        teachers=SimulatedWorkers(clock, [SimulatedWriter(Author.TEACHER, 1e3, lambda: 1)]),
-        scorers=SimulatedWorkers(clock, [SimulatedScorer(1e6)]),
-        learner=learner,
-        timings_folder=RunDirectory(tmp_path),
-    )
-    streams = AsynchronousStreams(context, pools, data, clock=clock)
+    overrides = ["distill.staleness.max_staleness=1"]
+    streams = open_streams(tmp_path, clock, overrides, students=students, learner=learner)
     streams.begin(4)
     flow = streams._flows[Stream.ON_POLICY]
     for worker in (0, 1):
