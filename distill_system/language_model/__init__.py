@@ -6,6 +6,7 @@ teacher and the learner reads the student through the same functions.
 
 from distill_system.language_model.embeddings import load_embedding
 from distill_system.language_model.families import choose_linear_modules, find_family
+from distill_system.language_model.gguf_files import convert_gguf, is_gguf
 from distill_system.language_model.models import (
     LanguageModel,
     build_language_model,
@@ -35,9 +36,11 @@ __all__ = [
     "check_linear_read",
     "check_packed_read",
     "choose_linear_modules",
+    "convert_gguf",
     "count_parts",
     "cut_rows",
     "find_family",
+    "is_gguf",
     "load_embedding",
     "load_language_model",
     "read_hidden",
