@@ -118,7 +118,8 @@ class EngineReading:
             f"learned. A setting in config.json of {self.path!r} that vLLM and transformers "
             "compute differently is the usual cause (docs/models-and-data.md, One model, one "
             "reading): remove it, or choose another model. If the difference is the engine's "
-            f"precision, raise {self._dtype_key}, or set rollout.max_logprob_gap to the mean that you accept"
+            f"precision, raise {self._dtype_key}, or set rollout.max_logprob_gap to the mean that "
+            "you accept"
         )
 
     @property
