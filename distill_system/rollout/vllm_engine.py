@@ -135,6 +135,9 @@ def _engine_args(specification: EngineSpecification) -> Any:  # vllm's EngineArg
     return EngineArgs(
         model=specification.model_path,
         trust_remote_code=specification.trust_remote_code,
+        # Where a folder holds Mistral's own format too, the files that transformers and we read.
+        load_format="hf",
+        config_format="hf",
         dtype=config.dtype,
         seed=0,  # each request carries its own
         max_model_len=specification.max_model_length,
