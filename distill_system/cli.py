@@ -47,8 +47,8 @@ Objective = Annotated[
 
 @app.command()
 def train(settings: Settings, resume: Resume = False, objective: Objective = None) -> None:
-    """Fine-tune both models, distil, evaluate, report; finished stages are skipped."""
-    stages = ("sft", "distill", "evaluate", "report")
+    """Fine-tune both models, distil, evaluate, report, push; finished stages are skipped."""
+    stages = ("sft", "distill", "evaluate", "report", "push")
     _run(settings, resume=resume, stages=stages, objective=objective)
 
 

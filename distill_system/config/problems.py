@@ -31,6 +31,8 @@ class _Spot:
             # Inside a union pydantic names the alternative, which is no key of the file.
             if self.slot.discriminator and self.tag is None:
                 self.tag = item
+            elif self.slot.is_plain_union:
+                break  # "constrained-int", and what that alternative found
             else:
                 self._step(item)
 
@@ -56,7 +58,9 @@ def describe_problems(error: ValidationError, tree: Located, root: Slot) -> str:
         tree: the configuration as written.
         root: the slot that the tree fills.
     """
-    lines = [_describe(found, tree, root) for found in error.errors(include_url=False)]
+    # A value that fits none of several types is one problem, of which each type has complained.
+    found = error.errors(include_url=False)
+    lines = list(dict.fromkeys(_describe(each, tree, root) for each in found))
     count = f"{len(lines)} problem" + ("s" if len(lines) > 1 else "")
     return "\n  ".join([f"the configuration has {count}:", *lines])
 

@@ -32,8 +32,11 @@ MAY_CHANGE = (
     "distill.checkpoint_every",
     "distill.keep_checkpoints",
     "distill.keep_best",
+    "distill.early_stopping",
+    "export",
+    "hub",
 )
-"""Keys that may differ when a run is continued: they do not change what is learned, apart from
+"""Keys that may differ when a run is continued: they do not change what a step learns, apart from
 rounding (another number of ranks or another microbatch size adds up in another order)."""
 
 

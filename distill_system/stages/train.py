@@ -28,20 +28,29 @@ from distill_system.run.model_checks import check_data
 from distill_system.run.pools import open_pools
 from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
 from distill_system.run.sample_origin import sample_origin
+from distill_system.run.settings_notes import settings_notes
+from distill_system.stages.push import push_student, require_token
 from distill_system.stages.supervised import fine_tune
 
-STAGES = ("sft", "distill", "evaluate", "report")
+STAGES = ("sft", "distill", "evaluate", "report", "push")
 
 
 def train(
-    config: RunConfig, *, resume: bool = False, stages: Collection[str] = STAGES
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    stages: Collection[str] = STAGES,
+    notify: Callable[[str], None] = print,
 ) -> RunDirectory:
     """Run these stages; a stage whose output exists is skipped.
 
     resume: continue unfinished stages from their newest checkpoints.
+    notify: takes lines for the person.
     Returns the run's folder.
     Raises: DistillError with one message for the person; every worker is ended first.
     """
+    if "push" in stages:
+        require_token(config)
     run = open_run(config)
     # A stage that is done already is not in `work`; a run whose work is done starts no cluster.
     work = [stage for stage in _due(config, run) if stage in stages]
@@ -59,6 +68,10 @@ def train(
         _require_a_run(run)
         write_summary(run)
         write_report(run)
+    if "push" in stages:
+        address = push_student(config, run, notify=notify)
+        if address is not None:
+            notify(f"pushed: {address}")
     return run
 
 
@@ -136,6 +149,8 @@ def open_context(
     check_data(config, data)
     with ExitStack() as stack:
         view = stack.enter_context(LiveView(config.name))
+        for line in settings_notes(config):
+            view.note(line)
         _note_removed_rows(view, data)
         log = stack.enter_context(MetricLog(run, run_name=config.name))
         prompts = stack.enter_context(PromptLog(run))
