@@ -29,6 +29,12 @@ from distill_system.run.pools import open_pools
 from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
 from distill_system.run.sample_origin import sample_origin
 from distill_system.run.settings_notes import settings_notes
+from distill_system.stages.evaluations import (
+    describe_standing,
+    find_lacking,
+    find_steps,
+    wanted_metrics,
+)
 from distill_system.stages.push import push_student, require_token
 from distill_system.stages.supervised import fine_tune
 
@@ -64,6 +70,8 @@ def train(
         with open_context(config, run, resume=resume, sets=_sets(config, run, work)) as context:
             for stage in work:
                 _RUNNERS[stage](context)
+    if "evaluate" in stages and "sft" not in stages and not work:
+        notify(f"nothing to evaluate: {describe_standing(run)}")
     if "report" in stages:
         _require_a_run(run)
         write_summary(run)
@@ -81,7 +89,7 @@ def _due(config: RunConfig, run: RunDirectory) -> Iterator[str]:
         yield "sft"
     if not run.student_directory.exists():
         yield "distill"
-    if not all(run.evaluation_path(label).exists() for label in ("before", "after")):
+    if find_lacking(config, run):
         yield "evaluate"
 
 
@@ -181,18 +189,23 @@ def _run_distill(context: RunContext) -> None:
 
 
 def _run_evaluate(context: RunContext) -> None:
-    """Make the evaluations that distillation has not made itself: before, and after."""
-    students = {"before": context.student_path, "after": str(context.run.student_directory)}
-    steps = {"before": 0, "after": context.config.distill.steps}
-    missing = [label for label in students if not context.run.evaluation_path(label).exists()]
+    """Make the evaluations that are not there, and those that lack a metric, anew."""
+    run, config = context.run, context.config
+    students = {"before": context.student_path, "after": str(run.student_directory)}
+    steps = {"before": 0, "after": find_steps(config, run)}
+    lacking = find_lacking(config, run)
+    if not lacking:
+        return  # distillation has made them
+    metrics = wanted_metrics(config, run)
     # The two students differ, so each gets pools of its own, one after the other.
-    for label in missing:
+    for label in [label for label in students if label in lacking] or ["after"]:
         with context.timings.stage("evaluate"):
             pools = open_pools(context, student_path=students[label])
-            measuring = Measuring(context, pools, context.data)
+            measuring = Measuring(context, pools, context.data, metrics=metrics)
             pools.learner.publish(steps[label])
-            measuring.evaluate_teacher()
-            measuring.evaluate_student(label, step=steps[label])
+            measuring.evaluate_teacher(again="teacher" in find_lacking(config, run))
+            if label in lacking:
+                measuring.evaluate_student(label, step=steps[label])
             context.cluster.stop_all()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.command_line import Run, write_configuration
+from pipeline.command_line import Run, write_configuration, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,3 +66,33 @@ def test_a_run_stops_early_and_exports_its_best_student_as_it_was_evaluated(
         ids = tokenizer(shown["prompt"], return_tensors="pt", add_special_tokens=False)["input_ids"]
         written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
         assert tokenizer.decode(written, skip_special_tokens=True) == shown["greedy"]
+
+    _evaluate_again(configuration, launch, run)
+
+
+def _evaluate_again(configuration: Path, launch: Launch, run: Path) -> None:
+    """The finished run by another metric; its student, by the run's folder, on another set."""
+    before = {label: _read(run / f"evaluations/{label}.json") for label in ("before", "after")}
+    settings = _read(run / "config.json")
+    (configuration.parent / "again.yaml").write_text(json.dumps(settings))
+    again = (configuration.parent / "again.yaml", "evaluation.metrics=[bleu]")
+    evaluate = launch("evaluate", *again).finish()
+    assert evaluate.code == 0, evaluate.stderr
+    for label, old in before.items():
+        new = _read(run / f"evaluations/{label}.json")
+        scores = new["splits"]["test"]["scores"]
+        assert {"bleu_greedy", "exact_match_greedy", "rouge_l_sampled"} <= scores.keys()
+        for name, score in old["splits"]["test"]["scores"].items():
+            assert scores[name] == score, "the same text, by the same seeds"
+        assert new["step"] == old["step"]
+    assert "bleu_greedy" in _read(run / "summary.json")["scores"]["test"]
+
+    write_rows(configuration.parent / "new.jsonl", 5, first=300)
+    sets = "data.evaluation={new: {type: jsonl, path: new.jsonl}}"
+    other = launch("evaluate", configuration, sets, "--model", run, "--out", run / "new.json")
+    other.finish()
+    assert other.code == 0, other.stderr
+    found = _read(run / "new.json")
+    assert found["model"] == str(run / "student")
+    assert found["splits"]["new"]["num_examples"] == 5
+    assert "scores of" in other.stdout
