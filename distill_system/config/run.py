@@ -191,7 +191,11 @@ class RunConfig(ConfigModel):
                     )
         sources = self.distill.off_policy_mixture
         if "dataset" in sources and self.data.student_sft is None:
-            raise ValueError("distill.off_policy_source=dataset needs rows: give data.student_sft")
+            raise ValueError(
+                "distill.off_policy_source=dataset needs rows: give data.student_sft, or "
+                "distill.off_policy_source=teacher, which needs prompts alone: the teacher writes "
+                "the text. Recipes of --objective such as gkd set dataset"
+            )
         if "store" in sources and self.data.trajectory_store is None:
             raise ValueError(
                 "distill.off_policy_source=store needs samples: give data.trajectory_store, and "
