@@ -152,7 +152,7 @@ def compare(
     ] = "updates",
     budget_value: Annotated[
         float | None,
-        typer.Option(min=0.0, help="How much; without it, what CONFIG's steps cost the first one."),
+        typer.Option(help="How much; without it, what CONFIG's steps cost the first one."),
     ] = None,
     at_once: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
 ) -> None:
