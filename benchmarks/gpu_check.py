@@ -14,6 +14,7 @@ GPU down costs the others nothing, and what it had found by then is kept. The JS
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -159,10 +160,8 @@ def _serve(proof: Proof, device: str, small: bool, pipe: Connection) -> None:
 def _end(process: Any) -> None:
     """Wait for it a moment; then end it and whatever it started."""
     process.join(timeout=5.0)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.join()
 
 

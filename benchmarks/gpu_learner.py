@@ -38,6 +38,7 @@ from distill_system.learner import Learner, ModelSource
 from distill_system.learner import student as student_module
 from distill_system.learner.collate import StreamTotals
 from distill_system.learner.microbatches import Microbatches
+from distill_system.learner.sharding import gather
 from distill_system.planning import LearnerLoad, architecture_shape, learner_memory
 from distill_system.records import (
     Author,
@@ -60,6 +61,8 @@ REVERSE_KL = TokenMatchingConfig(
 AMMD = AmmdConfig()
 THREADS = 8
 UTILISATION_AIM, PLAN_AIM = 0.45, 0.10
+AIMED = ("reverse KL", "ammd", "ammd, compiled")
+"""The forms that are to be fast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,17 @@ class Variant:
     config: LearnerConfig = field(default_factory=LearnerConfig)
     optimizer: str = "adamw"
     update: FullUpdate | LoraUpdate = field(default_factory=FullUpdate)
+    autocast: bool = False
+    """Not wrapped by FSDP2, though it computes in bfloat16."""
+
+    @contextmanager
+    def as_configured(self) -> Iterator[None]:
+        """Whoever builds a learner, or plans one, within sees whether it is to be wrapped."""
+        with ExitStack() as stack:
+            if self.autocast:
+                bare = patch.object(LearnerConfig, "is_wrapped", lambda *_, **__: False)
+                stack.enter_context(bare)
+            yield
 
 
 def prove_steps(findings: Findings) -> None:
@@ -158,6 +172,7 @@ def make_variants(shape: Shape, findings: Findings) -> list[Variant]:
         Variant(name="reverse KL", objective=REVERSE_KL, config=low),
         Variant(name="ammd", config=low),
         Variant(name="ammd, chunks of 512", config=changed(vocabulary_chunk_tokens=512)),
+        Variant(name="ammd, autocast", config=low, autocast=True),
         Variant(name="ammd, microbatches", config=changed(**parts)),
         Variant(name="ammd, checkpointing", config=changed(activation_checkpointing=True)),
         Variant(name="reverse KL, LoRA", objective=REVERSE_KL, config=low, update=lora),
@@ -184,50 +199,68 @@ def _run_variant(
 ) -> dict[str, float]:
     """Steps of one form; returns the metrics of the first."""
     batch = make_batch(shape, variant.objective)
-    learner = build_learner(shape, variant, folder, findings.device)
-    number = iter(range(10_000))
+    with connected(shape, variant, folder, findings, drawn_on=findings.device) as learner:
+        number = iter(range(10_000))
 
-    def step() -> Any:
-        return learner.step(next(number), *batch)
+        def step() -> Any:
+            return learner.step(next(number), *batch)
 
-    first = step().metrics
-    step()
-    plain = variant.name in ("reverse KL", "ammd")
+        first: dict[str, float] = step().metrics
+        row: dict[str, Any] = {
+            "first_loss": first["learner/loss"],
+            "first_gradient_norm": first["learner/gradient_norm"],
+        }
+        if variant.config.compute_dtype == "bfloat16":
+            step()
+            row |= _measure_steps(findings, shape, variant, batch, learner, step, peak_flops)
+    row["plan"] = prediction.recv()
+    if "peak_gib" in row and "gib" in row["plan"]:
+        row["plan_over_peak"] = row["plan"]["gib"] / row["peak_gib"]
+        if not variant.config.compile:  # the plan knows nothing of what a compiler fuses
+            error = abs(row["plan_over_peak"] - 1.0)
+            what = f"{variant.name}: the plan's memory against the peak"
+            findings.demand(what, error, at_most=PLAN_AIM, is_aim=True)
+    findings.note(variant.name, row)
+    if "share_of_data_sheet" in row and findings.on_gpu and variant.name in AIMED:
+        what = f"{variant.name}: model FLOP utilisation, of the data sheet's bfloat16"
+        findings.demand(what, row["share_of_data_sheet"], at_least=UTILISATION_AIM, is_aim=True)
+    return first
+
+
+def _measure_steps(
+    findings: Findings,
+    shape: Shape,
+    variant: Variant,
+    batch: tuple[Any, ...],
+    learner: Learner,
+    step: Callable[[], Any],
+    peak_flops: float,
+) -> dict[str, Any]:
+    """Time, memory and kernels of steps after the second."""
+    plain = variant.name in AIMED
     milliseconds = findings.time(step, repeats=4 if plain else 2, warm_up=1 if plain else 0)
     peak_mib = findings.peak_mib(step)
-    held = torch.cuda.memory_allocated(findings.device) if findings.on_gpu else 0
     tokens = sum(chunk.num_tokens for chunk in batch[0])
     every = [t for chunk in batch[0] for t in chunk.trajectories]
     rate = count_flops(shape, every) / milliseconds * 1e3
     row: dict[str, Any] = {
-        "first_loss": first["learner/loss"],
-        "first_gradient_norm": first["learner/gradient_norm"],
         "step_ms": milliseconds,
         "tokens_per_second": tokens / milliseconds * 1e3,
         "tflops": rate / 1e12,
         "share_of_data_sheet": rate / H100_FLOPS,
         "share_of_matmul": rate / peak_flops,
     }
-    if plain:
+    if peak_mib is not None:
+        held = torch.cuda.memory_allocated(findings.device)
+        row["peak_gib"] = peak_mib / 1024 + held / GIB
+    if plain or variant.autocast:
         row["phases_ms"] = _time_phases(findings, learner, step)
-    if plain and findings.on_gpu:
         row["kernels_ms"] = findings.kernels(step, count=24)
-        row["host_waits"] = count_synchronisations(step)
-    if variant.name == "ammd":
-        row["adamw_ms"] = _time_optimizers(findings, learner)
-    predicted = prediction.recv()
-    row["plan"] = predicted
-    if peak_mib is not None and "gib" in predicted:
-        measured = peak_mib / 1024 + held / GIB
-        row |= {"peak_gib": measured, "plan_over_peak": predicted["gib"] / measured}
-        error = abs(predicted["gib"] / measured - 1.0)
-        what = f"{variant.name}: the plan's memory against the peak"
-        findings.demand(what, error, at_most=PLAN_AIM, is_aim=True)
-    findings.note(variant.name, row)
     if plain and findings.on_gpu:
-        what = f"{variant.name}: model FLOP utilisation, of the data sheet's bfloat16"
-        findings.demand(what, rate / H100_FLOPS, at_least=UTILISATION_AIM, is_aim=True)
-    return first
+        row["host_waits"] = count_synchronisations(step)
+    if variant.autocast:
+        row["adamw_ms"] = _time_optimizers(findings, learner)
+    return row
 
 
 def _time_phases(findings: Findings, learner: Learner, step: Callable[[], Any]) -> dict[str, float]:
@@ -324,7 +357,8 @@ def _predict(shape: Shape, variant: Variant, on_gpu: bool, pipe: Connection) -> 
         teacher_dtype="bfloat16",
     )
     try:
-        memory = learner_memory(load)
+        with variant.as_configured():
+            memory = learner_memory(load)
     except Exception as error:
         pipe.send({"problem": repr(error)[:500]})
         return
@@ -353,7 +387,8 @@ def build_learner(
         with drawn_on or device:
             return build_language_model(architecture, **keywords)
 
-    with patch.object(student_module, "build_language_model", build_here):
+    building = patch.object(student_module, "build_language_model", build_here)
+    with building, variant.as_configured():
         return Learner(
             rank=0,
             world_size=1,
@@ -402,7 +437,7 @@ def make_batch(shape: Shape, objective: ObjectiveConfig) -> tuple[Any, ...]:
     for stream in streams:
         needs = objective.teacher_needs(stream.value)
         trajectories = tuple(
-            _write(generator, shape, stream, index)
+            write_trajectory(generator, shape, stream, index)
             for index in range(shape.sequences // len(streams))
         )
         chunks.append(TrajectoryChunk(stream=stream, trajectories=trajectories))
@@ -411,7 +446,7 @@ def make_batch(shape: Shape, objective: ObjectiveConfig) -> tuple[Any, ...]:
     return chunks, totals, *targets
 
 
-def _write(generator: Any, shape: Shape, stream: Stream, index: int) -> Trajectory:
+def write_trajectory(generator: Any, shape: Shape, stream: Stream, index: int) -> Trajectory:
     responses = shape.response_tokens
     length = shape.prompt_tokens + responses
     ours = stream is Stream.ON_POLICY
@@ -471,14 +506,14 @@ def prove_offload(findings: Findings) -> None:
     batch = make_batch(shape, AMMD)
     with tempfile.TemporaryDirectory() as folder:
         save_teacher(f"{folder}/teacher", shape, findings.device)
-        with _connected(shape, away, f"{folder}/teacher", findings) as learner:
+        with connected(shape, away, f"{folder}/teacher", findings) as learner:
             _step_offloaded(findings, learner, batch, predictions["offload"])
             learner.start_save(f"{folder}/checkpoint")
             learner.finish_save(True)
             kept = _weights(learner)
             after = learner.step(3, *batch).metrics
             expected = _weights(learner)
-        with _connected(shape, away, f"{folder}/teacher", findings) as learner:
+        with connected(shape, away, f"{folder}/teacher", findings) as learner:
             learner.load(f"{folder}/checkpoint")
             loaded = _weights(learner)
             same = all(torch.equal(loaded[name], kept[name]) for name in kept)
@@ -524,27 +559,32 @@ def _compare_with_resident(
     batch: tuple[Any, ...],
     kept: dict[str, torch.Tensor],
 ) -> None:
-    # Drawn on the CPU, as the offloaded one's weights were.
-    learner = build_learner(shape, variant, teacher, findings.device, drawn_on=CPU)
-    before = _weights(learner)
-    for step in range(3):
-        learner.step(step, *batch)
+    with connected(shape, variant, teacher, findings) as learner:
+        before = _weights(learner)
+        for step in range(3):
+            learner.step(step, *batch)
+        after = _weights(learner)
+        milliseconds = findings.time(lambda: learner.step(3, *batch), repeats=2, warm_up=0)
     moved = {name: kept[name] - before[name] for name in kept}
-    ours = {name: weight - before[name] for name, weight in _weights(learner).items()}
+    ours = {name: weight - before[name] for name, weight in after.items()}
     joined = [torch.cat([each[name].ravel() for name in kept]) for each in (ours, moved)]
     # AdamW's first steps go by the signs of gradients: where these are near zero bfloat16 decides.
     error = relative_error(*joined)
     findings.demand("way of three steps: resident and offloaded, relative", error, at_most=0.3)
-    milliseconds = findings.time(lambda: learner.step(3, *batch), repeats=2, warm_up=0)
     findings.note("resident_step_seconds", milliseconds / 1e3)
 
 
 @contextmanager
-def _connected(
-    shape: Shape, variant: Variant, teacher: str, findings: Findings
+def connected(
+    shape: Shape,
+    variant: Variant,
+    teacher: str,
+    findings: Findings,
+    *,
+    drawn_on: torch.device = CPU,
 ) -> Iterator[Learner]:
-    """The learner in a process group of its own rank alone."""
-    learner = build_learner(shape, variant, teacher, findings.device, drawn_on=CPU)
+    """The learner, in a process group of its rank alone where FSDP2 wraps its model."""
+    learner = build_learner(shape, variant, teacher, findings.device, drawn_on=drawn_on)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -557,8 +597,8 @@ def _connected(
 
 def _weights(learner: Learner) -> dict[str, torch.Tensor]:
     return {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().cpu().clone()
-        for name, p in learner.model.named_parameters()
+        name: gather(parameter.detach()).cpu().clone()
+        for name, parameter in learner.model.named_parameters()
     }
 
 
@@ -601,12 +641,13 @@ def _run_of(shape: Shape, variant: Variant, folder: str, findings: Findings) -> 
     batch = make_batch(shape, variant.objective)
 
     def run() -> int:
-        learner = build_learner(shape, variant, folder, findings.device)
-        for step in range(3):
-            learner.step(step, *batch)
-        digest = Digest()
-        for parameter in learner.model.parameters():
-            digest.add(parameter.detach().contiguous().view(-1).view(torch.uint8))
+        with connected(shape, variant, folder, findings, drawn_on=findings.device) as learner:
+            for step in range(3):
+                learner.step(step, *batch)
+            digest = Digest()
+            for parameter in learner.model.parameters():
+                whole = gather(parameter.detach()).contiguous()
+                digest.add(whole.view(-1).view(torch.uint8))
         findings.release()
         return digest.value
 

@@ -5,13 +5,16 @@ Axes: N tokens, H hidden size, F teacher feature size, V vocabulary, E action-em
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from gpu_findings import H100_FLOPS, Findings
-from gpu_learner import TINY, _write
+from gpu_learner import TINY, write_trajectory
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -123,8 +126,6 @@ def _build_scorer(findings: Findings, config: LlamaConfig) -> TeacherScorer:
 
 
 def _make_chunk(findings: Findings, vocabulary: int) -> tuple[TrajectoryChunk, SequenceBatch]:
-    from dataclasses import replace
-
     sizes = (
         {"prompt_tokens": 3, "response_tokens": 5, "sequences": 3}
         if findings.small
@@ -133,7 +134,7 @@ def _make_chunk(findings: Findings, vocabulary: int) -> tuple[TrajectoryChunk, S
     shape = replace(TINY, vocabulary=vocabulary, **sizes)
     generator = np.random.default_rng(0)
     written = tuple(
-        _write(generator, shape, Stream.OFF_POLICY, i) for i in range(sizes["sequences"])
+        write_trajectory(generator, shape, Stream.OFF_POLICY, i) for i in range(sizes["sequences"])
     )
     chunk = TrajectoryChunk(stream=Stream.OFF_POLICY, trajectories=written)
     return chunk, SequenceBatch.collate(written, findings.device, max_tokens=16_384)
@@ -213,25 +214,25 @@ def prove_chunks(findings: Findings) -> None:
             chunk_tokens=chunk,
         ).total
 
-    totals: dict[str, list[float]] = {"moments": [], "reverse_kl": []}
-    for name, loss in (("moments", moments), ("reverse_kl", divergence)):
+    losses = {"moments": moments, "reverse_kl": divergence}
+    for name, loss in losses.items():
+        totals: list[float] = []
         for chunk in chunks:
             with findings.part(f"{name}, chunks of {chunk}"):
-
-                def step(loss: Any = loss, chunk: int = chunk) -> None:
-                    with torch.autocast(findings.device.type, dtype=torch.bfloat16):
-                        total = loss(chunk)
-                    total.backward()
-                    hidden_NH.grad = unembedding_VH.grad = None
-                    totals[name].append(float(total))
-
+                step = partial(_step, findings, partial(loss, chunk), (hidden_NH, unembedding_VH))
+                totals.append(step())
                 row = {"ms": findings.time(step, repeats=2), "peak_mib": findings.peak_mib(step)}
                 findings.note(f"{name}, chunks of {chunk}", row)
-        values = totals[name]
-        spread = (max(values) - min(values)) / abs(values[0])
+        spread = (max(totals) - min(totals)) / abs(totals[0])
         findings.demand(f"{name}: spread of the loss over chunk sizes", spread, at_most=1e-3)
-    if findings.on_gpu:
-        with findings.part("kernels of reverse KL, chunks of 4,096"):
-            findings.note(
-                "reverse_kl_kernels_ms", findings.kernels(lambda: step(chunk=4096), count=10)
-            )
+        with findings.part(f"kernels of {name}"):
+            findings.note(f"{name}_kernels_ms", findings.kernels(step, count=12))
+
+
+def _step(findings: Findings, loss: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> float:
+    with torch.autocast(findings.device.type, dtype=torch.bfloat16):
+        total = loss()
+    total.backward()
+    for leaf in leaves:
+        leaf.grad = None
+    return float(total)
