@@ -107,7 +107,7 @@ class Learner:
             world_size=world_size,
             device=self.device,
             timeout_seconds=timeout_seconds,
-            alone=world_size == 1 and not config.offload,
+            alone=not config.is_wrapped(world_size, on_gpu=uses_gpu),
         )
         self.source, self.objective_config, self.seed = source, objective, seed
         self.model = build_student(
@@ -401,7 +401,7 @@ class Learner:
     def _heads(self) -> PolicyHeads:
         return self.teacher.build_heads(
             unembedding(self.model, self.source.vocabulary_size),
-            chunk_tokens=self.config.vocabulary_chunk_tokens,
+            chunk_tokens=self.config.chunk_tokens(on_gpu=self.device.type == "cuda"),
         )
 
     def _require_finite(self, loss: float, step: int) -> None:
