@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -17,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    T5Config,
 )
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -29,6 +32,37 @@ _SHAPE = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+_T5 = {
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "initializer_factor": 1.0,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 128,
+    "init_std": 0.2,
+    "scale_embedding": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
 }
 _GATED = {**_SHAPE, "intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 32}
 
@@ -48,6 +82,12 @@ def make_configuration(family: str, *, num_rows: int) -> Any:
         return GemmaConfig(**_GATED, **size)
     if family == "gpt2":
         return GPT2Config(**_SHAPE, **size)
+    if family in ("t5", "t5_gated"):
+        # T5 as it was first, tied and scaled, and T5 1.1: gated, two matrices.
+        gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+        return T5Config(**_T5, **size, **(gated if family == "t5_gated" else {}))
+    if family == "bart":
+        return BartConfig(**_BART, **size)
     if family == "opt":
         return OPTConfig(**_SHAPE, **size, ffn_dim=96, word_embed_proj_dim=64)
     assert family == "opt_350m", family
@@ -73,7 +113,9 @@ def save_family(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(make_configuration(family, num_rows=num_rows))
+        configuration = make_configuration(family, num_rows=num_rows)
+        kind = AutoModelForSeq2SeqLM if configuration.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_config(configuration)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:

@@ -10,10 +10,12 @@ from distill_system.language_model.configuration_files import (
     read_generation_configuration,
 )
 from distill_system.language_model.embeddings import load_embedding
+from distill_system.language_model.encoder_decoder import find_decoder_start, model_class
 from distill_system.language_model.families import choose_linear_modules, find_family
 from distill_system.language_model.gguf_files import convert_gguf, is_gguf
 from distill_system.language_model.models import (
     LanguageModel,
+    attention_of,
     build_language_model,
     check_linear_read,
     check_packed_read,
@@ -24,6 +26,7 @@ from distill_system.language_model.models import (
 from distill_system.language_model.packed_attention import PACKED_ATTENTION
 from distill_system.language_model.sequences import (
     PackedPart,
+    Part,
     SequenceBatch,
     count_parts,
     read_hidden,
@@ -36,7 +39,9 @@ __all__ = [
     "PACKED_ATTENTION",
     "LanguageModel",
     "PackedPart",
+    "Part",
     "SequenceBatch",
+    "attention_of",
     "build_empty_model",
     "build_language_model",
     "check_linear_read",
@@ -46,10 +51,12 @@ __all__ = [
     "convert_gguf",
     "count_parts",
     "cut_rows",
+    "find_decoder_start",
     "find_family",
     "is_gguf",
     "load_embedding",
     "load_language_model",
+    "model_class",
     "one_line",
     "read_configuration",
     "read_generation_configuration",

@@ -19,12 +19,14 @@ class Family:
 
     linear_modules: the linear layers of a block, by the last part of their names.
     keeps_transposed: their weights are kept [in, out], not [out, in].
-    requires: settings of config.json that vLLM computes one value of.
+    requires: settings of config.json that are computed for one value alone, by vLLM or by us.
+    is_encoder_decoder: the prompt is an encoder's input; only the transformers engine generates.
     """
 
     linear_modules: tuple[str, ...]
     keeps_transposed: bool = False
     requires: Mapping[str, object] = field(default_factory=dict)
+    is_encoder_decoder: bool = False
 
 
 _GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -43,6 +45,13 @@ FAMILIES: dict[str, Family] = {
             "scale_attn_by_inverse_layer_idx": False,
             "reorder_and_upcast_attn": False,
         },
+    ),
+    "t5": Family(
+        linear_modules=("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"), is_encoder_decoder=True
+    ),
+    "bart": Family(
+        linear_modules=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        is_encoder_decoder=True,
     ),
     "opt": Family(linear_modules=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")),
 }

@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
 from distill_system.language_model.configuration_files import read_configuration
+from distill_system.language_model.encoder_decoder import (
+    find_decoder_start,
+    model_class,
+    read_beside,
+    read_one,
+)
 from distill_system.language_model.families import find_family
 from distill_system.language_model.packed_attention import (
     PACKED_ATTENTION,
@@ -24,7 +30,7 @@ from distill_system.language_model.packed_attention import (
 from distill_system.language_model.weight_files import require_all_tensors
 
 LanguageModel = Any
-"""A transformers PreTrainedModel for causal language modelling; the library ships no types."""
+"""A transformers PreTrainedModel that writes text; the library ships no types."""
 
 LINEAR_READ_TOLERANCE = 1e-3
 """Largest difference between the model's own logits and hidden state x unembedding, relative."""
@@ -78,7 +84,7 @@ def build_language_model(
 def load_language_model(
     path: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> LanguageModel:
-    """Load a pretrained causal language model in evaluation mode (no dropout).
+    """Load a pretrained language model in evaluation mode (no dropout).
 
     Raises: ModelError if it is of no supported family, cannot be loaded, lacks tensors, cannot be
         read in packed lines, or is read otherwise than final hidden state times unembedding (logit
@@ -87,11 +93,11 @@ def load_language_model(
     try:
         config = read_configuration(path, trust_remote_code=trust_remote_code)
         find_family(config, repr(path))
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = model_class(config).from_pretrained(
             path,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            attn_implementation=PACKED_ATTENTION,
+            attn_implementation=attention_of(config),
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
@@ -99,7 +105,7 @@ def load_language_model(
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(
-            f"cannot load a causal language model from {path!r}: {error}. Give a folder with "
+            f"cannot load a language model from {path!r}: {error}. Give a folder with "
             "config.json and *.safetensors, or a model name of the Hugging Face hub"
         ) from error
     require_all_tensors(model, info, repr(path))
@@ -109,21 +115,24 @@ def load_language_model(
     return model
 
 
+def attention_of(config: Any) -> str:
+    """The attn_implementation that our readers want of a transformers configuration's model."""
+    return "sdpa" if config.is_encoder_decoder else PACKED_ATTENTION
+
+
 @torch.no_grad()
 def check_linear_read(model: LanguageModel, path: str) -> None:
     """Refuse a model whose logits are not finite, or not its final hidden state x unembedding.
 
     Raises: ModelError, with the difference seen.
     """
-    device = unembedding(model).device
-    ids_BL = torch.arange(3, 11, device=device)[None] % unembedding(model).shape[0]
-    logits_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
+    logits_LV, hidden_LH = _read_both(model)
+    logits_LV = logits_LV.float()
     if not logits_LV.isfinite().all():
         raise ModelError(
             f"{path!r} ({type(model).__name__}): expected finite logits, got NaN or infinity. Its "
             "weights are damaged, or too large for the precision they are loaded in"
         )
-    hidden_LH = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[0]
     read_LV = (hidden_LH @ unembedding(model).T).float()
     difference = float((logits_LV - read_LV).abs().max() / logits_LV.abs().max().clamp_min(1e-6))
     tolerance = LINEAR_READ_TOLERANCE if read_LV.dtype == hidden_LH.dtype else 2e-2
@@ -135,13 +144,28 @@ def check_linear_read(model: LanguageModel, path: str) -> None:
         )
 
 
+def _read_both(model: LanguageModel) -> tuple[Tensor, Tensor]:
+    """The model's own logits and our final hidden states of a few tokens, [L, V] and [L, H]."""
+    if find_decoder_start(model) is not None:
+        tokens = [token % unembedding(model).shape[0] for token in range(3, 11)]
+        return read_one(model, tokens, tokens)
+    device = unembedding(model).device
+    ids_BL = torch.arange(3, 11, device=device)[None] % unembedding(model).shape[0]
+    logits_LV = model(input_ids=ids_BL, use_cache=False).logits[0]
+    return logits_LV, model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[0]
+
+
 @torch.no_grad()
 def check_packed_read(model: LanguageModel, path: str) -> None:
-    """Refuse a model that reads a sequence otherwise in a packed line than alone.
+    """Refuse a model that reads a sequence otherwise in a packed line than alone; of an
+    encoder-decoder, otherwise below a longer one.
 
     Raises: ModelError, with the difference seen.
     """
     name = f"{path!r} ({type(model).__name__})"
+    if find_decoder_start(model) is not None:
+        _require_near(*_read_two_ways(model), f"{name} below a longer sequence")
+        return
     if not getattr(model, "_supports_attention_backend", False):
         raise ModelError(
             f"{name}: expected a model whose attention can be replaced, got one that computes it "
@@ -151,10 +175,23 @@ def check_packed_read(model: LanguageModel, path: str) -> None:
     line_1T = torch.tensor([[9, 8, 7, *range(3, 11)]], device=device) % unembedding(model).shape[0]
     hidden_TH = read_line(model, line_1T, PackedLayout.build([3, 8], device))
     alone_LH = model.base_model(input_ids=line_1T[:, 3:], use_cache=False).last_hidden_state[0]
-    difference = float((hidden_TH[3:] - alone_LH).abs().max() / alone_LH.abs().max())
+    _require_near(hidden_TH[3:], alone_LH, f"{name} in a packed line")
+
+
+def _read_two_ways(model: LanguageModel) -> tuple[Tensor, Tensor]:
+    """A sequence's hidden states below a longer one, and alone, [L, H] each."""
+    rows = unembedding(model).shape[0]
+    prompt, response = ([token % rows for token in tokens] for tokens in (range(3, 8), range(5, 9)))
+    longer = [token % rows for token in range(3, 14)]
+    beside_LH = read_beside(model, prompt, response, longer)
+    return beside_LH, read_one(model, prompt, response)[1]
+
+
+def _require_near(together_LH: Tensor, alone_LH: Tensor, where: str) -> None:
+    difference = float((together_LH - alone_LH).abs().max() / alone_LH.abs().max())
     if difference > PACKED_READ_TOLERANCE.get(alone_LH.dtype, 5e-2):
         raise ModelError(
-            f"{name}: expected a sequence's hidden states to be the same in a packed line as "
+            f"{where}: expected a sequence's hidden states to be the same as "
             f"alone, got a relative difference of {difference:.2e}. Its family carries something "
             "from one sequence to the next (a recurrent state, positions of its own); choose a "
             "model of a supported family"

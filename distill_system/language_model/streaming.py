@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from distill_system.errors import ModelError
 from distill_system.language_model.configuration_files import read_configuration
 from distill_system.language_model.embeddings import local_folder
+from distill_system.language_model.encoder_decoder import model_class
 from distill_system.language_model.families import find_family
-from distill_system.language_model.models import LanguageModel
-from distill_system.language_model.packed_attention import PACKED_ATTENTION
+from distill_system.language_model.models import LanguageModel, attention_of
 
 Rename = Callable[[str], str | None]
 """A parameter's name in the model -> its name in the files, None if it is not in them."""
@@ -37,17 +37,17 @@ def build_empty_model(path: str, *, trust_remote_code: bool = False) -> Language
         config = read_configuration(path, trust_remote_code=trust_remote_code)
         find_family(config, repr(path))
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(config).from_config(
                 config,
                 dtype=torch.float32,
                 trust_remote_code=trust_remote_code,
-                attn_implementation=PACKED_ATTENTION,
+                attn_implementation=attention_of(config),
             )
     except ModelError:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"cannot build a causal language model from {path!r}: {error}. Give a folder with "
+            f"cannot build a language model from {path!r}: {error}. Give a folder with "
             "config.json and *.safetensors, or a model name of the Hugging Face hub"
         ) from error
     model.tie_weights()

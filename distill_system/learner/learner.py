@@ -19,7 +19,12 @@ from distill_system.config.distill import StalenessConfig
 from distill_system.config.model import LearnerConfig, LoraUpdate, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.errors import NonFiniteError
-from distill_system.language_model import SequenceBatch, count_parts, unembedding
+from distill_system.language_model import (
+    SequenceBatch,
+    count_parts,
+    find_decoder_start,
+    unembedding,
+)
 from distill_system.learner.adapters import (
     MergedSource,
     fold_adapters,
@@ -279,7 +284,12 @@ class Learner:
         Every rank reads all of them, since ranks that share a model go in step: for a few.
         """
         limit = self.config.max_tokens_per_microbatch
-        sequences = SequenceBatch.collate(trajectories, self.device, max_tokens=limit)
+        sequences = SequenceBatch.collate(
+            trajectories,
+            self.device,
+            max_tokens=limit,
+            decoder_start=find_decoder_start(self.model),
+        )
         hidden_NH = Microbatches(self.policy, sequences).read()
         heads = self._heads()
         with self.policy.precision():
@@ -396,7 +406,14 @@ class Learner:
         if limit is not None:
             lengths = [int(t.token_ids.size) for chunk in chunks for t in chunk.trajectories]
             num_parts = self.ranks.max(count_parts(lengths, limit))
-        return collate(chunks, targets, totals, self.device, num_parts=num_parts)
+        return collate(
+            chunks,
+            targets,
+            totals,
+            self.device,
+            num_parts=num_parts,
+            decoder_start=find_decoder_start(self.model),
+        )
 
     def _heads(self) -> PolicyHeads:
         return self.teacher.build_heads(
