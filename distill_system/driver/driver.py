@@ -56,6 +56,7 @@ class Driver:
                 started = time.perf_counter()
                 result = self.step(step)
                 metrics = self.recorder.describe_step(result, time.perf_counter() - started)
+                self.measuring.check_step(metrics)
                 measured = self._measure(step + 1)
                 self.streams.on_metrics(measured)
                 self.recorder.write(step + 1, metrics | measured)

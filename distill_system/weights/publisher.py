@@ -2,7 +2,8 @@
 
 A publish has three parts:
 
-    pack    all ranks gather the sharded parameters; rank 0 copies them into buckets in CPU memory
+    pack    all ranks gather the sharded parameters; rank 0 rounds them to the engines' precision,
+            into buckets in CPU memory
     call    rank 0 asks every rollout worker to receive
     send    a thread of rank 0 broadcasts the buckets, then their seal
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,6 +26,7 @@ from torch import nn
 from distill_system.errors import TransferError
 from distill_system.weights.buckets import Buckets
 from distill_system.weights.client import WeightSyncClient
+from distill_system.weights.rounding import AS_THEY_ARE, WireFormat
 from distill_system.weights.transport import (
     Seal,
     broadcast_buckets,
@@ -62,6 +65,7 @@ class WeightPublisher:
     master_address, master_port: where rank 0 listens for the workers; the port must be free.
     num_receivers: rollout workers x their tensor-parallel size.
     timeout_seconds: how long the workers may take to join.
+    wire: the precision in which weights are sent.
 
     Blocks until every worker has joined.  Raises: TransferError.
     """
@@ -77,6 +81,7 @@ class WeightPublisher:
         num_receivers: int,
         rank: int,
         timeout_seconds: float,
+        wire: WireFormat = AS_THEY_ARE,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         from vllm.distributed.weight_transfer import ModuleSource
@@ -85,6 +90,7 @@ class WeightPublisher:
         self._client = client
         self._is_sender = rank == 0
         self._num_receivers = num_receivers
+        self._wire = wire
         self._bucket_bytes = bucket_bytes
         self._device = torch.device("cuda" if backend == "nccl" else "cpu")
         self._source = ModuleSource(weights) if isinstance(weights, nn.Module) else weights
@@ -125,7 +131,7 @@ class WeightPublisher:
                 # Returns only when rank 0 has read everything it gathers from this rank.
                 self._engine._post_send_sync()
                 return []
-            self._pack()
+            self._pack(version)
             references = self._client.start_receiving(version, self._update_info())
             self._sending = run_in_background(self._send)
             return references
@@ -137,20 +143,27 @@ class WeightPublisher:
             self._sending = None
         self._engine.shutdown()
 
-    def _pack(self) -> None:
-        metadata = self._source.metadata()
+    def _pack(self, version: int) -> None:
         if self._buckets is None:
             self._buckets = Buckets(
-                metadata,
+                self._sent_metadata(),
                 bucket_bytes=self._bucket_bytes,
                 device=torch.device("cpu"),
                 pinned=self._device.type == "cuda",
             )
-        self._buckets.fill(self._engine._checked_iter(self._source, metadata))
+        whole = self._engine._checked_iter(self._source, self._source.metadata())
+        self._buckets.fill(self._wire.convert(whole, version=version))
+
+    def _sent_metadata(self) -> list[Any]:
+        """The source's metadata in the precision in which its tensors are sent."""
+        return [
+            replace(parameter, dtype=self._wire.sent_dtype(parameter.dtype))
+            for parameter in self._source.metadata()
+        ]
 
     def _update_info(self) -> dict[str, Any]:
         """Names, dtypes and shapes of the parameters, as vLLM's receiving ends expect them."""
-        metadata = self._source.metadata()
+        metadata = self._sent_metadata()
         return {
             "names": [parameter.name for parameter in metadata],
             "dtype_names": [str(parameter.dtype).removeprefix("torch.") for parameter in metadata],

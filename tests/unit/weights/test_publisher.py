@@ -16,6 +16,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from distill_system.weights.gloo import GlooTrainerWeightTransferEngine
 from distill_system.weights.publisher import WeightPublisher
+from distill_system.weights.rounding import AS_THEY_ARE, WireFormat
 
 
 class Group:
@@ -64,6 +65,7 @@ class Trial:
         *,
         rank: int = 0,
         backend: Literal["gloo", "nccl"] = "gloo",
+        wire: WireFormat = AS_THEY_ARE,
     ) -> None:
         self.group, self.client = Group(), Client()
         self.model = nn.Linear(3, 2)
@@ -87,6 +89,7 @@ class Trial:
             num_receivers=3,
             rank=rank,
             timeout_seconds=10.0,
+            wire=wire,
             bucket_bytes=24,
         )
 
@@ -126,6 +129,28 @@ def test_what_is_sent_are_the_parameters_as_they_were_at_the_start(trial: Trial)
             "shapes": [[2, 3], [2]],
         }
     ]
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_lower_precisions_weights_are_rounded_before_they_are_sent(
+    monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    """Half the bytes; what is rounded at random is another draw in each version."""
+    trial = Trial(monkeypatch, wire=WireFormat(dtype=torch.bfloat16, seed=seed))
+    sent = []
+    for version in (1, 2):
+        trial.publisher.start(version)
+        trial.finish_sending()
+        *buckets, seal = trial.group.sent[-2:]
+        assert seal[0] == 2 * 8
+        sent.append(torch.cat(buckets).view(torch.bfloat16).float())
+    assert trial.client.updates[0]["dtype_names"] == ["bfloat16", "bfloat16"]
+    parameters = torch.cat([p.detach().view(-1) for p in trial.model.parameters()])
+    nearest = parameters.bfloat16().float()
+    for arrived in sent:
+        assert ((arrived - parameters).abs() <= parameters.abs() * 2**-7).all()
+        assert torch.equal(arrived, nearest) is (seed is None)
+    assert torch.equal(*sent) is (seed is None)
 
 
 def test_the_group_has_a_place_for_every_receiver_and_twice_the_time(trial: Trial) -> None:
