@@ -17,6 +17,7 @@ import time
 from distill_system.data import RunData
 from distill_system.driver.measuring import Measuring
 from distill_system.driver.recorder import RunRecorder
+from distill_system.driver.start_check import StartCheck
 from distill_system.elastic import ElasticPools, ScaleRequests
 from distill_system.records import StepResult
 from distill_system.run.context import RunContext
@@ -33,6 +34,7 @@ class Driver:
         self.pools = pools
         self.streams = open_streams(context, pools, data)
         self.recorder = RunRecorder(context, pools, self.streams)
+        self.start_check = StartCheck(context, pools, data)
         self.measuring = Measuring(context, pools, data)
         self.elastic = ElasticPools(
             pools.elastic,
@@ -44,16 +46,22 @@ class Driver:
         )
 
     def run(self) -> None:
-        """Evaluate, play every step, evaluate again, export."""
+        """Check that engines and learner agree, evaluate, play every step, evaluate, export."""
         done = first = self.recorder.open()
         self.pools.learner.publish(first)
+        checked = self.start_check.run()
         self.measuring.evaluate_teacher()
         if first == 0:
-            before = self.measuring.evaluate_student("before", step=0)
+            before = checked | self.measuring.evaluate_student("before", step=0)
             self.recorder.stops_after(before)
             self.recorder.write(0, before)
         self.streams.begin(first)
-        with self.elastic, self.recorder.finished_on_failure():
+        seconds = self.context.config.deadlines.stop_seconds
+        with (
+            self.elastic,
+            self.recorder.finished_on_failure(),
+            self.context.stop.heard(seconds=seconds),
+        ):
             for step in range(first, self.config.steps):
                 if self.recorder.stopping.is_due:
                     break  # it was, when the run that is resumed here ended
@@ -66,8 +74,11 @@ class Driver:
                 if self.recorder.stops_after(measured) and done < self.config.steps:
                     measured |= self._measure_last(done)
                 self.recorder.write(done, metrics | measured)
-                if self._is_due(done, self.config.checkpoint_every):
+                is_last = self.context.stop.is_made
+                if is_last or self._is_due(done, self.config.checkpoint_every):
                     self.recorder.checkpoint(done)
+                if is_last:
+                    self.recorder.leave(done)
             if self.recorder.exports_other_weights:
                 self.streams.wait_for_weight_sync()
                 done = self.recorder.take_exported_weights(done)

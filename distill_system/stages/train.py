@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
-from distill_system.cluster import ClusterSession
+from distill_system.cluster import ClusterSession, require_room
 from distill_system.config import RunConfig
 from distill_system.data import RunData, load_run_data
 from distill_system.data.run_data import SetName
@@ -24,7 +24,7 @@ from distill_system.observe import (
 from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
-from distill_system.run.model_checks import check_data
+from distill_system.run.model_checks import check_data, check_engine
 from distill_system.run.pools import open_pools
 from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
 from distill_system.run.sample_origin import sample_origin
@@ -65,6 +65,8 @@ def train(
         store = CheckpointStore(run.checkpoints_directory / stage, keep=1)
         # Refuse a missing --resume now, before workers have been started for nothing.
         resume_point(store, resume=resume, stage=stage)
+    if {"distill", "evaluate"} & {*work}:
+        check_engine(config)
     if work:
         record_start(config, run)
         with open_context(config, run, resume=resume, sets=_sets(config, run, work)) as context:
@@ -150,6 +152,7 @@ def open_context(
 
     Models and data are checked before the cluster starts, so that mistakes show within seconds.
     """
+    require_room(config, None if "held_out" in sets else ["learner"])
     tokenizer = prepare_tokenizer(config, run)
     reads_store = "stored" in sets
     teacher = sample_origin(config, run, tokenizer, Author.TEACHER) if reads_store else None
