@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -127,12 +127,17 @@ def save_family(
     return folder
 
 
-def save_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Words w4 w5 ... separated by blanks, after the four special tokens."""
+def save_tokenizer(folder: Path, vocab_size: int, *, ends_texts: bool = False) -> None:
+    """Words w4 w5 ... separated by blanks, after the four special tokens.
+
+    ends_texts: an end of sequence is put behind a text, as T5's tokenizer does.
+    """
     words = [*SPECIAL_TOKENS, *(f"w{index}" for index in range(len(SPECIAL_TOKENS), vocab_size))]
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if ends_texts:
+        tokenizer.post_processor = processors.TemplateProcessing("$A <eos>", None, [("<eos>", 2)])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

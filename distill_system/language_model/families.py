@@ -73,6 +73,12 @@ def find_family(config: Any, model: str) -> Family:
             "families, or add yours to distill_system/language_model/families.py and to "
             "tests/pipeline/test_families.py"
         )
+    if bool(config.is_encoder_decoder) != family.is_encoder_decoder:
+        raise ModelError(
+            f"{model}: expected is_encoder_decoder={family.is_encoder_decoder} in its config.json, "
+            f"as {config.model_type} models have it, got {config.is_encoder_decoder}. Choose "
+            "another model"
+        )
     for setting, value in family.requires.items():
         actual = getattr(config, setting, value)
         if actual != value:

@@ -1,4 +1,4 @@
-"""What works where vLLM cannot be imported; tests/pipeline/test_second_engine.py has a whole run."""
+"""What works where vLLM cannot be imported; tests/pipeline/test_second_engine.py has a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our reading of encoder-decoders against transformers' own forward pass, one sequence at a time."""
+"""Our reading of encoder-decoders against transformers' own forward pass, sequence by sequence."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_files_are_checked_and_read_part_by_part_as_those_of_a_decoder(folder, f
 def test_a_decoder_without_a_start_is_refused(folder, tmp_path) -> None:
     model = AutoModelForSeq2SeqLM.from_pretrained(folder("t5"))
     model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = None
-    with pytest.raises(ModelError, match="decoder_start_token_id in its config.json"):
+    with pytest.raises(ModelError, match=r"decoder_start_token_id in its config\.json"):
         find_decoder_start(model)
 
 
