@@ -164,7 +164,7 @@ def check_packed_read(model: LanguageModel, path: str) -> None:
     """
     name = f"{path!r} ({type(model).__name__})"
     if find_decoder_start(model) is not None:
-        _require_near(*_read_two_ways(model), f"{name} below a longer sequence")
+        _require_near(*_read_two_ways(model), name, "below a longer one")
         return
     if not getattr(model, "_supports_attention_backend", False):
         raise ModelError(
@@ -175,7 +175,7 @@ def check_packed_read(model: LanguageModel, path: str) -> None:
     line_1T = torch.tensor([[9, 8, 7, *range(3, 11)]], device=device) % unembedding(model).shape[0]
     hidden_TH = read_line(model, line_1T, PackedLayout.build([3, 8], device))
     alone_LH = model.base_model(input_ids=line_1T[:, 3:], use_cache=False).last_hidden_state[0]
-    _require_near(hidden_TH[3:], alone_LH, f"{name} in a packed line")
+    _require_near(hidden_TH[3:], alone_LH, name, "in a packed line")
 
 
 def _read_two_ways(model: LanguageModel) -> tuple[Tensor, Tensor]:
@@ -187,11 +187,11 @@ def _read_two_ways(model: LanguageModel) -> tuple[Tensor, Tensor]:
     return beside_LH, read_one(model, prompt, response)[1]
 
 
-def _require_near(together_LH: Tensor, alone_LH: Tensor, where: str) -> None:
+def _require_near(together_LH: Tensor, alone_LH: Tensor, name: str, where: str) -> None:
     difference = float((together_LH - alone_LH).abs().max() / alone_LH.abs().max())
     if difference > PACKED_READ_TOLERANCE.get(alone_LH.dtype, 5e-2):
         raise ModelError(
-            f"{where}: expected a sequence's hidden states to be the same as "
+            f"{name}: expected a sequence's hidden states to be the same {where} as "
             f"alone, got a relative difference of {difference:.2e}. Its family carries something "
             "from one sequence to the next (a recurrent state, positions of its own); choose a "
             "model of a supported family"

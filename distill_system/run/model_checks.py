@@ -78,9 +78,9 @@ def check_models(config: RunConfig, tokenizer: Any) -> None:
     Refuses also what transformers and vLLM would read differently in one config.json.
     Raises: ModelError or ConfigError, naming the model and the key to change.
     """
+    _check_kinds(config)
     for role, model in _models(config):
         _check_model(role, model, tokenizer, config)
-    _check_kinds(config)
     _check_update(config)
     stop_token_ids(config, tokenizer)
     size = vocabulary_size(tokenizer)

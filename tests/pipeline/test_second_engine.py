@@ -1,4 +1,4 @@
-"""The transformers engine: the quickstart in little without vLLM, and a T5 that learns from a T5."""
+"""The transformers engine: the quickstart in little without vLLM, and a T5 that teaches a T5."""
 
 from __future__ import annotations
 

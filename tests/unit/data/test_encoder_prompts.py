@@ -62,5 +62,5 @@ def test_where_no_text_is_ended_nothing_changes(tmp_path: Path) -> None:
 
 def test_a_prompt_that_is_too_long_with_its_end_is_named(tmp_path: Path) -> None:
     tokenizer = _tokenizer(tmp_path, ends_texts=True)
-    with pytest.raises(DataError, match=r"'r' has 2 tokens.*'<eos>'.*max_prompt_tokens=2 with it"):
+    with pytest.raises(DataError, match=r"'a' has 2 tokens.*'<eos>'.*max_prompt_tokens=2 with it"):
         end_prompts(DATA, tokenizer, most_tokens=2)

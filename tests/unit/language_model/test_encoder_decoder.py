@@ -17,6 +17,7 @@ from distill_system.language_model import (
     SequenceBatch,
     build_empty_model,
     check_weight_files,
+    families,
     find_decoder_start,
     load_embedding,
     load_language_model,
@@ -83,6 +84,11 @@ def _our_logprobs(model, batch: SequenceBatch) -> torch.Tensor:
     with torch.no_grad():
         logits_NV = read_hidden(model, batch) @ unembedding(model, NUM_TOKENS).T
     return logits_NV.log_softmax(-1).gather(-1, batch.token_ids_N[:, None])[:, 0]
+
+
+def test_every_encoder_decoder_of_the_table_has_a_tiny_model() -> None:
+    known = {name for name, family in families.FAMILIES.items() if family.is_encoder_decoder}
+    assert {name.split("_")[0] for name in FAMILIES} == known
 
 
 @pytest.mark.parametrize("family", FAMILIES)

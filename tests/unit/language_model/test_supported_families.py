@@ -22,7 +22,8 @@ def _load(folder):
 
 def test_every_family_of_the_table_has_a_tiny_model():
     tried = {make_configuration(variant, num_rows=64).model_type for variant in VARIANTS}
-    assert tried == FAMILIES.keys()
+    decoders = {name for name, family in FAMILIES.items() if not family.is_encoder_decoder}
+    assert tried == decoders, "the others are in test_encoder_decoder.py"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
