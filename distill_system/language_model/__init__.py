@@ -4,8 +4,14 @@ Trajectories in -> the final hidden state before each response token out; the sc
 teacher and the learner reads the student through the same functions.
 """
 
-from distill_system.language_model.embeddings import load_embedding
-from distill_system.language_model.families import choose_linear_modules, find_family
+from distill_system.language_model.embeddings import load_embedding, load_logit_cap
+from distill_system.language_model.families import (
+    check_longest,
+    choose_linear_modules,
+    find_family,
+    logit_cap,
+    require_trainable,
+)
 from distill_system.language_model.models import (
     LanguageModel,
     build_language_model,
@@ -15,7 +21,7 @@ from distill_system.language_model.models import (
     load_language_model,
     unembedding,
 )
-from distill_system.language_model.packed_attention import PACKED_ATTENTION
+from distill_system.language_model.packed_attention import PACKED_ATTENTION, choose_attention
 from distill_system.language_model.sequences import (
     PackedPart,
     SequenceBatch,
@@ -33,15 +39,20 @@ __all__ = [
     "build_empty_model",
     "build_language_model",
     "check_linear_read",
+    "check_longest",
     "check_packed_read",
+    "choose_attention",
     "choose_linear_modules",
     "count_parts",
     "cut_rows",
     "find_family",
     "load_embedding",
     "load_language_model",
+    "load_logit_cap",
+    "logit_cap",
     "read_hidden",
     "read_part",
     "read_weights",
+    "require_trainable",
     "unembedding",
 ]

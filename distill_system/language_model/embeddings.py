@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_system.errors import ModelError
+from distill_system.language_model.families import logit_cap, name_in_files
 
 
 def load_embedding(
@@ -37,7 +38,7 @@ def load_embedding(
     inputs, outputs = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     wanted = inputs if which == "input" else outputs
     names = {parameter: name for name, parameter in skeleton.named_parameters()}
-    name = names[wanted.weight]
+    name = name_in_files(config, names[wanted.weight])
     folder = local_folder(path)
     index = folder / "model.safetensors.index.json"
     file = "model.safetensors"
@@ -51,6 +52,11 @@ def load_embedding(
         if not stored:
             raise ModelError(f"{path!r}: {file} holds no tensor {name!r}")
         return tensors.get_slice(stored.pop())[:vocabulary_size].float()
+
+
+def load_logit_cap(path: str, *, trust_remote_code: bool = False) -> float | None:
+    """What caps the logits of a saved model; see logit_cap."""
+    return logit_cap(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
 
 
 def local_folder(path: str) -> Path:
