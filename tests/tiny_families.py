@@ -70,8 +70,19 @@ _CONFIGURATIONS: dict[str, Callable[..., Any]] = {
     "gemma2": partial(
         Gemma2Config, **_GEMMA, attn_logit_softcapping=3.0, final_logit_softcapping=4.0
     ),
-    "gemma3_text": partial(Gemma3TextConfig, **_GEMMA),
-    "phi3": partial(Phi3Config, **_NARROW, sliding_window=6),
+    # its logits grow with the width: with larger weights no answer would end
+    "gemma3_text": partial(Gemma3TextConfig, **{**_GEMMA, "initializer_range": 0.1}),
+    # three quarters of each head turn, as in Phi-4-mini
+    "phi3": partial(
+        Phi3Config,
+        **_NARROW,
+        sliding_window=6,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.75,
+        },
+    ),
     "granite": partial(
         GraniteConfig,
         **_NARROW,
@@ -81,7 +92,9 @@ _CONFIGURATIONS: dict[str, Callable[..., Any]] = {
         attention_multiplier=0.3,
     ),
     "cohere": partial(CohereConfig, **_NARROW, logit_scale=0.37, use_qk_norm=True),
-    "cohere2": partial(Cohere2Config, **{**_NARROW, **_MIXED, "sliding_window": 64}, logit_scale=2.0),
+    "cohere2": partial(
+        Cohere2Config, **{**_NARROW, **_MIXED, "sliding_window": 64}, logit_scale=2.0
+    ),
     "olmo2": partial(Olmo2Config, **_NARROW),
     "olmo3": partial(Olmo3Config, **_NARROW, **_MIXED),
     "smollm3": partial(SmolLM3Config, **_NARROW, no_rope_layers=[1, 0]),

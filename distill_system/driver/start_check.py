@@ -130,7 +130,7 @@ class EngineReading:
             return ""
         return (
             f"; model_type={self.untested!r} is in no table of tested families and runs on this "
-            f"agreement, padded (docs/models-and-data.md)"
+            "agreement, padded (docs/models-and-data.md)"
         )
 
     @property

@@ -4,6 +4,11 @@ Trajectories in -> the final hidden state before each response token out; the sc
 teacher and the learner reads the student through the same functions.
 """
 
+from distill_system.language_model.configuration_files import (
+    one_line,
+    read_configuration,
+    read_generation_configuration,
+)
 from distill_system.language_model.embeddings import load_embedding, load_logit_cap
 from distill_system.language_model.families import (
     check_longest,
@@ -12,6 +17,7 @@ from distill_system.language_model.families import (
     logit_cap,
     require_trainable,
 )
+from distill_system.language_model.gguf_files import convert_gguf, is_gguf
 from distill_system.language_model.models import (
     LanguageModel,
     build_language_model,
@@ -29,7 +35,9 @@ from distill_system.language_model.sequences import (
     read_hidden,
     read_part,
 )
+from distill_system.language_model.settings import check_settings
 from distill_system.language_model.streaming import build_empty_model, read_weights
+from distill_system.language_model.weight_files import check_weight_files
 
 __all__ = [
     "PACKED_ATTENTION",
@@ -41,15 +49,22 @@ __all__ = [
     "check_linear_read",
     "check_longest",
     "check_packed_read",
+    "check_settings",
+    "check_weight_files",
     "choose_attention",
     "choose_linear_modules",
+    "convert_gguf",
     "count_parts",
     "cut_rows",
     "find_family",
+    "is_gguf",
     "load_embedding",
     "load_language_model",
     "load_logit_cap",
     "logit_cap",
+    "one_line",
+    "read_configuration",
+    "read_generation_configuration",
     "read_hidden",
     "read_part",
     "read_weights",

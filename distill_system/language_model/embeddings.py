@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from distill_system.errors import ModelError
+from distill_system.language_model.configuration_files import read_configuration
 from distill_system.language_model.families import logit_cap, name_in_files
 
 
@@ -32,7 +33,7 @@ def load_embedding(
     Raises: ModelError if the folder holds no such tensor.
     """
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = read_configuration(path, trust_remote_code=trust_remote_code)
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         skeleton.tie_weights()
     inputs, outputs = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
@@ -56,7 +57,7 @@ def load_embedding(
 
 def load_logit_cap(path: str, *, trust_remote_code: bool = False) -> float | None:
     """What caps the logits of a saved model; see logit_cap."""
-    return logit_cap(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
+    return logit_cap(read_configuration(path, trust_remote_code=trust_remote_code))
 
 
 def local_folder(path: str) -> Path:

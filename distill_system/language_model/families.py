@@ -22,8 +22,7 @@ class Family:
     keeps_transposed: their weights are kept [in, out], not [out, in].
     requires: settings of config.json and the values of them that all readers compute alike.
     multiplies_logits, divides_logits: the setting by which it does.
-    caps_logits: the setting c of which it makes c tanh(z / c) of a logit z; null there caps nothing.
-    windows_all_layers: whether vLLM gives all of its layers a sliding window, or none.
+    caps_logits: the setting c by which a logit z becomes c tanh(z / c); null there caps nothing.
     window_differs: whether vLLM's sliding window is wider than transformers' by a token.
     is_packed: whether its attention can be told where sequences end in a packed line.
     renamed_in_files: how names of parameters begin in the model, and how instead in its files.
@@ -37,7 +36,6 @@ class Family:
     multiplies_logits: str | None = None
     divides_logits: str | None = None
     caps_logits: str | None = None
-    windows_all_layers: bool = False
     window_differs: bool = False
     is_packed: bool = True
     renamed_in_files: Mapping[str, str] = field(default_factory=dict)
@@ -61,8 +59,8 @@ _MIXTURE = Family(
 FAMILIES: dict[str, Family] = {
     "llama": Family(linear_modules=_GATED),
     "mistral": Family(linear_modules=_GATED),
-    "qwen2": Family(linear_modules=_GATED, windows_all_layers=True),
-    "qwen3": Family(linear_modules=_GATED, windows_all_layers=True),
+    "qwen2": Family(linear_modules=_GATED),
+    "qwen3": Family(linear_modules=_GATED),
     "gemma": Family(linear_modules=_GATED),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
@@ -110,13 +108,6 @@ def find_family(config: Any, model: str) -> Family:
                 f"does not compute {config.model_type} models of that kind as transformers does. "
                 "Choose another model"
             )
-    if family.windows_all_layers and len(set(getattr(config, "layer_types", None) or ())) > 1:
-        raise ModelError(
-            f"{model}: expected a sliding window in all of its layers or in none, got "
-            f"max_window_layers={config.max_window_layers} of {config.num_hidden_layers} in its "
-            f"config.json: vLLM computes no {config.model_type} models of that kind. Choose another "
-            "model, or set use_sliding_window to false where no sequence is longer than the window"
-        )
     return family
 
 
@@ -152,8 +143,8 @@ def require_trainable(config: Any, model: str) -> None:
     reason = find_family(config, model).teacher_only
     if reason:
         raise ModelError(
-            f"{model}: models of type {config.model_type!r} can teach and not be trained: {reason}. "
-            "Choose a dense student, and no teacher.sft"
+            f"{model}: models of type {config.model_type!r} can teach and not be trained: {reason}"
+            ". Choose a dense student, and no teacher.sft"
         )
 
 

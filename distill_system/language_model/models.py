@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
+from distill_system.language_model.configuration_files import read_configuration
 from distill_system.language_model.families import find_family, logit_cap, logit_scale
 from distill_system.language_model.packed_attention import (
     PACKED_ATTENTION,
@@ -20,6 +22,7 @@ from distill_system.language_model.packed_attention import (
     choose_attention,
     read_line,
 )
+from distill_system.language_model.weight_files import require_all_tensors
 
 LanguageModel = Any
 """A transformers PreTrainedModel for causal language modelling; the library ships no types."""
@@ -78,24 +81,29 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a pretrained causal language model in evaluation mode (no dropout).
 
-    Raises: ModelError if it cannot be loaded, is read otherwise beside other sequences than alone,
-        or is read otherwise than final hidden state times unembedding, with the factor and cap that
-        its family is known to have, which moment matching relies on.
+    Raises: ModelError if it cannot be loaded, lacks tensors, is read otherwise beside other
+        sequences than alone, or is read otherwise than final hidden state times unembedding, with
+        the factor and cap that its family is known to have, which moment matching relies on.
     """
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = read_configuration(path, trust_remote_code=trust_remote_code)
         find_family(config, repr(path))
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             attn_implementation=choose_attention(config),
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"cannot load a causal language model from {path!r}: {error}. Give a folder with "
             "config.json and *.safetensors, or a model name of the Hugging Face hub"
         ) from error
+    require_all_tensors(model, info, repr(path))
     model = model.to(device).eval()
     check_linear_read(model, path)
     check_packed_read(model, path)
@@ -125,9 +133,9 @@ def check_linear_read(model: LanguageModel, path: str) -> None:
     if difference > tolerance:
         raise ModelError(
             f"{path!r} ({type(model).__name__}): expected logits = final hidden state x "
-            f"unembedding, got a relative difference of {difference:.2e}. Factors and soft caps are "
-            f"known of no model_type={model.config.model_type!r}, and biases of the unembedding of "
-            "none: choose a model of another family"
+            f"unembedding, got a relative difference of {difference:.2e}. A factor or soft cap of "
+            f"logits is not known of model_type={model.config.model_type!r}, and a bias of the "
+            "unembedding of no family: choose a model of another one"
         )
 
 

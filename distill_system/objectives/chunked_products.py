@@ -60,9 +60,7 @@ def _adds_in_float32(factor: Tensor) -> bool:
     return factor.device.type == "cuda" and factor.dtype in (torch.float16, torch.bfloat16)
 
 
-def cap_logits(
-    logits_cV: Float32[Tensor, "c V"], cap: float | None
-) -> Float32[Tensor, "c V"]:
+def cap_logits(logits_cV: Float32[Tensor, "c V"], cap: float | None) -> Float32[Tensor, "c V"]:
     """cap tanh(z / cap) of logits z, in their own memory; None leaves them as they are."""
     return logits_cV if cap is None else logits_cV.div_(cap).tanh_().mul_(cap)
 
