@@ -6,6 +6,7 @@ Reads the models' configurations and tokenizers, but no weights.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,19 @@ def check_folders(config: RunConfig) -> None:
 def is_local_path(path: str) -> bool:
     """Whether a path means a folder of this machine; a hub name is "model" or "owner/model"."""
     return Path(path).exists() or path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+
+
+def check_engine(config: RunConfig) -> None:
+    """Refuse a run whose engine is not installed.
+
+    Raises: ConfigError, with the ways out.
+    """
+    if config.rollout.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine=vllm: vLLM is not installed here. Install it (`make environment` on a "
+            'CPU, pip install -e ".[cuda]" with GPUs), or set rollout.engine=transformers, which '
+            "needs nothing more and is slower"
+        )
 
 
 def check_models(config: RunConfig, tokenizer: Any) -> None:
@@ -155,17 +169,19 @@ def _check_vocabulary(role: str, model: ModelConfig, num_rows: int, tokenizer: A
 def _check_head_size(role: str, model: ModelConfig, shape: Any, config: RunConfig) -> None:
     size = _head_size(shape)
     on_cpu = getattr(config.pools, f"{role}_rollout").gpus == 0
-    if not on_cpu or size is None or size in CPU_HEAD_SIZES:
+    in_vllm = config.rollout.engine == "vllm"
+    if not (on_cpu and in_vllm) or size is None or size in CPU_HEAD_SIZES:
         return
     problem = f"vLLM on a CPU supports attention heads of sizes {CPU_HEAD_SIZES}, got {size}"
     if model.architecture is not None:
         raise ConfigError(
             f"{role}.architecture: {problem} (hidden_size={shape.hidden_size} / "
-            f"num_heads={shape.num_attention_heads}). Change hidden_size or num_heads"
+            f"num_heads={shape.num_attention_heads}). Change hidden_size or num_heads, or set "
+            "rollout.engine=transformers"
         )
     raise ModelError(
-        f"{role}.path={model.path!r}: {problem}. Choose another model, or give "
-        f"pools.{role}_rollout.gpus"
+        f"{role}.path={model.path!r}: {problem}. Choose another model, give "
+        f"pools.{role}_rollout.gpus, or set rollout.engine=transformers"
     )
 
 
