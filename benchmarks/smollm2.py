@@ -72,7 +72,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--selfinst", type=Path, required=True, help="folder of Self-Instruct")
     parser.add_argument("--strategyqa", type=Path, required=True, help="folder of StrategyQA")
     parser.add_argument("--gguf", type=Path, help="the teacher's file, if it is here already")
-    parser.add_argument("override", nargs="*", help="of configs/smollm2.yaml, such as pools.* keys")
+    parser.add_argument("--layer", type=Path, action="append", default=[], help="over smollm2.yaml")
+    parser.add_argument("override", nargs="*", help="of a key, such as rollout.engine=transformers")
     return parser.parse_intermixed_args()
 
 
@@ -129,7 +130,7 @@ def _answers(
     from distill_system.run.worker_arguments import rollout_arguments, rollout_environment
 
     overrides = [f"data.directory={arguments.folder}", *arguments.override]
-    config = load_config([CONFIG], overrides)
+    config = load_config([CONFIG, *arguments.layer], overrides)
     pool = config.pools.teacher_rollout
     os.environ.update(rollout_environment(config, Author.TEACHER, pool))
     tokenizer = build_tokenizer(config, None)
