@@ -254,13 +254,22 @@ def _sort(settings: list[str]) -> tuple[list[str], list[str]]:
     return files, [setting for setting in settings if _is_override(setting)]
 
 
+_WAY_OUT = (
+    "Make room on the disk, or mend the permissions of what is named here; --resume then continues "
+    "a run from its newest checkpoint"
+)
+
+
 @contextmanager
 def _reporting_errors() -> Iterator[None]:
-    """Turn a DistillError into one message and exit code 1."""
+    """Turn a DistillError, or an error of the file system, into one message and exit code 1."""
     try:
         yield
     except DistillError as error:
         _print_error(type(error).__name__, str(error))
+        raise typer.Exit(1) from None
+    except OSError as error:  # a full disk, a folder that may not be written, an unreadable file
+        _print_error(type(error).__name__, f"{error}. {_WAY_OUT}")
         raise typer.Exit(1) from None
 
 

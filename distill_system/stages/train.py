@@ -25,8 +25,14 @@ from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
 from distill_system.run.model_checks import check_data, check_engine
+from distill_system.run.model_sources import with_folders
 from distill_system.run.pools import open_pools
-from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
+from distill_system.run.preparation import (
+    open_run,
+    prepare_tokenizer,
+    record_start,
+    refusal_leaves_nothing,
+)
 from distill_system.run.sample_origin import sample_origin
 from distill_system.run.settings_notes import settings_notes
 from distill_system.stages.evaluations import (
@@ -68,10 +74,13 @@ def train(
     if {"distill", "evaluate"} & {*work}:
         check_engine(config)
     if work:
-        record_start(config, run)
-        with open_context(config, run, resume=resume, sets=_sets(config, run, work)) as context:
-            for stage in work:
-                _RUNNERS[stage](context)
+        with refusal_leaves_nothing(run) as begin:
+            record_start(config, run)
+            models, sets = with_folders(config, run), _sets(config, run, work)
+            with open_context(models, run, resume=resume, sets=sets) as context:
+                begin()
+                for stage in work:
+                    _RUNNERS[stage](context)
     if "evaluate" in stages and "sft" not in stages and not work:
         notify(f"nothing to evaluate: {describe_standing(run)}")
     if "report" in stages:
