@@ -6,9 +6,8 @@ import os
 import threading
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import get_session
 
 from distill_system.errors import ModelError
 

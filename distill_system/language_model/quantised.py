@@ -30,6 +30,7 @@ def check_quantised(config: Any, model: str, *, is_trained: bool, on_gpu: bool) 
     if settings is None:
         return
     method = settings.get("quant_method") or "an unnamed method"
+    problem: str | None
     if is_trained:
         problem = "a quantised model can teach and not be trained"
     elif settings.get("quant_method") is None:

@@ -15,7 +15,7 @@ from distill_system.errors import ModelError
 from distill_system.language_model import check_quantised, is_quantised, read_configuration
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
-ABSENT = {
+ABSENT: dict[str, dict[str, Any]] = {
     "awq": AWQ,
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},

@@ -104,18 +104,25 @@ def test_a_finished_run_asks_for_no_worker_and_writes_its_report_anew(configure)
     assert not run.environment_path.exists(), "what ran is not what reports"
 
 
+SMALL = [
+    f"pools.{pool}.cpus=0.1"
+    for pool in ("learner", "student_rollout", "teacher_rollout", "teacher_scoring")
+]
+
+
 @pytest.mark.parametrize(
-    "mistake",
+    ("mistake", "told"),
     [
-        "student.path=runs/of/nobody",
-        "teacher.path=nowhere.gguf",
-        "data.prompts={type: jsonl, path: nowhere.jsonl}",
-        "data.max_prompt_tokens=100000",
+        ("student.path=runs/of/nobody", "no such folder"),
+        ("teacher.path=nowhere.gguf", "found none"),
+        ("data.prompts={type: jsonl, path: nowhere.jsonl}", r"nowhere\.jsonl"),
+        ("data.max_prompt_tokens=100000", "reads at most 128 tokens"),
+        ("pools.learner.cpus=100000", "pools ask for"),
     ],
 )
-def test_whatever_is_refused_before_the_cluster_leaves_nothing(configure, tmp_path, mistake):
-    with pytest.raises(DistillError):
-        train(configure(mistake))
+def test_whatever_is_refused_before_the_cluster_leaves_nothing(configure, tmp_path, mistake, told):
+    with pytest.raises(DistillError, match=told):
+        train(configure(*SMALL, mistake))
     assert not (tmp_path / "runs").exists()
 
 
