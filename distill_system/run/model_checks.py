@@ -23,6 +23,7 @@ from distill_system.language_model import (
     check_weight_files,
     choose_linear_modules,
     find_family,
+    is_gguf,
     is_quantised,
     one_line,
     read_configuration,
@@ -117,6 +118,13 @@ def _models(config: RunConfig) -> Iterator[tuple[str, ModelConfig]]:
 
 def _require_files(key: str, path: str, *patterns: str) -> None:
     folder = Path(path)
+    if is_gguf(path) and folder.is_file():
+        raise ModelError(
+            f"{key}={path!r} is a .gguf file, which runs and `generate` make a folder of, as "
+            "teacher.path or student.path. Two lines make one for everything else: `from "
+            "distill_system.language_model import convert_gguf` and "
+            f"`convert_gguf(Path({path!r}), Path(FOLDER))`"
+        )
     missing = [pattern for pattern in patterns if not any(folder.glob(pattern))]
     if missing or not folder.is_dir():
         actual = f"no {missing[0]} in it" if folder.is_dir() else "no such folder"

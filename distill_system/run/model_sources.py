@@ -11,6 +11,12 @@ from distill_system.language_model import convert_gguf, is_gguf
 from distill_system.observe import RunDirectory
 
 
+def find_gguf_files(config: RunConfig) -> list[str]:
+    """The .gguf files among the run's models."""
+    paths = (config.teacher.path, config.student.path)
+    return [path for path in paths if path is not None and is_gguf(path)]
+
+
 def with_folders(config: RunConfig, run: RunDirectory) -> RunConfig:
     """The configuration with a folder in place of each .gguf file, converted the first time.
 

@@ -12,7 +12,8 @@ from distill_system.errors import ModelError
 from distill_system.observe import RunDirectory
 from distill_system.run import model_sources
 from distill_system.run.context import model_path
-from distill_system.run.model_sources import with_folders
+from distill_system.run.model_checks import check_folders
+from distill_system.run.model_sources import find_gguf_files, with_folders
 
 Configure = Callable[..., RunConfig]
 
@@ -61,6 +62,20 @@ def test_both_models_may_be_files(
     with_folders(configure("teacher.path=a.gguf", "student.path=b.gguf"), run)
     assert {path.name for path in run.models_directory.iterdir()} == {"teacher", "student"}
     assert conversions == [Path("a.gguf"), Path("b.gguf")]
+
+
+def test_files_are_found_among_the_models(configure: Configure) -> None:
+    assert find_gguf_files(configure()) == []
+    assert find_gguf_files(configure("student.path=a/b.gguf")) == ["a/b.gguf"]
+
+
+def test_where_no_run_makes_a_folder_the_lines_that_do_are_told(
+    configure: Configure, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    for key in ("teacher.path", "tokenizer.path"):
+        with pytest.raises(ModelError, match=rf"{key}=.*is a \.gguf file.*convert_gguf\(Path"):
+            check_folders(configure(f"{key}={tmp_path / 'tiny.gguf'}"))
 
 
 def test_a_file_that_is_not_there_is_told_with_its_key(
