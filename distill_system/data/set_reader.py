@@ -18,7 +18,7 @@ from distill_system.config.data import EmbeddedTokenizer, RowSource, Source
 from distill_system.config.run import RunConfig
 from distill_system.data.examples import Example, Message
 from distill_system.data.fingerprints import fingerprint_prompt
-from distill_system.data.sources import load_examples
+from distill_system.data.sources import SourceReport, read_examples
 from distill_system.errors import DataError
 from distill_system.records import Author, Finish, Prompt, Trajectory
 
@@ -35,6 +35,7 @@ class SetReader:
     """Reads sets with one tokenizer.
 
     num_out_of_bounds: rows left out of each set so far by the token bounds of its source.
+    reports: what was read of each set's source.
     """
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -48,20 +49,43 @@ class SetReader:
         adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         self._start_ids: list[int] = [bos] if adds_bos else []
         self.num_out_of_bounds: dict[str, int] = {}
+        self.reports: dict[str, SourceReport] = {}
 
     def rows(
-        self, name: str, source: Source, with_answers: bool, *, key: str | None = None
+        self,
+        name: str,
+        source: Source,
+        with_answers: bool,
+        *,
+        key: str | None = None,
+        keep_going: bool = False,
     ) -> list[Row]:
         """The rendered rows of a set, without those outside the source's token bounds.
 
         key: configuration key of the source; None: data.<name>.
+        keep_going: leave out rows that cannot be used, and count them in the set's report.
         """
         key = key or f"data.{name}"
-        examples = load_examples(source, self._data, key=key, with_answers=with_answers)
-        rows = [
-            Row(f"{name}:{index}", self._render(example, key), example)
-            for index, example in enumerate(examples)
-        ]
+        report = self.reports[name] = SourceReport()
+        leave_out = keep_going or (isinstance(source, RowSource) and source.leave_out_refused)
+        examples = read_examples(
+            source,
+            self._data,
+            key=key,
+            with_answers=with_answers,
+            report=report,
+            keep_going=keep_going,
+        )
+        rows: list[Row] = []
+        for index, example in enumerate(examples):
+            try:
+                text = self._render(example, key)
+            except DataError as error:
+                if not leave_out:
+                    raise
+                report.take_back(error)
+                continue
+            rows.append(Row(f"{name}:{index}", text, example))
         if isinstance(source, RowSource):
             return self._within_bounds(name, rows, source, key)
         return rows

@@ -87,8 +87,15 @@ class Measuring:
         def decode(token_ids: Sequence[int]) -> str:
             return str(self.context.tokenizer.decode(token_ids, skip_special_tokens=True))
 
+        wanted = config.evaluation
         return evaluate_splits(
-            splits, generate, decode, config.evaluation.metrics, config.evaluation.num_shown
+            splits,
+            generate,
+            decode,
+            wanted.metrics,
+            wanted.num_shown,
+            rouge=wanted.rouge,
+            bleu=wanted.bleu,
         )
 
     def _generate_held_out(self, pool: RolloutPool) -> list[Trajectory]:
