@@ -8,6 +8,9 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from distill_system.config.base import ConfigModel
 
+EngineName = Literal["vllm", "transformers"]
+"""The library that generates."""
+
 
 class SamplingConfig(ConfigModel):
     """How rollouts are sampled."""
@@ -21,7 +24,7 @@ class SamplingConfig(ConfigModel):
 
 
 class EngineConfig(ConfigModel):
-    """The vLLM engine of a rollout worker."""
+    """The engine of a rollout worker."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of weights and computation."""
@@ -47,6 +50,9 @@ class EngineConfig(ConfigModel):
 class RolloutConfig(ConfigModel):
     """Student and teacher rollouts."""
 
+    engine: EngineName = "vllm"
+    """The library that generates, for student and teacher. transformers runs wherever torch does,
+    without vLLM, and reads a model by the code that the learner reads it by; it is slower."""
     sampling: SamplingConfig
     student_engine: EngineConfig = EngineConfig()
     teacher_engine: EngineConfig = EngineConfig()

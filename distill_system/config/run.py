@@ -17,6 +17,7 @@ from distill_system.config.pools import (
     ELASTIC_POOLS,
     ClusterConfig,
     DeadlinesConfig,
+    PoolConfig,
     PoolsConfig,
     ScalingConfig,
 )
@@ -51,6 +52,23 @@ class RunConfig(ConfigModel):
     def max_model_length(self) -> int:
         """Longest prompt plus longest response, in tokens."""
         return self.data.max_prompt_tokens + self.rollout.sampling.max_response_tokens
+
+    @property
+    def transfer_backend(self) -> Literal["gloo", "nccl"]:
+        """How weights travel from the learner to the student's engines.
+
+        nccl, from GPU to GPU, where the engine is vLLM's and each worker has whole GPUs of its own;
+        else gloo, through CPU memory, which lets learner and engine share a GPU.
+        """
+        gpus = [self.pools.learner.gpus, *(pool.gpus for pool in self._student_pools.values())]
+        whole = all(number >= 1.0 for number in gpus)
+        return "nccl" if whole and self.rollout.engine == "vllm" else "gloo"
+
+    @property
+    def _student_pools(self) -> dict[str, PoolConfig]:
+        """The pools whose workers hold the student and receive its weights, by name."""
+        names = ("student_rollout", "evaluation")
+        return {name: pool for name, pool in self.pools.by_name.items() if name in names}
 
     @field_validator("name")
     @classmethod
@@ -139,6 +157,38 @@ class RunConfig(ConfigModel):
                 "scaling.automatic has nothing to change: expected min_count below max_count in "
                 f"one of pools.{', pools.'.join(ELASTIC_POOLS)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_devices(self) -> RunConfig:
+        learner = self.pools.learner.gpus
+        for name, pool in self._student_pools.items():
+            if self.rollout.engine == "vllm" and (learner > 0) != (pool.gpus > 0):
+                raise ValueError(
+                    f"learner and {name} must both have GPUs or both have none where vLLM "
+                    f"generates, got pools.learner.gpus={learner} and pools.{name}.gpus="
+                    f"{pool.gpus}; with rollout.engine=transformers either may"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> RunConfig:
+        if self.rollout.engine == "vllm":
+            return self
+        for name in ("student_rollout", "teacher_rollout", "evaluation"):
+            pool = self.pools.by_name.get(name)
+            if pool is not None and pool.gpus > 1.0:
+                raise ValueError(
+                    f"rollout.engine=transformers computes on one GPU: expected pools.{name}.gpus "
+                    f"of at most 1, got {pool.gpus}. Tensor parallelism is vLLM's"
+                )
+        for key in ("sleep_when_idle", "enable_prefix_caching"):
+            for role in ("student", "teacher"):
+                if getattr(getattr(self.rollout, f"{role}_engine"), key):
+                    raise ValueError(
+                        f"rollout.{role}_engine.{key} is vLLM's: expected false with "
+                        "rollout.engine=transformers"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ import time
 from distill_system.data import RunData
 from distill_system.driver.measuring import Measuring
 from distill_system.driver.recorder import RunRecorder
+from distill_system.driver.start_check import StartCheck
 from distill_system.elastic import ElasticPools, ScaleRequests
 from distill_system.records import StepResult
 from distill_system.run.context import RunContext
@@ -33,6 +34,7 @@ class Driver:
         self.pools = pools
         self.streams = open_streams(context, pools, data)
         self.recorder = RunRecorder(context, pools, self.streams)
+        self.start_check = StartCheck(context, pools, data)
         self.measuring = Measuring(context, pools, data)
         self.elastic = ElasticPools(
             pools.elastic,
@@ -44,12 +46,13 @@ class Driver:
         )
 
     def run(self) -> None:
-        """Evaluate, play every step, evaluate again, export."""
+        """Check that engines and learner agree, evaluate, play every step, evaluate, export."""
         first = self.recorder.open()
         self.pools.learner.publish(first)
+        checked = self.start_check.run()
         self.measuring.evaluate_teacher()
         if first == 0:
-            self.recorder.write(0, self.measuring.evaluate_student("before", step=0))
+            self.recorder.write(0, checked | self.measuring.evaluate_student("before", step=0))
         self.streams.begin(first)
         with self.elastic, self.recorder.finished_on_failure():
             for step in range(first, self.config.steps):

@@ -26,6 +26,7 @@ from distill_system.config.model import LoraUpdate
 from distill_system.language_model import LanguageModel, choose_linear_modules, find_family
 from distill_system.learner.sharding import gather
 from distill_system.seeds import derive_seed
+from distill_system.weights.buckets import ParameterMetadata
 
 _NAME = "default"
 """What peft calls the one adapter of each layer."""
@@ -97,7 +98,7 @@ def merged_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class MergedSource:
-    """The merged weights as vLLM's weight transfer takes them (its WeightSource).
+    """The merged weights as a publisher takes them (its WeightTensors).
 
     device: where they are sent from; None: where they are.
     """
@@ -106,12 +107,10 @@ class MergedSource:
         self._model = model
         self._device = device
 
-    def metadata(self) -> list[Any]:
+    def metadata(self) -> list[ParameterMetadata]:
         """Name, dtype and whole shape of each tensor, in the order in which they come."""
-        from vllm.distributed.weight_transfer.base import ParamMeta
-
         named = ((checkpoint_name(n), p) for n, p in self._model.named_parameters())
-        return [ParamMeta(n, p.dtype, tuple(p.shape)) for n, p in named if n is not None]
+        return [ParameterMetadata(n, p.dtype, tuple(p.shape)) for n, p in named if n is not None]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         named = merged_tensors(self._model)

@@ -11,6 +11,7 @@ from distill_system.learner.checkpoint_files import FileRecord
 from distill_system.learner.collate import StreamTotals
 from distill_system.learner.publishing import Publishing
 from distill_system.records import (
+    FloatArray,
     ScoredChunk,
     StepResult,
     Stream,
@@ -64,6 +65,11 @@ class LearnerGroup:
     def measure(self, scored: Sequence[ScoredChunk]) -> dict[str, float]:
         """Both distances and the cross-entropy on scored chunks; see Learner.measure."""
         return self._finish(self._start_on_chunks("measure", [], scored), "distances")[0]
+
+    def read_logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """What the student says of the response tokens; see Learner.read_logprobs."""
+        what = "the learner to read what its engines wrote"
+        return self._all("read_logprobs", list(trajectories), what=what)[0]
 
     def connect_rollouts(
         self, backend: str, client: Any, num_receivers: int, timeout_seconds: float

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from distill_system.config.distill import StalenessConfig
 from distill_system.config.model import LearnerConfig, LoraUpdate, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.errors import NonFiniteError
-from distill_system.language_model import count_parts, unembedding
+from distill_system.language_model import SequenceBatch, count_parts, unembedding
 from distill_system.learner.adapters import MergedSource, export_merged
 from distill_system.learner.checkpoint import CheckpointWriter, load_checkpoint
 from distill_system.learner.checkpoint_files import FileRecord, find_alterations
@@ -53,13 +54,16 @@ from distill_system.objectives import (
     PolicyHeads,
     build_objective,
     measure_stream,
+    read_vocabulary,
 )
 from distill_system.objectives.importance import compute_log_ratios
 from distill_system.objectives.rows import ObjectiveOutput, TokenRows
 from distill_system.records import (
+    FloatArray,
     StepResult,
     Stream,
     TeacherTargets,
+    Trajectory,
     TrajectoryChunk,
 )
 from distill_system.weights import WeightPublisher
@@ -258,6 +262,28 @@ class Learner:
                 measures |= measure_largest_gap(log_ratios_N, self.ranks)
         self.policy.release()
         return measures
+
+    @torch.no_grad()
+    def read_logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """log pi_theta(y_t | s_t) of each response token at temperature 1, nats, float32 [T] each.
+
+        Every rank reads all of them, since ranks that share a model go in step: for a few.
+        """
+        limit = self.config.max_tokens_per_microbatch
+        sequences = SequenceBatch.collate(trajectories, self.device, max_tokens=limit)
+        hidden_NH = Microbatches(self.policy, sequences).read()
+        heads = self._heads()
+        with self.policy.precision():
+            rows = read_vocabulary(
+                hidden_NH,
+                sequences.token_ids_N,
+                heads.unembedding_VH,
+                heads.action_embeddings_VE[:, :0],  # no expected embedding is asked for
+                chunk_tokens=heads.chunk_tokens,
+            )
+        self.policy.release()
+        ends = np.cumsum([trajectory.num_response_tokens for trajectory in trajectories])
+        return np.split(rows.logprobs_N.cpu().numpy(), ends[:-1])
 
     def connect_rollouts(
         self,

@@ -24,6 +24,7 @@ from distill_system.offline.cached_targets import CachedTargets
 from distill_system.offline.samples import SampleKeeper, cut_batches, plan_samples
 from distill_system.offline.workers import SampleWriter
 from distill_system.records import Author
+from distill_system.run.model_checks import check_engine
 from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
 from distill_system.run.sample_origin import sample_origin
 from distill_system.run.worker_arguments import (
@@ -61,6 +62,7 @@ def generate(request: GenerateRequest) -> Path:
     """
     config, folder = request.config, _folder(request)
     run = open_run(config)
+    check_engine(config)
     record_start(config, run)
     tokenizer = prepare_tokenizer(config, run)
     origin = sample_origin(config, run, tokenizer, request.author)

@@ -203,6 +203,8 @@ def _engine(
     cache, room = float(CPU_CACHE_MEBIBYTES * MIB), None
     if engine.kv_cache_mebibytes is not None:
         cache = float(engine.kv_cache_mebibytes * MIB)
+    elif config.rollout.engine == "transformers":
+        cache = engine.max_num_sequences * sequence  # at the most, all of full length
     elif pool.gpus:
         room = device * engine.gpu_memory_utilization
         # At least one sequence must fit, or vLLM does not start.
@@ -215,6 +217,7 @@ def _engine(
             "key-value cache": f"{key}.kv_cache_mebibytes",
         },
     )
-    plan = _worker(pool_name, pool, f"the {role} in vLLM", memory, device)
+    library = {"vllm": "vLLM", "transformers": "transformers"}[config.rollout.engine]
+    plan = _worker(pool_name, pool, f"the {role} in {library}", memory, device)
     note = f"cache for {int(cache // sequence)} sequences of {longest_sequence(config)} tokens"
     return replace(plan, room_bytes=plan.room_bytes if room is None else room, note=note)

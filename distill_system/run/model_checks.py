@@ -6,17 +6,24 @@ Reads the models' configurations and tokenizers, but no weights.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
 from distill_system.config import RunConfig
 from distill_system.config.data import PretrainedTokenizer
 from distill_system.config.model import LoraUpdate, ModelConfig
 from distill_system.data import RunData
 from distill_system.errors import ConfigError, DataError, ModelError
-from distill_system.language_model import choose_linear_modules, find_family
+from distill_system.language_model import (
+    check_weight_files,
+    choose_linear_modules,
+    find_family,
+    one_line,
+    read_configuration,
+)
 from distill_system.records import Trajectory
 from distill_system.run.vocabulary import check_exportable, stop_token_ids, vocabulary_size
 
@@ -26,14 +33,16 @@ fails at the first request. Source: CPUAttentionBackend.get_supported_head_sizes
 
 
 def check_folders(config: RunConfig) -> None:
-    """Check that every path that means a local folder is the folder of a model.
+    """Check that every path that means a local folder is the folder of a whole model.
 
-    Without this check a mistyped path would be looked up on the Hugging Face hub.
+    Reads its configuration and the headers of its weights. Without this check a mistyped path would
+    be looked up on the Hugging Face hub, and a damaged folder would end a worker.
     Raises: ModelError.
     """
     for role, model in _models(config):
         if model.path is not None and is_local_path(model.path):
             _require_files(f"{role}.path", model.path, "config.json", "*.safetensors")
+            _check_folder(role, model)
     path = config.tokenizer.path if isinstance(config.tokenizer, PretrainedTokenizer) else None
     if path is not None and is_local_path(path):
         _require_files("tokenizer.path", path)
@@ -42,6 +51,19 @@ def check_folders(config: RunConfig) -> None:
 def is_local_path(path: str) -> bool:
     """Whether a path means a folder of this machine; a hub name is "model" or "owner/model"."""
     return Path(path).exists() or path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+
+
+def check_engine(config: RunConfig) -> None:
+    """Refuse a run whose engine is not installed.
+
+    Raises: ConfigError, with the ways out.
+    """
+    if config.rollout.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine=vllm: vLLM is not installed here. Install it (`make environment` on a "
+            'CPU, pip install -e ".[cuda]" with GPUs), or set rollout.engine=transformers, which '
+            "needs nothing more and is slower"
+        )
 
 
 def check_models(config: RunConfig, tokenizer: Any) -> None:
@@ -94,6 +116,15 @@ def _require_files(key: str, path: str, *patterns: str) -> None:
         )
 
 
+def _check_folder(role: str, model: ModelConfig) -> None:
+    shape = _shape(role, model)
+    assert model.path is not None, "a folder has a path"
+    try:
+        check_weight_files(Path(model.path), shape, trust_remote_code=model.trust_remote_code)
+    except ModelError as error:
+        raise ModelError(f"{role}.path: {error}") from error
+
+
 def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfig) -> None:
     shape = _shape(role, model)
     _check_head_size(role, model, shape, config)
@@ -138,17 +169,19 @@ def _check_vocabulary(role: str, model: ModelConfig, num_rows: int, tokenizer: A
 def _check_head_size(role: str, model: ModelConfig, shape: Any, config: RunConfig) -> None:
     size = _head_size(shape)
     on_cpu = getattr(config.pools, f"{role}_rollout").gpus == 0
-    if not on_cpu or size is None or size in CPU_HEAD_SIZES:
+    in_vllm = config.rollout.engine == "vllm"
+    if not (on_cpu and in_vllm) or size is None or size in CPU_HEAD_SIZES:
         return
     problem = f"vLLM on a CPU supports attention heads of sizes {CPU_HEAD_SIZES}, got {size}"
     if model.architecture is not None:
         raise ConfigError(
             f"{role}.architecture: {problem} (hidden_size={shape.hidden_size} / "
-            f"num_heads={shape.num_attention_heads}). Change hidden_size or num_heads"
+            f"num_heads={shape.num_attention_heads}). Change hidden_size or num_heads, or set "
+            "rollout.engine=transformers"
         )
     raise ModelError(
-        f"{role}.path={model.path!r}: {problem}. Choose another model, or give "
-        f"pools.{role}_rollout.gpus"
+        f"{role}.path={model.path!r}: {problem}. Choose another model, give "
+        f"pools.{role}_rollout.gpus, or set rollout.engine=transformers"
     )
 
 
@@ -169,7 +202,11 @@ def _shape(role: str, model: ModelConfig) -> Any:
     Raises: ModelError for a model of an unsupported family.
     """
     if model.architecture is None:
-        config = _read(AutoConfig, role, model)
+        assert model.path is not None, "the configuration gives a path or an architecture"
+        try:
+            config = read_configuration(model.path, trust_remote_code=model.trust_remote_code)
+        except ModelError as error:
+            raise ModelError(f"{role}.path: {error}") from error
         find_family(config, f"{role}.path={model.path!r}")
         return config
     return LlamaConfig(
@@ -184,10 +221,6 @@ def _read(loader: Any, role: str, model: ModelConfig) -> Any:
         return loader.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
         raise ModelError(
-            f"{role}.path={model.path!r} cannot be read: {_first_line(error)}. Give a "
+            f"{role}.path={model.path!r} cannot be read: {one_line(error)}. Give a "
             "folder with config.json, tokenizer files and *.safetensors, or a hub name"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -99,4 +99,4 @@ def learner_request(
 
 def transfer_backend(context: RunContext) -> str:
     """The backend that sends weights from the learner to the student's engines."""
-    return "nccl" if context.config.pools.learner.gpus > 0 else "gloo"
+    return context.config.transfer_backend

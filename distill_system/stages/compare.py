@@ -21,6 +21,7 @@ from distill_system.config.recipes import recipe_path
 from distill_system.errors import ConfigError
 from distill_system.observe import RunDirectory
 from distill_system.run.context import model_path
+from distill_system.run.model_checks import check_engine
 from distill_system.stages.pilot import plan_steps
 from distill_system.stages.processes import Job, run_jobs
 from distill_system.stages.train import train
@@ -53,6 +54,7 @@ def compare(request: ComparisonRequest, *, notify: Callable[[str], None]) -> Pat
     Raises: DistillError before anything runs, or from the shared fine-tuning.
     """
     base = load_config(request.paths, request.overrides)
+    check_engine(base)
     configs = _load_objectives(request)
     folder = Path(base.runs_directory).absolute() / base.name
     shared = base.model_copy(update={"name": "shared", "runs_directory": str(folder)})

@@ -25,7 +25,7 @@ from distill_system.observe import (
 from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
-from distill_system.run.model_checks import check_data
+from distill_system.run.model_checks import check_data, check_engine
 from distill_system.run.pools import open_pools
 from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
 from distill_system.run.sample_origin import sample_origin
@@ -51,6 +51,8 @@ def train(
         store = CheckpointStore(run.checkpoints_directory / stage, keep=1)
         # Refuse a missing --resume now, before workers have been started for nothing.
         resume_point(store, resume=resume, stage=stage)
+    if {"distill", "evaluate"} & {*work}:
+        check_engine(config)
     if work:
         record_start(config, run)
         with open_context(config, run, resume=resume, sets=_sets(config, run, work)) as context:

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "language_model": RECORDS,
     "objectives": {"config.objective", "errors"},
     "weights": RECORDS,
-    "rollout": RECORDS,
+    "rollout": RECORDS | {"weights"},
     "scoring": RECORDS | {"language_model", "objectives"},
     "learner": RECORDS | {"language_model", "objectives", "weights"},
     "cluster": RECORDS,

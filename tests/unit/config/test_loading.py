@@ -214,7 +214,7 @@ def test_all_problems_are_told_at_once_without_pydantic_noise(
         ("name=7", "name (override 'name=7'): expected text, got 7; put it in quotes"),
         ("name=a/b", "name must be letters, digits"),
         ("data.prompt_template=x", "prompt_template must contain {prompt}, got 'x'"),
-        ("rollout=null", "expected a mapping with the keys sampling, student_engine, teacher_eng"),
+        ("rollout=null", "expected a mapping with the keys engine, sampling, student_eng"),
         ("learner.threads=true", "expected a whole number > 0, got true"),
         ("data.use_chat_template=yes", "expected true or false, got 'yes'"),
         ("data.teacher_sft.num_examples=null", "expected a whole number > 0, got null"),

@@ -63,6 +63,20 @@ def test_the_measured_cross_entropy_is_that_of_the_teachers_text(make_learner, s
     assert measured == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("limit", [None, 20])
+def test_log_probabilities_are_those_of_the_plain_model(make_learner, limit):
+    learner = make_learner(config=LearnerConfig(max_tokens_per_microbatch=limit))
+    written = make_trajectories(9)
+    read = _group(learner).read_logprobs(written)
+    for trajectory, logprobs in zip(written, read, strict=True):
+        ids = torch.from_numpy(trajectory.token_ids).long()
+        with torch.no_grad():
+            plain = learner.model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        before = plain[trajectory.num_prompt_tokens - 1 : -1]
+        expected = before.gather(1, ids[trajectory.num_prompt_tokens :, None])[:, 0]
+        np.testing.assert_allclose(logprobs, expected, atol=1e-5)
+
+
 def test_measured_distances_do_not_move_the_student(make_learner, scorer):
     learner = make_learner()
     before = _weights(learner).clone()

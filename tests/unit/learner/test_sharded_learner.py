@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from fakes.local_workers import LocalWorkers
@@ -93,6 +94,15 @@ def test_ranks_make_the_update_of_one(
     held = ranks.ask(numbers_held_by)
     parts = count if shard == "all" else shard
     assert sum(held) == pytest.approx(count / parts * numbers_held_by(alone), rel=0.02)
+
+
+def test_ranks_read_the_log_probabilities_of_one(make_learner, make_ranks):
+    """Fewer sequences than would give each rank one: all ranks read all of them."""
+    written = make_trajectories(1)
+    [expected] = LearnerGroup(LocalWorkers([make_learner()])).read_logprobs(written)
+    group = LearnerGroup(make_ranks(2, config=LearnerConfig(shard_ranks="all")))
+    [read] = group.read_logprobs(written)
+    np.testing.assert_allclose(read, expected, atol=1e-5)
 
 
 TOKEN_MATCHING = TokenMatchingConfig(

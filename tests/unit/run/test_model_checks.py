@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_families import save_tokenizer
 from transformers import AutoTokenizer
 
 from distill_system.config import RunConfig
@@ -112,9 +112,8 @@ def test_another_vocabulary_is_told_with_words_that_differ(
 def test_a_tokenizer_larger_than_its_own_model_is_told(
     configure: Configure, tiny_model_folder: MakeFolder, tmp_path: Path
 ) -> None:
-    shutil.copytree(tiny_model_folder(vocab_size=80), tmp_path / "model")
-    shape = json.loads((tmp_path / "model/config.json").read_text())
-    (tmp_path / "model/config.json").write_text(json.dumps({**shape, "vocab_size": 64}))
+    shutil.copytree(tiny_model_folder(vocab_size=64), tmp_path / "model")
+    save_tokenizer(tmp_path / "model", 80)
     both = (f"{role}.path={tmp_path / 'model'}" for role in ("teacher", "student"))
     with pytest.raises(ModelError, match=r"teacher\.path=.*64 rows is smaller .* 80 tokens"):
         _check(configure(*both))
@@ -188,3 +187,13 @@ def test_the_runs_tokenizer_may_come_from_a_folder_of_its_own(
     _check(config)
     with pytest.raises(ModelError, match="tokenizer"):
         _check(configure(f"tokenizer.path={tmp_path / 'nothing'}"))
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_damaged_weights_are_told_with_key_and_file(
+    configure: Configure, tiny_model_folder: MakeFolder, tmp_path: Path, role: str
+) -> None:
+    shutil.copytree(tiny_model_folder(), tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=rf"{role}\.path: .*safetensors: the file is empty"):
+        check_folders(configure(f"{role}.path={tmp_path / 'model'}"))
