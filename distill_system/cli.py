@@ -47,8 +47,8 @@ Objective = Annotated[
 
 @app.command()
 def train(settings: Settings, resume: Resume = False, objective: Objective = None) -> None:
-    """Fine-tune both models, distil, evaluate, report; finished stages are skipped."""
-    stages = ("sft", "distill", "evaluate", "report")
+    """Fine-tune both models, distil, evaluate, report, push; finished stages are skipped."""
+    stages = ("sft", "distill", "evaluate", "report", "push")
     _run(settings, resume=resume, stages=stages, objective=objective)
 
 
@@ -106,9 +106,31 @@ def generate(
 
 
 @app.command()
-def evaluate(settings: Settings) -> None:
-    """Evaluate the student before and after distillation, where that has not been done."""
-    _run(settings, resume=False, stages=("evaluate", "report"))
+def evaluate(
+    settings: Settings,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub name of any model, or a run's folder for its student."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the scores of --model; else in the run's folder.")
+    ] = None,
+) -> None:
+    """Evaluate a run's students where evaluation.metrics asks for more than stands there.
+
+    With --model: evaluate that model on data.evaluation, and nothing else.
+    """
+    if model is None:
+        _run(settings, resume=False, stages=("evaluate", "report"))
+        return
+    with _reporting_errors(), _ending_on_signals("the same command begins again"):
+        from distill_system.config import load_config
+
+        config = load_config(*_sort(settings))
+        from distill_system.stages.evaluate_model import evaluate_model, render_scores
+
+        evaluated = evaluate_model(config, model, out=out)
+    Console().print(render_scores(evaluated))
 
 
 @app.command()
@@ -130,7 +152,7 @@ def compare(
     ] = "updates",
     budget_value: Annotated[
         float | None,
-        typer.Option(min=0.0, help="How much; without it, what CONFIG's steps cost the first one."),
+        typer.Option(help="How much; without it, what CONFIG's steps cost the first one."),
     ] = None,
     at_once: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
 ) -> None:

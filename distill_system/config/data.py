@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from distill_system.config.base import ConfigModel
+from distill_system.config.base import ConfigModel, LocalPath
 from distill_system.config.templates import template_fields
 
 _SPLIT_NAME = r"\w[\w.-]*"
@@ -175,7 +175,7 @@ class FilesSource(RowSource):
     parquet, Arrow, or a folder that `datasets` saved."""
 
     type: Literal["files"] = "files"
-    path: str | tuple[str, ...]
+    path: LocalPath | tuple[LocalPath, ...]
     """A file, a folder, a pattern such as part-*.jsonl, or a list of them; a relative path is taken
     from data.directory."""
     format: FileFormat | None = None
@@ -189,7 +189,7 @@ class JsonlSource(RowSource):
     """A file of one JSON object a line, plain or gzipped."""
 
     type: Literal["jsonl"]
-    path: str
+    path: LocalPath
     """The file; a relative path is taken from data.directory."""
 
 
@@ -197,7 +197,7 @@ class ParquetSource(RowSource):
     """A parquet file."""
 
     type: Literal["parquet"]
-    path: str
+    path: LocalPath
     """The file; a relative path is taken from data.directory."""
 
 
@@ -206,7 +206,7 @@ class DatasetsSource(RowSource):
     saved (save_to_disk)."""
 
     type: Literal["datasets"]
-    name: str
+    name: LocalPath
     """Name or path given to datasets.load_dataset."""
     subset: str | None = None
     """Name of the configuration, where the data set has several."""
@@ -276,7 +276,7 @@ class PretrainedTokenizer(ConfigModel):
     """An existing tokenizer, by default the teacher's."""
 
     type: Literal["pretrained"] = "pretrained"
-    path: str | None = None
+    path: LocalPath | None = None
     """Folder or hub name; null takes the teacher's."""
 
 
@@ -288,7 +288,7 @@ TokenizerConfig = Annotated[
 class DataConfig(ConfigModel):
     """Every set of rows the run reads."""
 
-    directory: str = "."
+    directory: LocalPath = "."
     """Folder that relative paths of the sources start from."""
     prompt_template: str = "{prompt}"
     """How a plain prompt becomes the text the models read; must contain {prompt}."""
@@ -303,7 +303,7 @@ class DataConfig(ConfigModel):
     prompts: PromptSource
     """Prompts of the distillation, from one source or from a weighted mixture; answers are not
     read."""
-    trajectory_store: str | None = None
+    trajectory_store: LocalPath | None = None
     """Folder of samples that `distill-system generate` wrote ahead, for
     distill.off_policy_source=store; a relative path is taken from data.directory."""
     held_out: Source

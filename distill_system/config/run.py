@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from typing import Literal
 
 from pydantic import NonNegativeInt, field_validator, model_validator
 
-from distill_system.config.base import ConfigModel
+from distill_system.config.base import ConfigModel, LocalPath
 from distill_system.config.data import DataConfig, PretrainedTokenizer, TokenizerConfig
 from distill_system.config.distill import DistillConfig
 from distill_system.config.evaluation import HELD_OUT_MEASURES, EvaluationConfig
+from distill_system.config.export import ExportConfig, HubConfig
 from distill_system.config.model import LearnerConfig, ModelConfig
 from distill_system.config.pools import (
     ELASTIC_POOLS,
@@ -29,7 +31,7 @@ class RunConfig(ConfigModel):
 
     name: str
     """Name of the run, whose folder is runs_directory/name."""
-    runs_directory: str = "runs"
+    runs_directory: LocalPath = "runs"
     """Folder of all runs."""
     seed: NonNegativeInt = 0
     """Every random choice of the run derives from it."""
@@ -43,6 +45,9 @@ class RunConfig(ConfigModel):
     learner: LearnerConfig = LearnerConfig()
     distill: DistillConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+    hub: HubConfig | None = None
+    """Where the student is pushed when the run is done; null pushes nothing."""
     cluster: ClusterConfig = ClusterConfig()
     pools: PoolsConfig = PoolsConfig()
     scaling: ScalingConfig = ScalingConfig()
@@ -69,6 +74,14 @@ class RunConfig(ConfigModel):
         """The pools whose workers hold the student and receive its weights, by name."""
         names = ("student_rollout", "evaluation")
         return {name: pool for name, pool in self.pools.by_name.items() if name in names}
+
+    @property
+    def export_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Precision of the exported student: export.dtype, or that which the run computed in."""
+        if self.export.dtype is not None:
+            return self.export.dtype
+        computed = {self.learner.compute_dtype, self.rollout.student_engine.dtype}
+        return "bfloat16" if "bfloat16" in computed else "float32"
 
     @field_validator("name")
     @classmethod
@@ -128,6 +141,16 @@ class RunConfig(ConfigModel):
             raise ValueError(
                 f"distill.keep_best.metric: this run measures no {best.metric!r}; {hint}choose one "
                 f"of {', '.join(known)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_export(self) -> RunConfig:
+        if self.export.weights == "best" and self.distill.keep_best is None:
+            raise ValueError(
+                "export.weights=best exports the best checkpoint, and nothing says by which metric "
+                "it is best: give distill.keep_best, such as "
+                "{metric: held_out/cross_entropy, mode: min}"
             )
         return self
 
@@ -221,7 +244,11 @@ class RunConfig(ConfigModel):
                     )
         sources = self.distill.off_policy_mixture
         if "dataset" in sources and self.data.student_sft is None:
-            raise ValueError("distill.off_policy_source=dataset needs rows: give data.student_sft")
+            raise ValueError(
+                "distill.off_policy_source=dataset needs rows: give data.student_sft, or "
+                "distill.off_policy_source=teacher, which needs prompts alone: the teacher writes "
+                "the text. Recipes of --objective such as gkd set dataset"
+            )
         if "store" in sources and self.data.trajectory_store is None:
             raise ValueError(
                 "distill.off_policy_source=store needs samples: give data.trajectory_store, and "

@@ -122,7 +122,7 @@ def find_files(source: FilesSource, directory: str, key: str) -> list[RowFile]:
 
 
 def _files_of(path: str, source: FilesSource, directory: str, key: str) -> list[RowFile]:
-    tried = (Path(directory).expanduser() / Path(path).expanduser()).absolute()
+    tried = (Path(directory) / path).absolute()
     if tried.is_file():
         file = _row_file(tried, tried.name, source, key)
         if source.split is not None and file.format != "json":

@@ -232,12 +232,12 @@ class _RowReader:
 
 
 def _open_tables(source: RowSource, data: DataConfig, key: str) -> Sequence[_Table]:
-    directory = Path(data.directory).expanduser()
+    directory = Path(data.directory)
     if isinstance(source, DatasetsSource):
         return [load_dataset(source, directory, key)]
     if isinstance(source, FilesSource):
         if isinstance(source.path, str):
-            folder = directory / Path(source.path).expanduser()
+            folder = directory / source.path
             if is_saved(folder):
                 return [load_saved(folder, source.split, key)]
         return find_files(source, data.directory, key)
@@ -248,7 +248,7 @@ def _open_tables(source: RowSource, data: DataConfig, key: str) -> Sequence[_Tab
 
 
 def _require_file(path: str, directory: str, key: str) -> None:
-    tried = (Path(directory).expanduser() / Path(path).expanduser()).absolute()
+    tried = (Path(directory) / path).absolute()
     if tried.is_file():
         return
     actual = "there is no such file"

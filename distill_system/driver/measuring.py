@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from distill_system.config import RunConfig
+from distill_system.config.evaluation import MetricName
 from distill_system.config.objective import MOMENTS
 from distill_system.data import RunData
 from distill_system.evaluation import SplitEvaluation, evaluate_splits
@@ -15,13 +18,54 @@ from distill_system.run.pools import Pools
 from distill_system.weights import check_logprob_gap
 
 
+def score_splits(
+    pool: RolloutPool,
+    splits: Mapping[str, Sequence[Prompt]],
+    config: RunConfig,
+    tokenizer: Any,
+    *,
+    metrics: Sequence[MetricName],
+) -> dict[str, SplitEvaluation]:
+    """Let a pool's model answer every split's prompts, greedily and by sampling; score them.
+
+    tokenizer: a transformers tokenizer.  Raises: as evaluate_splits does.
+    """
+
+    def generate(prompts: Sequence[Prompt], temperature: float, label: str) -> list[Trajectory]:
+        longest = config.rollout.sampling.max_response_tokens
+        sampling = Sampling(temperature=temperature, top_p=1.0, max_response_tokens=longest)
+        return pool.generate(prompts, sampling, config.seed, f"evaluation_{label}")
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    wanted = config.evaluation
+    return evaluate_splits(
+        splits,
+        generate,
+        decode,
+        metrics,
+        wanted.num_shown,
+        rouge=wanted.rouge,
+        bleu=wanted.bleu,
+    )
+
+
 class Measuring:
     """Evaluates through the run's own pools; the teacher's held-out part is made once."""
 
-    def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        pools: Pools,
+        data: RunData,
+        *,
+        metrics: Sequence[MetricName] | None = None,
+    ) -> None:
         self.context = context
         self.pools = pools
         self.data = data
+        self.metrics = context.config.evaluation.metrics if metrics is None else metrics
         self._teacher_held_out: list[ScoredChunk] = []
 
     def measure_distances(self) -> dict[str, float]:
@@ -49,9 +93,9 @@ class Measuring:
         if note is not None:
             self.context.view.note(note)
 
-    def evaluate_teacher(self) -> None:
-        """Write evaluations/teacher.json unless it stands."""
-        if not self.context.run.evaluation_path("teacher").exists():
+    def evaluate_teacher(self, *, again: bool = False) -> None:
+        """Write evaluations/teacher.json unless it stands.  again: even if it does."""
+        if again or not self.context.run.evaluation_path("teacher").exists():
             splits = self._evaluate(self.pools.teachers, self.data.evaluation)
             self._write("teacher", step=0, version=None, splits=splits, distances=None)
 
@@ -77,26 +121,8 @@ class Measuring:
     def _evaluate(
         self, pool: RolloutPool, splits: Mapping[str, Sequence[Prompt]]
     ) -> dict[str, SplitEvaluation]:
-        config = self.context.config
-
-        def generate(prompts: Sequence[Prompt], temperature: float, label: str) -> list[Trajectory]:
-            longest = config.rollout.sampling.max_response_tokens
-            sampling = Sampling(temperature=temperature, top_p=1.0, max_response_tokens=longest)
-            return pool.generate(prompts, sampling, config.seed, f"evaluation_{label}")
-
-        def decode(token_ids: Sequence[int]) -> str:
-            return str(self.context.tokenizer.decode(token_ids, skip_special_tokens=True))
-
-        wanted = config.evaluation
-        return evaluate_splits(
-            splits,
-            generate,
-            decode,
-            wanted.metrics,
-            wanted.num_shown,
-            rouge=wanted.rouge,
-            bleu=wanted.bleu,
-        )
+        config, tokenizer = self.context.config, self.context.tokenizer
+        return score_splits(pool, splits, config, tokenizer, metrics=self.metrics)
 
     def _generate_held_out(self, pool: RolloutPool) -> list[Trajectory]:
         """The same prompts and seeds each time, so that a distance moves with the weights alone."""

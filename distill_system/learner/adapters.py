@@ -117,22 +117,27 @@ class MergedSource:
         return ((name, tensor.to(self._device)) for name, tensor in named)
 
 
-def export_merged(model: LanguageModel, folder: Path, update: LoraUpdate, *, writes: bool) -> None:
-    """Write the merged model in Hugging Face form, and the adapters alone if they are wanted.
+def save_adapters(model: LanguageModel, folder: Path, adapters: dict[str, Tensor]) -> None:
+    """Write the adapters by themselves beside the merged model, in peft's format."""
+    model.peft_config[_NAME].save_pretrained(str(folder / "adapter"))
+    save_file(adapters, folder / "adapter" / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
 
-    writes: whether this rank is the one that writes; every rank calls it.
+
+@torch.no_grad()
+def fold_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """Add every adapter to its layer's weight and set it to zero; the model computes as before.
+
+    Every rank calls it. Returns the adapters as they were; see gather_adapters.
     """
-    merged = {name: tensor.cpu() for name, tensor in merged_tensors(model) if writes}
-    adapters = _gather_adapters(model) if update.save_adapter else {}
-    if not writes:
-        return
-    model.save_pretrained(folder, state_dict=merged)
-    if adapters:
-        model.peft_config[_NAME].save_pretrained(str(folder / "adapter"))
-        save_file(adapters, folder / "adapter" / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+    adapters = {name: tensor.clone() for name, tensor in gather_adapters(model).items()}
+    for _, layer in _adapted_layers(model):
+        weight = layer.get_base_layer().weight
+        _fill(weight, _merge(gather(weight.detach()), layer))
+        layer.lora_B[_NAME].weight.zero_()
+    return adapters
 
 
-def _gather_adapters(model: nn.Module) -> dict[str, Tensor]:
+def gather_adapters(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' own weights in CPU memory, under the names of peft's files."""
     return {
         f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": gather(p.detach()).cpu().contiguous()

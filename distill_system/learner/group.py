@@ -160,9 +160,13 @@ class LearnerGroup:
         """Take a checkpoint's learner part back."""
         self._all("load", str(folder), what="the learner to load its checkpoint")
 
-    def export(self, folder: Path) -> None:
-        """Write the model in Hugging Face form."""
-        self._all("export", str(folder), what="the learner to export its model")
+    def round_weights(self, dtype: str) -> None:
+        """Give every weight the nearest value of a lower precision; see Learner.round_weights."""
+        self._all("round_weights", dtype, what="the learner to round its weights")
+
+    def export(self, folder: Path, dtype: str = "float32") -> None:
+        """Write the model in Hugging Face form, its weights in this precision."""
+        self._all("export", str(folder), dtype, what="the learner to export its model")
 
     def close(self) -> None:
         """Leave all process groups."""

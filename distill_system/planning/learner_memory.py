@@ -121,7 +121,7 @@ def _draw_line(
 @contextmanager
 def _mesh_of_one(load: LearnerLoad) -> Iterator[DeviceMesh | None]:
     """The mesh that a rank of many is on, None for one that shards nothing."""
-    if load.num_ranks == 1 and not load.config.offload:
+    if not load.config.is_wrapped(load.num_ranks, on_gpu=load.on_gpu):
         yield None
         return
     dist.init_process_group("fake", rank=0, world_size=load.num_ranks, store=FakeStore())
@@ -169,7 +169,9 @@ class SizedLearner(Learner):
         self, load: LearnerLoad, model: LanguageModel, sizes: SizeTracker, mesh: DeviceMesh | None
     ) -> None:
         self.load_of, self.model, self.sizes = load, model, sizes
-        self.config, self.optimizer_config, self.total_steps = load.config, load.optimizer, 1
+        chunk_tokens = load.config.chunk_tokens(on_gpu=load.on_gpu)
+        self.config = load.config.model_copy(update={"vocabulary_chunk_tokens": chunk_tokens})
+        self.optimizer_config, self.total_steps = load.optimizer, 1
         self.device, self.source = CPU, ModelSource(update=load.update)
         self.ranks = _Alike(
             rank=0, world_size=load.num_ranks, device=CPU, timeout_seconds=1.0, alone=mesh is None
@@ -227,8 +229,9 @@ class SizedLearner(Learner):
                 )
         for optimizer in self.optimizers:
             if self.load_of.on_gpu and isinstance(optimizer, torch.optim.AdamW):
-                for group in optimizer.param_groups:  # what torch chooses on a GPU
-                    group["foreach"] = not self.config.offload
+                for group in optimizer.param_groups:  # as it is where the parameters are
+                    group["fused"] = not self.config.offload
+                    group["foreach"] = False
         self._update(0)
         for optimizer in self.optimizers:
             for state in optimizer.state.values():

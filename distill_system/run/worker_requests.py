@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from distill_system.cluster import WorkerRequest
+from distill_system.config import RunConfig
 from distill_system.config.model import OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.config.pools import PoolConfig
@@ -38,6 +41,20 @@ def rollout_request(context: RunContext, name: str, author: Author, path: str) -
         pool=pool,
         environment=rollout_environment(config, author, pool),
         colocate_with=pool.colocate_with,
+    )
+
+
+def evaluation_request(config: RunConfig, tokenizer: Any, path: str) -> WorkerRequest:
+    """The workers that generate for evaluations, of the model in `path`, which stays as it is."""
+    name = "student_rollout" if config.pools.evaluation is None else "evaluation"
+    pool = config.pools.by_name[name]
+    shared = rollout_arguments(config, tokenizer, Author.STUDENT, path, pool)
+    return WorkerRequest(
+        name=name,
+        worker_class=RolloutWorker,
+        arguments=[{"name": f"{name}-{index}", **shared} for index in range(pool.count)],
+        pool=pool,
+        environment=rollout_environment(config, Author.STUDENT, pool),
     )
 
 

@@ -188,6 +188,16 @@ CASES = {
         (MATCHING + "off_policy: {type: forward_kl}, on_policy_weight: 0.0}",),
         "on_policy_weight=1.0 gives off_policy no weight",
     ),
+    "two lengths of warm-up": (
+        ("distill.optimizer.warmup_steps=9", "distill.optimizer.warmup_ratio=0.1"),
+        ("distill.optimizer.warmup_steps=null", "distill.optimizer.warmup_ratio=0.1"),
+        "expected warmup_steps or warmup_ratio, got both: 9 and 0.1",
+    ),
+    "the best by nothing": (
+        ("export.weights=best",),
+        ("export.weights=best", "distill.keep_best={metric: held_out/cross_entropy, mode: min}"),
+        "nothing says by which metric it is best: give distill.keep_best",
+    ),
     "fewer sequences than ranks": (
         ("pools.learner.count=3", "distill.student_prompts_per_step=2"),
         ("pools.learner.count=3", "distill.student_prompts_per_step=3"),

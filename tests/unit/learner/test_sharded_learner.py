@@ -252,7 +252,8 @@ def test_the_export_of_shards_is_the_plain_model(
         safe_open(tmp_path / "shards" / "model.safetensors", "pt") as shards,
         safe_open(tmp_path / "alone" / "model.safetensors", "pt") as plain,
     ):
-        assert set(shards.keys()) == set(plain.keys())
+        names = set(plain.keys())
+        assert set(shards.keys()) == names
         for name in shards.keys():  # noqa: SIM118
             assert torch.equal(shards.get_tensor(name), weights[name])
     # What is published goes by the names of the file, too.
@@ -260,6 +261,12 @@ def test_the_export_of_shards_is_the_plain_model(
     for file in ("config.json", "generation_config.json"):
         texts = [(tmp_path / folder / file).read_text() for folder in ("shards", "alone")]
         assert texts[0] == texts[1]
+    LearnerGroup(ranks).round_weights("bfloat16")
+    LearnerGroup(ranks).export(tmp_path / "rounded", "bfloat16")
+    with safe_open(tmp_path / "rounded" / "model.safetensors", "pt") as rounded:
+        assert set(rounded.keys()) == names
+        for name in rounded.keys():  # noqa: SIM118
+            assert torch.equal(rounded.get_tensor(name), weights[name].bfloat16())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
