@@ -59,6 +59,16 @@ class RunConfig(ConfigModel):
         return self.data.max_prompt_tokens + self.rollout.sampling.max_response_tokens
 
     @property
+    def rounding(self) -> Literal["none", "nearest", "stochastic"]:
+        """How the learner's weights become the student engine's: rollout.weight_rounding, where
+        there is a choice. A learner in bfloat16 rounds to the nearest itself, and so do engines."""
+        dtype = self.rollout.student_engine.dtype
+        if dtype == "float32":
+            return "none"
+        follows = dtype == "bfloat16" and self.learner.compute_dtype == "float32"
+        return self.rollout.weight_rounding if follows else "nearest"
+
+    @property
     def transfer_backend(self) -> Literal["gloo", "nccl"]:
         """How weights travel from the learner to the student's engines.
 

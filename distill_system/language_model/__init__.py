@@ -29,6 +29,7 @@ from distill_system.language_model.sequences import (
     read_hidden,
     read_part,
 )
+from distill_system.language_model.settings import check_settings
 from distill_system.language_model.streaming import build_empty_model, read_weights
 from distill_system.language_model.weight_files import check_weight_files
 
@@ -41,6 +42,7 @@ __all__ = [
     "build_language_model",
     "check_linear_read",
     "check_packed_read",
+    "check_settings",
     "check_weight_files",
     "choose_linear_modules",
     "convert_gguf",

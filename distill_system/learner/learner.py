@@ -74,7 +74,8 @@ from distill_system.records import (
     Trajectory,
     TrajectoryChunk,
 )
-from distill_system.weights import WeightPublisher
+from distill_system.weights import WeightPublisher, WireFormat
+from distill_system.weights.rounding import AS_THEY_ARE
 from distill_system.workers import Reference
 
 
@@ -96,6 +97,7 @@ class Learner:
         uses_gpu: bool,
         timeout_seconds: float,
         staleness: StalenessConfig | None = None,
+        wire: WireFormat = AS_THEY_ARE,
     ) -> None:
         torch.set_num_threads(config.threads)
         self.config = config
@@ -122,6 +124,7 @@ class Learner:
             total_steps=total_steps,
             importance=self.importance,
         )
+        self.wire = wire
         self.publisher: WeightPublisher | None = None
         self.writer = CheckpointWriter(rank=rank, timeout=self.ranks.timeout)
         self.folded_adapters: dict[str, Tensor] = {}
@@ -320,6 +323,7 @@ class Learner:
             num_receivers=num_receivers,
             rank=self.ranks.rank,
             timeout_seconds=timeout_seconds,
+            wire=self.wire,
         )
 
     def start_publish(self, version: int) -> list[Reference]:

@@ -18,6 +18,7 @@ from distill_system.config.model import LoraUpdate, ModelConfig
 from distill_system.data import RunData
 from distill_system.errors import ConfigError, DataError, ModelError
 from distill_system.language_model import (
+    check_settings,
     check_weight_files,
     choose_linear_modules,
     find_family,
@@ -69,6 +70,7 @@ def check_engine(config: RunConfig) -> None:
 def check_models(config: RunConfig, tokenizer: Any) -> None:
     """Refuse models that do not fit the tokenizer, one another, the lengths or the engine.
 
+    Refuses also what transformers and vLLM would read differently in one config.json.
     Raises: ModelError or ConfigError, naming the model and the key to change.
     """
     for role, model in _models(config):
@@ -110,6 +112,14 @@ def _require_files(key: str, path: str, *patterns: str) -> None:
     missing = [pattern for pattern in patterns if not any(folder.glob(pattern))]
     if missing or not folder.is_dir():
         actual = f"no {missing[0]} in it" if folder.is_dir() else "no such folder"
+        if (folder / "pytorch_model.bin").exists() or any(folder.glob("pytorch_model-*.bin")):
+            # vLLM would read it and our own readers of single tensors would not
+            raise ModelError(
+                f"{key}={path!r}: expected weights in *.safetensors, found pytorch_model.bin. Two "
+                f"lines convert it: AutoModelForCausalLM.from_pretrained({path!r})."
+                f"save_pretrained(NEW) and AutoTokenizer.from_pretrained({path!r})."
+                "save_pretrained(NEW)"
+            )
         raise ModelError(
             f"{key}={path!r}: expected a folder that save_pretrained wrote, found {actual} (looked "
             f"at {folder.absolute()}). Give such a folder, or a name of the Hugging Face hub"
@@ -130,6 +140,7 @@ def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfi
     _check_head_size(role, model, shape, config)
     if model.path is None:
         return  # a model of random weights takes vocabulary and length from the run
+    check_settings(shape, f"{role}.path={model.path!r}", longest=config.max_model_length)
     _check_vocabulary(role, model, shape.vocab_size, tokenizer)
     limit, longest = _context_limit(shape), config.max_model_length
     if limit is not None and limit < longest:
