@@ -296,6 +296,11 @@ class DataConfig(ConfigModel):
     """Send plain prompts as one user message through the tokenizer's chat template instead."""
     max_prompt_tokens: PositiveInt = 512
     """Longest prompt; a longer one is an error that names its id."""
+    max_memory_mebibytes: PositiveInt = 1024
+    """Most memory for the tokenised rows of a training set (data.prompts, data.teacher_sft,
+    data.student_sft); those of a larger one are written to a file and mapped from there."""
+    cache_directory: LocalPath | None = None
+    """Folder of that file, which is gone when the run ends; null takes that of `datasets`."""
     teacher_sft: Source | None = None
     """Rows that the teacher is fine-tuned on."""
     student_sft: Source | None = None
