@@ -5,7 +5,7 @@ Reads the models' configurations and tokenizers, but no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from distill_system.config import RunConfig
 from distill_system.config.data import PretrainedTokenizer
 from distill_system.config.model import LoraUpdate, ModelConfig
-from distill_system.data import RunData
+from distill_system.data import RunData, longest_row
 from distill_system.errors import ConfigError, DataError, ModelError
 from distill_system.language_model import (
     check_quantised,
@@ -101,9 +101,9 @@ def check_data(config: RunConfig, data: RunData) -> None:
     Raises: DataError, naming the longest row.
     """
     for role, model in _models(config):
-        rows: tuple[Trajectory, ...] = getattr(data, f"{role}_sft")
+        rows: Sequence[Trajectory] = getattr(data, f"{role}_sft")
         limit = _context_limit(_shape(role, model)) if rows else None
-        longest = max(rows, key=lambda row: row.token_ids.size, default=None)
+        longest = longest_row(rows)
         if limit is not None and longest is not None and longest.token_ids.size > limit:
             key = f"{role}.path" if model.path else f"{role}.architecture.max_position_embeddings"
             raise DataError(
