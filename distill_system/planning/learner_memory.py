@@ -121,7 +121,7 @@ def _draw_line(
 @contextmanager
 def _mesh_of_one(load: LearnerLoad) -> Iterator[DeviceMesh | None]:
     """The mesh that a rank of many is on, None for one that shards nothing."""
-    if not load.config.is_wrapped(load.num_ranks, on_gpu=load.on_gpu):
+    if load.num_ranks == 1 and not load.config.offload:
         yield None
         return
     dist.init_process_group("fake", rank=0, world_size=load.num_ranks, store=FakeStore())
