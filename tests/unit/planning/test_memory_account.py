@@ -169,6 +169,22 @@ def test_each_token_of_a_chunk_costs_rows_of_the_vocabulary() -> None:
     assert held(256) - held(128) == pytest.approx(3 * 128 * 3000 * 4, rel=0.02)
 
 
+def test_a_gpu_has_chunks_of_its_own_size_where_none_is_given() -> None:
+    def held(load: LearnerLoad, tokens: int | None) -> float:
+        return learner_memory(_with(load, vocabulary_chunk_tokens=tokens)).num_bytes
+
+    there = replace(LOAD, on_gpu=True, chunks=_make_chunks(40))  # more tokens than one chunk has
+    assert held(there, None) == held(there, 4096) > held(there, 512)
+    assert held(LOAD, None) == held(LOAD, 512)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_adamw_has_no_workspace_on_a_gpu_unless_its_parameters_are_elsewhere(offload: bool) -> None:
+    load = replace(_with(offload=offload, max_tokens_per_microbatch=1), on_gpu=True)
+    part = "optimizer's workspace"
+    assert learner_memory(load).parts.get(part, 0.0) < 0.1 * 4 * SHAPE.num_parameters
+
+
 def test_microbatches_bound_activations() -> None:
     whole = learner_memory(LOAD)
     parts = learner_memory(_with(max_tokens_per_microbatch=100))
