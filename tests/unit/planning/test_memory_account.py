@@ -178,11 +178,12 @@ def test_a_gpu_has_chunks_of_its_own_size_where_none_is_given() -> None:
     assert held(LOAD, None) == held(LOAD, 512)
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_adamw_has_no_workspace_on_a_gpu_unless_its_parameters_are_elsewhere(offload: bool) -> None:
-    load = replace(_with(offload=offload, max_tokens_per_microbatch=1), on_gpu=True)
-    part = "optimizer's workspace"
-    assert learner_memory(load).parts.get(part, 0.0) < 0.1 * 4 * SHAPE.num_parameters
+def test_adamw_is_fused_on_a_gpu_and_has_no_workspace() -> None:
+    small = _with(max_tokens_per_microbatch=1)  # so that the update is the fullest moment
+    here, there = learner_memory(small), learner_memory(replace(small, on_gpu=True))
+    assert here.parts["optimizer's workspace"] > 4 * 3000 * 64  # of the largest matrix
+    assert there.num_bytes < here.num_bytes
+    assert there.parts.get("optimizer's workspace", 0.0) < 0.1 * 4 * SHAPE.num_parameters
 
 
 def test_microbatches_bound_activations() -> None:
