@@ -233,9 +233,8 @@ class SizedLearner(Learner):
                 )
         adamws = [each for each in self.optimizers if isinstance(each, torch.optim.AdamW)]
         for group in (group for each in adamws for group in each.param_groups):
-            group["foreach"] = (
-                False if self.load_of.on_gpu else None
-            )  # what is offloaded is a CPU's
+            # An offloaded one's parameters are a CPU's, where torch goes one by one as well.
+            group["foreach"] = False if self.load_of.on_gpu else None
         self._update(0)
         if self.load_of.on_gpu and not self.config.offload:
             for each in adamws:
