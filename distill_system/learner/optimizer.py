@@ -15,15 +15,28 @@ from distill_system.learner.sharding import gather
 
 
 def learning_rate_at(step: int, *, config: OptimizerConfig, total_steps: int) -> float:
-    """Linear warm-up over warmup_steps, then a cosine from the peak to its final fraction.
+    """Linear warm-up to the peak, then what the schedule says down to its final fraction.
 
     step counts from 0; the first step already moves.
     """
-    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    warm = min(1.0, (step + 1) / (config.num_warmup_steps(total_steps) + 1))
     progress = min(1.0, step / max(1, total_steps - 1))
     floor = config.final_learning_rate_fraction
-    cosine = floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.learning_rate * warm * cosine
+    share = floor + (1.0 - floor) * _share_above_floor(progress, config)
+    return config.learning_rate * warm * share
+
+
+def _share_above_floor(progress: float, config: OptimizerConfig) -> float:
+    """What is left of the way from the final rate to the peak, after this share of the steps."""
+    match config.schedule:
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        case "linear":
+            return 1.0 - progress
+        case "warmup_stable_decay":
+            return min(1.0, (1.0 - progress) / config.decay_ratio)
+        case "constant":
+            return 1.0
 
 
 def build_optimizers(

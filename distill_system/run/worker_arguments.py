@@ -37,6 +37,7 @@ def rollout_arguments(
         "vocabulary_size": vocabulary_size(tokenizer),
         "stop_token_ids": stop_token_ids(config, tokenizer),
         "keep_stale_cache": config.rollout.keep_stale_cache,
+        "library": config.rollout.engine,
     }
 
 

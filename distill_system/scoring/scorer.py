@@ -27,6 +27,7 @@ from distill_system.language_model import (
 )
 from distill_system.objectives import make_action_embeddings, read_top_k, read_vocabulary
 from distill_system.records import (
+    FloatArray,
     TeacherTargets,
     Trajectory,
     TrajectoryChunk,
@@ -135,6 +136,16 @@ class TeacherScorer:
         targets = [known[trajectory_id] for trajectory_id in ids]
         self._shipped += Shipped.of(targets)
         return targets
+
+    @torch.inference_mode()
+    def read_logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """log pi*(y_t | s_t) of each response token at temperature 1, nats, float32 [T] each.
+
+        What the model says now: nothing that is known is taken, and nothing counts as shipped.
+        Raises: NonFiniteError if the teacher's output is not finite.
+        """
+        targets = self._score(trajectories, TeacherNeeds(logprobs=True))
+        return [target.logprobs for target in targets if target.logprobs is not None]
 
     def _score(
         self, trajectories: Sequence[Trajectory], needs: TeacherNeeds
