@@ -238,7 +238,7 @@ class SizedLearner(Learner):
         self._update(0)
         if self.load_of.on_gpu and not self.config.offload:
             for each in adamws:
-                each.step = _step_in_place  # type: ignore[method-assign]
+                each.step = _step_in_place  # type: ignore[method-assign,assignment]
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 for tensor in state.values():

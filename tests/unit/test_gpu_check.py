@@ -19,8 +19,6 @@ import numpy as np
 import pytest
 import torch
 
-from distill_system.language_model import packed_attention
-
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 CPU = torch.device("cpu")
@@ -141,17 +139,18 @@ def test_targets_that_are_rounded_otherwise_are_found(load, findings, monkeypatc
 
 def test_an_older_torch_is_given_equal_heads_and_no_unknown_keyword(load, monkeypatch):
     module = load("gpu_findings")
+    packed = importlib.import_module("distill_system.language_model.packed_attention")
     asked = {}
 
     def varlen_of_2_11(query, key, value, boundaries, *, window_size):
         asked.update(heads=[each.shape[1] for each in (query, key, value)], window=window_size)
 
-    monkeypatch.setattr(packed_attention, "varlen_attn", packed_attention.varlen_attn)
+    monkeypatch.setattr(packed, "varlen_attn", packed.varlen_attn)
     assert module.adapt_to_older_torch() is None  # this torch knows the keyword
     monkeypatch.setattr(module, "varlen_attn", varlen_of_2_11)
     assert "enable_gqa" in module.adapt_to_older_torch()
     states = [torch.zeros(5, heads, 8) for heads in (6, 2, 2)]
-    packed_attention.varlen_attn(*states, None, window_size=(-1, 0), enable_gqa=True)
+    packed.varlen_attn(*states, None, window_size=(-1, 0), enable_gqa=True)
     assert asked == {"heads": [6, 6, 6], "window": (-1, 0)}
 
 
