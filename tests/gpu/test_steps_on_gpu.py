@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -42,7 +44,7 @@ def test_a_scorer_ships_the_numbers_that_numpy_would_make_of_them(largest):
 def test_targets_reach_the_gpu_as_they_reach_a_cpu():
     generator = np.random.default_rng(0)
     halves = [generator.standard_normal((5, 4)).astype(np.float16) for _ in range(3)]
-    rows = [*halves, halves[0].astype(np.float32) / 3]
+    rows: list[Any] = [*halves, halves[0].astype(np.float32) / 3]
     targets = [TeacherTargets(trajectory_id="t", num_tokens=5, features=each) for each in rows]
     there = _join(FEATURES, targets, torch.device("cuda"))
     here = _join(FEATURES, targets, torch.device("cpu"))
