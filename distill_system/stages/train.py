@@ -44,6 +44,7 @@ from distill_system.stages.evaluations import (
 )
 from distill_system.stages.push import push_student, require_token
 from distill_system.stages.supervised import fine_tune
+from distill_system.stopping import StopRequest
 
 STAGES = ("sft", "distill", "evaluate", "report", "push")
 
@@ -54,11 +55,14 @@ def train(
     resume: bool = False,
     stages: Collection[str] = STAGES,
     notify: Callable[[str], None] = print,
+    stop: StopRequest | None = None,
 ) -> RunDirectory:
     """Run these stages; a stage whose output exists is skipped.
 
     resume: continue unfinished stages from their newest checkpoints.
     notify: takes lines for the person.
+    stop: made by a signal handler when a person wants the run to end: it then writes a checkpoint
+        after the step under way and raises KeyboardInterrupt.
     Returns the run's folder.
     Raises: DistillError with one message for the person; every worker is ended first.
     """
@@ -78,7 +82,7 @@ def train(
         with refusal_leaves_nothing(run) as begin:
             record_start(config, run)
             models, sets = with_folders(config, run), _sets(config, run, work)
-            with open_context(models, run, resume=resume, sets=sets) as context:
+            with open_context(models, run, resume=resume, sets=sets, stop=stop) as context:
                 begin()
                 for stage in work:
                     _RUNNERS[stage](context)
@@ -157,6 +161,7 @@ def open_context(
     *,
     resume: bool,
     sets: Collection[SetName] = ("prompts", "held_out", "evaluation"),
+    stop: StopRequest | None = None,
 ) -> Iterator[RunContext]:
     """Everything a stage needs, for the length of a block; its workers end with the block.
 
@@ -188,6 +193,7 @@ def open_context(
             timings=Timings(run),
             view=view,
             resume=resume,
+            stop=stop or StopRequest(),
         )
 
 
