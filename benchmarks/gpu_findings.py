@@ -101,8 +101,8 @@ class Findings:
 
     def release(self) -> None:
         """Give back what nothing holds any more."""
-        gc.collect()
         if self.on_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def synchronise(self) -> None:

@@ -179,6 +179,9 @@ class DeadlinesConfig(ConfigModel):
     """For one call of a worker: a step, a batch of rollouts, a batch of scores."""
     publish_seconds: PositiveFloat = 300.0
     """For one weight version to reach every rollout worker."""
+    stop_seconds: PositiveFloat = 60.0
+    """After Ctrl-C or SIGTERM, for the step under way and a checkpoint of it; then the run ends
+    with the checkpoint before. A second signal ends it at once."""
 
 
 class ClusterConfig(ConfigModel):

@@ -52,11 +52,16 @@ class Driver:
         checked = self.start_check.run()
         self.measuring.evaluate_teacher()
         if first == 0:
-            before = self.measuring.evaluate_student("before", step=0)
+            before = checked | self.measuring.evaluate_student("before", step=0)
             self.recorder.stops_after(before)
-            self.recorder.write(0, checked | before)
+            self.recorder.write(0, before)
         self.streams.begin(first)
-        with self.elastic, self.recorder.finished_on_failure():
+        seconds = self.context.config.deadlines.stop_seconds
+        with (
+            self.elastic,
+            self.recorder.finished_on_failure(),
+            self.context.stop.heard(seconds=seconds),
+        ):
             for step in range(first, self.config.steps):
                 if self.recorder.stopping.is_due:
                     break  # it was, when the run that is resumed here ended
@@ -70,8 +75,11 @@ class Driver:
                 if self.recorder.stops_after(measured) and done < self.config.steps:
                     measured |= self._measure_last(done)
                 self.recorder.write(done, metrics | measured)
-                if self._is_due(done, self.config.checkpoint_every):
+                is_last = self.context.stop.is_made
+                if is_last or self._is_due(done, self.config.checkpoint_every):
                     self.recorder.checkpoint(done)
+                if is_last:
+                    self.recorder.leave(done)
             if self.recorder.exports_other_weights:
                 self.streams.wait_for_weight_sync()
                 done = self.recorder.take_exported_weights(done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import NoReturn
 
 from distill_system.config.distill import DistillConfig
 from distill_system.driver.early_stopping import EarlyStopping
@@ -78,7 +79,10 @@ class RunRecorder:
         self.context.timings.save()
         done = max(done, 0)
         self.task = self.context.view.start(
-            STAGE, self.context.config.distill.steps, first_step=done
+            STAGE,
+            self.context.config.distill.steps,
+            first_step=done,
+            earlier_seconds=self.context.timings.seconds.get(STAGE, 0.0),
         )
         return done
 
@@ -151,6 +155,16 @@ class RunRecorder:
             "early_stopping": self.stopping.state(),
         }
         self.store.start(done, state, self.pools.learner, metrics=self._last)
+
+    def leave(self, done: int) -> NoReturn:
+        """End because a person asked for it, once the checkpoint of this step is whole.
+
+        Raises: KeyboardInterrupt, always.
+        """
+        self.store.finish(self.pools.learner, wait=True)
+        self.context.timings.save()
+        self.context.view.note(f"{STAGE}: the checkpoint after step {done} is complete")
+        raise KeyboardInterrupt
 
     def finished_on_failure(self) -> AbstractContextManager[None]:
         """A block whose failure leaves the checkpoint under way behind as a whole one."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow
 
-from distill_system.cluster import ClusterSession
+from distill_system.cluster import ClusterSession, require_room
 from distill_system.cluster.batch_inference import infer_batches
 from distill_system.config import RunConfig
 from distill_system.data import SampleOrigin, TrajectoryStore, load_run_data, store_path
@@ -61,6 +61,7 @@ def generate(request: GenerateRequest) -> Path:
         samples are in the store.
     """
     config, folder = request.config, _folder(request)
+    require_room(config, [f"{request.author}_rollout"])
     run = open_run(config)
     check_engine(config)
     record_start(config, run)

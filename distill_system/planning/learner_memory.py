@@ -154,6 +154,10 @@ class _Alike(Ranks):
         return value
 
 
+def _step_in_place() -> None:
+    """A fused AdamW's: it holds nothing beside its state."""
+
+
 class _SizedPolicy(Policy):
     """What is made while the model is read are activations."""
 
@@ -229,12 +233,15 @@ class SizedLearner(Learner):
                 parameter.register_post_accumulate_grad_hook(
                     lambda p: self.sizes.relabel(p.grad, "gradients")
                 )
-        for optimizer in self.optimizers:
-            if self.load_of.on_gpu and isinstance(optimizer, torch.optim.AdamW):
-                for group in optimizer.param_groups:  # as it is where the parameters are
-                    group["fused"] = not self.config.offload
-                    group["foreach"] = False
+        adamws = [each for each in self.optimizers if isinstance(each, torch.optim.AdamW)]
+        for group in (group for each in adamws for group in each.param_groups):
+            group["foreach"] = (
+                False if self.load_of.on_gpu else None
+            )  # what is offloaded is a CPU's
         self._update(0)
+        if self.load_of.on_gpu and not self.config.offload:
+            for each in adamws:
+                each.step = _step_in_place  # type: ignore[method-assign]
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 for tensor in state.values():

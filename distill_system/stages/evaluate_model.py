@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from distill_system.cluster import ClusterSession
+from distill_system.cluster import ClusterSession, require_room
 from distill_system.config import RunConfig
 from distill_system.config.data import PretrainedTokenizer
 from distill_system.config.distill import DistillConfig
@@ -51,6 +51,7 @@ def evaluate_model(
     out: the file to write; None: in the folder of the run that the configuration names.
     Raises: DistillError with one message for the person; every worker is ended first.
     """
+    require_room(config, ["student_rollout" if config.pools.evaluation is None else "evaluation"])
     model = _resolve(model)
     config = _of_one_model(config, model)
     check_folders(config)

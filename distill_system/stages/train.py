@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
-from distill_system.cluster import ClusterSession
+from distill_system.cluster import ClusterSession, require_room
 from distill_system.config import RunConfig
 from distill_system.data import RunData, load_run_data
 from distill_system.data.run_data import SetName
@@ -152,6 +152,7 @@ def open_context(
 
     Models and data are checked before the cluster starts, so that mistakes show within seconds.
     """
+    require_room(config, None if "held_out" in sets else ["learner"])
     tokenizer = prepare_tokenizer(config, run)
     reads_store = "stored" in sets
     teacher = sample_origin(config, run, tokenizer, Author.TEACHER) if reads_store else None
