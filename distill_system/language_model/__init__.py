@@ -18,6 +18,7 @@ from distill_system.language_model.families import (
     require_trainable,
 )
 from distill_system.language_model.gguf_files import convert_gguf, is_gguf
+from distill_system.language_model.hub import require_hub_model
 from distill_system.language_model.models import (
     LanguageModel,
     build_language_model,
@@ -28,6 +29,7 @@ from distill_system.language_model.models import (
     unembedding,
 )
 from distill_system.language_model.packed_attention import PACKED_ATTENTION, choose_attention
+from distill_system.language_model.quantised import check_quantised, is_quantised
 from distill_system.language_model.sequences import (
     PackedPart,
     SequenceBatch,
@@ -37,7 +39,7 @@ from distill_system.language_model.sequences import (
 )
 from distill_system.language_model.settings import check_settings
 from distill_system.language_model.streaming import build_empty_model, read_weights
-from distill_system.language_model.weight_files import check_weight_files
+from distill_system.language_model.weight_files import check_weight_files, read_headers
 
 __all__ = [
     "PACKED_ATTENTION",
@@ -49,6 +51,7 @@ __all__ = [
     "check_linear_read",
     "check_longest",
     "check_packed_read",
+    "check_quantised",
     "check_settings",
     "check_weight_files",
     "choose_attention",
@@ -58,6 +61,7 @@ __all__ = [
     "cut_rows",
     "find_family",
     "is_gguf",
+    "is_quantised",
     "load_embedding",
     "load_language_model",
     "load_logit_cap",
@@ -65,9 +69,11 @@ __all__ = [
     "one_line",
     "read_configuration",
     "read_generation_configuration",
+    "read_headers",
     "read_hidden",
     "read_part",
     "read_weights",
+    "require_hub_model",
     "require_trainable",
     "unembedding",
 ]

@@ -77,33 +77,28 @@ EVERYWHERE: Allowed = {
     "is_causal": (True,),
     "is_encoder_decoder": (None, False),
     "is_heterogeneous": (None, False),
-    "partial_rotary_factor": (None, 1.0),
-    "qk_norm": (None, False),
-    "rotary_emb_base": (None,),
-    "rotary_emb_fraction": (None, 1.0),
-    "rotary_pct": (None, 1.0),
     "use_bidirectional_attention": (None, False),
 }
 """Of every family: the values of a setting that change nothing, or that both compute."""
 
-PARTS_OF_A_HEAD = {
-    "partial_rotary_factor",
-    "qk_norm",
-    "rotary_emb_base",
-    "rotary_emb_fraction",
-    "rotary_pct",
+_WHOLE_HEADS: Allowed = {
+    "partial_rotary_factor": (None, 1.0),
+    "rotary_emb_base": (None,),
+    "rotary_emb_fraction": (None, 1.0),
+    "rotary_pct": (None, 1.0),
 }
-"""Settings that some families outside of the table below compute in both (Pythia turns a quarter of
-each head, Phi-4-mini three quarters): there the start check decides."""
+"""Of families that turn all of each head: vLLM turns a part of it if these say so."""
 
 FAMILIES: Mapping[str, Allowed] = {
     "llama": {
+        **_WHOLE_HEADS,
         "bias": (None, False),
         "hidden_act": ("silu",),
         "logit_scale": (1.0,),
         "qkv_bias": (None, False),
     },
     "mistral": {
+        **_WHOLE_HEADS,
         "ada_rms_norm_t_cond": (None, False),
         "attention_bias": (None, False),
         "bias": (None, False),
@@ -113,9 +108,15 @@ FAMILIES: Mapping[str, Allowed] = {
         "mlp_bias": (None, False),
         "qkv_bias": (None, False),
     },
-    "qwen2": {"hidden_act": ("silu",)},
-    "qwen3": {"attention_bias": (None, False), "hidden_act": ("silu",)},
+    "qwen2": {**_WHOLE_HEADS, "hidden_act": ("silu",), "qk_norm": (None, False)},
+    "qwen3": {
+        **_WHOLE_HEADS,
+        "attention_bias": (None, False),
+        "hidden_act": ("silu",),
+        "qk_norm": (None, False),
+    },
     "gemma": {
+        **_WHOLE_HEADS,
         "attention_bias": (None, False),
         "hidden_act": ("gelu", "gelu_pytorch_tanh"),
         "hidden_activation": (None, "gelu_pytorch_tanh"),
@@ -159,12 +160,7 @@ def check_settings(config: Any, model: str, *, longest: int) -> None:
 
 
 def _find_values(config: Any) -> Iterator[str]:
-    everywhere = {
-        key: allowed
-        for key, allowed in EVERYWHERE.items()
-        if config.model_type in FAMILIES or key not in PARTS_OF_A_HEAD
-    }
-    for key, allowed in {**everywhere, **FAMILIES.get(config.model_type, {})}.items():
+    for key, allowed in {**EVERYWHERE, **FAMILIES.get(config.model_type, {})}.items():
         value = getattr(config, key, _ABSENT)
         if value is not _ABSENT and value not in allowed:
             names = " or ".join("null" if each is None else repr(each) for each in allowed)
