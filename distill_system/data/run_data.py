@@ -7,7 +7,7 @@ prompt with a held-out or evaluation row.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -42,6 +42,7 @@ class RunData:
     evaluation.
     num_out_of_bounds: rows left out of a set by the token bounds of its source; sets that lost none
     are not in it.
+    notes: what else a person should know of the rows, a line each.
     stored: samples of the run's teacher in data.trajectory_store, each made when it is asked for.
     num_foreign: samples in the store of other models or sampling settings, which are left out.
     """
@@ -53,6 +54,7 @@ class RunData:
     evaluation: dict[str, tuple[Prompt, ...]] = field(default_factory=dict)
     num_removed: dict[str, int] = field(default_factory=dict)
     num_out_of_bounds: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     stored: Sequence[Trajectory] = ()
     num_foreign: int = 0
 
@@ -63,6 +65,7 @@ def load_run_data(
     sets: Collection[SetName] = ALL_SETS,
     *,
     stored_by: SampleOrigin | None = None,
+    stop_token_ids: Collection[int] = (),
 ) -> RunData:
     """Load, render and tokenise the sets of a run.
 
@@ -76,6 +79,7 @@ def load_run_data(
         sets: the sets to load; the others stay empty.
         stored_by: the model and sampling settings whose samples of data.trajectory_store are used;
             required for the set "stored".
+        stop_token_ids: the tokens that end a response, beside the tokenizer's end of sequence.
 
     Raises:
         DataError: a source or row cannot be used, a prompt is too long, a supervised row has no
@@ -83,7 +87,7 @@ def load_run_data(
             has another tokenizer, or holds no sample of stored_by.
     """
     data = config.data
-    reader = SetReader(config, tokenizer)
+    reader = SetReader(config, tokenizer, stop_token_ids)
     measured = {f"evaluation.{split}": source for split, source in data.evaluation.items()}
     measured_rows = {name: reader.rows(name, source, True) for name, source in measured.items()}
     measured_rows["held_out"] = reader.rows("held_out", data.held_out, False)
@@ -99,7 +103,7 @@ def load_run_data(
         training.num_removed["trajectory_store"] = stored.num_blocked
         if stored.num_too_long:
             reader.num_out_of_bounds["trajectory_store"] = stored.num_too_long
-    return RunData(
+    loaded = RunData(
         teacher_sft=training.trajectories("teacher_sft", teacher),
         student_sft=training.trajectories("student_sft", student),
         prompts=training.prompts(data) if "prompts" in sets else (),
@@ -116,6 +120,7 @@ def load_run_data(
         stored=() if stored is None else stored,
         num_foreign=0 if stored is None else stored.num_foreign,
     )
+    return replace(loaded, notes=tuple(reader.notes()))  # of all that has been read
 
 
 def store_path(data: DataConfig) -> Path:

@@ -8,7 +8,7 @@ was killed can be repeated.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,12 @@ from distill_system.offline.cached_targets import CachedTargets
 from distill_system.offline.samples import SampleKeeper, cut_batches, plan_samples
 from distill_system.offline.workers import SampleWriter
 from distill_system.records import Author
-from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
+from distill_system.run.preparation import (
+    open_run,
+    prepare_tokenizer,
+    record_start,
+    with_chat_date,
+)
 from distill_system.run.sample_origin import sample_origin
 from distill_system.run.worker_arguments import (
     rollout_arguments,
@@ -61,6 +66,8 @@ def generate(request: GenerateRequest) -> Path:
     """
     config, folder = request.config, _folder(request)
     run = open_run(config)
+    config = with_chat_date(config, run)
+    request = replace(request, config=config)
     record_start(config, run)
     tokenizer = prepare_tokenizer(config, run)
     origin = sample_origin(config, run, tokenizer, request.author)

@@ -26,8 +26,14 @@ from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
 from distill_system.run.model_checks import check_data
 from distill_system.run.pools import open_pools
-from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
+from distill_system.run.preparation import (
+    open_run,
+    prepare_tokenizer,
+    record_start,
+    with_chat_date,
+)
 from distill_system.run.sample_origin import sample_origin
+from distill_system.run.vocabulary import stop_token_ids
 from distill_system.stages.supervised import fine_tune
 
 STAGES = ("sft", "distill", "evaluate", "report")
@@ -43,6 +49,7 @@ def train(
     Raises: DistillError with one message for the person; every worker is ended first.
     """
     run = open_run(config)
+    config = with_chat_date(config, run)
     # A stage that is done already is not in `work`; a run whose work is done starts no cluster.
     work = [stage for stage in _due(config, run) if stage in stages]
     _require_inputs(config, run, work)
@@ -132,7 +139,13 @@ def open_context(
     tokenizer = prepare_tokenizer(config, run)
     reads_store = "stored" in sets
     teacher = sample_origin(config, run, tokenizer, Author.TEACHER) if reads_store else None
-    data = load_run_data(config, tokenizer, sets, stored_by=teacher)
+    data = load_run_data(
+        config,
+        tokenizer,
+        sets,
+        stored_by=teacher,
+        stop_token_ids=stop_token_ids(config, tokenizer),
+    )
     check_data(config, data)
     with ExitStack() as stack:
         view = stack.enter_context(LiveView(config.name))
@@ -198,6 +211,8 @@ def _note_removed_rows(view: LiveView, data: RunData) -> None:
             )
     for name, count in data.num_out_of_bounds.items():
         view.note(f"data.{name}: {count} rows left out by the token bounds of their source")
+    for line in data.notes:
+        view.note(line)
     if data.num_foreign:
         view.note(
             f"data.trajectory_store: {data.num_foreign} rows left out, another model or sampling "
