@@ -374,7 +374,7 @@ def test_every_turn_is_learned_after_the_conversation_up_to_it(any_tokenizer, re
 
 @pytest.mark.parametrize("name", ["bytes", "metaspace"])
 def test_turns_are_what_the_assistant_mask_of_transformers_marks(read, name):
-    """Unigram takes unknown characters side by side for one, of which the mask marks all or none."""
+    """Unigram takes unknown characters in a row for one, of which the mask marks all or none."""
     tokenizer = TOKENIZERS[name]()
     template = (
         "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}"
