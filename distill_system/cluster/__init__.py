@@ -3,6 +3,14 @@
 from distill_system.cluster.placement import ElasticPool, WorkerRequest
 from distill_system.cluster.session import ClusterSession
 from distill_system.cluster.starting import StartingWorker
+from distill_system.cluster.supply import (
+    describe_shortage,
+    find_shortages,
+    joins_a_cluster,
+    machine_supply,
+    pools_demand,
+    require_room,
+)
 from distill_system.cluster.weight_sync import EveryWorker
 from distill_system.cluster.workers import RayWorkers, all_named_handles
 
@@ -14,4 +22,10 @@ __all__ = [
     "StartingWorker",
     "WorkerRequest",
     "all_named_handles",
+    "describe_shortage",
+    "find_shortages",
+    "joins_a_cluster",
+    "machine_supply",
+    "pools_demand",
+    "require_room",
 ]

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from distill_system.config.base import ConfigModel
+from distill_system.config.base import ConfigModel, LocalPath
 from distill_system.config.templates import template_fields
 
 
@@ -148,7 +148,7 @@ class JsonlSource(RowSource):
     """A file of one JSON object a line."""
 
     type: Literal["jsonl"]
-    path: str
+    path: LocalPath
     """The file; a relative path is taken from data.directory."""
 
 
@@ -156,7 +156,7 @@ class ParquetSource(RowSource):
     """A parquet file."""
 
     type: Literal["parquet"]
-    path: str
+    path: LocalPath
     """The file; a relative path is taken from data.directory."""
 
 
@@ -164,7 +164,7 @@ class DatasetsSource(RowSource):
     """A data set by its name on the Hugging Face hub, or a folder that `datasets` can load."""
 
     type: Literal["datasets"]
-    name: str
+    name: LocalPath
     """Name or path given to datasets.load_dataset."""
     subset: str | None = None
     """Name of the configuration, where the data set has several."""
@@ -233,7 +233,7 @@ class PretrainedTokenizer(ConfigModel):
     """An existing tokenizer, by default the teacher's."""
 
     type: Literal["pretrained"] = "pretrained"
-    path: str | None = None
+    path: LocalPath | None = None
     """Folder or hub name; null takes the teacher's."""
 
 
@@ -266,7 +266,7 @@ def _check_chat_keys(
 class DataConfig(ConfigModel):
     """Every set of rows the run reads."""
 
-    directory: str = "."
+    directory: LocalPath = "."
     """Folder that relative paths of the sources start from."""
     prompt_template: str = "{prompt}"
     """How a plain prompt becomes the text the models read; must contain {prompt}."""
@@ -297,7 +297,7 @@ class DataConfig(ConfigModel):
     prompts: PromptSource
     """Prompts of the distillation, from one source or from a weighted mixture; answers are not
     read."""
-    trajectory_store: str | None = None
+    trajectory_store: LocalPath | None = None
     """Folder of samples that `distill-system generate` wrote ahead, for
     distill.off_policy_source=store; a relative path is taken from data.directory."""
     held_out: Source

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -21,6 +23,19 @@ from distill_system.config.objective import AmmdConfig, ObjectiveConfig, StreamN
 
 OffPolicySource = Literal["teacher", "store", "dataset"]
 """Sources of the off-policy stream, in the order in which several take turns."""
+
+
+def _check_metric(name: str) -> str:
+    if not re.fullmatch(r"(held_out|evaluation)/.+", name):
+        raise ValueError(
+            "expected the name of a metric that begins with held_out/ or evaluation/, such as "
+            f"held_out/cross_entropy or evaluation/test/rouge_l_greedy, got {name!r}"
+        )
+    return name
+
+
+HeldOutMetric = Annotated[str, AfterValidator(_check_metric)]
+"""Name of a metric that is measured on data which nothing was learned from."""
 
 
 class ReplayConfig(ConfigModel):
@@ -41,13 +56,27 @@ class ReplayConfig(ConfigModel):
 class BestConfig(ConfigModel):
     """Which checkpoints are kept besides the newest ones: the best by a metric of held-out data."""
 
-    metric: Annotated[str, Field(pattern=r"^(held_out|evaluation)/.+$")]
+    metric: HeldOutMetric
     """Name of the metric, as in docs/metrics.md; a checkpoint's value is the last that was measured
     before it."""
     mode: Literal["min", "max"]
     """Whether lower or higher values are better."""
     count: PositiveInt = 1
     """How many are kept."""
+
+
+class EarlyStoppingConfig(ConfigModel):
+    """When a distillation ends before distill.steps: a metric of held-out data no longer gets
+    better. The run then ends as after its last step, with the evaluation and the export."""
+
+    metric: HeldOutMetric
+    """Name of the metric, as in docs/metrics.md."""
+    mode: Literal["min", "max"]
+    """Whether lower or higher values are better."""
+    patience: PositiveInt
+    """Measurements of the metric in a row without a gain after which the run ends."""
+    min_gain: NonNegativeFloat = 0.0
+    """A measurement counts as better if it is so by more than this, in the metric's unit."""
 
 
 class StalenessConfig(ConfigModel):
@@ -132,15 +161,18 @@ class DistillConfig(ConfigModel):
     optimizer: OptimizerConfig
     measure_every: PositiveInt = 25
     """Steps between measurements of both distances on data.held_out."""
-    evaluate_every: PositiveInt | None = None
-    """Steps between evaluations during training, a multiple of measure_every; null evaluates only
-    before and after."""
+    evaluate_every: PositiveInt | Literal["epoch"] | None = None
+    """Steps between evaluations during training, a multiple of measure_every. epoch: at the end of
+    every pass over data.prompts, by the student, or by the teacher where the student does not
+    write. null: only before and after."""
     checkpoint_every: PositiveInt = 100
     """Steps between checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints are kept on disk."""
     keep_best: BestConfig | None = None
     """Checkpoints that are kept besides them; null keeps only the newest."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """End before distill.steps once a held-out metric no longer gets better; null never does."""
 
     @field_validator("off_policy_source", mode="before")
     @classmethod
@@ -158,7 +190,7 @@ class DistillConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
-        if self.evaluate_every is not None and self.evaluate_every % self.measure_every:
+        if isinstance(self.evaluate_every, int) and self.evaluate_every % self.measure_every:
             raise ValueError(
                 "evaluate_every must be a multiple of measure_every, got "
                 f"{self.evaluate_every} and {self.measure_every}"
@@ -202,6 +234,16 @@ class DistillConfig(ConfigModel):
             for source in get_args(OffPolicySource)
             if source in weights
         }
+
+    def evaluates_after(self, done: int, *, num_prompts: int) -> bool:
+        """Whether evaluate_every asks for an evaluation after so many steps.
+
+        An epoch is a pass over num_prompts by the student, or by the teacher if it writes alone.
+        """
+        if self.evaluate_every == "epoch":
+            count = self.sequences("on_policy") or self.sequences("off_policy")
+            return done * count // num_prompts > (done - 1) * count // num_prompts
+        return self.evaluate_every is not None and done % self.evaluate_every == 0
 
     def sequences(self, stream: StreamName) -> int:
         """Sequences of a stream in each step.

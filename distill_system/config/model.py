@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -13,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from distill_system.config.base import ConfigModel
+from distill_system.config.base import ConfigModel, LocalPath
 
 
 class ArchitectureConfig(ConfigModel):
@@ -43,25 +44,53 @@ class ArchitectureConfig(ConfigModel):
 
 
 MomentDecay = Annotated[float, Field(ge=0.0, lt=1.0)]
+USUAL_WARMUP_STEPS = 20
+LONGEST_WARMUP = {"unasked": 0.25, "asked": 0.5}
+"""Largest share of a run's steps that warm-up takes: a longer one would never reach the peak."""
 
 
 class OptimizerConfig(ConfigModel):
-    """Optimizer, schedule (linear warm-up, then cosine) and clipping."""
+    """Optimizer, schedule of the learning rate and clipping."""
 
     type: Literal["adamw", "muon"] = "adamw"
     """adamw for all parameters, or torch's Muon for the hidden matrices and AdamW for the rest."""
     learning_rate: PositiveFloat
     """Peak learning rate."""
-    warmup_steps: NonNegativeInt = 20
-    """Steps of linear warm-up."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps of linear warm-up, at most half of all steps. null: 20, at most a quarter of them."""
+    warmup_ratio: Annotated[float, Field(ge=0.0, le=0.5)] | None = None
+    """Share of all steps that is warm-up, in place of warmup_steps."""
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
+    """How the learning rate goes on from the peak. cosine, linear: down to the final fraction, from
+    the first step on, so that warm-up only delays it. constant: it stays at the peak.
+    warmup_stable_decay: it stays there until the last decay_ratio of the steps, then linear."""
+    decay_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of all steps in which warmup_stable_decay falls."""
     final_learning_rate_fraction: NonNegativeFloat = 0.1
-    """Learning rate at the last step, as a fraction of the peak."""
+    """Learning rate at the last step, as a fraction of the peak; constant does not read it."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of matrices."""
     adam_betas: tuple[MomentDecay, MomentDecay] = (0.9, 0.98)
     """AdamW's moment decay rates."""
     max_gradient_norm: PositiveFloat = 1.0
     """Gradients of larger global norm are scaled down to it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError(
+                "expected warmup_steps or warmup_ratio, got both: "
+                f"{self.warmup_steps} and {self.warmup_ratio}"
+            )
+        return self
+
+    def num_warmup_steps(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of total_steps."""
+        if self.warmup_ratio is not None:
+            return math.ceil(self.warmup_ratio * total_steps)
+        if self.warmup_steps is None:
+            return min(USUAL_WARMUP_STEPS, int(LONGEST_WARMUP["unasked"] * total_steps))
+        return min(self.warmup_steps, int(LONGEST_WARMUP["asked"] * total_steps))
 
 
 class FullUpdate(ConfigModel):
@@ -106,7 +135,7 @@ class SupervisedConfig(ConfigModel):
 class ModelConfig(ConfigModel):
     """One of the two models."""
 
-    path: str | None = None
+    path: LocalPath | None = None
     """Folder or hub name of a pretrained model."""
     architecture: ArchitectureConfig | None = None
     """Shape of a model to start from random weights; needs sft."""
@@ -129,8 +158,9 @@ class LearnerConfig(ConfigModel):
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the distillation's forward and backward; weights and sums stay float32."""
-    vocabulary_chunk_tokens: PositiveInt = 512
-    """Tokens whose logits exist at once; their memory is this x vocabulary x 4 bytes."""
+    vocabulary_chunk_tokens: PositiveInt | None = None
+    """Tokens whose logits exist at once; their memory is this x vocabulary x 4 bytes, two to three
+    times. null: 512 on a CPU, 4096 on a GPU."""
     threads: PositiveInt = Field(default=1)
     """CPU threads of each rank."""
     shard_ranks: PositiveInt | Literal["all"] = 1
@@ -149,6 +179,19 @@ class LearnerConfig(ConfigModel):
     compile: bool = False
     """Compile each transformer block with torch.compile. For GPUs: a CPU needs a C++ compiler, and
     compiles anew for sequences of other lengths, for minutes."""
+
+    def chunk_tokens(self, *, on_gpu: bool) -> int:
+        """vocabulary_chunk_tokens, or what stands for null on the device."""
+        if self.vocabulary_chunk_tokens is not None:
+            return self.vocabulary_chunk_tokens
+        return 4096 if on_gpu else 512
+
+    def is_wrapped(self, num_ranks: int, *, on_gpu: bool) -> bool:
+        """Whether FSDP2 wraps the model: of several ranks, offloaded, or in bfloat16 on a GPU.
+
+        There autocast would keep everything between two products in float32, at half the speed.
+        """
+        return num_ranks > 1 or self.offload or (on_gpu and self.compute_dtype == "bfloat16")
 
     def shard_size(self, num_ranks: int) -> int:
         """Ranks of a learner of num_ranks that share one copy of the model."""

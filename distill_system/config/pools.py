@@ -93,16 +93,17 @@ class PoolsConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _check_devices(self) -> PoolsConfig:
-        if self.learner.gpus not in (0.0, 1.0):
-            raise ValueError(f"a learner rank has 0 or 1 GPU, got learner.gpus={self.learner.gpus}")
-        for name in ("student_rollout", "evaluation"):
-            pool = self.by_name.get(name)
-            if pool is not None and (self.learner.gpus > 0) != (pool.gpus > 0):
-                raise ValueError(
-                    f"learner and {name} must both have GPUs or both have none: weights travel "
-                    f"over NCCL or over gloo, got learner.gpus={self.learner.gpus} and "
-                    f"{name}.gpus={pool.gpus}"
-                )
+        if self.learner.gpus > 1.0:
+            raise ValueError(
+                f"a learner rank has a GPU, a share of one or none: expected learner.gpus of at "
+                f"most 1, got {self.learner.gpus}"
+            )
+        if self.learner.count > 1 and 0.0 < self.learner.gpus < 1.0:
+            raise ValueError(
+                "learner ranks meet over NCCL, which wants a GPU of its own for each: expected "
+                f"learner.gpus of 0 or 1 for learner.count={self.learner.count}, got "
+                f"{self.learner.gpus}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -178,6 +179,9 @@ class DeadlinesConfig(ConfigModel):
     """For one call of a worker: a step, a batch of rollouts, a batch of scores."""
     publish_seconds: PositiveFloat = 300.0
     """For one weight version to reach every rollout worker."""
+    stop_seconds: PositiveFloat = 60.0
+    """After Ctrl-C or SIGTERM, for the step under way and a checkpoint of it; then the run ends
+    with the checkpoint before. A second signal ends it at once."""
 
 
 class ClusterConfig(ConfigModel):

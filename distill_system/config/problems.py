@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from distill_system.config.schema import Slot, describe, quoted_list
+from distill_system.config.foreign_keys import find_ours
+from distill_system.config.recipes import find_recipe
+from distill_system.config.schema import Slot, describe, fields_of, quoted_list
 from distill_system.config.yaml_tree import Located, to_plain
 
 _LONGEST_VALUE = 80
@@ -31,6 +33,8 @@ class _Spot:
             # Inside a union pydantic names the alternative, which is no key of the file.
             if self.slot.discriminator and self.tag is None:
                 self.tag = item
+            elif self.slot.is_plain_union:
+                break  # "constrained-int", and what that alternative found
             else:
                 self._step(item)
 
@@ -56,7 +60,9 @@ def describe_problems(error: ValidationError, tree: Located, root: Slot) -> str:
         tree: the configuration as written.
         root: the slot that the tree fills.
     """
-    lines = [_describe(found, tree, root) for found in error.errors(include_url=False)]
+    # A value that fits none of several types is one problem, of which each type has complained.
+    found = error.errors(include_url=False)
+    lines = list(dict.fromkeys(_describe(each, tree, root) for each in found))
     count = f"{len(lines)} problem" + ("s" if len(lines) > 1 else "")
     return "\n  ".join([f"the configuration has {count}:", *lines])
 
@@ -74,7 +80,7 @@ def _describe(found: Any, tree: Located, root: Slot) -> str:
         case "missing":
             return _missing(spot.path, spot.parent, describe(spot.slot))
         case "extra_forbidden":
-            return _unknown_key(spot, str(location[-1]))
+            return _unknown_key(spot, str(location[-1]), root)
         case "union_tag_not_found":
             path = f"{spot.path}.{spot.slot.discriminator}"
             return _missing(path, spot.node or tree, quoted_list(list(spot.slot.alternatives)))
@@ -101,12 +107,49 @@ def _missing(path: str, parent: Located, expected: str) -> str:
     )
 
 
-def _unknown_key(spot: _Spot, key: str) -> str:
+def _unknown_key(spot: _Spot, key: str, root: Slot) -> str:
     model = spot.parent_slot.model_for(spot.parent_tag)
     valid = list(model.model_fields) if model else []
     near = difflib.get_close_matches(key, valid, n=1)
-    way_out = f"did you mean '{near[0]}'?" if near else f"valid keys here: {', '.join(valid)}"
+    elsewhere = _find_elsewhere(spot.path, key, root)
+    foreign = find_ours(key)
+    if elsewhere is not None:
+        way_out = f"did you mean {elsewhere}?"
+    elif foreign is not None:
+        way_out = foreign
+    else:
+        way_out = f"did you mean '{near[0]}'?" if near else f"valid keys here: {', '.join(valid)}"
     return f"{_head(spot)}: unknown key; {way_out}"
+
+
+def _find_elsewhere(path: str, key: str, root: Slot) -> str | None:
+    """The dotted path of the one key of this name that lies nearest to where it was written.
+
+    None if there is none, or several are equally near.
+    """
+    written = path.split(".")[:-1]
+    places = sorted(
+        (-_num_shared(written, found), len(found), ".".join(found))
+        for found in _paths_to(key, root, ())
+    )
+    if not places or (len(places) > 1 and places[0][:2] == places[1][:2]):
+        return None
+    return places[0][2]
+
+
+def _num_shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """Length of the beginning that two paths have in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+
+
+def _paths_to(key: str, slot: Slot, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Every path below a slot that ends in a key of this name; a path stands once."""
+    below = {name: child for model in slot.models for name, child in fields_of(model).items()}
+    for name, child in below.items():
+        if name == key:
+            yield (*path, name)
+        else:
+            yield from _paths_to(key, child, (*path, name))
 
 
 def _unknown_alternative(spot: _Spot) -> str:
@@ -118,7 +161,7 @@ def _unknown_alternative(spot: _Spot) -> str:
     hint = f"; did you mean '{near[0]}'?" if near else ""
     return (
         f"{spot.path}.{key} ({tag.where}): expected {quoted_list(valid)}, "
-        f"got {_show(to_plain(tag))}{hint}"
+        f"got {_show(to_plain(tag))}{_method_hint(spot.path, tag.value) or hint}"
     )
 
 
@@ -127,7 +170,17 @@ def _show(value: object) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
+def _method_hint(path: str, value: object) -> str:
+    """A method of the field that is written where an objective belongs is a recipe."""
+    recipe = find_recipe(value) if isinstance(value, str) else None
+    if not path.endswith("objective") or recipe is None:
+        return ""
+    return f"; {recipe} is a recipe of several keys: give --objective {recipe}"
+
+
 def _hint(spot: _Spot, actual: object) -> str:
+    if method := _method_hint(spot.path, actual):
+        return method
     if spot.slot.annotation is str and isinstance(actual, (bool, int, float)):
         return "; put it in quotes"
     if isinstance(actual, float) and not math.isfinite(actual):

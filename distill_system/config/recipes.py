@@ -15,6 +15,12 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def find_recipe(name: str) -> str | None:
+    """The recipe that a person means, however it is spelled: GKD and reverse-kl-on-policy."""
+    plain = name.strip().lower().replace("-", "_").replace(" ", "_")
+    return plain if plain in recipe_names() else None
+
+
 def recipe_path(name: str) -> Path:
     """The YAML file of a recipe; `name` itself if it is a YAML file.
 
@@ -24,8 +30,8 @@ def recipe_path(name: str) -> Path:
         return Path(name)
     path = FOLDER / f"{name}.yaml"
     if not path.exists():
-        near = difflib.get_close_matches(name, recipe_names(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = [find_recipe(name), *difflib.get_close_matches(name.lower(), recipe_names(), n=1)]
+        hint = next((f"; did you mean {found}?" for found in near if found), "")
         raise ConfigError(
             f"expected the name of a method or a YAML file, got {name!r}{hint} "
             f"(there are {', '.join(recipe_names())})"

@@ -8,6 +8,9 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from distill_system.config.base import ConfigModel
 
+EngineName = Literal["vllm", "transformers"]
+"""The library that generates."""
+
 
 class SamplingConfig(ConfigModel):
     """How rollouts are sampled."""
@@ -21,7 +24,7 @@ class SamplingConfig(ConfigModel):
 
 
 class EngineConfig(ConfigModel):
-    """The vLLM engine of a rollout worker."""
+    """The engine of a rollout worker."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of weights and computation."""
@@ -47,6 +50,9 @@ class EngineConfig(ConfigModel):
 class RolloutConfig(ConfigModel):
     """Student and teacher rollouts."""
 
+    engine: EngineName = "vllm"
+    """The library that generates, for student and teacher. transformers runs wherever torch does,
+    without vLLM, and reads a model by the code that the learner reads it by; it is slower."""
     sampling: SamplingConfig
     student_engine: EngineConfig = EngineConfig()
     teacher_engine: EngineConfig = EngineConfig()
@@ -57,10 +63,14 @@ class RolloutConfig(ConfigModel):
     keep_stale_cache: bool = False
     """Continue a sequence under new weights with the key-value cache of the old ones: nothing is
     computed again, but the recorded log-probabilities are then those of no single model."""
+    weight_rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How the learner's float32 weights become those of a bfloat16 student engine. stochastic: up
+    or down at random, so that each is right on average and engines follow updates that are smaller
+    than the distance of two bfloat16 numbers. nearest: such updates are lost until they add up."""
     max_logprob_gap: PositiveFloat | None = None
     """A run ends if the log-probabilities of engines and learner, for the same tokens and weights,
-    differ by more than this on average, in nats. null: it only warns, from 0.1 in float32 and from
-    0.5 in lower precision."""
+    differ by more than this on average, in nats: in a step, or on held-out prompts. null: it only
+    warns, from 0.1 in float32; in lower precision from 0.5, or where the gap has tripled."""
 
 
 class ScoringConfig(ConfigModel):

@@ -8,14 +8,16 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from distill_system.config.base import ConfigModel
+from distill_system.config.base import ConfigModel, LocalPath
 from distill_system.config.data import DataConfig, PretrainedTokenizer, TokenizerConfig
 from distill_system.config.distill import DistillConfig
+from distill_system.config.export import ExportConfig, HubConfig
 from distill_system.config.model import LearnerConfig, ModelConfig
 from distill_system.config.pools import (
     ELASTIC_POOLS,
     ClusterConfig,
     DeadlinesConfig,
+    PoolConfig,
     PoolsConfig,
     ScalingConfig,
 )
@@ -40,7 +42,7 @@ class RunConfig(ConfigModel):
 
     name: str
     """Name of the run, whose folder is runs_directory/name."""
-    runs_directory: str = "runs"
+    runs_directory: LocalPath = "runs"
     """Folder of all runs."""
     seed: NonNegativeInt = 0
     """Every random choice of the run derives from it."""
@@ -54,6 +56,9 @@ class RunConfig(ConfigModel):
     learner: LearnerConfig = LearnerConfig()
     distill: DistillConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+    hub: HubConfig | None = None
+    """Where the student is pushed when the run is done; null pushes nothing."""
     cluster: ClusterConfig = ClusterConfig()
     pools: PoolsConfig = PoolsConfig()
     scaling: ScalingConfig = ScalingConfig()
@@ -63,6 +68,41 @@ class RunConfig(ConfigModel):
     def max_model_length(self) -> int:
         """Longest prompt plus longest response, in tokens."""
         return self.data.max_prompt_tokens + self.rollout.sampling.max_response_tokens
+
+    @property
+    def rounding(self) -> Literal["none", "nearest", "stochastic"]:
+        """How the learner's weights become the student engine's: rollout.weight_rounding, where
+        there is a choice. A learner in bfloat16 rounds to the nearest itself, and so do engines."""
+        dtype = self.rollout.student_engine.dtype
+        if dtype == "float32":
+            return "none"
+        follows = dtype == "bfloat16" and self.learner.compute_dtype == "float32"
+        return self.rollout.weight_rounding if follows else "nearest"
+
+    @property
+    def transfer_backend(self) -> Literal["gloo", "nccl"]:
+        """How weights travel from the learner to the student's engines.
+
+        nccl, from GPU to GPU, where the engine is vLLM's and each worker has whole GPUs of its own;
+        else gloo, through CPU memory, which lets learner and engine share a GPU.
+        """
+        gpus = [self.pools.learner.gpus, *(pool.gpus for pool in self._student_pools.values())]
+        whole = all(number >= 1.0 for number in gpus)
+        return "nccl" if whole and self.rollout.engine == "vllm" else "gloo"
+
+    @property
+    def _student_pools(self) -> dict[str, PoolConfig]:
+        """The pools whose workers hold the student and receive its weights, by name."""
+        names = ("student_rollout", "evaluation")
+        return {name: pool for name, pool in self.pools.by_name.items() if name in names}
+
+    @property
+    def export_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Precision of the exported student: export.dtype, or that which the run computed in."""
+        if self.export.dtype is not None:
+            return self.export.dtype
+        computed = {self.learner.compute_dtype, self.rollout.student_engine.dtype}
+        return "bfloat16" if "bfloat16" in computed else "float32"
 
     @field_validator("name")
     @classmethod
@@ -112,6 +152,16 @@ class RunConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
+    def _check_export(self) -> RunConfig:
+        if self.export.weights == "best" and self.distill.keep_best is None:
+            raise ValueError(
+                "export.weights=best exports the best checkpoint, and nothing says by which metric "
+                "it is best: give distill.keep_best, such as "
+                "{metric: held_out/cross_entropy, mode: min}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_shards(self) -> RunConfig:
         ranks, share = self.pools.learner.count, self.learner.shard_ranks
         if ranks % self.learner.shard_size(ranks):
@@ -137,6 +187,38 @@ class RunConfig(ConfigModel):
                 "scaling.automatic has nothing to change: expected min_count below max_count in "
                 f"one of pools.{', pools.'.join(ELASTIC_POOLS)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_devices(self) -> RunConfig:
+        learner = self.pools.learner.gpus
+        for name, pool in self._student_pools.items():
+            if self.rollout.engine == "vllm" and (learner > 0) != (pool.gpus > 0):
+                raise ValueError(
+                    f"learner and {name} must both have GPUs or both have none where vLLM "
+                    f"generates, got pools.learner.gpus={learner} and pools.{name}.gpus="
+                    f"{pool.gpus}; with rollout.engine=transformers either may"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> RunConfig:
+        if self.rollout.engine == "vllm":
+            return self
+        for name in ("student_rollout", "teacher_rollout", "evaluation"):
+            pool = self.pools.by_name.get(name)
+            if pool is not None and pool.gpus > 1.0:
+                raise ValueError(
+                    f"rollout.engine=transformers computes on one GPU: expected pools.{name}.gpus "
+                    f"of at most 1, got {pool.gpus}. Tensor parallelism is vLLM's"
+                )
+        for key in ("sleep_when_idle", "enable_prefix_caching"):
+            for role in ("student", "teacher"):
+                if getattr(getattr(self.rollout, f"{role}_engine"), key):
+                    raise ValueError(
+                        f"rollout.{role}_engine.{key} is vLLM's: expected false with "
+                        "rollout.engine=transformers"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -169,7 +251,11 @@ class RunConfig(ConfigModel):
                     )
         sources = self.distill.off_policy_mixture
         if "dataset" in sources and self.data.student_sft is None:
-            raise ValueError("distill.off_policy_source=dataset needs rows: give data.student_sft")
+            raise ValueError(
+                "distill.off_policy_source=dataset needs rows: give data.student_sft, or "
+                "distill.off_policy_source=teacher, which needs prompts alone: the teacher writes "
+                "the text. Recipes of --objective such as gkd set dataset"
+            )
         if "store" in sources and self.data.trajectory_store is None:
             raise ValueError(
                 "distill.off_policy_source=store needs samples: give data.trajectory_store, and "

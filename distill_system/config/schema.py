@@ -42,6 +42,11 @@ class Slot:
         return tuple(m for m in unwrapped if isinstance(m, type) and issubclass(m, ConfigModel))
 
     @property
+    def is_plain_union(self) -> bool:
+        """Whether values of several types may stand here, none of them a model."""
+        return _is_union(self.annotation) and not self.models
+
+    @property
     def discriminator(self) -> str | None:
         """The key that chooses between a union's alternatives; None if there is no union."""
         return _discriminator(self.models) if len(self.models) > 1 else None

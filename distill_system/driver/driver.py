@@ -17,6 +17,7 @@ import time
 from distill_system.data import RunData
 from distill_system.driver.measuring import Measuring
 from distill_system.driver.recorder import RunRecorder
+from distill_system.driver.start_check import StartCheck
 from distill_system.elastic import ElasticPools, ScaleRequests
 from distill_system.records import StepResult
 from distill_system.run.context import RunContext
@@ -33,6 +34,7 @@ class Driver:
         self.pools = pools
         self.streams = open_streams(context, pools, data)
         self.recorder = RunRecorder(context, pools, self.streams)
+        self.start_check = StartCheck(context, pools, data)
         self.measuring = Measuring(context, pools, data)
         self.elastic = ElasticPools(
             pools.elastic,
@@ -44,24 +46,46 @@ class Driver:
         )
 
     def run(self) -> None:
-        """Evaluate, play every step, evaluate again, export."""
-        first = self.recorder.open()
+        """Check that engines and learner agree, evaluate, play every step, evaluate, export."""
+        done = first = self.recorder.open()
         self.pools.learner.publish(first)
+        checked = self.start_check.run()
         self.measuring.evaluate_teacher()
         if first == 0:
-            self.recorder.write(0, self.measuring.evaluate_student("before", step=0))
+            before = checked | self.measuring.evaluate_student("before", step=0)
+            self.recorder.stops_after(before)
+            self.recorder.write(0, before)
         self.streams.begin(first)
-        with self.elastic, self.recorder.finished_on_failure():
+        seconds = self.context.config.deadlines.stop_seconds
+        with (
+            self.elastic,
+            self.recorder.finished_on_failure(),
+            self.context.stop.heard(seconds=seconds),
+        ):
             for step in range(first, self.config.steps):
+                if self.recorder.stopping.is_due:
+                    break  # it was, when the run that is resumed here ended
                 started = time.perf_counter()
                 result = self.step(step)
                 metrics = self.recorder.describe_step(result, time.perf_counter() - started)
-                measured = self._measure(step + 1)
+                self.measuring.check_step(metrics)
+                done = step + 1
+                measured = self._measure(done)
                 self.streams.on_metrics(measured)
-                self.recorder.write(step + 1, metrics | measured)
-                if self._is_due(step + 1, self.config.checkpoint_every):
-                    self.recorder.checkpoint(step + 1)
-        self.recorder.close()
+                if self.recorder.stops_after(measured) and done < self.config.steps:
+                    measured |= self._measure_last(done)
+                self.recorder.write(done, metrics | measured)
+                is_last = self.context.stop.is_made
+                if is_last or self._is_due(done, self.config.checkpoint_every):
+                    self.recorder.checkpoint(done)
+                if is_last:
+                    self.recorder.leave(done)
+            if self.recorder.exports_other_weights:
+                self.streams.wait_for_weight_sync()
+                done = self.recorder.take_exported_weights(done)
+                self.pools.learner.publish(done)
+                self.measuring.evaluate_student("after", step=done)
+        self.recorder.close(done)
 
     def step(self, step: int) -> StepResult:
         """One update of critics and student, and the new weights on their way to the rollouts."""
@@ -83,24 +107,37 @@ class Driver:
 
     def _measure(self, done: int) -> dict[str, float]:
         """What is to be measured once `done` steps are done."""
-        if not self._is_due(done, self.config.measure_every):
+        if not self._measures(done):
             return {}
         self.streams.wait_for_weight_sync()
         pools = self.recorder.describe_measured()
         if done == self.config.steps:
-            return pools | self.measuring.evaluate_student("after", step=done)
-        if self.config.evaluate_every and done % self.config.evaluate_every == 0:
+            return pools | self._measure_last(done)
+        if self._evaluates(done):
             most, label = self.context.config.evaluation.num_examples_during, f"step_{done:06d}"
             return pools | self.measuring.evaluate_student(label, step=done, num_examples=most)
         return pools | self.measuring.measure_distances()
 
+    def _measure_last(self, done: int) -> dict[str, float]:
+        """The evaluation after distillation; of other weights than these it follows later."""
+        if self.recorder.exports_other_weights:
+            return self.measuring.measure_distances()
+        return self.measuring.evaluate_student("after", step=done)
+
     def _student_writes_after(self, done: int) -> bool:
         """Whether anyone asks the student to write before the next step is done."""
-        reads = self.config.objective.reads("on_policy")
-        return reads or self._is_due(done, self.config.measure_every)
+        return self.config.objective.reads("on_policy") or self._measures(done)
+
+    def _measures(self, done: int) -> bool:
+        return self._is_due(done, self.config.measure_every) or self._evaluates(done)
+
+    def _evaluates(self, done: int) -> bool:
+        num_prompts = len(self.measuring.data.prompts)
+        return self.config.evaluates_after(done, num_prompts=num_prompts)
 
     def _is_due(self, done: int, every: int) -> bool:
-        return done % every == 0 or done == self.config.steps
+        is_last = done == self.config.steps or self.recorder.stopping.is_due
+        return done % every == 0 or is_last
 
 
 def open_streams(context: RunContext, pools: Pools, data: RunData) -> Streams:

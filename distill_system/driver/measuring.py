@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from distill_system.config import RunConfig
 from distill_system.config.objective import MOMENTS
+from distill_system.config.run import MetricName
 from distill_system.data import RunData
 from distill_system.evaluation import SplitEvaluation, evaluate_splits
 from distill_system.observe import write_evaluation
@@ -12,17 +15,54 @@ from distill_system.records import Prompt, ScoredChunk, Stream, Trajectory
 from distill_system.rollout import RolloutPool, Sampling
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
-from distill_system.weights import check_logprob_gap
+from distill_system.weights import GapAlarm, explain_gap
+
+STEP_GAP = "learner/logprob_gap"
+"""The metric of a step that its alarm reads; left out where no text of the step tells."""
+
+
+def score_splits(
+    pool: RolloutPool,
+    splits: Mapping[str, Sequence[Prompt]],
+    config: RunConfig,
+    tokenizer: Any,
+    *,
+    metrics: Sequence[MetricName],
+) -> dict[str, SplitEvaluation]:
+    """Let a pool's model answer every split's prompts, greedily and by sampling; score them.
+
+    tokenizer: a transformers tokenizer.  Raises: as evaluate_splits does.
+    """
+
+    def generate(prompts: Sequence[Prompt], temperature: float, label: str) -> list[Trajectory]:
+        longest = config.rollout.sampling.max_response_tokens
+        sampling = Sampling(temperature=temperature, top_p=1.0, max_response_tokens=longest)
+        return pool.generate(prompts, sampling, config.seed, f"evaluation_{label}")
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    return evaluate_splits(splits, generate, decode, metrics, config.evaluation.num_shown)
 
 
 class Measuring:
     """Evaluates through the run's own pools; the teacher's held-out part is made once."""
 
-    def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        pools: Pools,
+        data: RunData,
+        *,
+        metrics: Sequence[MetricName] | None = None,
+    ) -> None:
         self.context = context
         self.pools = pools
         self.data = data
+        self.metrics = context.config.evaluation.metrics if metrics is None else metrics
         self._teacher_held_out: list[ScoredChunk] = []
+        self._held_out_alarm = _make_alarm(context.config, "held-out prompts")
+        self._step_alarm = _make_alarm(context.config, "text of the step")
 
     def measure_distances(self) -> dict[str, float]:
         """d_on, d_off and cross-entropy of the student as it is now, under their metric names."""
@@ -33,25 +73,28 @@ class Measuring:
             self._generate_held_out(self.pools.evaluation), Stream.ON_POLICY
         )
         distances = self.pools.learner.measure([*self._teacher_held_out, *student_held_out])
-        self._compare_sampler(distances["logprob_gap"], distances["max_logprob_gap"])
+        gap, largest = distances["logprob_gap"], distances["max_logprob_gap"]
+        self._tell(self._held_out_alarm.judge(gap, largest))
         return {f"held_out/{name}": value for name, value in distances.items()}
 
-    def _compare_sampler(self, gap: float, largest: float) -> None:
-        """Tell of engines that write with other weights than the learner's, or end the run."""
-        config = self.context.config
-        dtypes = {config.rollout.student_engine.dtype, config.learner.compute_dtype}
-        note = check_logprob_gap(
-            gap,
-            largest,
-            limit=config.rollout.max_logprob_gap,
-            lower_precision=dtypes != {"float32"},
-        )
+    def check_step(self, metrics: Mapping[str, float]) -> None:
+        """Tell of engines that wrote a step's text with other weights than the learner's, or end
+        the run.
+
+        metrics: the step's.  Raises: TransferError.
+        """
+        gap = metrics.get(STEP_GAP)
+        # Truncated sampling says another number of each token than the whole distribution does.
+        if gap is not None and self.context.config.rollout.sampling.top_p == 1.0:
+            self._tell(self._step_alarm.judge(gap))
+
+    def _tell(self, note: str | None) -> None:
         if note is not None:
             self.context.view.note(note)
 
-    def evaluate_teacher(self) -> None:
-        """Write evaluations/teacher.json unless it stands."""
-        if not self.context.run.evaluation_path("teacher").exists():
+    def evaluate_teacher(self, *, again: bool = False) -> None:
+        """Write evaluations/teacher.json unless it stands.  again: even if it does."""
+        if again or not self.context.run.evaluation_path("teacher").exists():
             splits = self._evaluate(self.pools.teachers, self.data.evaluation)
             self._write("teacher", step=0, version=None, splits=splits, distances=None)
 
@@ -77,19 +120,8 @@ class Measuring:
     def _evaluate(
         self, pool: RolloutPool, splits: Mapping[str, Sequence[Prompt]]
     ) -> dict[str, SplitEvaluation]:
-        config = self.context.config
-
-        def generate(prompts: Sequence[Prompt], temperature: float, label: str) -> list[Trajectory]:
-            longest = config.rollout.sampling.max_response_tokens
-            sampling = Sampling(temperature=temperature, top_p=1.0, max_response_tokens=longest)
-            return pool.generate(prompts, sampling, config.seed, f"evaluation_{label}")
-
-        def decode(token_ids: Sequence[int]) -> str:
-            return str(self.context.tokenizer.decode(token_ids, skip_special_tokens=True))
-
-        return evaluate_splits(
-            splits, generate, decode, config.evaluation.metrics, config.evaluation.num_shown
-        )
+        config, tokenizer = self.context.config, self.context.tokenizer
+        return score_splits(pool, splits, config, tokenizer, metrics=self.metrics)
 
     def _generate_held_out(self, pool: RolloutPool) -> list[Trajectory]:
         """The same prompts and seeds each time, so that a distance moves with the weights alone."""
@@ -116,6 +148,25 @@ class Measuring:
             label,
             step=step,
             weight_version=version,
+            weights=self._describe_weights(is_student=version is not None),
             splits=splits,
             distances=distances,
         )
+
+    def _describe_weights(self, *, is_student: bool) -> dict[str, str]:
+        """In which precision an engine held the weights that were evaluated."""
+        config = self.context.config
+        if is_student:
+            return {"dtype": config.rollout.student_engine.dtype, "rounding": config.rounding}
+        dtype = config.rollout.teacher_engine.dtype  # read from the teacher's own files
+        return {"dtype": dtype, "rounding": "none" if dtype == "float32" else "nearest"}
+
+
+def _make_alarm(config: RunConfig, text: str) -> GapAlarm:
+    engine, learner = config.rollout.student_engine.dtype, config.learner.compute_dtype
+    return GapAlarm(
+        text,
+        limit=config.rollout.max_logprob_gap,
+        lower_precision={engine, learner} != {"float32"},
+        cause=explain_gap(engine=engine, rounding=config.rounding, learner=learner),
+    )

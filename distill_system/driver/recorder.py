@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import NoReturn
 
 from distill_system.config.distill import DistillConfig
+from distill_system.driver.early_stopping import EarlyStopping
 from distill_system.elastic.scaling import ScalingObservation
 from distill_system.errors import ConfigError
 from distill_system.observe import (
@@ -51,6 +53,7 @@ class RunRecorder:
         config = context.config.distill
         folder = context.run.checkpoints_directory / STAGE
         self.store = CheckpointStore(folder, keep=config.keep_checkpoints, best=config.keep_best)
+        self.stopping = EarlyStopping(config.early_stopping)
         self._last: dict[str, float | None] = {}
         self._shown: dict[str, float] = {}
         self._recent = RecentActivity()
@@ -69,13 +72,17 @@ class RunRecorder:
             self.store.load(checkpoint, self.pools.learner)
             self.streams.restore(checkpoint.state["streams"])
             self._last = dict(checkpoint.metrics)
+            self.stopping.restore(checkpoint.state.get("early_stopping", {}))
             self.context.view.note(f"resuming {STAGE} after step {done}")
         elif not self.context.resume:
             self.context.timings.restart(STAGE)
         self.context.timings.save()
         done = max(done, 0)
         self.task = self.context.view.start(
-            STAGE, self.context.config.distill.steps, first_step=done
+            STAGE,
+            self.context.config.distill.steps,
+            first_step=done,
+            earlier_seconds=self.context.timings.seconds.get(STAGE, 0.0),
         )
         return done
 
@@ -142,28 +149,71 @@ class RunRecorder:
 
     def checkpoint(self, done: int) -> None:
         """Begin to write everything that the steps to come depend on; they go on beside it."""
-        state = {"streams": self.streams.state(), "weight_version": done}
+        state = {
+            "streams": self.streams.state(),
+            "weight_version": done,
+            "early_stopping": self.stopping.state(),
+        }
         self.store.start(done, state, self.pools.learner, metrics=self._last)
+
+    def leave(self, done: int) -> NoReturn:
+        """End because a person asked for it, once the checkpoint of this step is whole.
+
+        Raises: KeyboardInterrupt, always.
+        """
+        self.store.finish(self.pools.learner, wait=True)
+        self.context.timings.save()
+        self.context.view.note(f"{STAGE}: the checkpoint after step {done} is complete")
+        raise KeyboardInterrupt
 
     def finished_on_failure(self) -> AbstractContextManager[None]:
         """A block whose failure leaves the checkpoint under way behind as a whole one."""
         return self.store.finished_on_failure(self.pools.learner)
 
-    def close(self) -> None:
-        """Finish the last checkpoint and export the final student."""
+    def stops_after(self, measured: Mapping[str, float]) -> bool:
+        """Count what was measured after a step; whether the run ends before its last one."""
+        self.stopping.observe(measured)
+        if self.stopping.is_due:
+            self.context.view.note(f"{self.stopping.reason}; this was the last step")
+        return self.stopping.is_due
+
+    @property
+    def exports_other_weights(self) -> bool:
+        """Whether the exported weights are others than those that the last step leaves."""
+        config = self.context.config
+        return config.export_dtype != "float32" or config.export.weights == "best"
+
+    def take_exported_weights(self, done: int) -> int:
+        """Let the learner hold what will be exported; returns the steps that made it.
+
+        The last checkpoint is complete before: it keeps the weights as they were.
+        """
+        config, learner = self.context.config, self.pools.learner
+        self.store.finish(learner, wait=True)
+        if config.export.weights == "best":
+            best = self.store.find_best()
+            self.store.load(best, learner)
+            done = best.step
+        if config.export_dtype != "float32":
+            learner.round_weights(config.export_dtype)
+        return done
+
+    def close(self, done: int) -> None:
+        """Finish the last checkpoint and export the student that `done` steps made."""
         self.store.finish(self.pools.learner, wait=True)
-        config = self.context.config.distill
+        config, dtype = self.context.config.distill, self.context.config.export_dtype
         facts = {
             "teacher": self.context.teacher_path,
             "student before": self.context.student_path,
             "objective": config.objective.model_dump_json(),
-            "steps": config.steps,
+            "steps": done,
+            "precision of the weights": f"{dtype}, as they were evaluated",
             "on-policy sequences per step": config.sequences("on_policy"),
             "off-policy sequences per step": config.sequences("off_policy"),
             "off-policy source": _say_source(config),
         }
         folder = self.context.run.student_directory
-        export_model(self.context, self.pools.learner, folder, facts=facts)
+        export_model(self.context, self.pools.learner, folder, facts=facts, dtype=dtype)
         self.task.finish()
 
     def _save_timings(self) -> None:
@@ -175,13 +225,17 @@ class RunRecorder:
 
     def _require_best_metric(self) -> None:
         """At once, and not when the first checkpoint is chosen by it hours later."""
-        best = self.context.config.distill.keep_best
-        if best is not None and best.metric not in self._last:
-            known = sorted(name for name in self._last if name.startswith(MEASURED))
-            raise ConfigError(
-                f"distill.keep_best.metric: this run measures no {best.metric!r}; choose one of "
-                f"{', '.join(known)}"
-            )
+        config = self.context.config.distill
+        for key, chosen in (
+            ("keep_best", config.keep_best),
+            ("early_stopping", config.early_stopping),
+        ):
+            if chosen is not None and chosen.metric not in self._last:
+                known = sorted(name for name in self._last if name.startswith(MEASURED))
+                raise ConfigError(
+                    f"distill.{key}.metric: this run measures no {chosen.metric!r}; choose one of "
+                    f"{', '.join(known)}"
+                )
 
 
 def _say_source(config: DistillConfig) -> str:

@@ -4,8 +4,14 @@ Trajectories in -> the final hidden state before each response token out; the sc
 teacher and the learner reads the student through the same functions.
 """
 
+from distill_system.language_model.configuration_files import (
+    one_line,
+    read_configuration,
+    read_generation_configuration,
+)
 from distill_system.language_model.embeddings import load_embedding
 from distill_system.language_model.families import choose_linear_modules, find_family
+from distill_system.language_model.gguf_files import convert_gguf, is_gguf
 from distill_system.language_model.models import (
     LanguageModel,
     build_language_model,
@@ -23,7 +29,9 @@ from distill_system.language_model.sequences import (
     read_hidden,
     read_part,
 )
+from distill_system.language_model.settings import check_settings
 from distill_system.language_model.streaming import build_empty_model, read_weights
+from distill_system.language_model.weight_files import check_weight_files
 
 __all__ = [
     "PACKED_ATTENTION",
@@ -34,12 +42,19 @@ __all__ = [
     "build_language_model",
     "check_linear_read",
     "check_packed_read",
+    "check_settings",
+    "check_weight_files",
     "choose_linear_modules",
+    "convert_gguf",
     "count_parts",
     "cut_rows",
     "find_family",
+    "is_gguf",
     "load_embedding",
     "load_language_model",
+    "one_line",
+    "read_configuration",
+    "read_generation_configuration",
     "read_hidden",
     "read_part",
     "read_weights",

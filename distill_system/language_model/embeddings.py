@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from distill_system.errors import ModelError
+from distill_system.language_model.configuration_files import read_configuration
 
 
 def load_embedding(
@@ -31,7 +32,7 @@ def load_embedding(
     Raises: ModelError if the folder holds no such tensor.
     """
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = read_configuration(path, trust_remote_code=trust_remote_code)
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         skeleton.tie_weights()
     inputs, outputs = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()

@@ -8,17 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
+from distill_system.language_model.configuration_files import read_configuration
 from distill_system.language_model.families import find_family
 from distill_system.language_model.packed_attention import (
     PACKED_ATTENTION,
     PackedLayout,
     read_line,
 )
+from distill_system.language_model.weight_files import require_all_tensors
 
 LanguageModel = Any
 """A transformers PreTrainedModel for causal language modelling; the library ships no types."""
@@ -77,24 +80,29 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a pretrained causal language model in evaluation mode (no dropout).
 
-    Raises: ModelError if it is of no supported family, cannot be loaded or read in packed lines, or
-        is read otherwise than final hidden state times unembedding (logit scaling, soft caps,
-        biases), which moment matching relies on.
+    Raises: ModelError if it is of no supported family, cannot be loaded, lacks tensors, cannot be
+        read in packed lines, or is read otherwise than final hidden state times unembedding (logit
+        scaling, soft caps, biases), which moment matching relies on.
     """
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = read_configuration(path, trust_remote_code=trust_remote_code)
         find_family(config, repr(path))
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             attn_implementation=PACKED_ATTENTION,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"cannot load a causal language model from {path!r}: {error}. Give a folder with "
             "config.json and *.safetensors, or a model name of the Hugging Face hub"
         ) from error
+    require_all_tensors(model, info, repr(path))
     model = model.to(device).eval()
     check_linear_read(model, path)
     check_packed_read(model, path)

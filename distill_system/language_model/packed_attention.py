@@ -228,6 +228,8 @@ def _attend_in_groups(
     outputs = []
     for group, *line in zip(layout.groups, *lines, strict=True):
         query, key, value = (group.pad(rows_nhd) for rows_nhd in line)
+        if query.is_cuda:
+            key, value = (_repeat_heads(states, query.shape[1]) for states in (key, value))
         band_LL = _window_mask(query, sliding_window)
         output_BhLd = scaled_dot_product_attention(
             query,
@@ -240,6 +242,14 @@ def _attend_in_groups(
         )
         outputs.append(group.unpad(output_BhLd))
     return torch.cat(outputs)
+
+
+def _repeat_heads(states_BgLd: Tensor, heads: int) -> Tensor:
+    """Key or value heads as many as the query's, each repeated for its group, [B, h, L, d].
+
+    torch's kernels for float32 on CUDA take no groups: without this all L x L scores are made.
+    """
+    return states_BgLd.repeat_interleave(heads // states_BgLd.shape[1], dim=1)
 
 
 def _window_mask(query_BhLd: Tensor, sliding_window: int | None) -> Tensor | None:

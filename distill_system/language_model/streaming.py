@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from distill_system.errors import ModelError
+from distill_system.language_model.configuration_files import read_configuration
 from distill_system.language_model.embeddings import local_folder
 from distill_system.language_model.families import find_family
 from distill_system.language_model.models import LanguageModel
@@ -33,7 +34,7 @@ def build_empty_model(path: str, *, trust_remote_code: bool = False) -> Language
     Raises: ModelError if the folder holds no model of a supported family.
     """
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = read_configuration(path, trust_remote_code=trust_remote_code)
         find_family(config, repr(path))
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
@@ -42,6 +43,8 @@ def build_empty_model(path: str, *, trust_remote_code: bool = False) -> Language
                 trust_remote_code=trust_remote_code,
                 attn_implementation=PACKED_ATTENTION,
             )
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"cannot build a causal language model from {path!r}: {error}. Give a folder with "

@@ -26,6 +26,7 @@ from distill_system.config.model import LoraUpdate
 from distill_system.language_model import LanguageModel, choose_linear_modules, find_family
 from distill_system.learner.sharding import gather
 from distill_system.seeds import derive_seed
+from distill_system.weights.buckets import ParameterMetadata
 
 _NAME = "default"
 """What peft calls the one adapter of each layer."""
@@ -97,7 +98,7 @@ def merged_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class MergedSource:
-    """The merged weights as vLLM's weight transfer takes them (its WeightSource).
+    """The merged weights as a publisher takes them (its WeightTensors).
 
     device: where they are sent from; None: where they are.
     """
@@ -106,34 +107,37 @@ class MergedSource:
         self._model = model
         self._device = device
 
-    def metadata(self) -> list[Any]:
+    def metadata(self) -> list[ParameterMetadata]:
         """Name, dtype and whole shape of each tensor, in the order in which they come."""
-        from vllm.distributed.weight_transfer.base import ParamMeta
-
         named = ((checkpoint_name(n), p) for n, p in self._model.named_parameters())
-        return [ParamMeta(n, p.dtype, tuple(p.shape)) for n, p in named if n is not None]
+        return [ParameterMetadata(n, p.dtype, tuple(p.shape)) for n, p in named if n is not None]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         named = merged_tensors(self._model)
         return ((name, tensor.to(self._device)) for name, tensor in named)
 
 
-def export_merged(model: LanguageModel, folder: Path, update: LoraUpdate, *, writes: bool) -> None:
-    """Write the merged model in Hugging Face form, and the adapters alone if they are wanted.
+def save_adapters(model: LanguageModel, folder: Path, adapters: dict[str, Tensor]) -> None:
+    """Write the adapters by themselves beside the merged model, in peft's format."""
+    model.peft_config[_NAME].save_pretrained(str(folder / "adapter"))
+    save_file(adapters, folder / "adapter" / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
 
-    writes: whether this rank is the one that writes; every rank calls it.
+
+@torch.no_grad()
+def fold_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """Add every adapter to its layer's weight and set it to zero; the model computes as before.
+
+    Every rank calls it. Returns the adapters as they were; see gather_adapters.
     """
-    merged = {name: tensor.cpu() for name, tensor in merged_tensors(model) if writes}
-    adapters = _gather_adapters(model) if update.save_adapter else {}
-    if not writes:
-        return
-    model.save_pretrained(folder, state_dict=merged)
-    if adapters:
-        model.peft_config[_NAME].save_pretrained(str(folder / "adapter"))
-        save_file(adapters, folder / "adapter" / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+    adapters = {name: tensor.clone() for name, tensor in gather_adapters(model).items()}
+    for _, layer in _adapted_layers(model):
+        weight = layer.get_base_layer().weight
+        _fill(weight, _merge(gather(weight.detach()), layer))
+        layer.lora_B[_NAME].weight.zero_()
+    return adapters
 
 
-def _gather_adapters(model: nn.Module) -> dict[str, Tensor]:
+def gather_adapters(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' own weights in CPU memory, under the names of peft's files."""
     return {
         f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": gather(p.detach()).cpu().contiguous()

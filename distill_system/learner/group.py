@@ -11,6 +11,7 @@ from distill_system.learner.checkpoint_files import FileRecord
 from distill_system.learner.collate import StreamTotals
 from distill_system.learner.publishing import Publishing
 from distill_system.records import (
+    FloatArray,
     ScoredChunk,
     StepResult,
     Stream,
@@ -64,6 +65,11 @@ class LearnerGroup:
     def measure(self, scored: Sequence[ScoredChunk]) -> dict[str, float]:
         """Both distances and the cross-entropy on scored chunks; see Learner.measure."""
         return self._finish(self._start_on_chunks("measure", [], scored), "distances")[0]
+
+    def read_logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """What the student says of the response tokens; see Learner.read_logprobs."""
+        what = "the learner to read what its engines wrote"
+        return self._all("read_logprobs", list(trajectories), what=what)[0]
 
     def connect_rollouts(
         self, backend: str, client: Any, num_receivers: int, timeout_seconds: float
@@ -154,9 +160,13 @@ class LearnerGroup:
         """Take a checkpoint's learner part back."""
         self._all("load", str(folder), what="the learner to load its checkpoint")
 
-    def export(self, folder: Path) -> None:
-        """Write the model in Hugging Face form."""
-        self._all("export", str(folder), what="the learner to export its model")
+    def round_weights(self, dtype: str) -> None:
+        """Give every weight the nearest value of a lower precision; see Learner.round_weights."""
+        self._all("round_weights", dtype, what="the learner to round its weights")
+
+    def export(self, folder: Path, dtype: str = "float32") -> None:
+        """Write the model in Hugging Face form, its weights in this precision."""
+        self._all("export", str(folder), dtype, what="the learner to export its model")
 
     def close(self) -> None:
         """Leave all process groups."""

@@ -11,17 +11,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from distill_system.config.distill import StalenessConfig
 from distill_system.config.model import LearnerConfig, LoraUpdate, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.errors import NonFiniteError
-from distill_system.language_model import count_parts, unembedding
-from distill_system.learner.adapters import MergedSource, export_merged
+from distill_system.language_model import SequenceBatch, count_parts, unembedding
+from distill_system.learner.adapters import (
+    MergedSource,
+    fold_adapters,
+    gather_adapters,
+    merged_tensors,
+    save_adapters,
+)
 from distill_system.learner.checkpoint import CheckpointWriter, load_checkpoint
 from distill_system.learner.checkpoint_files import FileRecord, find_alterations
 from distill_system.learner.collate import LearnerBatch, StreamTotals, collate
+from distill_system.learner.export_weights import PRECISIONS, round_parameters, save_model
 from distill_system.learner.microbatches import Microbatches
 from distill_system.learner.optimizer import (
     build_optimizers,
@@ -53,16 +62,20 @@ from distill_system.objectives import (
     PolicyHeads,
     build_objective,
     measure_stream,
+    read_vocabulary,
 )
 from distill_system.objectives.importance import compute_log_ratios
 from distill_system.objectives.rows import ObjectiveOutput, TokenRows
 from distill_system.records import (
+    FloatArray,
     StepResult,
     Stream,
     TeacherTargets,
+    Trajectory,
     TrajectoryChunk,
 )
-from distill_system.weights import WeightPublisher
+from distill_system.weights import WeightPublisher, WireFormat
+from distill_system.weights.rounding import AS_THEY_ARE
 from distill_system.workers import Reference
 
 
@@ -84,6 +97,7 @@ class Learner:
         uses_gpu: bool,
         timeout_seconds: float,
         staleness: StalenessConfig | None = None,
+        wire: WireFormat = AS_THEY_ARE,
     ) -> None:
         torch.set_num_threads(config.threads)
         self.config = config
@@ -95,7 +109,7 @@ class Learner:
             world_size=world_size,
             device=self.device,
             timeout_seconds=timeout_seconds,
-            alone=world_size == 1 and not config.offload,
+            alone=not config.is_wrapped(world_size, on_gpu=uses_gpu),
         )
         self.source, self.objective_config, self.seed = source, objective, seed
         self.model = build_student(
@@ -110,8 +124,10 @@ class Learner:
             total_steps=total_steps,
             importance=self.importance,
         )
+        self.wire = wire
         self.publisher: WeightPublisher | None = None
         self.writer = CheckpointWriter(rank=rank, timeout=self.ranks.timeout)
+        self.folded_adapters: dict[str, Tensor] = {}
         if self.ranks.alone:
             self._prepare()
 
@@ -259,6 +275,28 @@ class Learner:
         self.policy.release()
         return measures
 
+    @torch.no_grad()
+    def read_logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """log pi_theta(y_t | s_t) of each response token at temperature 1, nats, float32 [T] each.
+
+        Every rank reads all of them, since ranks that share a model go in step: for a few.
+        """
+        limit = self.config.max_tokens_per_microbatch
+        sequences = SequenceBatch.collate(trajectories, self.device, max_tokens=limit)
+        hidden_NH = Microbatches(self.policy, sequences).read()
+        heads = self._heads()
+        with self.policy.precision():
+            rows = read_vocabulary(
+                hidden_NH,
+                sequences.token_ids_N,
+                heads.unembedding_VH,
+                heads.action_embeddings_VE[:, :0],  # no expected embedding is asked for
+                chunk_tokens=heads.chunk_tokens,
+            )
+        self.policy.release()
+        ends = np.cumsum([trajectory.num_response_tokens for trajectory in trajectories])
+        return np.split(rows.logprobs_N.cpu().numpy(), ends[:-1])
+
     def connect_rollouts(
         self,
         backend: Literal["gloo", "nccl"],
@@ -285,6 +323,7 @@ class Learner:
             num_receivers=num_receivers,
             rank=self.ranks.rank,
             timeout_seconds=timeout_seconds,
+            wire=self.wire,
         )
 
     def start_publish(self, version: int) -> list[Reference]:
@@ -318,15 +357,30 @@ class Learner:
             Path(folder), self.model, self.optimizers, self.objective, rank=self.ranks.rank
         )
 
-    def export(self, folder: str) -> None:
+    def round_weights(self, dtype: Literal["float32", "bfloat16"]) -> None:
+        """Give every weight the nearest value of this precision; it stays float32 in memory.
+
+        For what is exported in it: what is published and measured from here on are the exported
+        weights. Adapters are folded into the weights, so that no step may follow.
+        """
+        self.policy.release()
+        if isinstance(self.source.update, LoraUpdate):
+            self.folded_adapters = fold_adapters(self.model)
+        round_parameters(self.model, PRECISIONS[dtype])
+
+    def export(self, folder: str, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
         """Write the model in Hugging Face form (safetensors, config, generation config); rank 0."""
-        writes, update = self.ranks.rank == 0, self.source.update
+        writes, update, precision = self.ranks.rank == 0, self.source.update, PRECISIONS[dtype]
         if isinstance(update, LoraUpdate):
-            export_merged(self.model, Path(folder), update, writes=writes)
+            weights = {name: tensor.cpu() for name, tensor in merged_tensors(self.model) if writes}
+            adapters = self.folded_adapters or gather_adapters(self.model)
+        else:
+            weights = self.model.state_dict() if self.ranks.alone else gather_weights(self.model)
+        if not writes:
             return
-        weights = None if self.ranks.alone else gather_weights(self.model)
-        if writes:
-            self.model.save_pretrained(folder, state_dict=weights)
+        save_model(self.model, Path(folder), weights, dtype=precision)
+        if isinstance(update, LoraUpdate) and update.save_adapter:
+            save_adapters(self.model, Path(folder), adapters)
 
     def close(self) -> None:
         """Finish a checkpoint under way, then leave both groups."""
@@ -351,7 +405,7 @@ class Learner:
     def _heads(self) -> PolicyHeads:
         return self.teacher.build_heads(
             unembedding(self.model, self.source.vocabulary_size),
-            chunk_tokens=self.config.vocabulary_chunk_tokens,
+            chunk_tokens=self.config.chunk_tokens(on_gpu=self.device.type == "cuda"),
         )
 
     def _require_finite(self, loss: float, step: int) -> None:

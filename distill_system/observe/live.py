@@ -23,7 +23,13 @@ class LiveTask:
     """One stage in progress; made by LiveView.start, updated from any thread."""
 
     def __init__(
-        self, stage: str, total_steps: int, first_step: int, announce: Callable[[LiveTask], None]
+        self,
+        stage: str,
+        total_steps: int,
+        first_step: int,
+        announce: Callable[[LiveTask], None],
+        *,
+        earlier_seconds: float = 0.0,
     ) -> None:
         self.stage = stage
         self.total_steps = total_steps
@@ -32,6 +38,7 @@ class LiveTask:
         self.is_finished = False
         self.last_line_at = -math.inf
         self._first_step = first_step
+        self._earlier_seconds = earlier_seconds
         self._announce = announce
         self._start = time.monotonic()
         self._end: float | None = None
@@ -72,7 +79,7 @@ class LiveTask:
     def clock(self) -> str:
         """The ETA, or how long the finished stage took."""
         if self.is_finished:
-            return f"done in {format_duration(self.elapsed_seconds)}"
+            return f"done in {format_duration(self._earlier_seconds + self.elapsed_seconds)}"
         remaining = self.remaining_seconds
         return "ETA -:--" if remaining is None else f"ETA {format_duration(remaining)}"
 
@@ -126,15 +133,21 @@ class LiveView:
             redirect_stdout=sys.stdout.isatty(),
         )
 
-    def start(self, stage: str, total_steps: int, *, first_step: int = 0) -> LiveTask:
+    def start(
+        self, stage: str, total_steps: int, *, first_step: int = 0, earlier_seconds: float = 0.0
+    ) -> LiveTask:
         """Show a new stage.
 
         Args:
             stage: its name.
             total_steps: step at which it is done.
             first_step: steps that were done before this process, if the run is resumed.
+            earlier_seconds: what the stage took before, in other processes too; counted in what is
+                said when it is done, and not in the estimate of what is left.
         """
-        task = LiveTask(stage, total_steps, first_step, self._announce)
+        task = LiveTask(
+            stage, total_steps, first_step, self._announce, earlier_seconds=earlier_seconds
+        )
         with self._lock:
             self._tasks.append(task)
         return task

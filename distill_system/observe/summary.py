@@ -43,6 +43,7 @@ def write_evaluation(
     *,
     step: int,
     weight_version: int | None,
+    weights: Mapping[str, str] | None = None,
     splits: Mapping[str, JsonForm],
     distances: Mapping[str, float] | None,
 ) -> None:
@@ -53,6 +54,7 @@ def write_evaluation(
         label: teacher, before, after or step_000100.
         step: steps of distillation done.
         weight_version: version of the student that was evaluated; None for the teacher.
+        weights: dtype of the engine's weights, and rounding, how they became so; None: not known.
         splits: name -> the result of evaluate_splits.
         distances: on_policy and off_policy on held-out data; None if they were not measured.
     """
@@ -60,6 +62,7 @@ def write_evaluation(
         "label": label,
         "step": step,
         "weight_version": weight_version,
+        "weights": weights,
         "time": time.time(),
         "distances": distances,
         "splits": {name: evaluation.to_json() for name, evaluation in splits.items()},

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow
 
-from distill_system.cluster import ClusterSession
+from distill_system.cluster import ClusterSession, require_room
 from distill_system.cluster.batch_inference import infer_batches
 from distill_system.config import RunConfig
 from distill_system.data import SampleOrigin, TrajectoryStore, load_run_data, store_path
@@ -24,6 +24,7 @@ from distill_system.offline.cached_targets import CachedTargets
 from distill_system.offline.samples import SampleKeeper, cut_batches, plan_samples
 from distill_system.offline.workers import SampleWriter
 from distill_system.records import Author
+from distill_system.run.model_checks import check_engine
 from distill_system.run.preparation import (
     open_run,
     prepare_tokenizer,
@@ -65,9 +66,11 @@ def generate(request: GenerateRequest) -> Path:
         samples are in the store.
     """
     config, folder = request.config, _folder(request)
+    require_room(config, [f"{request.author}_rollout"])
     run = open_run(config)
     config = with_chat_date(config, run)
     request = replace(request, config=config)
+    check_engine(config)
     record_start(config, run)
     tokenizer = prepare_tokenizer(config, run)
     origin = sample_origin(config, run, tokenizer, request.author)

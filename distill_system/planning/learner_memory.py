@@ -121,7 +121,7 @@ def _draw_line(
 @contextmanager
 def _mesh_of_one(load: LearnerLoad) -> Iterator[DeviceMesh | None]:
     """The mesh that a rank of many is on, None for one that shards nothing."""
-    if load.num_ranks == 1 and not load.config.offload:
+    if not load.config.is_wrapped(load.num_ranks, on_gpu=load.on_gpu):
         yield None
         return
     dist.init_process_group("fake", rank=0, world_size=load.num_ranks, store=FakeStore())
@@ -152,6 +152,10 @@ class _Alike(Ranks):
         return value
 
 
+def _step_in_place() -> None:
+    """A fused AdamW's: it holds nothing beside its state."""
+
+
 class _SizedPolicy(Policy):
     """What is made while the model is read are activations."""
 
@@ -169,7 +173,9 @@ class SizedLearner(Learner):
         self, load: LearnerLoad, model: LanguageModel, sizes: SizeTracker, mesh: DeviceMesh | None
     ) -> None:
         self.load_of, self.model, self.sizes = load, model, sizes
-        self.config, self.optimizer_config, self.total_steps = load.config, load.optimizer, 1
+        chunk_tokens = load.config.chunk_tokens(on_gpu=load.on_gpu)
+        self.config = load.config.model_copy(update={"vocabulary_chunk_tokens": chunk_tokens})
+        self.optimizer_config, self.total_steps = load.optimizer, 1
         self.device, self.source = CPU, ModelSource(update=load.update)
         self.ranks = _Alike(
             rank=0, world_size=load.num_ranks, device=CPU, timeout_seconds=1.0, alone=mesh is None
@@ -225,11 +231,15 @@ class SizedLearner(Learner):
                 parameter.register_post_accumulate_grad_hook(
                     lambda p: self.sizes.relabel(p.grad, "gradients")
                 )
-        for optimizer in self.optimizers:
-            if self.load_of.on_gpu and isinstance(optimizer, torch.optim.AdamW):
-                for group in optimizer.param_groups:  # what torch chooses on a GPU
-                    group["foreach"] = not self.config.offload
+        adamws = [each for each in self.optimizers if isinstance(each, torch.optim.AdamW)]
+        for group in (group for each in adamws for group in each.param_groups):
+            group["foreach"] = (
+                False if self.load_of.on_gpu else None
+            )  # what is offloaded is a CPU's
         self._update(0)
+        if self.load_of.on_gpu and not self.config.offload:
+            for each in adamws:
+                each.step = _step_in_place  # type: ignore[method-assign]
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 for tensor in state.values():

@@ -122,7 +122,9 @@ def make_plan(config: RunConfig, *, vocabulary: int | None, device_gib: float) -
         step_tokens=response * sum(distill.sequences(s.value) for s in streams),
         scored_tokens=response * sum(distill.sequences(s.value) for s in scored),
         wire_bytes_per_token=wire_bytes_per_token(config, teacher),
-        publish_bytes=4.0 * student.num_parameters,
+        publish_bytes=float(
+            NUMBER_BYTES[config.rollout.student_engine.dtype] * student.num_parameters
+        ),
     )
 
 
@@ -203,6 +205,8 @@ def _engine(
     cache, room = float(CPU_CACHE_MEBIBYTES * MIB), None
     if engine.kv_cache_mebibytes is not None:
         cache = float(engine.kv_cache_mebibytes * MIB)
+    elif config.rollout.engine == "transformers":
+        cache = engine.max_num_sequences * sequence  # at the most, all of full length
     elif pool.gpus:
         room = device * engine.gpu_memory_utilization
         # At least one sequence must fit, or vLLM does not start.
@@ -215,6 +219,7 @@ def _engine(
             "key-value cache": f"{key}.kv_cache_mebibytes",
         },
     )
-    plan = _worker(pool_name, pool, f"the {role} in vLLM", memory, device)
+    library = {"vllm": "vLLM", "transformers": "transformers"}[config.rollout.engine]
+    plan = _worker(pool_name, pool, f"the {role} in {library}", memory, device)
     note = f"cache for {int(cache // sequence)} sequences of {longest_sequence(config)} tokens"
     return replace(plan, room_bytes=plan.room_bytes if room is None else room, note=note)

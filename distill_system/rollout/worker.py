@@ -1,7 +1,7 @@
 """One rollout worker: prompts in, trajectories out, and the receiving end of weight versions.
 
-A plain class: cluster/ makes it remote, tests use it as it is. It imports vLLM only when it is
-first called, and hands out numpy records alone.
+A plain class: cluster/ makes it remote, tests use it as it is. It imports vLLM, or transformers,
+only when it is first called, and hands out numpy records alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from distill_system.config.rollout import EngineConfig
+from distill_system.config.rollout import EngineConfig, EngineName
 from distill_system.errors import DataError, DistillError, ModelError, TransferError
 from distill_system.records import (
     Author,
@@ -29,6 +29,7 @@ from distill_system.rollout.engine import (
     EngineSpecification,
     GenerationEngine,
     TransferBackend,
+    build_engine,
 )
 from distill_system.rollout.sampling import Sampling
 from distill_system.seeds import derive_seed
@@ -64,7 +65,7 @@ class GenerationRequest:
 
 
 class RolloutWorker:
-    """Writes responses with one model, the student or the frozen teacher, in one vLLM engine.
+    """Writes responses with one model, the student or the frozen teacher, in one engine.
 
     name: for error messages.  author: STUDENT or TEACHER, written into each trajectory.
     max_model_length: longest sequence in tokens, prompt and response together.
@@ -73,6 +74,7 @@ class RolloutWorker:
     vocabulary_size: only token ids below it are sampled; None: every row of the model.
     stop_token_ids: a response ends with the first of them.
     keep_stale_cache: sequences under way keep the cache of older weights when new ones come.
+    library: that computes, rollout.engine.
 
     The process must have been started with engine_environment().  The first call builds the engine.
     """
@@ -92,6 +94,7 @@ class RolloutWorker:
         vocabulary_size: int | None = None,
         stop_token_ids: Sequence[int] = (),
         keep_stale_cache: bool = False,
+        library: EngineName = "vllm",
     ) -> None:
         self._name = name
         self._author = author
@@ -109,6 +112,7 @@ class RolloutWorker:
             vocabulary_size=vocabulary_size,
             stop_token_ids=tuple(stop_token_ids),
             keep_stale_cache=keep_stale_cache,
+            engine=library,
         )
         self._requests: dict[str, GenerationRequest] = {}
 
@@ -116,10 +120,10 @@ class RolloutWorker:
     def _engine(self) -> GenerationEngine:
         # Not in the constructor: a remote worker whose constructor raises is reported as dead, and
         # the type and cause of the error are lost; one whose method raises is not.
-        return GenerationEngine(self._specification)
+        return build_engine(self._specification)
 
     def ready(self) -> dict[str, float]:
-        """Build the engine if need be; seconds that importing vLLM and building it took.
+        """Build the engine if need be; seconds that importing its library and building it took.
 
         Raises: ModelError if the model cannot be loaded; ResourceError if memory does not suffice.
         """
@@ -202,7 +206,7 @@ class RolloutWorker:
     def receive_weights(self, version: int, update_info: dict[str, object]) -> WeightVersion:
         """Take the weights in that the learner is sending now, whole, and write with them.
 
-        update_info: names, dtypes and shapes, for vLLM. What older weights cached is dropped.
+        update_info: names, dtypes and shapes. What older weights cached is dropped.
 
         Raises: TransferError if they do not arrive as they were sent; nothing is loaded then, and
         this worker generates nothing until a later version arrives.

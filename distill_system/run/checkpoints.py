@@ -146,17 +146,34 @@ class CheckpointStore:
         complete = self._complete()
         if not complete:
             return None
-        newest = complete[-1]
+        # If it is damaged, an older one is not used in its place: steps would be lost silently.
+        return self._read_checked(complete[-1])
+
+    def _read_checked(self, folder: Path) -> Checkpoint:
         try:
-            # If it is damaged, an older one is not used in its place: steps would be lost silently.
-            files = _read_manifest(newest)
-            damage = find_misfits(newest, files)
-            damage = damage or find_alterations(newest, {STATE_FILE: files.pop(STATE_FILE)})
+            files = _read_manifest(folder)
+            damage = find_misfits(folder, files)
+            damage = damage or find_alterations(folder, {STATE_FILE: files.pop(STATE_FILE)})
         except (RunStateError, KeyError, TypeError) as error:
             damage = [f"{MANIFEST_FILE} does not say what belongs to it ({error})"]
         if damage:
-            raise self._damaged(newest, damage)
-        return _read_state(newest, files)
+            raise self._damaged(folder, damage)
+        return _read_state(folder, files)
+
+    def find_best(self) -> Checkpoint:
+        """The best complete checkpoint by the metric of `best`; its manifest is checked.
+
+        Raises: RunStateError if no checkpoint has a finite value of the metric, or it is damaged.
+        """
+        assert self.best is not None, "the configuration asks for a metric beside export.weights"
+        found = self._find_best(self._complete())
+        if not found:
+            raise RunStateError(
+                f"export.weights=best: no checkpoint in {self.folder} has a finite value of "
+                f"{self.best.metric} (distill.keep_best.metric). Give export.weights=last, or "
+                "another metric, and --resume"
+            )
+        return self._read_checked(found[0])
 
     def load(self, checkpoint: Checkpoint, learner: Saver) -> None:
         """Verify the learner's files byte by byte, then restore its state from them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from distill_system.cluster import ClusterSession
 from distill_system.config import RunConfig
 from distill_system.data import RunData
 from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
+from distill_system.stopping import StopRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +18,7 @@ class RunContext:
     """What one process needs to run stages of one run.
 
     tokenizer: a transformers tokenizer.  data: the sets that the stages of this process read.
+    stop: whether a person wants the run to end, which stages look at between two steps.
     """
 
     config: RunConfig
@@ -29,6 +31,7 @@ class RunContext:
     timings: Timings
     view: LiveView
     resume: bool
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def teacher_path(self) -> str:

@@ -11,16 +11,21 @@ from distill_system.run.context import RunContext
 
 
 def export_model(
-    context: RunContext, learner: LearnerGroup, folder: Path, *, facts: Mapping[str, object]
+    context: RunContext,
+    learner: LearnerGroup,
+    folder: Path,
+    *,
+    facts: Mapping[str, object],
+    dtype: str = "float32",
 ) -> None:
     """Write the learner's model to `folder`, by a rename: the folder is complete or absent.
 
-    facts: rows of the model card, on how the model was made.
+    facts: rows of the model card, on how the model was made.  dtype: of the weights written.
     """
     # A stage whose folder exists is skipped, so a crash must not leave half a model under its name.
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    learner.export(partial)
+    learner.export(partial, dtype)
     context.tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(_model_card(context, folder.name, facts))
     shutil.rmtree(folder, ignore_errors=True)

@@ -6,17 +6,25 @@ Reads the models' configurations and tokenizers, but no weights.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
 from distill_system.config import RunConfig
 from distill_system.config.data import PretrainedTokenizer
 from distill_system.config.model import LoraUpdate, ModelConfig
 from distill_system.data import RunData
 from distill_system.errors import ConfigError, DataError, ModelError
-from distill_system.language_model import choose_linear_modules, find_family
+from distill_system.language_model import (
+    check_settings,
+    check_weight_files,
+    choose_linear_modules,
+    find_family,
+    one_line,
+    read_configuration,
+)
 from distill_system.records import Trajectory
 from distill_system.run.vocabulary import check_exportable, stop_token_ids, vocabulary_size
 
@@ -26,14 +34,16 @@ fails at the first request. Source: CPUAttentionBackend.get_supported_head_sizes
 
 
 def check_folders(config: RunConfig) -> None:
-    """Check that every path that means a local folder is the folder of a model.
+    """Check that every path that means a local folder is the folder of a whole model.
 
-    Without this check a mistyped path would be looked up on the Hugging Face hub.
+    Reads its configuration and the headers of its weights. Without this check a mistyped path would
+    be looked up on the Hugging Face hub, and a damaged folder would end a worker.
     Raises: ModelError.
     """
     for role, model in _models(config):
         if model.path is not None and is_local_path(model.path):
             _require_files(f"{role}.path", model.path, "config.json", "*.safetensors")
+            _check_folder(role, model)
     path = config.tokenizer.path if isinstance(config.tokenizer, PretrainedTokenizer) else None
     if path is not None and is_local_path(path):
         _require_files("tokenizer.path", path)
@@ -44,9 +54,23 @@ def is_local_path(path: str) -> bool:
     return Path(path).exists() or path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
 
 
+def check_engine(config: RunConfig) -> None:
+    """Refuse a run whose engine is not installed.
+
+    Raises: ConfigError, with the ways out.
+    """
+    if config.rollout.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine=vllm: vLLM is not installed here. Install it (`make environment` on a "
+            'CPU, pip install -e ".[cuda]" with GPUs), or set rollout.engine=transformers, which '
+            "needs nothing more and is slower"
+        )
+
+
 def check_models(config: RunConfig, tokenizer: Any) -> None:
     """Refuse models that do not fit the tokenizer, one another, the lengths or the engine.
 
+    Refuses also what transformers and vLLM would read differently in one config.json.
     Raises: ModelError or ConfigError, naming the model and the key to change.
     """
     for role, model in _models(config):
@@ -88,10 +112,27 @@ def _require_files(key: str, path: str, *patterns: str) -> None:
     missing = [pattern for pattern in patterns if not any(folder.glob(pattern))]
     if missing or not folder.is_dir():
         actual = f"no {missing[0]} in it" if folder.is_dir() else "no such folder"
+        if (folder / "pytorch_model.bin").exists() or any(folder.glob("pytorch_model-*.bin")):
+            # vLLM would read it and our own readers of single tensors would not
+            raise ModelError(
+                f"{key}={path!r}: expected weights in *.safetensors, found pytorch_model.bin. Two "
+                f"lines convert it: AutoModelForCausalLM.from_pretrained({path!r})."
+                f"save_pretrained(NEW) and AutoTokenizer.from_pretrained({path!r})."
+                "save_pretrained(NEW)"
+            )
         raise ModelError(
             f"{key}={path!r}: expected a folder that save_pretrained wrote, found {actual} (looked "
             f"at {folder.absolute()}). Give such a folder, or a name of the Hugging Face hub"
         )
+
+
+def _check_folder(role: str, model: ModelConfig) -> None:
+    shape = _shape(role, model)
+    assert model.path is not None, "a folder has a path"
+    try:
+        check_weight_files(Path(model.path), shape, trust_remote_code=model.trust_remote_code)
+    except ModelError as error:
+        raise ModelError(f"{role}.path: {error}") from error
 
 
 def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfig) -> None:
@@ -99,6 +140,7 @@ def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfi
     _check_head_size(role, model, shape, config)
     if model.path is None:
         return  # a model of random weights takes vocabulary and length from the run
+    check_settings(shape, f"{role}.path={model.path!r}", longest=config.max_model_length)
     _check_vocabulary(role, model, shape.vocab_size, tokenizer)
     limit, longest = _context_limit(shape), config.max_model_length
     if limit is not None and limit < longest:
@@ -138,17 +180,19 @@ def _check_vocabulary(role: str, model: ModelConfig, num_rows: int, tokenizer: A
 def _check_head_size(role: str, model: ModelConfig, shape: Any, config: RunConfig) -> None:
     size = _head_size(shape)
     on_cpu = getattr(config.pools, f"{role}_rollout").gpus == 0
-    if not on_cpu or size is None or size in CPU_HEAD_SIZES:
+    in_vllm = config.rollout.engine == "vllm"
+    if not (on_cpu and in_vllm) or size is None or size in CPU_HEAD_SIZES:
         return
     problem = f"vLLM on a CPU supports attention heads of sizes {CPU_HEAD_SIZES}, got {size}"
     if model.architecture is not None:
         raise ConfigError(
             f"{role}.architecture: {problem} (hidden_size={shape.hidden_size} / "
-            f"num_heads={shape.num_attention_heads}). Change hidden_size or num_heads"
+            f"num_heads={shape.num_attention_heads}). Change hidden_size or num_heads, or set "
+            "rollout.engine=transformers"
         )
     raise ModelError(
-        f"{role}.path={model.path!r}: {problem}. Choose another model, or give "
-        f"pools.{role}_rollout.gpus"
+        f"{role}.path={model.path!r}: {problem}. Choose another model, give "
+        f"pools.{role}_rollout.gpus, or set rollout.engine=transformers"
     )
 
 
@@ -169,7 +213,11 @@ def _shape(role: str, model: ModelConfig) -> Any:
     Raises: ModelError for a model of an unsupported family.
     """
     if model.architecture is None:
-        config = _read(AutoConfig, role, model)
+        assert model.path is not None, "the configuration gives a path or an architecture"
+        try:
+            config = read_configuration(model.path, trust_remote_code=model.trust_remote_code)
+        except ModelError as error:
+            raise ModelError(f"{role}.path: {error}") from error
         find_family(config, f"{role}.path={model.path!r}")
         return config
     return LlamaConfig(
@@ -184,10 +232,6 @@ def _read(loader: Any, role: str, model: ModelConfig) -> Any:
         return loader.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
         raise ModelError(
-            f"{role}.path={model.path!r} cannot be read: {_first_line(error)}. Give a "
+            f"{role}.path={model.path!r} cannot be read: {one_line(error)}. Give a "
             "folder with config.json, tokenizer files and *.safetensors, or a hub name"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from distill_system.cluster import (
+    ClusterSession,
     ElasticPool,
     EveryWorker,
     RayWorkers,
     WorkerRequest,
     all_named_handles,
 )
+from distill_system.config import RunConfig
 from distill_system.config.model import ModelConfig
 from distill_system.config.pools import ELASTIC_POOLS
 from distill_system.learner import LearnerGroup, ModelSource
@@ -22,6 +25,7 @@ from distill_system.run.context import RunContext
 from distill_system.run.vocabulary import vocabulary_size
 from distill_system.run.worker_arguments import tensor_parallel_size
 from distill_system.run.worker_requests import (
+    evaluation_request,
     learner_request,
     rollout_request,
     scoring_request,
@@ -145,13 +149,26 @@ def _connect_rollouts(
     learner.connect_rollouts(transfer_backend(context), client, client.num_receivers, seconds)
 
 
+def open_evaluation_pool(
+    config: RunConfig, cluster: ClusterSession, tokenizer: Any, *, path: str
+) -> RolloutPool:
+    """Workers that hold the model in `path` and generate for its evaluation."""
+    workers = cluster.start_workers(evaluation_request(config, tokenizer, path))
+    _wait_until_ready(workers, config.deadlines.start_seconds)
+    return RolloutPool(workers)
+
+
 def wait_until_ready(context: RunContext, workers: RayWorkers) -> None:
     """Wait until every worker has loaded its model.
 
     Raises: what a worker raised while loading; DeadlineError after deadlines.start_seconds.
     """
+    _wait_until_ready(workers, context.config.deadlines.start_seconds)
+
+
+def _wait_until_ready(workers: RayWorkers, seconds: float) -> None:
     workers.finish(
         [workers.start(worker_id, "ready") for worker_id in workers.members],
         what="the workers to load their model",
-        seconds=context.config.deadlines.start_seconds,
+        seconds=seconds,
     )

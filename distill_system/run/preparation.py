@@ -33,8 +33,11 @@ MAY_CHANGE = (
     "distill.checkpoint_every",
     "distill.keep_checkpoints",
     "distill.keep_best",
+    "distill.early_stopping",
+    "export",
+    "hub",
 )
-"""Keys that may differ when a run is continued: they do not change what is learned, apart from
+"""Keys that may differ when a run is continued: they do not change what a step learns, apart from
 rounding (another number of ranks or another microbatch size adds up in another order)."""
 
 _DAY = "data.chat_date"
@@ -95,9 +98,16 @@ def _require_same(run: RunDirectory, config: RunConfig) -> None:
     ]
     # Without work there is nothing that could be mixed up, as after a run that failed to start.
     if changed and _has_work(run):
+        sets_alone = all(line.startswith("data.evaluation.") for line in changed)
         raise RunStateError(
             f"{run.path} holds work of another configuration: {'; '.join(changed)}. Give the run "
             f"another name (name=...), or remove {run.path}"
+            + (
+                ". Other sets are evaluated beside a run by `distill-system evaluate ... --model "
+                f"{run.path}`"
+                if sets_alone
+                else ""
+            )
         )
     if changed:
         # The tokenizer is the only thing that was made from the old configuration.

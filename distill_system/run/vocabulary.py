@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-from transformers import AutoConfig, GenerationConfig
 
 from distill_system.config import RunConfig
 from distill_system.config.model import ModelConfig
 from distill_system.errors import ModelError
+from distill_system.language_model import read_generation_configuration
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -67,15 +65,5 @@ def _listed(model: ModelConfig) -> Iterator[int]:
 
 
 def _generation_config(model: ModelConfig) -> Any:
-    """The generation config of generation_config.json, or of config.json without such a file."""
     assert model.path is not None, "only a pretrained model has a generation config"
-    has_file = (Path(model.path) / "generation_config.json").exists()
-    try:
-        return GenerationConfig.from_pretrained(model.path)
-    except OSError as error:  # also where the file does not exist, which is no fault
-        if has_file:
-            raise ModelError(
-                f"{model.path!r}: its generation_config.json cannot be read: {error}"
-            ) from error
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    return GenerationConfig.from_model_config(config)
+    return read_generation_configuration(model.path, trust_remote_code=model.trust_remote_code)

@@ -37,6 +37,7 @@ def rollout_arguments(
         "vocabulary_size": vocabulary_size(tokenizer),
         "stop_token_ids": stop_token_ids(config, tokenizer),
         "keep_stale_cache": config.rollout.keep_stale_cache,
+        "library": config.rollout.engine,
     }
 
 
@@ -51,7 +52,7 @@ def scorer_arguments(config: RunConfig, tokenizer: Any, path: str) -> dict[str, 
     return {
         "model_path": path,
         "config": config.scoring,
-        "vocabulary_chunk_tokens": config.learner.vocabulary_chunk_tokens,
+        "vocabulary_chunk_tokens": config.learner.chunk_tokens(on_gpu=pool.gpus > 0),
         "uses_gpu": pool.gpus > 0,
         "shares_gpu": pool.colocate_with is not None and 0.0 < pool.gpus < 1.0,
         "vocabulary_size": vocabulary_size(tokenizer),

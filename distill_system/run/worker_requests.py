@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from distill_system.cluster import WorkerRequest
+from distill_system.config import RunConfig
 from distill_system.config.model import OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.config.pools import PoolConfig
@@ -19,6 +24,7 @@ from distill_system.run.worker_arguments import (
 )
 from distill_system.scoring import TeacherScorer
 from distill_system.seeds import derive_seed
+from distill_system.weights import WireFormat
 
 
 def rollout_request(context: RunContext, name: str, author: Author, path: str) -> WorkerRequest:
@@ -38,6 +44,20 @@ def rollout_request(context: RunContext, name: str, author: Author, path: str) -
         pool=pool,
         environment=rollout_environment(config, author, pool),
         colocate_with=pool.colocate_with,
+    )
+
+
+def evaluation_request(config: RunConfig, tokenizer: Any, path: str) -> WorkerRequest:
+    """The workers that generate for evaluations, of the model in `path`, which stays as it is."""
+    name = "student_rollout" if config.pools.evaluation is None else "evaluation"
+    pool = config.pools.by_name[name]
+    shared = rollout_arguments(config, tokenizer, Author.STUDENT, path, pool)
+    return WorkerRequest(
+        name=name,
+        worker_class=RolloutWorker,
+        arguments=[{"name": f"{name}-{index}", **shared} for index in range(pool.count)],
+        pool=pool,
+        environment=rollout_environment(config, Author.STUDENT, pool),
     )
 
 
@@ -86,6 +106,7 @@ def learner_request(
         "uses_gpu": pool.gpus > 0,
         "timeout_seconds": config.deadlines.call_seconds,
         "staleness": config.distill.staleness,
+        "wire": wire_format(config),
     }
     return WorkerRequest(
         name=name,
@@ -97,6 +118,13 @@ def learner_request(
     )
 
 
+def wire_format(config: RunConfig) -> WireFormat:
+    """The precision in which the student's engines get its weights: their own."""
+    dtype, stochastic = config.rollout.student_engine.dtype, config.rounding == "stochastic"
+    seed = derive_seed(config.seed, "weights", "rounding") if stochastic else None
+    return WireFormat(dtype=getattr(torch, dtype), seed=seed)
+
+
 def transfer_backend(context: RunContext) -> str:
     """The backend that sends weights from the learner to the student's engines."""
-    return "nccl" if context.config.pools.learner.gpus > 0 else "gloo"
+    return context.config.transfer_backend

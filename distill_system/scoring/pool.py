@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distill_system.config.objective import TeacherNeeds
-from distill_system.records import ScoredChunk, Stream, Trajectory, TrajectoryChunk
+from distill_system.records import FloatArray, ScoredChunk, Stream, Trajectory, TrajectoryChunk
 from distill_system.scoring.scorer import Shipped
 from distill_system.workers import Reference, Workers
 
@@ -38,6 +38,17 @@ class ScoringPool:
     def _start(self, index: int, chunk: TrajectoryChunk, needs: TeacherNeeds) -> Reference:
         members = self.workers.members
         return self.workers.start(members[index % len(members)], "score", chunk, needs)
+
+    def read_logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """What the scorers, each of a share, say of the response tokens; see TeacherScorer."""
+        members = self.workers.members[: len(trajectories)]
+        shares = [trajectories[at :: len(members)] for at in range(len(members))]
+        asked = [
+            self.workers.start(member, "read_logprobs", list(share))
+            for member, share in zip(members, shares, strict=True)
+        ]
+        read = self.workers.finish(asked, what="the scorers to read what the engines wrote")
+        return [read[at % len(members)][at // len(members)] for at in range(len(trajectories))]
 
     def shipped(self) -> Shipped:
         """What all scorers have handed on since they started."""

@@ -8,6 +8,7 @@ Every run is an ordinary run in a process of its own, and can be resumed or repe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -22,10 +23,14 @@ from distill_system.config.recipes import recipe_path
 from distill_system.errors import ConfigError, RunStateError
 from distill_system.observe import RunDirectory
 from distill_system.run.context import model_path
+from distill_system.run.model_checks import check_engine
 from distill_system.run.preparation import on_day
 from distill_system.stages.pilot import plan_steps
 from distill_system.stages.processes import Job, run_jobs
 from distill_system.stages.train import train
+
+MOST_BUDGET = 1e12
+"""Of any unit; a larger one is a slip, and its runs would have no end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +57,12 @@ def compare(request: ComparisonRequest, *, notify: Callable[[str], None]) -> Pat
 
     A run that fails is reported in the tables, and the others go on. The same call tries failed
     runs again and resumes interrupted ones.  notify: takes lines for the person.
-    Raises: DistillError before anything runs, or from the shared fine-tuning.
+    Raises: DistillError before anything runs, or from the shared fine-tuning; RunStateError after
+        the tables are written if every run failed.
     """
+    _check(request)
     base = load_config(request.paths, request.overrides)
+    check_engine(base)
     folder = Path(base.runs_directory).absolute() / base.name
     day = _first_day(folder)
     base = on_day(base, day)
@@ -84,6 +92,12 @@ def compare(request: ComparisonRequest, *, notify: Callable[[str], None]) -> Pat
     write_plan(folder, replace(plan, failures=failures))
     files = write_comparison(folder)
     notify(f"comparison: {files.html_path}\ntable: {files.markdown_path}")
+    planned = [run_key(name, seed) for name in configs for seed in seeds]
+    if all(key in failures for key in planned):
+        raise RunStateError(
+            f"all {len(planned)} runs failed, the first, {planned[0]}, with: "
+            f"{failures[planned[0]].splitlines()[-1]}. The same command tries them again"
+        )
     return folder
 
 
@@ -95,6 +109,27 @@ def _first_day(folder: Path) -> date:
         except (RunStateError, KeyError, TypeError, ValueError):
             pass  # of an older version, or broken: this call writes it anew
     return date.today()
+
+
+def _check(request: ComparisonRequest) -> None:
+    """Refuse a request that no run could come of.
+
+    Raises: ConfigError that names the option.
+    """
+    if not request.objectives:
+        raise ConfigError(
+            "--objectives: expected names of methods or YAML files joined by commas, such as "
+            "ammd,gkd, got none"
+        )
+    value = request.budget_value
+    if value is None:
+        return
+    if not (math.isfinite(value) and 0 < value <= MOST_BUDGET):
+        raise ConfigError(
+            f"--budget-value: expected a number above 0 and at most {MOST_BUDGET:g}, got {value:g}"
+        )
+    if request.budget == "updates" and not value.is_integer():
+        raise ConfigError(f"--budget-value: expected a whole number of updates, got {value:g}")
 
 
 def _load_objectives(request: ComparisonRequest) -> dict[str, RunConfig]:

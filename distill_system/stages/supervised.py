@@ -34,7 +34,8 @@ def fine_tune(context: RunContext, rows: dict[str, Sequence[Trajectory]]) -> Non
     """
     stop = threading.Event()
     both_fit = context.cluster.has_room_for(context.config.pools.learner, len(rows))
-    with ThreadPoolExecutor(max_workers=len(rows) if both_fit else 1) as threads:
+    heard = context.stop.heard(seconds=context.config.deadlines.stop_seconds)
+    with heard, ThreadPoolExecutor(max_workers=len(rows) if both_fit else 1) as threads:
         futures = [
             threads.submit(_fine_tune_role, context, role, trajectories, stop)
             for role, trajectories in rows.items()
@@ -43,6 +44,8 @@ def fine_tune(context: RunContext, rows: dict[str, Sequence[Trajectory]]) -> Non
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
+            if context.stop.is_made:
+                raise KeyboardInterrupt
         except BaseException:  # a failure, or Ctrl-C
             # The other thread may wait for a worker; killing the workers ends that wait with an
             # error. Without it, leaving the executor's block would wait for the thread.
@@ -105,7 +108,12 @@ class FineTuning:
         stop: when it is set, no further updates are begun.
         """
         first = self._resume()
-        task = self.context.view.start(self.stage, self.config.steps, first_step=first)
+        task = self.context.view.start(
+            self.stage,
+            self.config.steps,
+            first_step=first,
+            earlier_seconds=self.context.timings.seconds.get(self.stage, 0.0),
+        )
         with self.store.finished_on_failure(self.learner):
             for result, prompt_ids in self._results(first, stop):
                 self.context.log.log(self.stage, result.step, result.metrics)
@@ -117,6 +125,8 @@ class FineTuning:
                         "tok/s": result.num_response_tokens / result.seconds,
                     },
                 )
+            if self.context.stop.is_made and first < task.step < self.config.steps:
+                self._save(task.step)
             self.store.finish(self.learner, wait=True)
         if task.step < self.config.steps:
             return False
@@ -133,6 +143,8 @@ class FineTuning:
         for step in range(first, self.config.steps):
             if stop.is_set():
                 return
+            if self.context.stop.is_made:
+                break  # what is in flight is finished and logged: a checkpoint of it follows
             batch = [self.rows[i] for i in self.frontier.take(self.config.batch_size)]
             self.clock.begin(LEARNER, time.perf_counter())
             asked = self.learner.start_supervised(step, batch)
@@ -142,10 +154,16 @@ class FineTuning:
                 yield self._finish(*in_flight.popleft())
             self.store.finish(self.learner, wait=False)
             if saves:
-                self.store.start(step + 1, {"frontier": self.frontier.state()}, self.learner)
-                self.context.timings.save()
+                self._save(step + 1)
         while in_flight:
             yield self._finish(*in_flight.popleft())
+
+    def _save(self, done: int) -> None:
+        """Begin a checkpoint, unless the one of this step is there already."""
+        newest = self.store.latest()
+        if newest is None or newest.step != done:
+            self.store.start(done, {"frontier": self.frontier.state()}, self.learner)
+        self.context.timings.save()
 
     def _finish(
         self, references: list[Reference], prompt_ids: list[str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
-from distill_system.cluster import ClusterSession
+from distill_system.cluster import ClusterSession, require_room
 from distill_system.config import RunConfig
 from distill_system.data import RunData, load_run_data
 from distill_system.data.run_data import SetName
@@ -24,7 +24,7 @@ from distill_system.observe import (
 from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
-from distill_system.run.model_checks import check_data
+from distill_system.run.model_checks import check_data, check_engine
 from distill_system.run.pools import open_pools
 from distill_system.run.preparation import (
     open_run,
@@ -33,21 +33,36 @@ from distill_system.run.preparation import (
     with_chat_date,
 )
 from distill_system.run.sample_origin import sample_origin
+from distill_system.run.settings_notes import settings_notes
 from distill_system.run.vocabulary import stop_token_ids
+from distill_system.stages.evaluations import (
+    describe_standing,
+    find_lacking,
+    find_steps,
+    wanted_metrics,
+)
+from distill_system.stages.push import push_student, require_token
 from distill_system.stages.supervised import fine_tune
 
-STAGES = ("sft", "distill", "evaluate", "report")
+STAGES = ("sft", "distill", "evaluate", "report", "push")
 
 
 def train(
-    config: RunConfig, *, resume: bool = False, stages: Collection[str] = STAGES
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    stages: Collection[str] = STAGES,
+    notify: Callable[[str], None] = print,
 ) -> RunDirectory:
     """Run these stages; a stage whose output exists is skipped.
 
     resume: continue unfinished stages from their newest checkpoints.
+    notify: takes lines for the person.
     Returns the run's folder.
     Raises: DistillError with one message for the person; every worker is ended first.
     """
+    if "push" in stages:
+        require_token(config)
     run = open_run(config)
     config = with_chat_date(config, run)
     # A stage that is done already is not in `work`; a run whose work is done starts no cluster.
@@ -57,15 +72,23 @@ def train(
         store = CheckpointStore(run.checkpoints_directory / stage, keep=1)
         # Refuse a missing --resume now, before workers have been started for nothing.
         resume_point(store, resume=resume, stage=stage)
+    if {"distill", "evaluate"} & {*work}:
+        check_engine(config)
     if work:
         record_start(config, run)
         with open_context(config, run, resume=resume, sets=_sets(config, run, work)) as context:
             for stage in work:
                 _RUNNERS[stage](context)
+    if "evaluate" in stages and "sft" not in stages and not work:
+        notify(f"nothing to evaluate: {describe_standing(run)}")
     if "report" in stages:
         _require_a_run(run)
         write_summary(run)
         write_report(run)
+    if "push" in stages:
+        address = push_student(config, run, notify=notify)
+        if address is not None:
+            notify(f"pushed: {address}")
     return run
 
 
@@ -75,7 +98,7 @@ def _due(config: RunConfig, run: RunDirectory) -> Iterator[str]:
         yield "sft"
     if not run.student_directory.exists():
         yield "distill"
-    if not all(run.evaluation_path(label).exists() for label in ("before", "after")):
+    if find_lacking(config, run):
         yield "evaluate"
 
 
@@ -136,6 +159,7 @@ def open_context(
 
     Models and data are checked before the cluster starts, so that mistakes show within seconds.
     """
+    require_room(config, None if "held_out" in sets else ["learner"])
     tokenizer = prepare_tokenizer(config, run)
     reads_store = "stored" in sets
     teacher = sample_origin(config, run, tokenizer, Author.TEACHER) if reads_store else None
@@ -149,6 +173,8 @@ def open_context(
     check_data(config, data)
     with ExitStack() as stack:
         view = stack.enter_context(LiveView(config.name))
+        for line in settings_notes(config):
+            view.note(line)
         _note_removed_rows(view, data)
         log = stack.enter_context(MetricLog(run, run_name=config.name))
         prompts = stack.enter_context(PromptLog(run))
@@ -179,18 +205,23 @@ def _run_distill(context: RunContext) -> None:
 
 
 def _run_evaluate(context: RunContext) -> None:
-    """Make the evaluations that distillation has not made itself: before, and after."""
-    students = {"before": context.student_path, "after": str(context.run.student_directory)}
-    steps = {"before": 0, "after": context.config.distill.steps}
-    missing = [label for label in students if not context.run.evaluation_path(label).exists()]
+    """Make the evaluations that are not there, and those that lack a metric, anew."""
+    run, config = context.run, context.config
+    students = {"before": context.student_path, "after": str(run.student_directory)}
+    steps = {"before": 0, "after": find_steps(config, run)}
+    lacking = find_lacking(config, run)
+    if not lacking:
+        return  # distillation has made them
+    metrics = wanted_metrics(config, run)
     # The two students differ, so each gets pools of its own, one after the other.
-    for label in missing:
+    for label in [label for label in students if label in lacking] or ["after"]:
         with context.timings.stage("evaluate"):
             pools = open_pools(context, student_path=students[label])
-            measuring = Measuring(context, pools, context.data)
+            measuring = Measuring(context, pools, context.data, metrics=metrics)
             pools.learner.publish(steps[label])
-            measuring.evaluate_teacher()
-            measuring.evaluate_student(label, step=steps[label])
+            measuring.evaluate_teacher(again="teacher" in find_lacking(config, run))
+            if label in lacking:
+                measuring.evaluate_student(label, step=steps[label])
             context.cluster.stop_all()
 
 

@@ -6,28 +6,20 @@ processes imports this module and knows the engines before it is asked to make o
 
 from __future__ import annotations
 
-from vllm.distributed.weight_transfer.factory import (
-    WeightTransferEngineFactory,
-    WeightTransferTrainerFactory,
-)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from distill_system.weights.gloo import GlooTrainerWeightTransferEngine, GlooWeightTransferEngine
+from distill_system.weights.gloo import GlooWeightTransferEngine
 from distill_system.weights.sealed import ReceivesWeights, SealedWeightTransferEngine
 
 __all__ = ["ReceivesWeights", "register"]
 
 
 def register() -> None:
-    """Add our engines to both of vLLM's factories; a second call changes nothing.
-
-    There is no sending engine for "nccl" here: vLLM's own opens the group, WeightPublisher sends.
-    """
+    """Add our receiving ends to vLLM's factory; a second call changes nothing."""
     receivers = {"gloo": GlooWeightTransferEngine, "sealed_nccl": SealedWeightTransferEngine}
     for name, engine in receivers.items():
         if name not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(name, engine)
-    if "gloo" not in WeightTransferTrainerFactory._registry:
-        WeightTransferTrainerFactory.register_engine("gloo", GlooTrainerWeightTransferEngine)
 
 
 register()

@@ -7,7 +7,8 @@ agree on the layout without sending it. This module does not import vLLM.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,33 @@ class ParameterShape(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape before sharding."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterMetadata:
+    """A ParameterShape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def describe_parameters(parameters: Sequence[ParameterShape]) -> dict[str, Any]:
+    """What a receiving end is told of the parameters that come, in a form that vLLM's reads too."""
+    return {
+        "names": [parameter.name for parameter in parameters],
+        "dtype_names": [str(parameter.dtype).removeprefix("torch.") for parameter in parameters],
+        "shapes": [list(parameter.shape) for parameter in parameters],
+    }
+
+
+def read_parameters(described: Mapping[str, Any]) -> list[ParameterMetadata]:
+    """What describe_parameters was given."""
+    fields = zip(described["names"], described["dtype_names"], described["shapes"], strict=True)
+    return [
+        ParameterMetadata(name, getattr(torch, dtype), tuple(shape))
+        for name, dtype, shape in fields
+    ]
 
 
 def plan_buckets(

@@ -2,28 +2,37 @@
 
 A publish has three parts:
 
-    pack    all ranks gather the sharded parameters; rank 0 copies them into buckets in CPU memory
+    pack    all ranks gather the sharded parameters; rank 0 rounds them to the engines' precision,
+            into buckets in CPU memory
     call    rank 0 asks every rollout worker to receive
     send    a thread of rank 0 broadcasts the buckets, then their seal
 
 After the call the learner goes on: the next optimizer step changes the parameters, not the buckets.
-vLLM's trainer engine opens the transfer group. vLLM is imported when a publisher is made, not when
-this module is imported.
+Over NCCL vLLM's trainer engine opens the transfer group, and vLLM is imported when a publisher is
+made; over gloo torch alone does.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from distill_system.errors import TransferError
-from distill_system.weights.buckets import Buckets
+from distill_system.weights.buckets import (
+    Buckets,
+    ParameterMetadata,
+    ParameterShape,
+    describe_parameters,
+)
 from distill_system.weights.client import WeightSyncClient
+from distill_system.weights.rounding import AS_THEY_ARE, WireFormat
+from distill_system.weights.sender import GlooSender
 from distill_system.weights.transport import (
     Seal,
     broadcast_buckets,
@@ -42,11 +51,29 @@ CLOSE_SECONDS = 5.0
 class WeightTensors(Protocol):
     """Tensors to send that are computed from the parameters, such as merged adapters."""
 
-    def metadata(self) -> list[Any]:
-        """vLLM's ParamMeta of each tensor, in order, without gathering any."""
+    def metadata(self) -> Sequence[ParameterShape]:
+        """Name, dtype and whole shape of each tensor, in order, without gathering any."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and whole tensor of each. Gathering is collective: every rank iterates over all."""
+
+
+class _ModuleTensors:
+    """A module's own parameters as WeightTensors; tied ones once, sharded ones gathered."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def metadata(self) -> list[ParameterMetadata]:
+        return [
+            ParameterMetadata(name, parameter.dtype, tuple(parameter.shape))
+            for name, parameter in self._module.named_parameters()
+        ]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._module.named_parameters():
+            tensor: torch.Tensor = parameter
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class WeightPublisher:
@@ -62,6 +89,7 @@ class WeightPublisher:
     master_address, master_port: where rank 0 listens for the workers; the port must be free.
     num_receivers: rollout workers x their tensor-parallel size.
     timeout_seconds: how long the workers may take to join.
+    wire: the precision in which weights are sent.
 
     Blocks until every worker has joined.  Raises: TransferError.
     """
@@ -77,35 +105,51 @@ class WeightPublisher:
         num_receivers: int,
         rank: int,
         timeout_seconds: float,
+        wire: WireFormat = AS_THEY_ARE,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        from vllm.distributed.weight_transfer import ModuleSource
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-
         self._client = client
         self._is_sender = rank == 0
         self._num_receivers = num_receivers
+        self._wire = wire
         self._bucket_bytes = bucket_bytes
         self._device = torch.device("cuda" if backend == "nccl" else "cpu")
-        self._source = ModuleSource(weights) if isinstance(weights, nn.Module) else weights
+        self._source = _ModuleTensors(weights) if isinstance(weights, nn.Module) else weights
         self._buckets: Buckets | None = None
         self._sending: Future[Seal] | None = None
         self._stream: Any = None
-        fields: dict[str, Any] = {
-            "master_address": master_address,
-            "master_port": master_port,
-            "world_size": 1 + num_receivers,
-            "rank": rank,
-            "packed_buffer_size_bytes": bucket_bytes,
-        }
-        if backend == "gloo":
-            # Longer than the wait for the workers' answers, which names the worker that is late;
-            # gloo's own error names none. NCCL has its own timeout.
-            fields["timeout_seconds"] = 2 * timeout_seconds
         with self._failing_as(f"connecting the learner to rollout workers over {backend}"):
-            self._engine: Any = WeightTransferTrainerFactory.trainer_init(
-                _init_info_class(backend)(**fields), client=client, source=self._source
-            )
+            if backend == "nccl":
+                self._engine: Any = self._open_nccl(master_address, master_port, rank)
+            elif self._is_sender:
+                self._engine = GlooSender.open(
+                    client=client,
+                    address=master_address,
+                    port=master_port,
+                    world_size=1 + num_receivers,
+                    bucket_bytes=bucket_bytes,
+                    # Longer than the wait for the workers' answers, which names the worker that is
+                    # late; gloo's own error names none. NCCL has its own timeout.
+                    timeout_seconds=2 * timeout_seconds,
+                )
+            else:
+                self._engine = GlooSender()
+
+    def _open_nccl(self, address: str, port: int, rank: int) -> Any:  # vllm's trainer engine
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        return WeightTransferTrainerFactory.trainer_init(
+            NCCLTrainerInitInfo(
+                master_address=address,
+                master_port=port,
+                world_size=1 + self._num_receivers,
+                rank=rank,
+                packed_buffer_size_bytes=self._bucket_bytes,
+            ),
+            client=self._client,
+            source=self._source,
+        )
 
     def start(self, version: int) -> list[Reference]:
         """Pack the parameters as they are now, and begin to send them as `version`.
@@ -122,11 +166,13 @@ class WeightPublisher:
             if not self._is_sender:
                 for _ in self._source:  # gathering is collective: iterating takes part in it
                     pass
-                # Returns only when rank 0 has read everything it gathers from this rank.
-                self._engine._post_send_sync()
+                # Rank 0 must have read everything it gathers from this rank.
+                if torch.cuda.is_available():
+                    torch.cuda.current_stream().synchronize()
                 return []
-            self._pack()
-            references = self._client.start_receiving(version, self._update_info())
+            self._pack(version)
+            described = describe_parameters(self._sent_metadata())
+            references = self._client.start_receiving(version, described)
             self._sending = run_in_background(self._send)
             return references
 
@@ -137,25 +183,23 @@ class WeightPublisher:
             self._sending = None
         self._engine.shutdown()
 
-    def _pack(self) -> None:
-        metadata = self._source.metadata()
+    def _pack(self, version: int) -> None:
         if self._buckets is None:
             self._buckets = Buckets(
-                metadata,
+                self._sent_metadata(),
                 bucket_bytes=self._bucket_bytes,
                 device=torch.device("cpu"),
                 pinned=self._device.type == "cuda",
             )
-        self._buckets.fill(self._engine._checked_iter(self._source, metadata))
+        whole = _check_each(self._source, self._source.metadata())
+        self._buckets.fill(self._wire.convert(whole, version=version))
 
-    def _update_info(self) -> dict[str, Any]:
-        """Names, dtypes and shapes of the parameters, as vLLM's receiving ends expect them."""
-        metadata = self._source.metadata()
-        return {
-            "names": [parameter.name for parameter in metadata],
-            "dtype_names": [str(parameter.dtype).removeprefix("torch.") for parameter in metadata],
-            "shapes": [list(parameter.shape) for parameter in metadata],
-        }
+    def _sent_metadata(self) -> list[ParameterMetadata]:
+        """The source's metadata in the precision in which its tensors are sent."""
+        return [
+            ParameterMetadata(each.name, self._wire.sent_dtype(each.dtype), each.shape)
+            for each in self._source.metadata()
+        ]
 
     def _send(self) -> Seal:
         assert self._buckets is not None, "packed before it is sent"
@@ -195,12 +239,21 @@ class WeightPublisher:
             ) from error
 
 
-def _init_info_class(backend: Literal["gloo", "nccl"]) -> Any:
-    if backend == "gloo":
-        import distill_system.weights.backends  # noqa: F401  (registers gloo with vLLM)
-        from distill_system.weights.gloo import GlooTrainerInitInfo
+def _check_each(
+    tensors: WeightTensors, metadata: Sequence[ParameterShape]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors, each held against what receivers are told of it.
 
-        return GlooTrainerInitInfo
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-    return NCCLTrainerInitInfo
+    Raises: ValueError at the first that differs: the two sides would cut one stream of bytes
+    differently.
+    """
+    coming = iter(tensors)
+    for expected in metadata:
+        name, tensor = next(coming, ("nothing", torch.empty(0)))
+        got = (name, tensor.dtype, tuple(tensor.shape))
+        told = (expected.name, expected.dtype, tuple(expected.shape))
+        if got != told:
+            raise ValueError(f"the weights to send: receivers were told {told}, got {got}")
+        yield name, tensor
+    for name, _ in coming:
+        raise ValueError(f"the weights to send: receivers were told of none behind, got {name!r}")

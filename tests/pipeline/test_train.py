@@ -152,6 +152,9 @@ def test_every_step_is_recorded_once_and_sampler_equals_learner(unbroken):
         # Behaviour log-probabilities of vLLM under the published weights, against the learner's.
         assert row["metrics"]["learner/logprob_gap"] < 1e-4
         assert row["metrics"]["seconds/driver"] < row["metrics"]["seconds/step"]
+    checked = [name for name in rows[0]["metrics"] if name.startswith("start_check/")]
+    assert len(checked) == 4
+    assert max(rows[0]["metrics"][name] for name in checked) < 1e-4
     sft = [row["metrics"]["learner/loss"] for row in _rows(unbroken, "sft_teacher")]
     assert len(sft) == 60
     assert sft[-1] < 0.8 * sft[0]

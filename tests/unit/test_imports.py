@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "language_model": RECORDS,
     "objectives": {"config.objective", "errors"},
     "weights": RECORDS,
-    "rollout": RECORDS,
+    "rollout": RECORDS | {"weights"},
     "scoring": RECORDS | {"language_model", "objectives"},
     "learner": RECORDS | {"language_model", "objectives", "weights"},
     "cluster": RECORDS,
@@ -48,7 +48,8 @@ ALLOWED: dict[str, set[str]] = {
     "planning": RECORDS | {"language_model", "learner", "objectives", "scoring"},
     "comparison": RECORDS | {"evaluation", "observe", "standard_errors"},
     "stages": RECORDS
-    | {"data", "learner", "cluster", "observe", "run", "driver", "planning", "comparison"},
+    | {"data", "learner", "cluster", "observe", "run", "driver", "planning", "comparison"}
+    | {"evaluation"},
     "offline": RECORDS | {"data", "rollout", "scoring", "cluster", "observe", "run", "planning"},
     "doctor": {"observe"},
     "cli": RECORDS | {"stages", "offline", "elastic", "planning", "doctor"},

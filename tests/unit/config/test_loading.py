@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -209,11 +210,29 @@ def test_all_problems_are_told_at_once_without_pydantic_noise(
         ("name=7", "name (override 'name=7'): expected text, got 7; put it in quotes"),
         ("name=a/b", "name must be letters, digits"),
         ("data.prompt_template=x", "prompt_template must contain {prompt}, got 'x'"),
-        ("rollout=null", "expected a mapping with the keys sampling, student_engine, teacher_eng"),
+        ("rollout=null", "expected a mapping with the keys engine, sampling, student_eng"),
         ("learner.threads=true", "expected a whole number > 0, got true"),
         ("data.use_chat_template=yes", "expected true or false, got 'yes'"),
         ("data.teacher_sft.num_examples=null", "expected a whole number > 0, got null"),
-        ("distill.evaluate_every=0", "expected a whole number > 0 or null, got 0"),
+        ("distill.evaluate_every=0", "expected a whole number > 0, or 'epoch' or null, got 0"),
+        (
+            "learner.shard_ranks=0",
+            "has 1 problem:\n  learner.shard_ranks (override 'learner.shard_ranks=0'): expected a "
+            "whole number > 0, or 'all', got 0",
+        ),
+        (
+            "distill.keep_best={metric: loss, mode: min}",
+            "expected the name of a metric that begins",
+        ),
+        ("distill.early_stopping={metric: loss, mode: min, patience: 1}", "held_out/cross_entropy"),
+        (
+            "distill.optimizer.schedule=cosin",
+            "expected 'cosine', 'linear', 'constant' or 'warmup_st",
+        ),
+        (
+            "distill.optimizer.warmup_ratio=0.6",
+            "expected a number >= 0 and <= 0.5 or null, got 0.6",
+        ),
         ("distill.optimizer.learning_rate=.inf", "expected a number > 0, got Infinity; it must be"),
         ("distill.optimizer.learning_rate=.nan", "expected a number > 0, got NaN; it must be"),
         ("distill.optimizer.adam_betas=[0.9]", "expected a list of 2, each a number >= 0 and < 1"),
@@ -301,6 +320,64 @@ def test_a_file_of_other_bytes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"name: \xff\n")
     assert f"{path}: expected UTF-8 text" in _message(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("runs_directory=~/runs", lambda c: c.runs_directory),
+        ("data.directory=~/data", lambda c: c.data.directory),
+        ("data.held_out={type: jsonl, path: ~/x.jsonl}", lambda c: c.data.held_out.path),
+        ("data.held_out={type: parquet, path: ~/x}", lambda c: c.data.held_out.path),
+        ("data.held_out={type: datasets, name: ~/x}", lambda c: c.data.held_out.name),
+        ("data.trajectory_store=~/store", lambda c: c.data.trajectory_store),
+        ("student={path: ~/student, architecture: null, sft: null}", lambda c: c.student.path),
+        ("tokenizer={type: pretrained, path: ~/tokenizer}", lambda c: c.tokenizer.path),
+    ],
+)
+def test_a_tilde_is_the_home_folder_wherever_a_path_may_stand(
+    complete: Path, monkeypatch: pytest.MonkeyPatch, override: str, read: Callable[[RunConfig], str]
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    tokenizer = "tokenizer={type: pretrained, path: somewhere}"
+    overrides = [override] if "tokenizer" in override else [tokenizer, override]
+    assert read(load_config([complete], overrides)).startswith("/home/somebody/")
+
+
+def test_only_a_leading_tilde_is_a_home_folder(complete: Path) -> None:
+    assert load_config([complete], ["runs_directory=a/~/b~"]).runs_directory == "a/~/b~"
+    message = _message(complete, overrides=("runs_directory=~nobody_here/runs",))
+    assert "runs_directory (override" in message
+    assert "this machine knows none of '~nobody_here'" in message
+
+
+def test_an_evaluation_at_every_epoch_comes_as_a_pass_over_the_prompts_ends(complete: Path) -> None:
+    """40 prompts, 12 of them a step: the passes end within the steps 4, 7 and 10."""
+    every = ("distill.evaluate_every=epoch", "distill.student_prompts_per_step=12")
+    distill = load_config([complete], every).distill
+    due = [done for done in range(1, 11) if distill.evaluates_after(done, num_prompts=40)]
+    assert due == [4, 7, 10]
+    alone = ("distill.objective.on_policy_weight=0", "distill.teacher_prompts_per_step=8")
+    distill = load_config([complete], (*every, *alone)).distill
+    due = [done for done in range(1, 11) if distill.evaluates_after(done, num_prompts=40)]
+    assert due == [2, 4, 6, 8, 10], "the teacher takes 12 + 8 a step"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype"),
+    [
+        ((), "float32"),
+        (("learner.compute_dtype=bfloat16",), "bfloat16"),
+        (("rollout.student_engine.dtype=bfloat16",), "bfloat16"),
+        (("rollout.teacher_engine.dtype=bfloat16", "scoring.dtype=bfloat16"), "float32"),
+        (("learner.compute_dtype=bfloat16", "export.dtype=float32"), "float32"),
+        (("export.dtype=bfloat16",), "bfloat16"),
+    ],
+)
+def test_the_export_is_in_the_precision_that_the_student_was_run_in(
+    complete: Path, overrides: tuple[str, ...], dtype: str
+) -> None:
+    assert load_config([complete], overrides).export_dtype == dtype
 
 
 def test_no_file_at_all_is_refused() -> None:

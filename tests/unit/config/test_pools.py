@@ -101,3 +101,29 @@ def test_what_can_be_is_taken() -> None:
         "pools.teacher_scoring.max_count=3",
     )
     assert automatic.scaling.automatic
+
+
+@pytest.mark.parametrize(
+    ("overrides", "backend"),
+    [
+        ((), "gloo"),
+        (ON_GPU, "nccl"),
+        ((*ON_GPU, "pools.evaluation.gpus=1"), "nccl"),
+        ((*ON_GPU, "pools.evaluation.gpus=0.5"), "gloo"),
+        (("pools.student_rollout.gpus=0.5", "pools.learner.gpus=0.5"), "gloo"),
+        ((*ON_GPU, "rollout.engine=transformers"), "gloo"),
+        (("pools.learner.gpus=1", "rollout.engine=transformers"), "gloo"),
+    ],
+)
+def test_weights_go_from_gpu_to_gpu_where_each_worker_has_its_own(
+    overrides: tuple[str, ...], backend: str
+) -> None:
+    assert _load(*overrides).transfer_backend == backend
+
+
+def test_a_whole_run_fits_one_gpu() -> None:
+    pools = ("student_rollout", "teacher_rollout", "teacher_scoring", "learner")
+    shares = [f"pools.{name}.gpus=0.25" for name in pools]
+    config = _load("rollout.engine=transformers", *shares)
+    assert sum(pool.gpus for pool in config.pools.by_name.values()) == 1.0
+    assert config.transfer_backend == "gloo"

@@ -14,6 +14,8 @@ STALENESS = "distill.staleness"
 AHEAD = f"{STALENESS}.max_staleness=2"
 MATCHING = "distill.objective={type: token_matching, "
 
+SHARED = ("pools.learner.gpus=0.5", "pools.student_rollout.gpus=0.5")
+ASLEEP = ("rollout.teacher_engine.sleep_when_idle=true", "pools.teacher_rollout.gpus=1")
 PRETRAINED = (
     "student={path: somewhere, architecture: null, sft: null}",
     "tokenizer={type: pretrained, path: somewhere}",
@@ -71,10 +73,30 @@ CASES = {
         ("distill.replay={}", "distill.off_policy_source=dataset"),
         "off_policy_source=dataset, got objective.type=ammd, off_policy_source=teacher",
     ),
-    "a learner in parts of a GPU": (
-        ("pools.learner.gpus=0.5",),
+    "learner ranks that share a GPU": (
+        (*SHARED, "pools.learner.count=2"),
+        (*SHARED, "pools.learner.count=1"),
+        "meet over NCCL, which wants a GPU of its own for each: .* got 0.5",
+    ),
+    "a learner rank of two GPUs": (
+        ("pools.learner.gpus=2", "pools.student_rollout.gpus=1"),
         ("pools.learner.gpus=1", "pools.student_rollout.gpus=1"),
-        "a learner rank has 0 or 1 GPU, got learner.gpus=0.5",
+        "expected learner.gpus of at most 1, got 2",
+    ),
+    "vLLM on a GPU and a learner on none": (
+        ("pools.student_rollout.gpus=1",),
+        ("pools.student_rollout.gpus=1", "rollout.engine=transformers"),
+        "learner and student_rollout must both have GPUs or both have none where vLLM",
+    ),
+    "transformers on two GPUs": (
+        ("rollout.engine=transformers", "pools.teacher_rollout.gpus=2"),
+        ("rollout.engine=transformers", "pools.teacher_rollout.gpus=1"),
+        "expected pools.teacher_rollout.gpus of at most 1, got 2",
+    ),
+    "transformers that sleeps": (
+        (*ASLEEP, "rollout.engine=transformers"),
+        (*ASLEEP, "rollout.engine=vllm"),
+        "rollout.teacher_engine.sleep_when_idle is vLLM's: expected false",
     ),
     "a sleeping student": (
         ("rollout.student_engine.sleep_when_idle=true",),
@@ -165,6 +187,16 @@ CASES = {
         (MATCHING + "off_policy: {type: forward_kl}, on_policy_weight: 1.0}",),
         (MATCHING + "off_policy: {type: forward_kl}, on_policy_weight: 0.0}",),
         "on_policy_weight=1.0 gives off_policy no weight",
+    ),
+    "two lengths of warm-up": (
+        ("distill.optimizer.warmup_steps=9", "distill.optimizer.warmup_ratio=0.1"),
+        ("distill.optimizer.warmup_steps=null", "distill.optimizer.warmup_ratio=0.1"),
+        "expected warmup_steps or warmup_ratio, got both: 9 and 0.1",
+    ),
+    "the best by nothing": (
+        ("export.weights=best",),
+        ("export.weights=best", "distill.keep_best={metric: held_out/cross_entropy, mode: min}"),
+        "nothing says by which metric it is best: give distill.keep_best",
     ),
     "fewer sequences than ranks": (
         ("pools.learner.count=3", "distill.student_prompts_per_step=2"),

@@ -28,7 +28,7 @@ def test_expectations_read_as_words() -> None:
     }
     assert said == {
         "steps": "a whole number > 0",
-        "evaluate_every": "a whole number > 0 or null",
+        "evaluate_every": "a whole number > 0, or 'epoch' or null",
         "type": "'adamw' or 'muon'",
         "betas": "a list of 2, each a number >= 0 and < 1",
         "metrics": (

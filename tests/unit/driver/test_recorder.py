@@ -136,6 +136,12 @@ def test_a_metric_that_is_never_measured_is_refused_as_training_begins(live):
         live(until=1, overrides=("distill.keep_best={metric: held_out/typo, mode: min}",))
 
 
+def test_early_stopping_by_a_metric_that_is_never_measured_is_refused_too(live):
+    stopping = "distill.early_stopping={metric: evaluation/x, mode: min, patience: 1}"
+    with pytest.raises(ConfigError, match=r"early_stopping\.metric: this run measures no 'eval"):
+        live(until=1, overrides=(stopping,))
+
+
 def test_the_best_may_be_asked_for_in_a_later_life(live):
     live(until=3, saves=(1, 3))
     assert live(until=4, resume=True, overrides=(BEST,))[0] == 1

@@ -69,7 +69,7 @@ def test_action_embeddings_are_the_models_input_embeddings(tiny_model_folder):
 
 
 def test_a_missing_model_is_one_clear_error(tmp_path):
-    with pytest.raises(ModelError, match="cannot load a causal language model"):
+    with pytest.raises(ModelError, match="cannot be read as a model"):
         _load(tmp_path / "nothing")
 
 

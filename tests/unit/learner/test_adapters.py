@@ -194,6 +194,29 @@ def test_the_exported_model_and_the_exported_adapter_are_the_student(make_learne
     assert (tmp_path / "merged/model.safetensors").exists()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rounding_folds_the_adapters_in_and_exports_them_as_they_were(
+    make_learner, tmp_path, family
+):
+    folder = save_family(tmp_path / "student", family)
+    update = LORA.model_copy(update={"save_adapter": True})
+    learner = _learner(make_learner, folder, update)
+    _learn(LocalWorkers([learner]))
+    ours = _logits(learner.model)
+    expected = {name: tensor.bfloat16() for name, tensor in merged_tensors(learner.model)}
+    learner.round_weights("bfloat16")
+    learner.export(str(tmp_path / "export"), "bfloat16")
+    published = dict(merged_tensors(learner.model))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
+    for name, parameter in exported.named_parameters():
+        assert torch.equal(parameter, expected[name])
+        assert torch.equal(parameter.float(), published[name]), "what is measured is the export"
+    assert torch.allclose(_logits(learner.model), ours, atol=0.2)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "export/adapter")
+    torch.testing.assert_close(_logits(adapted), ours, atol=2e-5, rtol=1e-5)
+
+
 def test_two_ranks_that_share_a_lora_student_learn_what_one_does(make_learner, tmp_path):
     """The adapters of a sharded model, their first weights, updates and merged export."""
     folder = save_family(tmp_path / "student", "llama", num_rows=70)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from fakes.local_workers import Done, LocalWorkers
+from safetensors import safe_open
 from trajectories import make_trajectories
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig
 from distill_system.config.objective import MOMENTS, AmmdConfig
 from distill_system.config.objective.ammd import GradientCritic
 from distill_system.errors import NonFiniteError, RecordError, RunStateError
-from distill_system.learner import LearnerGroup
+from distill_system.learner import LearnerGroup, ModelSource
 from distill_system.learner.sharding import gather
 from distill_system.records import Author, Finish, Stream
 from distill_system.scoring import ScoringPool
@@ -61,6 +62,20 @@ def test_the_measured_cross_entropy_is_that_of_the_teachers_text(make_learner, s
         count += len(response)
     assert scored[0].chunk.stream is Stream.OFF_POLICY
     assert measured == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [None, 20])
+def test_log_probabilities_are_those_of_the_plain_model(make_learner, limit):
+    learner = make_learner(config=LearnerConfig(max_tokens_per_microbatch=limit))
+    written = make_trajectories(9)
+    read = _group(learner).read_logprobs(written)
+    for trajectory, logprobs in zip(written, read, strict=True):
+        ids = torch.from_numpy(trajectory.token_ids).long()
+        with torch.no_grad():
+            plain = learner.model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        before = plain[trajectory.num_prompt_tokens - 1 : -1]
+        expected = before.gather(1, ids[trajectory.num_prompt_tokens :, None])[:, 0]
+        np.testing.assert_allclose(logprobs, expected, atol=1e-5)
 
 
 def test_measured_distances_do_not_move_the_student(make_learner, scorer):
@@ -236,6 +251,30 @@ def test_the_export_loads_in_transformers_with_the_same_logits(make_learner, sco
         assert torch.equal(loaded(input_ids=ids).logits, learner.model(input_ids=ids).logits)
     assert (tmp_path / "model.safetensors").exists()
     assert (tmp_path / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_rounded_learner_is_the_bfloat16_model_that_it_exports(
+    make_learner, tiny_model_folder, tmp_path, tied
+):
+    """Loaded by transformers in the precision that the folder names, to the bit."""
+    from transformers import AutoModelForCausalLM
+
+    path = str(tiny_model_folder(seed=3, tie_word_embeddings=tied))
+    learner = make_learner(source=ModelSource(path=path), objective=None)
+    before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    _group(learner).round_weights("bfloat16")
+    _group(learner).export(tmp_path, "bfloat16")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    parameters = dict(learner.model.named_parameters())
+    assert parameters.keys() == dict(loaded.named_parameters()).keys()
+    for name, exported in loaded.named_parameters():
+        assert exported.dtype == torch.bfloat16
+        assert torch.equal(exported, before[name].bfloat16()), "the nearest value"
+        assert torch.equal(exported.float(), parameters[name])
+    assert any(not torch.equal(before[name], parameters[name]) for name in before)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) != tied  # noqa: SIM118
 
 
 def test_bfloat16_compute_keeps_float32_weights_and_close_losses(make_learner, scorer):

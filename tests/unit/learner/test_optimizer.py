@@ -27,6 +27,66 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_floor():
     assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
 
 
+def _rates(config, total):
+    return [learning_rate_at(step, config=config, total_steps=total) for step in range(total)]
+
+
+@pytest.mark.parametrize("total", [1, 5, 10, 12, 20, 50])
+def test_the_usual_warmup_lets_a_short_run_come_near_its_peak(total):
+    config = OptimizerConfig(learning_rate=2.0)
+    assert max(_rates(config, total)) > 0.8 * 2.0
+
+
+@pytest.mark.parametrize("total", [80, 100, 500])
+def test_the_usual_warmup_of_a_longer_run_is_20_steps(total):
+    usual, asked = (
+        OptimizerConfig(learning_rate=2.0),
+        OptimizerConfig(learning_rate=2.0, warmup_steps=20),
+    )
+    assert _rates(usual, total) == _rates(asked, total)
+    flat = OptimizerConfig(learning_rate=2.0, schedule="constant")
+    assert _rates(flat, total).index(2.0) == 20
+
+
+def test_an_asked_warmup_takes_at_most_half_of_the_run():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=20, schedule="constant")
+    assert [_rates(config, total).index(2.0) for total in (10, 20, 40, 60)] == [5, 10, 20, 20]
+
+
+def test_a_ratio_is_rounded_up_as_transformers_does():
+    from transformers import TrainingArguments
+
+    for ratio, total in ((0.1, 55), (0.03, 100), (0.0, 10), (0.5, 3)):
+        config = OptimizerConfig(learning_rate=1.0, warmup_ratio=ratio)
+        theirs = TrainingArguments(warmup_steps=ratio, use_cpu=True).get_warmup_steps(total)
+        assert config.num_warmup_steps(total) == theirs
+
+
+def test_linear_falls_by_equal_steps_to_its_floor():
+    config = OptimizerConfig(
+        learning_rate=2.0, warmup_steps=0, schedule="linear", final_learning_rate_fraction=0.25
+    )
+    rates = _rates(config, 4)
+    assert rates == [pytest.approx(rate) for rate in (2.0, 1.5, 1.0, 0.5)]
+
+
+def test_constant_stays_at_the_peak_after_warmup():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=2, schedule="constant")
+    assert _rates(config, 6) == [pytest.approx(rate) for rate in (2 / 3, 4 / 3, 2, 2, 2, 2)]
+
+
+def test_warmup_stable_decay_falls_in_its_last_share_alone():
+    config = OptimizerConfig(
+        learning_rate=2.0,
+        warmup_steps=1,
+        schedule="warmup_stable_decay",
+        decay_ratio=0.4,
+        final_learning_rate_fraction=0.0,
+    )
+    expected = [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0]
+    assert _rates(config, 11) == [pytest.approx(rate) for rate in expected]
+
+
 class _Net(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from fakes.local_workers import LocalWorkers
@@ -93,6 +94,15 @@ def test_ranks_make_the_update_of_one(
     held = ranks.ask(numbers_held_by)
     parts = count if shard == "all" else shard
     assert sum(held) == pytest.approx(count / parts * numbers_held_by(alone), rel=0.02)
+
+
+def test_ranks_read_the_log_probabilities_of_one(make_learner, make_ranks):
+    """Fewer sequences than would give each rank one: all ranks read all of them."""
+    written = make_trajectories(1)
+    [expected] = LearnerGroup(LocalWorkers([make_learner()])).read_logprobs(written)
+    group = LearnerGroup(make_ranks(2, config=LearnerConfig(shard_ranks="all")))
+    [read] = group.read_logprobs(written)
+    np.testing.assert_allclose(read, expected, atol=1e-5)
 
 
 TOKEN_MATCHING = TokenMatchingConfig(
@@ -242,7 +252,8 @@ def test_the_export_of_shards_is_the_plain_model(
         safe_open(tmp_path / "shards" / "model.safetensors", "pt") as shards,
         safe_open(tmp_path / "alone" / "model.safetensors", "pt") as plain,
     ):
-        assert set(shards.keys()) == set(plain.keys())
+        names = set(plain.keys())
+        assert set(shards.keys()) == names
         for name in shards.keys():  # noqa: SIM118
             assert torch.equal(shards.get_tensor(name), weights[name])
     # What is published goes by the names of the file, too.
@@ -250,6 +261,12 @@ def test_the_export_of_shards_is_the_plain_model(
     for file in ("config.json", "generation_config.json"):
         texts = [(tmp_path / folder / file).read_text() for folder in ("shards", "alone")]
         assert texts[0] == texts[1]
+    LearnerGroup(ranks).round_weights("bfloat16")
+    LearnerGroup(ranks).export(tmp_path / "rounded", "bfloat16")
+    with safe_open(tmp_path / "rounded" / "model.safetensors", "pt") as rounded:
+        assert set(rounded.keys()) == names
+        for name in rounded.keys():  # noqa: SIM118
+            assert torch.equal(rounded.get_tensor(name), weights[name].bfloat16())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

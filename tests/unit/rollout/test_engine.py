@@ -5,7 +5,8 @@ from pydantic import BaseModel, ValidationError
 
 from distill_system.config.rollout import EngineConfig
 from distill_system.errors import DistillError, ModelError, ResourceError
-from distill_system.rollout.engine import EngineSpecification, translate_start_error
+from distill_system.rollout.engine import EngineSpecification
+from distill_system.rollout.vllm_engine import translate_start_error
 
 SPECIFICATION = EngineSpecification(
     model_path="/models/student",

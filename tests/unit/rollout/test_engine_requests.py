@@ -15,7 +15,7 @@ import pytest
 from distill_system.config.rollout import EngineConfig
 from distill_system.errors import ModelError, ResourceError
 from distill_system.rollout import Sampling
-from distill_system.rollout.engine import EngineSpecification, GenerationEngine
+from distill_system.rollout.engine import EngineSpecification, build_engine
 
 SAMPLING = Sampling(temperature=0.5, top_p=0.75, max_response_tokens=9)
 
@@ -130,7 +130,8 @@ def vllm(monkeypatch):
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
     clock = SimpleNamespace(perf_counter=lambda: made.seconds)
-    monkeypatch.setattr("distill_system.rollout.engine.time", clock)
+    for name in ("engine", "vllm_engine"):
+        monkeypatch.setattr(f"distill_system.rollout.{name}.time", clock)
     yield made
     gc.unfreeze()  # an engine freezes what it imported
 
@@ -148,7 +149,7 @@ def build(vllm):
             "weight_transfer_backend": "gloo",
             "trust_remote_code": False,
         }
-        return GenerationEngine(EngineSpecification(**{**settings, **changes}))
+        return build_engine(EngineSpecification(**{**settings, **changes}))
 
     return make
 

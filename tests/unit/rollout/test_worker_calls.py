@@ -67,7 +67,7 @@ class Engine:
 @pytest.fixture
 def make_worker(monkeypatch):
     def make(author=Author.STUDENT, **changes):
-        monkeypatch.setattr("distill_system.rollout.worker.GenerationEngine", Engine)
+        monkeypatch.setattr("distill_system.rollout.worker.build_engine", Engine)
         settings = {
             "name": "student_rollout-0",
             "model_path": "/models/student",

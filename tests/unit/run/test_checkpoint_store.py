@@ -97,6 +97,27 @@ def test_of_equally_good_checkpoints_the_earlier_stays_and_no_number_is_no_best(
     assert _names(tmp_path) == ["step_000002", "step_000004"]
 
 
+def test_the_best_comes_back_although_newer_ones_stand(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, best=BestConfig(metric="held_out/x", mode="min"))
+    for step, value in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        _save(store, step, **{"held_out/x": value})
+    best = store.find_best()
+    assert (best.step, best.metrics) == (2, {"held_out/x": 1.0})
+    learner = TextSaver()
+    store.load(best, learner)
+    assert learner.text == "weights 2"
+    (best.folder / "model" / "weights").write_text("other")
+    with pytest.raises(RunStateError, match="step_000002 is damaged"):
+        store.find_best()
+
+
+def test_without_a_finite_value_nothing_is_best_and_the_way_out_is_named(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, best=BestConfig(metric="held_out/x", mode="min"))
+    _save(store, 1, **{"held_out/x": None})
+    with pytest.raises(RunStateError, match=r"finite value of held_out/x .*weights=last"):
+        store.find_best()
+
+
 def test_a_crash_while_writing_leaves_the_one_before(tmp_path):
     store = CheckpointStore(tmp_path, keep=1)
     _save(store, 1, "one")

@@ -20,7 +20,8 @@ class Exporter:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.breaks = breaks
 
-    def export(self, folder):
+    def export(self, folder, dtype):
+        assert dtype == "float32", "unless the caller asks for another"
         self.model.save_pretrained(folder)
         if self.breaks:
             raise OSError("no space left on device")

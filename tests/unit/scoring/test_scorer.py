@@ -57,6 +57,24 @@ def test_targets_equal_a_dense_read_of_each_trajectory_alone(tiny_model_folder, 
         )
 
 
+def test_log_probabilities_come_back_in_order_from_all_scorers(tiny_model_folder):
+    folder, written = tiny_model_folder(), make_trajectories(7)
+    scorers = [_scorer(folder, max_tokens_per_batch=30) for _ in range(3)]
+    workers = LocalWorkers(scorers)
+    read = ScoringPool(workers).read_logprobs(written)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for trajectory, logprobs in zip(written, read, strict=True):
+        ids = torch.from_numpy(trajectory.token_ids).long()
+        with torch.no_grad():
+            plain = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        before = plain[trajectory.num_prompt_tokens - 1 : -1]
+        expected = before.gather(1, ids[trajectory.num_prompt_tokens :, None])[:, 0]
+        np.testing.assert_allclose(logprobs, expected, atol=1e-5)
+    assert {worker for worker, _ in workers.calls} == {0, 1, 2}
+    assert ScoringPool(workers).shipped().num_response_tokens == 0, "it is no target"
+    assert len(ScoringPool(LocalWorkers(scorers)).read_logprobs(written[:2])) == 2
+
+
 def test_bfloat16_travels_as_float16_and_stays_close(tiny_model_folder):
     chunk = TrajectoryChunk(stream=Stream.ON_POLICY, trajectories=tuple(make_trajectories(6)))
     exact = _scorer(tiny_model_folder()).score(chunk, EVERYTHING)

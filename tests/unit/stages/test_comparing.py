@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from distill_system.cli import app
 from distill_system.config import load_config
 from distill_system.config.recipes import recipe_path
-from distill_system.errors import ConfigError
+from distill_system.errors import ConfigError, RunStateError
 from distill_system.observe import RunDirectory
 from distill_system.observe.run_directory import write_json, write_text
 from distill_system.stages.compare import ComparisonRequest, compare
@@ -95,6 +95,46 @@ def test_names_are_checked_before_anything_runs(tmp_path):
         with pytest.raises(ConfigError, match=said):
             compare(request, notify=print)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--objectives", ""), "--objectives: expected names of methods"),
+        (("--objectives", " , "), "--objectives: expected names of methods"),
+        (("--objectives", "ammd", "--budget-value", "0"), "above 0 and at most 1e+12, got 0"),
+        (("--objectives", "ammd", "--budget-value", "-3"), "above 0 and at most 1e+12, got -3"),
+        (("--objectives", "ammd", "--budget-value", "inf"), "above 0 and at most 1e+12, got inf"),
+        (("--objectives", "ammd", "--budget-value", "nan"), "above 0 and at most 1e+12, got nan"),
+        (("--objectives", "ammd", "--budget-value", "1e300"), "at most 1e+12, got 1e+300"),
+        (("--objectives", "ammd", "--budget-value", "0.5"), "a whole number of updates, got 0.5"),
+    ],
+)
+def test_a_budget_or_a_list_of_nothing_is_refused_at_once(tmp_path, options, said):
+    done = CliRunner().invoke(app, ["compare", QUICKSTART, f"runs_directory={tmp_path}", *options])
+    assert done.exit_code == 1
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_of_which_every_run_failed_writes_its_tables_and_is_no_success(
+    tmp_path, monkeypatch
+):
+    failed = {"sft/seed_0": "exit code 1; x.log ends with:\nDataError: no rows"}
+    monkeypatch.setattr("distill_system.stages.compare.run_jobs", lambda *_, **__: failed)
+    start = RunDirectory(tmp_path / "shared")
+    monkeypatch.setattr("distill_system.stages.compare.train", lambda *_, **__: start)
+    request = ComparisonRequest(
+        paths=[QUICKSTART],
+        overrides=[f"runs_directory={tmp_path}", "name=all"],
+        objectives=["sft"],
+        seeds=1,
+    )
+    with pytest.raises(
+        RunStateError, match=r"all 1 runs failed, the first, sft/seed_0, with: Data"
+    ):
+        compare(request, notify=print)
+    assert "DataError: no rows" in (tmp_path / "all/compare.md").read_text()
 
 
 FAILING = """

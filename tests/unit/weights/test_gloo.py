@@ -17,6 +17,7 @@ pytest.importorskip("vllm")
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from distill_system.weights import backends, gloo
+from distill_system.weights.communicator import GlooCommunicator
 from distill_system.weights.sealed import SealedWeightTransferEngine
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def _exchange(corrupt: Any, *, receivers: int = 2) -> list[Any]:
     sent = [torch.arange(size, dtype=torch.uint8) for size in (70_000, 16_384, 9)]
 
     def run(rank: int) -> Any:
-        group = gloo.GlooCommunicator(
+        group = GlooCommunicator(
             address="127.0.0.1",
             port=port,
             rank=rank,
@@ -83,7 +84,7 @@ def test_a_byte_that_flips_on_the_way_is_seen_by_every_receiver(bucket: int) -> 
 def test_a_receiver_that_never_joins_is_not_waited_for_longer_than_asked() -> None:
     begin = time.perf_counter()
     with pytest.raises(RuntimeError):
-        gloo.GlooCommunicator(
+        GlooCommunicator(
             address="127.0.0.1", port=_free_port(), rank=0, world_size=2, timeout_seconds=1.0
         )
     assert time.perf_counter() - begin < 10.0

@@ -1,21 +1,19 @@
-"""The learner's end with a communicator that only records; importing vLLM takes 5 s."""
+"""The learner's end with a communicator that only records."""
 
 import threading
 from collections.abc import Iterator
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from distill_system.errors import TransferError
-
-pytest.importorskip("vllm")
-from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-from distill_system.weights.gloo import GlooTrainerWeightTransferEngine
+from distill_system.weights.buckets import ParameterMetadata
 from distill_system.weights.publisher import WeightPublisher
+from distill_system.weights.rounding import AS_THEY_ARE, WireFormat
+from distill_system.weights.sender import GlooSender
 
 
 class Group:
@@ -63,30 +61,29 @@ class Trial:
         monkeypatch: pytest.MonkeyPatch,
         *,
         rank: int = 0,
-        backend: Literal["gloo", "nccl"] = "gloo",
+        wire: WireFormat = AS_THEY_ARE,
     ) -> None:
         self.group, self.client = Group(), Client()
         self.model = nn.Linear(3, 2)
-        self.asked: Any = None
+        self.asked: dict[str, Any] = {}
 
-        def open_group(init_info: Any, *, client: Any, source: Any) -> Any:
-            self.asked = init_info
-            engine = GlooTrainerWeightTransferEngine(
-                client=client, source=source, is_sender=init_info.is_sender
-            )
-            engine.model_update_group = self.group if init_info.is_sender else None
-            return engine
+        def open_group(**asked: Any) -> GlooSender:
+            self.asked = asked
+            sender = GlooSender()
+            sender.model_update_group = self.group
+            return sender
 
-        monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", open_group)
+        monkeypatch.setattr(GlooSender, "open", open_group)
         self.publisher = WeightPublisher(
             self.model,
-            backend=backend,
+            backend="gloo",
             client=self.client,
             master_address="127.0.0.1",
             master_port=1,
             num_receivers=3,
             rank=rank,
             timeout_seconds=10.0,
+            wire=wire,
             bucket_bytes=24,
         )
 
@@ -128,11 +125,38 @@ def test_what_is_sent_are_the_parameters_as_they_were_at_the_start(trial: Trial)
     ]
 
 
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_lower_precisions_weights_are_rounded_before_they_are_sent(
+    monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    """Half the bytes; what is rounded at random is another draw in each version."""
+    torch.manual_seed(0)
+    trial = Trial(monkeypatch, wire=WireFormat(dtype=torch.bfloat16, seed=seed))
+    sent = []
+    for version in range(1, 7):
+        trial.publisher.start(version)
+        trial.finish_sending()
+        *buckets, seal = trial.group.sent[-2:]
+        assert seal[0] == 2 * 8
+        sent.append(torch.cat(buckets).view(torch.bfloat16).float())
+    assert trial.client.updates[0]["dtype_names"] == ["bfloat16", "bfloat16"]
+    parameters = torch.cat([p.detach().view(-1) for p in trial.model.parameters()])
+    nearest = parameters.bfloat16().float()
+    for arrived in sent:
+        assert ((arrived - parameters).abs() <= parameters.abs() * 2**-7).all()
+        assert torch.equal(arrived, nearest) is (seed is None)
+    assert all(torch.equal(sent[0], other) for other in sent) is (seed is None)
+
+
 def test_the_group_has_a_place_for_every_receiver_and_twice_the_time(trial: Trial) -> None:
-    asked = trial.asked
-    assert (asked.world_size, asked.rank, asked.timeout_seconds) == (4, 0, 20.0)
-    assert (asked.master_address, asked.master_port) == ("127.0.0.1", 1)
-    assert asked.packed_buffer_size_bytes == 24
+    assert trial.asked == {
+        "client": trial.client,
+        "address": "127.0.0.1",
+        "port": 1,
+        "world_size": 4,
+        "bucket_bytes": 24,
+        "timeout_seconds": 20.0,
+    }
 
 
 def test_a_second_publish_sends_what_the_parameters_are_then(trial: Trial) -> None:
@@ -209,17 +233,67 @@ def test_another_rank_joins_in_gathering_waits_for_rank_0_and_sends_nothing(
                 yield f"w{at}", torch.ones(1)
 
     trial = Trial(monkeypatch, rank=1)
-    monkeypatch.setattr(trial.publisher._engine, "_post_send_sync", lambda: seen.append("read"))
+    stream = SimpleNamespace(synchronize=lambda: seen.append("read"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     trial.publisher._source = Sharded()
+    assert trial.asked == {}, "it opens no group"
     assert trial.publisher.start(1) == []
     assert seen == ["gathered"] * 3 + ["read"], "rank 0 has read it before it may change"
     assert trial.client.versions == []
     assert trial.group.sent == []
 
 
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ({"w": torch.ones(2), "b": torch.ones(3)}, r"told \('b', torch.float32, \(2,\)\), got"),
+        ({"w": torch.ones(2), "b": torch.ones(2).half()}, r"got \('b', torch.float16"),
+        ({"b": torch.ones(2), "w": torch.ones(2)}, r"told \('w'.*got \('b'"),
+        ({"w": torch.ones(2)}, r"told \('b'.*got \('nothing'"),
+        ({"w": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2)}, r"none behind, got 'c'"),
+    ],
+)
+def test_tensors_that_are_not_what_receivers_are_told_are_not_sent(
+    trial: Trial, sent: dict[str, torch.Tensor], said: str
+) -> None:
+    class Source:
+        """Says w and b of two numbers each."""
+
+        def metadata(self) -> list[ParameterMetadata]:
+            return [ParameterMetadata(name, torch.float32, (2,)) for name in "wb"]
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return iter(sent.items())
+
+    trial.publisher._source = Source()
+    with pytest.raises(TransferError, match=said):
+        trial.publisher.start(1)
+    assert trial.client.versions == []
+
+
 def test_over_nccl_vllms_own_group_is_asked_for_with_vllms_own_deadlines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = Trial(monkeypatch, rank=1, backend="nccl").asked
+    pytest.importorskip("vllm")
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        WeightTransferTrainerFactory, "trainer_init", lambda info, **_: seen.append(info)
+    )
+    WeightPublisher(
+        nn.Linear(3, 2),
+        backend="nccl",
+        client=Client(),
+        master_address="127.0.0.1",
+        master_port=1,
+        num_receivers=3,
+        rank=1,
+        timeout_seconds=10.0,
+        bucket_bytes=24,
+    )
+    [asked] = seen
     assert type(asked) is NCCLTrainerInitInfo
     assert (asked.world_size, asked.rank, asked.packed_buffer_size_bytes) == (4, 1, 24)

@@ -1,5 +1,6 @@
 """The receiving end inside a vLLM worker, without an engine; importing it takes vLLM's 5 s."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
-from distill_system.weights.buckets import Buckets
+from distill_system.weights.buckets import Buckets, ParameterMetadata, read_parameters
 from distill_system.weights.sealed import ReceivesWeights, SealedWeightTransferEngine
 from distill_system.weights.transport import Seal, broadcast_buckets
 
@@ -22,6 +23,8 @@ WEIGHTS = {"embed": torch.arange(12.0).view(3, 4), "bias": torch.tensor([-1.0, 2
 UPDATE = NCCLWeightTransferUpdateInfo(
     names=list(WEIGHTS), dtype_names=["float32", "float32"], shapes=[[3, 4], [2]]
 )
+PARAMETERS = read_parameters(asdict(UPDATE))
+CPU = torch.device("cpu")
 BUCKET_BYTES = 48
 """Of a bucket: `embed` fills the first, `bias` travels in the second."""
 
@@ -118,19 +121,20 @@ def test_weights_before_a_group_are_refused(events: list[str]) -> None:
 
 
 def test_the_memory_of_one_version_takes_the_next_and_no_other_shape(events: list[str]) -> None:
+    def sizes(parameters: list[ParameterMetadata], bucket_bytes: int = BUCKET_BYTES) -> list[int]:
+        buckets = engine.sealed.allocate(parameters, bucket_bytes=bucket_bytes, device=CPU)
+        return [buffer.numel() for buffer in buckets.buffers]
+
     engine = _receiver(Sender(events), Model(events))
     engine.receive_weights(UPDATE)
-    first = engine._allocate(UPDATE).buffers
+    first = engine.sealed.allocate(PARAMETERS, bucket_bytes=BUCKET_BYTES, device=CPU).buffers
     engine.model_update_group = Sender(events)
     engine.receive_weights(UPDATE)
-    again = engine._allocate(UPDATE).buffers
+    again = engine.sealed.allocate(PARAMETERS, bucket_bytes=BUCKET_BYTES, device=CPU).buffers
     assert [buffer.data_ptr() for buffer in again] == [buffer.data_ptr() for buffer in first]
-    turned = NCCLWeightTransferUpdateInfo(names=["embed"], dtype_names=["float16"], shapes=[[4, 3]])
-    assert [buffer.numel() for buffer in engine._allocate(turned).buffers] == [24]
-    engine.packed_buffer_size_bytes = 8
-    assert [buffer.numel() for buffer in engine._allocate(UPDATE).buffers] == [48, 8]
-    engine.packed_buffer_size_bytes = 1 << 20
-    assert [buffer.numel() for buffer in engine._allocate(UPDATE).buffers] == [56]
+    assert sizes([ParameterMetadata("embed", torch.float16, (4, 3))]) == [24]
+    assert sizes(PARAMETERS, 8) == [48, 8]
+    assert sizes(PARAMETERS, 1 << 20) == [56]
 
 
 def test_a_seal_reads_as_a_person_would_compare_two() -> None:

@@ -1,0 +1,50 @@
+"""The learner's model in Hugging Face form on disk, its weights in a precision of choice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distill_system.language_model import LanguageModel
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@torch.no_grad()
+def round_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every parameter the nearest values that the dtype has; it keeps its own dtype."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+def save_model(
+    model: LanguageModel, folder: Path, weights: Mapping[str, Tensor], *, dtype: torch.dtype
+) -> None:
+    """Write config, generation config and weights; config.json names the weights' precision.
+
+    weights: the whole model's state by name; tensors that share their memory are written once.
+    """
+    model.save_pretrained(folder, state_dict=_cast(weights, dtype))
+    if dtype == model.dtype:
+        return
+    # save_pretrained names the dtype of the model in memory, which is not that of these weights.
+    path = folder / "config.json"
+    form = json.loads(path.read_text(encoding="utf-8"))
+    form["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(form, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same names in another precision; what was one tensor under two names stays one."""
+    cast: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+    result = {}
+    for name, tensor in weights.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            tensor = cast.setdefault(key, tensor.to(dtype))
+        result[name] = tensor
+    return result

@@ -1,0 +1,383 @@
+"""The transformers engine behind the narrow interface of engine.py: continuous batching in torch.
+
+Sequences join and leave between steps. Those that run share one cache (running_cache.py), and each
+draws by random numbers of its own (drawing.py), so that who else is in the batch changes no more of
+a sample than the rounding of its logits.
+
+    new prompts --read whole--> first token --.
+                                              v
+    waiting --------------------> running: a token each, step by step --> finished
+
+Axes: B sequences, T tokens read at once, L their longest, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from distill_system.errors import ModelError, ResourceError
+from distill_system.records import Int32Array
+from distill_system.rollout.drawing import draw_tokens, draw_uniforms
+from distill_system.rollout.engine import Completion, EngineSpecification, GenerationEngine
+from distill_system.rollout.running_cache import RunningCache
+from distill_system.rollout.sampling import Sampling
+from distill_system.weights.receiver import WeightReceiver
+
+_ATTENTION = "rollout"
+"""The attn_implementation under which transformers finds this engine's attention and mask."""
+
+_TOKENS_READ_AT_ONCE = 8192
+"""Of prompts, padding included; a longer prompt is read alone."""
+
+_STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
+"""Tokens of each sequence between two looks at which have ended. A look waits for the device, and a
+sequence that ended before it has written the rest for nothing."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sequence:
+    """One request, and what has been written of it.
+
+    uniforms: float64 [max_response_tokens].  spans: (version, start, end) of the response.
+    """
+
+    name: str
+    prompt: Int32Array
+    sampling: Sampling
+    uniforms: np.ndarray
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
+    finish_reason: str = ""
+
+    @property
+    def num_left(self) -> int:
+        """Tokens until the length limit."""
+        return self.sampling.max_response_tokens - len(self.tokens)
+
+    def read_ids(self) -> np.ndarray:
+        """Prompt and response so far, int64 [L]."""
+        return np.concatenate([self.prompt, np.array(self.tokens, np.int32)]).astype(np.int64)
+
+    def write(self, token: int, logprob: float, version: int, stops: frozenset[int]) -> None:
+        """Take one token in, unless an earlier one ended the response."""
+        if self.finish_reason:
+            return
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        count = len(self.tokens)
+        first = count - 1
+        if self.spans and self.spans[-1][0] == version:
+            first = self.spans.pop()[1]
+        self.spans.append((version, first, count))
+        if token in stops:
+            self.finish_reason = "stop"
+        elif self.num_left == 0:
+            self.finish_reason = "length"
+
+    def complete(self) -> Completion:
+        """What is handed out."""
+        return Completion(
+            token_ids=np.array(self.tokens, np.int32),
+            logprobs=np.array(self.logprobs, np.float32),
+            finish_reason=self.finish_reason,
+            version_spans=tuple(self.spans),
+        )
+
+
+class TransformersEngine(GenerationEngine):
+    """One model in transformers, in this process, on the CPU or on one GPU.
+
+    Raises: ModelError if the model cannot be loaded; ResourceError if memory does not suffice.
+    """
+
+    def __init__(self, specification: EngineSpecification) -> None:
+        super().__init__()
+        self.import_seconds = 0.0  # build_engine has imported this module
+        began = time.perf_counter()
+        self._device = torch.device("cuda" if specification.uses_gpu else "cpu")
+        self._model = _load_model(specification, self._device)
+        rows: int = self._model.get_output_embeddings().weight.shape[0]
+        self.vocabulary_size = specification.vocabulary_size or rows
+        self._stops = _stop_token_ids(self._model, specification)
+        self._most_at_once = _count_sequences(self._model, specification, self._device)
+        self._keep_stale_cache = specification.keep_stale_cache
+        self._receiver = WeightReceiver(self._model)
+        self._version = 0
+        self._waiting: list[_Sequence] = []
+        self._running: list[_Sequence] = []
+        self._cache: RunningCache | None = None  # of the running sequences, in their order
+        self.start_seconds = time.perf_counter() - began
+
+    def add(self, name: str, prompt: Int32Array, sampling: Sampling, seed: int) -> None:
+        """See GenerationEngine."""
+        sequence = _Sequence(
+            name=name,
+            prompt=prompt,
+            sampling=sampling,
+            uniforms=draw_uniforms(seed, sampling.max_response_tokens),
+        )
+        self._waiting.append(sequence)
+        self._under_way[name] = sequence
+
+    def drop(self, names: Sequence[str]) -> None:
+        """See GenerationEngine."""
+        for name in names:
+            self._under_way.pop(name, None)
+            self._finished.pop(name, None)
+        self._waiting = [s for s in self._waiting if s.name in self._under_way]
+        self._keep_running(lambda sequence: sequence.name in self._under_way)
+
+    def call_transfer(self, method: str, **arguments: object) -> list[Any]:
+        """See GenerationEngine; there is one process."""
+        return [getattr(self._receiver, method)(**arguments)]
+
+    def commit_version(self, version: int) -> None:
+        """See GenerationEngine."""
+        self._version = version
+        if not self._keep_stale_cache:
+            self._forget_cache()
+
+    @property
+    def version(self) -> int:
+        """See GenerationEngine."""
+        return self._version
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """Let sequences in while there is room, then write some tokens of all that run."""
+        try:
+            self._admit()
+            if self._running:
+                self._write_on()
+        except BaseException:
+            # Some layers may have seen tokens that others have not.
+            self._forget_cache()
+            raise
+
+    def _forget_cache(self) -> None:
+        """Let the running sequences be read again, before all that wait."""
+        self._waiting = self._running + self._waiting
+        self._running, self._cache = [], None
+
+    def _admit(self) -> None:
+        """Read those that may run: their first token, and their part of the cache."""
+        room = self._most_at_once - len(self._running)
+        admitted, self._waiting = self._waiting[:room], self._waiting[room:]
+        groups = list(_group(admitted))
+        while groups:
+            group = groups[0]
+            try:
+                cache = self._read_whole(group)
+            except BaseException:
+                self._waiting = [s for g in groups for s in g] + self._waiting
+                raise
+            if self._cache is None:
+                self._cache = cache
+            else:
+                self._cache.join(cache)
+            self._running += groups.pop(0)
+        self._retire()
+
+    def _read_whole(self, group: Sequence[_Sequence]) -> RunningCache:
+        """Read sequences from their first token on, and write one token of each."""
+        rows = [sequence.read_ids() for sequence in group]
+        longest = max(map(len, rows))
+        ids_BL = np.zeros((len(rows), longest), np.int64)
+        for ids_L, row in zip(ids_BL, rows, strict=True):
+            ids_L[longest - len(row) :] = row
+        starts_B = self._to_device([longest - len(row) for row in rows])
+        cache = RunningCache(starts_B)
+        logits_BV = self._read(self._to_device(ids_BL), cache)
+        drawn = _Draws(group, self._device, num_steps=1)
+        self._take(group, *drawn.draw(logits_BV, 0))
+        return cache
+
+    def _write_on(self) -> None:
+        """Some tokens of every running sequence, without waiting for the device between them."""
+        assert self._cache is not None, "what runs has a cache"
+        most = _STEPS_BETWEEN_LOOKS[self._device.type]
+        num_steps = min(most, *(sequence.num_left for sequence in self._running))
+        draws = _Draws(self._running, self._device, num_steps=num_steps)
+        tokens_B = self._to_device([sequence.tokens[-1] for sequence in self._running])
+        written = []
+        for step in range(num_steps):
+            logits_BV = self._read(tokens_B[:, None], self._cache)
+            tokens_B, logprobs_B = draws.draw(logits_BV, step)
+            written.append((tokens_B, logprobs_B))
+        tokens_BS, logprobs_BS = (torch.stack(each, dim=1) for each in zip(*written, strict=True))
+        self._take(self._running, tokens_BS, logprobs_BS)
+        self._retire()
+
+    def _read(self, ids_BT: Tensor, cache: RunningCache) -> Tensor:
+        """Logits after the last of T further tokens of each sequence, [B, V]."""
+        sees_BC, places_BT = cache.see(ids_BT.shape[1])
+        output = self._model(
+            input_ids=ids_BT,
+            attention_mask=sees_BC,
+            position_ids=places_BT,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1, : self.vocabulary_size]
+
+    def _take(self, group: Sequence[_Sequence], tokens: Tensor, logprobs: Tensor) -> None:
+        """Bring what was drawn, [B] or [B, S], to the sequences."""
+        count = len(group)
+        # One transfer of both; a float64 holds either exactly.
+        both = torch.stack([tokens.double(), logprobs.double()]).view(2, count, -1).cpu().numpy()
+        for sequence, row_tokens, row_logprobs in zip(group, *both, strict=True):
+            for token, logprob in zip(row_tokens, row_logprobs, strict=True):
+                sequence.write(int(token), float(logprob), self._version, self._stops)
+
+    def _retire(self) -> None:
+        for sequence in self._running:
+            if sequence.finish_reason:
+                del self._under_way[sequence.name]
+                self._finished[sequence.name] = sequence.complete()
+        self._keep_running(lambda sequence: not sequence.finish_reason)
+
+    def _keep_running(self, is_kept: Any) -> None:
+        """Give up the cache of all others, and the columns that only they had."""
+        kept = [at for at, sequence in enumerate(self._running) if is_kept(sequence)]
+        if len(kept) == len(self._running):
+            return
+        self._running = [self._running[at] for at in kept]
+        if not kept:
+            self._cache = None
+            return
+        assert self._cache is not None, "what runs has a cache"
+        # The last token of each is written and not yet read.
+        lengths = [s.prompt.size + len(s.tokens) - 1 for s in self._running]
+        first_column = self._cache.length - max(lengths)
+        self._cache.select(self._to_device(kept), first_column)
+
+    def _to_device(self, numbers: Any) -> Tensor:
+        return torch.as_tensor(np.asarray(numbers, np.int64)).to(self._device, non_blocking=True)
+
+
+class _Draws:
+    """The random numbers, temperatures and truncations of a batch for some steps, on its device."""
+
+    def __init__(
+        self, sequences: Sequence[_Sequence], device: torch.device, *, num_steps: int
+    ) -> None:
+        firsts = [len(sequence.tokens) for sequence in sequences]
+        rows = zip(sequences, firsts, strict=True)
+        uniforms_BS = np.stack([s.uniforms[first : first + num_steps] for s, first in rows])
+        self._uniforms_SB = torch.from_numpy(uniforms_BS.T.copy()).to(device, non_blocking=True)
+        temperatures = [sequence.sampling.temperature for sequence in sequences]
+        self._temperatures_B = torch.tensor(temperatures, dtype=torch.float32).to(device)
+        top_ps = [sequence.sampling.top_p for sequence in sequences]
+        self._top_ps_B = None
+        if min(top_ps) < 1.0:
+            self._top_ps_B = torch.tensor(top_ps, dtype=torch.float32).to(device)
+
+    def draw(self, logits_BV: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [B] and log-probabilities float32 [B]."""
+        uniforms_B = self._uniforms_SB[step]
+        return draw_tokens(logits_BV, uniforms_B, self._temperatures_B, self._top_ps_B)
+
+
+def _group(sequences: Sequence[_Sequence]) -> Iterator[list[_Sequence]]:
+    """Sequences in groups that are read at once, in an order that their lengths alone decide."""
+    group: list[_Sequence] = []
+    for sequence in sorted(sequences, key=lambda s: s.prompt.size + len(s.tokens)):
+        # Ascending lengths: the next one is the longest, to which all are padded.
+        length = sequence.prompt.size + len(sequence.tokens)
+        if group and length * (len(group) + 1) > _TOKENS_READ_AT_ONCE:
+            yield group
+            group = []
+        group.append(sequence)
+    if group:
+        yield group
+
+
+def _load_model(specification: EngineSpecification, device: torch.device) -> Any:
+    path, key = specification.model_path, specification.config_key
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(
+            f"the engine of {path!r} was given a GPU, and torch {torch.__version__} sees none: "
+            "install torch for CUDA, or set the pool's gpus to 0"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, specification.config.dtype),
+            trust_remote_code=specification.trust_remote_code,
+            attn_implementation=_ATTENTION,
+        )
+        return model.to(device).eval().requires_grad_(False)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"the weights of {path!r} do not fit into memory: set {key}.dtype=bfloat16, or give "
+            f"the worker a larger device. torch said: {error}"
+        ) from error
+    except Exception as error:
+        raise ModelError(
+            f"transformers {transformers.__version__} cannot load the model {path!r} with {key}"
+            f".dtype={specification.config.dtype}. It said: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _stop_token_ids(model: Any, specification: EngineSpecification) -> frozenset[int]:
+    listed = model.generation_config.eos_token_id
+    own = [listed] if isinstance(listed, int) else (listed or [])
+    return frozenset((*own, *specification.stop_token_ids))
+
+
+@torch.no_grad()
+def _count_sequences(model: Any, specification: EngineSpecification, device: torch.device) -> int:
+    """How many sequences of full length run at once: as configured, and as the cache has room.
+
+    Raises: ResourceError if there is no room for one.
+    """
+    config = specification.config
+    if config.kv_cache_mebibytes is None:
+        return config.max_num_sequences
+    cache = RunningCache(torch.zeros(1, dtype=torch.int64, device=device))
+    sees, places = cache.see(1)
+    token = torch.zeros_like(places)
+    model(input_ids=token, attention_mask=sees, position_ids=places, past_key_values=cache)
+    filled = (states for layer in cache.layers for states in (layer.keys, layer.values))
+    bytes_of_one = specification.max_model_length * sum(states.nbytes for states in filled)
+    room = (config.kv_cache_mebibytes << 20) // bytes_of_one
+    if room < 1:
+        raise ResourceError(
+            f"the key-value cache of {specification.model_path!r} is too small for one sequence of "
+            f"{specification.max_model_length} tokens (data.max_prompt_tokens + "
+            "rollout.sampling.max_response_tokens), which takes "
+            f"{bytes_of_one / 2**20:.1f} MiB: raise {specification.config_key}"
+            f".kv_cache_mebibytes, now {config.kv_cache_mebibytes}, or shorten the sequences"
+        )
+    return min(config.max_num_sequences, room)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor:
+    """transformers' own mask, always made: whether it may be left out is asked of the device.
+
+    A column before a sequence's first one sees itself, or its attention would be over nothing.
+    """
+    sees_B1TC = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    num_queries, num_columns = sees_B1TC.shape[-2:]
+    if num_queries == 1:
+        return sees_B1TC
+    own = torch.ones(num_queries, num_columns, dtype=torch.bool, device=sees_B1TC.device)
+    first = num_columns - num_queries
+    return sees_B1TC | own.tril(first).triu(first)
+
+
+AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+AttentionMaskInterface.register(_ATTENTION, _mask)

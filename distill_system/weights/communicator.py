@@ -1,0 +1,48 @@
+"""A gloo process group of one sender and its receivers, with torch alone."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import BroadcastOptions, TCPStore  # type: ignore[attr-defined]  # is there
+from torch.distributed.distributed_c10d import ProcessGroupGloo
+
+from distill_system.weights.transport import SENDER
+
+
+class GlooCommunicator:
+    """The part of vLLM's PyNcclCommunicator that weight transfer uses, over torch's gloo.
+
+    It stands outside torch.distributed's default process group, which belongs to the learner's
+    ranks. Rank 0 listens at address:port; every call fails after timeout_seconds.
+    """
+
+    def __init__(
+        self, *, address: str, port: int, rank: int, world_size: int, timeout_seconds: float
+    ) -> None:
+        timeout = timedelta(seconds=timeout_seconds)
+        store = TCPStore(
+            address,
+            port,
+            world_size,
+            is_master=rank == SENDER,
+            timeout=timeout,
+            multi_tenant=True,  # an earlier group of this process may not have let the port go yet
+        )
+        self._group: Any = ProcessGroupGloo(store, rank, world_size, timeout)
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> Any:
+        """Begin to send `tensor` from rank src, or to receive into it; the result has a wait().
+
+        Raises: RuntimeError, here or in wait(), if a peer is gone or the time is over; the group
+        cannot be used afterwards.
+        """
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor = src, 0
+        return self._group.broadcast([tensor], options)
+
+    def destroy(self) -> None:
+        """Close the connections; a broadcast under way keeps them open until it times out."""
+        self._group = None

@@ -1,0 +1,98 @@
+"""What a person does around a run: stops it, takes its best student, evaluates it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipeline.command_line import Run, write_configuration, write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Launch = Callable[..., Run]
+
+
+@pytest.fixture
+def configuration(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
+    teacher, student = tiny_model_folder(seed=1), tiny_model_folder(seed=2, num_layers=1)
+    return write_configuration(tmp_path, teacher, student)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_a_run_stops_early_and_exports_its_best_student_as_it_was_evaluated(
+    configuration: Path, launch: Launch
+) -> None:
+    """The rate is so high that the first steps are the best; measured is what bfloat16 holds."""
+    lowest_loss = "metric: held_out/cross_entropy, mode: min"
+    train = launch(
+        "train",
+        configuration,
+        "distill.steps=30",
+        "distill.optimizer.learning_rate=0.03",
+        "distill.measure_every=1",
+        f"distill.early_stopping={{{lowest_loss}, patience: 2}}",
+        f"distill.keep_best={{{lowest_loss}}}",
+        "export={dtype: bfloat16, weights: best}",
+    ).finish()
+    assert train.code == 0, train.stderr
+    run = configuration.parent / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["metrics"]["held_out/cross_entropy"] for row in rows]
+    lowest = min(range(len(losses)), key=losses.__getitem__)
+    assert len(losses) == lowest + 3 < 31, "two measurements without a gain after the best"
+    assert "distill.early_stopping: held_out/cross_entropy was not better" in train.stderr
+
+    after = _read(run / "evaluations/after.json")
+    assert after["step"] == max(lowest, 1), "of the best checkpoint; there is none of step 0"
+    best = run / f"checkpoints/distill/step_{after['step']:06d}"
+    best_weights = load_file(best / "model/shard-00001-model-00001-of-00001.safetensors")
+    exported = load_file(run / "student/model.safetensors")
+    assert exported.keys() <= best_weights.keys()
+    for name, weight in exported.items():
+        assert torch.equal(weight, best_weights[name].bfloat16()), name
+    assert _read(run / "student/config.json")["dtype"] == "bfloat16"
+
+    # An independent reader of the exported folder writes what the evaluation says it wrote.
+    model = AutoModelForCausalLM.from_pretrained(run / "student", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(run / "student")
+    for shown in after["splits"]["test"]["shown"]:
+        ids = tokenizer(shown["prompt"], return_tensors="pt", add_special_tokens=False)["input_ids"]
+        written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert tokenizer.decode(written, skip_special_tokens=True) == shown["greedy"]
+
+    _evaluate_again(configuration, launch, run)
+
+
+def _evaluate_again(configuration: Path, launch: Launch, run: Path) -> None:
+    """The finished run by another metric; its student, by the run's folder, on another set."""
+    before = {label: _read(run / f"evaluations/{label}.json") for label in ("before", "after")}
+    settings = _read(run / "config.json")
+    (configuration.parent / "again.yaml").write_text(json.dumps(settings))
+    again = (configuration.parent / "again.yaml", "evaluation.metrics=[bleu]")
+    evaluate = launch("evaluate", *again).finish()
+    assert evaluate.code == 0, evaluate.stderr
+    for label, old in before.items():
+        new = _read(run / f"evaluations/{label}.json")
+        scores = new["splits"]["test"]["scores"]
+        assert {"bleu_greedy", "exact_match_greedy", "rouge_l_sampled"} <= scores.keys()
+        for name, score in old["splits"]["test"]["scores"].items():
+            assert scores[name] == score, "the same text, by the same seeds"
+        assert new["step"] == old["step"]
+    assert "bleu_greedy" in _read(run / "summary.json")["scores"]["test"]
+
+    write_rows(configuration.parent / "new.jsonl", 5, first=300)
+    sets = "data.evaluation={new: {type: jsonl, path: new.jsonl}}"
+    other = launch("evaluate", configuration, sets, "--model", run, "--out", run / "new.json")
+    other.finish()
+    assert other.code == 0, other.stderr
+    found = _read(run / "new.json")
+    assert found["model"] == str(run / "student")
+    assert found["splits"]["new"]["num_examples"] == 5
+    assert "scores of" in other.stdout
