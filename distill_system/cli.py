@@ -229,6 +229,35 @@ def plan(
 
 
 @app.command()
+def data(
+    settings: Settings,
+    set_names: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Only this set, such as prompts or evaluation.test."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows of each set that are shown.")] = 10,
+) -> None:
+    """Show the run's data as the models will read it; nothing is started or written.
+
+    Exit code 1 if a set would end the run.
+    """
+    with _reporting_errors():
+        from distill_system.config import load_config
+
+        config = load_config(*_sort(settings))
+        from distill_system.stages.data_page import render_data
+        from distill_system.stages.show_data import show_data
+
+        found = show_data(config, names=set_names or (), num_rows=rows)
+        console = Console()
+        plain = not console.is_terminal
+        # Elsewhere a line is as long as its row: whoever reads a file wraps it himself.
+        page = render_data(found, config, plain=plain)
+        console.print(page, soft_wrap=plain)
+    raise typer.Exit(int(any(each.problem is not None for each in found)))
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, what fits together, what hardware there is, and what to mend."""
     from distill_system.doctor import diagnose, exit_code, render

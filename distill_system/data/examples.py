@@ -27,13 +27,12 @@ from distill_system.data.messages import (
 )
 from distill_system.data.row_fields import (
     ANSWER_SETTINGS,
-    Row,
     check_fields,
     field_value,
     given_templates,
     needed_fields,
 )
-from distill_system.data.row_values import check_texts, describe
+from distill_system.data.row_values import Row, check_texts, describe
 from distill_system.errors import DataError
 
 _LEAVE_OUT = "set leave_out_empty of its source"
@@ -93,6 +92,7 @@ def read_example(
         prompt = _read_text(values["prompt"], fields.prompt, where)
         references = _read_references(values.get("response"), fields.response, where)
     else:
+        assert isinstance(fields, InstructionFields), "others become one of these first"
         pieces = _read_instruction(values, fields, where)
         prompt = joined(pieces)
         references = _read_references(values.get("output"), fields.output, where)

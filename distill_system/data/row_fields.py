@@ -13,15 +13,16 @@ from distill_system.config.data import (
     FieldMap,
     InstructionFields,
     MessagesFields,
+    PreferenceFields,
     PromptResponseFields,
+    ShareGptFields,
     TemplateFields,
 )
 from distill_system.config.templates import template_fields
 from distill_system.data.messages import lacks_words
-from distill_system.data.row_values import describe
+from distill_system.data.row_values import Row, describe
 from distill_system.errors import DataError
 
-Row = Mapping[str, object]
 NeededFields = list[tuple[str, str]]  # setting that names a field, the field
 
 ANSWER_SETTINGS = ("response", "output", "reference")
@@ -46,6 +47,10 @@ def needed_fields(fields: FieldMap, with_answers: bool) -> NeededFields:
             ]
         case MessagesFields():
             named = [("messages", fields.messages), ("tools", fields.tools)]
+        case ShareGptFields():
+            return [("conversations", fields.conversations)]
+        case PreferenceFields():
+            named = [("prompt", fields.prompt), ("chosen", fields.chosen)]
         case TemplateFields():
             named = [
                 (setting, name)

@@ -18,8 +18,9 @@ from distill_system.config.data import DataConfig, Source, TrainedTokenizer
 from distill_system.config.run import RunConfig
 from distill_system.data.examples import Example
 from distill_system.data.fingerprints import fingerprint_tokenizer
-from distill_system.data.set_reader import Row, SetReader
-from distill_system.data.sources import load_examples
+from distill_system.data.row_encoder import Row
+from distill_system.data.set_reader import SetReader
+from distill_system.data.sources import SourceReport, load_examples
 from distill_system.data.stored_rows import SampleOrigin
 from distill_system.data.stored_trajectories import (
     Selection,
@@ -42,6 +43,8 @@ class RunData:
     evaluation.
     num_out_of_bounds: rows left out of a set by the token bounds of its source; sets that lost none
     are not in it.
+    reports: what was read of each set's source, by the set's name below `data`.
+    places: id of each prompt of evaluation -> file and row that it was read from.
     notes: what else a person should know of the rows, a line each.
     stored: samples of the run's teacher in data.trajectory_store, each made when it is asked for.
     num_foreign: samples in the store of other models or sampling settings, which are left out.
@@ -54,6 +57,8 @@ class RunData:
     evaluation: dict[str, tuple[Prompt, ...]] = field(default_factory=dict)
     num_removed: dict[str, int] = field(default_factory=dict)
     num_out_of_bounds: dict[str, int] = field(default_factory=dict)
+    reports: dict[str, SourceReport] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     stored: Sequence[Trajectory] = ()
     num_foreign: int = 0
@@ -117,9 +122,12 @@ def load_run_data(
         },
         num_removed=training.num_removed,
         num_out_of_bounds=reader.num_out_of_bounds,
+        reports=reader.reports,
+        places={row.row_id: row.example.row for name in measured for row in measured_rows[name]},
         stored=() if stored is None else stored,
         num_foreign=0 if stored is None else stored.num_foreign,
     )
+    reader.require_words()
     return replace(loaded, notes=tuple(reader.notes()))  # of all that has been read
 
 

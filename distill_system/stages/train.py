@@ -12,6 +12,7 @@ from distill_system.data.run_data import SetName
 from distill_system.driver import Driver
 from distill_system.driver.measuring import Measuring
 from distill_system.errors import RunStateError
+from distill_system.evaluation import check_evaluation
 from distill_system.observe import (
     LiveView,
     MetricLog,
@@ -171,11 +172,12 @@ def open_context(
         stop_token_ids=stop_token_ids(config, tokenizer),
     )
     check_data(config, data)
+    check_evaluation(config.evaluation, data.evaluation, data.places)
     with ExitStack() as stack:
         view = stack.enter_context(LiveView(config.name))
         for line in settings_notes(config):
             view.note(line)
-        _note_removed_rows(view, data)
+        _note_rows(view, data)
         log = stack.enter_context(MetricLog(run, run_name=config.name))
         prompts = stack.enter_context(PromptLog(run))
         cluster = stack.enter_context(ClusterSession(config, notify=view.note))
@@ -234,7 +236,10 @@ def _untuned_roles(config: RunConfig, run: RunDirectory) -> list[str]:
     ]
 
 
-def _note_removed_rows(view: LiveView, data: RunData) -> None:
+def _note_rows(view: LiveView, data: RunData) -> None:
+    """Say what was read of each set, and what was left out."""
+    for name, report in data.reports.items():
+        view.note(f"data.{name}: {report.describe()}")
     for name, count in data.num_removed.items():
         if count:
             view.note(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from chat_templates import END_OF_TURN, TEMPLATES, TOKENIZERS
 
@@ -512,3 +514,49 @@ def test_an_empty_answer_does_not_matter_where_answers_are_not_read(bytes_tokeni
 def test_half_a_surrogate_is_refused_with_its_row(bytes_tokenizer, read, row, fields):
     with pytest.raises(DataError, match=r"rows\.jsonl:1: field '\w+': .*half of a surrogate pair"):
         read(bytes_tokenizer, [row], template=TEMPLATES["qwen"], fields=fields)
+
+
+def test_tables_lend_a_call_no_arguments_of_other_rows(
+    build_long_config, bytes_tokenizer, tmp_path
+):
+    """A table gives every mapping the keys of all; content without text stays null."""
+    bytes_tokenizer.chat_template = TEMPLATES["qwen"]
+    chats = [
+        [TALK[0], {"role": "assistant", "content": None, "tool_calls": call(arguments)}]
+        for arguments in ({"city": "Oslo"}, {"days": 3})
+    ]
+    table = pyarrow.Table.from_pylist([{"messages": chat, "tools": [TOOL]} for chat in chats])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    fields = {"format": "messages"}
+    rows_of = {"type": "parquet", "path": str(tmp_path / "rows.parquet"), "fields": fields}
+    config = build_long_config(student_sft=rows_of)
+    rows = load_run_data(config, bytes_tokenizer, ["student_sft"]).student_sft
+    learned = [bytes_tokenizer.decode(row.response_ids) for row in rows]
+    assert '"arguments": {"city": "Oslo"}}' in learned[0]
+    assert '"arguments": {"days": 3}}' in learned[1]
+    assert "null" not in bytes_tokenizer.decode(rows[0].token_ids)
+
+
+def test_rows_that_a_template_loses_are_left_out_where_that_is_asked_for(bytes_tokenizer, read):
+    rows = [{"messages": TALK}, {"messages": SHORT}]
+    [kept] = read(
+        bytes_tokenizer, rows, template=TEMPLATES["zephyr"], source={"leave_out_refused": True}
+    )
+    check_row(bytes_tokenizer, kept, SHORT, "zephyr")
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_turn_of_sharegpt_is_left_out_where_that_is_asked_for(bytes_tokenizer, read, text):
+    rows = [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": each}]}
+        for each in (text, "The cat")
+    ]
+    fields = {"format": "sharegpt"}
+    [kept] = read(
+        bytes_tokenizer,
+        rows,
+        template=TEMPLATES["zephyr"],
+        fields=fields,
+        source={"leave_out_empty": True},
+    )
+    assert bytes_tokenizer.decode(kept.response_ids) == "The cat</s>"

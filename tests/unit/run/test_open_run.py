@@ -79,7 +79,7 @@ def test_what_changes_nothing_learned_may_change(tmp_path):
         "distill.evaluate_every=40",
         "distill.checkpoint_every=3",
         "distill.keep_checkpoints=5",
-        "distill.keep_best={metric: held_out/x, mode: min}",
+        "distill.keep_best={metric: held_out/cross_entropy, mode: min}",
     ],
 )
 def test_where_and_how_often_may_change_in_a_run_that_has_work(tmp_path, change):
