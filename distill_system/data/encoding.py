@@ -154,7 +154,10 @@ class TextEncoder:
             model["unk_token"] = names[model["unk_token"]]
         tree["post_processor"] = None  # adds special tokens, by their old names
         tree["truncation"] = tree["padding"] = None
-        return Tokenizer.from_str(json.dumps(tree))
+        renamed = Tokenizer.from_str(json.dumps(tree))
+        ids = self._tokenizer.backend_tokenizer.token_to_id
+        assert all(renamed.token_to_id(new) == ids(old) for old, new in names.items()), "same ids"
+        return renamed
 
 
 def _texts(value: object) -> Iterable[str]:

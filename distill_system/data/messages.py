@@ -115,8 +115,7 @@ def _read_message(value: object, what: str) -> Message:
             del message["tool_calls"]
     content = message.get("content")
     if content is None and "tool_calls" in message:
-        if "content" in value:
-            message["content"] = None
+        message["content"] = None
     elif isinstance(content, list):
         message["content"] = _read_parts(content, what)
     elif not isinstance(content, str):
