@@ -84,13 +84,17 @@ class Prompt:
 
 
 def count_occurrences(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts that are answered together; one that stands there again says how often before."""
-    seen = Counter[str]()
+    """Prompts that are answered together; one that stands there again says how often before.
+
+    What is counted already stays as it is, so that a part of the prompts may be counted again.
+    """
+    next_free = Counter[str]()
     counted: list[Prompt] = []
     for prompt in prompts:
-        before = seen[prompt.prompt_id]
-        counted.append(replace(prompt, occurrence=before) if before else prompt)
-        seen[prompt.prompt_id] += 1
+        occurrence = max(prompt.occurrence, next_free[prompt.prompt_id])
+        next_free[prompt.prompt_id] = occurrence + 1
+        is_counted = occurrence == prompt.occurrence
+        counted.append(prompt if is_counted else replace(prompt, occurrence=occurrence))
     return counted
 
 

@@ -23,6 +23,7 @@ from distill_system.records import (
     Trajectory,
     VersionSpan,
     WeightVersion,
+    count_occurrences,
 )
 from distill_system.rollout.engine import (
     Completion,
@@ -144,6 +145,7 @@ class RolloutWorker:
         holds a token that the model does not know; TransferError after a failed weight update.
         """
         self._check_weights()
+        prompts = count_occurrences(prompts)
         for prompt in prompts:
             self._check_prompt(prompt, sampling)
         completions = self._engine.complete(

@@ -122,6 +122,9 @@ def test_another_sample_of_a_prompt_has_a_name_and_a_seed_of_its_own(make_worker
     first, second, third = _seeds(made)
     assert _seeds(alone) == [first]
     assert len({first, second, third}) == 3
+    if way == "generate":  # which counts what it is asked at once
+        _ask(again := make_worker(), way, [TWO[0]] * 3)
+        assert _seeds(again) == [first, second, third]
     names = [
         GenerationRequest(
             prompt=replace(TWO[0], occurrence=k), label="t", sampling=SAMPLING, seed=3
