@@ -341,6 +341,11 @@ class DataConfig(ConfigModel):
     """A prompt longer than max_prompt_tokens ends the run, is left out with its row, or is cut at
     its beginning or its end: in the row's own text, what templates write stays whole. A chat loses
     its oldest messages before the beginning of its last one."""
+    max_memory_mebibytes: PositiveInt = 1024
+    """Most memory for the tokenised rows of a training set (data.prompts, data.teacher_sft,
+    data.student_sft); those of a larger one are written to a file and mapped from there."""
+    cache_directory: LocalPath | None = None
+    """Folder of that file, which is gone when the run ends; null takes that of `datasets`."""
     teacher_sft: Source | None = None
     """Rows that the teacher is fine-tuned on."""
     student_sft: Source | None = None

@@ -61,12 +61,11 @@ class RunConfig(ConfigModel):
     @property
     def rounding(self) -> Literal["none", "nearest", "stochastic"]:
         """How the learner's weights become the student engine's: rollout.weight_rounding, where
-        there is a choice. A learner in bfloat16 rounds to the nearest itself, and so do engines."""
+        there is a choice."""
         dtype = self.rollout.student_engine.dtype
         if dtype == "float32":
             return "none"
-        follows = dtype == "bfloat16" and self.learner.compute_dtype == "float32"
-        return self.rollout.weight_rounding if follows else "nearest"
+        return self.rollout.weight_rounding if dtype == "bfloat16" else "nearest"
 
     @property
     def transfer_backend(self) -> Literal["gloo", "nccl"]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,9 @@ from distill_system.errors import DataError
 from distill_system.records import Author, Finish, Prompt, Trajectory
 
 _LEARNED_SETS = ("teacher_sft", "student_sft")
+
+ROWS_AT_ONCE = 4096
+"""Rows that are rendered and tokenised together."""
 
 
 class SetReader:
@@ -63,6 +67,22 @@ class SetReader:
     ) -> list[Row]:
         """The rendered rows of a set, without those outside the source's token bounds.
 
+        Args: as those of `row_batches`.
+        """
+        batches = self.row_batches(name, source, with_answers, key=key, keep_going=keep_going)
+        return [row for batch in batches for row in batch]
+
+    def row_batches(
+        self,
+        name: str,
+        source: Source,
+        with_answers: bool,
+        *,
+        key: str | None = None,
+        keep_going: bool = False,
+    ) -> Iterator[list[Row]]:
+        """The same rows, at most ROWS_AT_ONCE at a time, so that a large set need not fit memory.
+
         key: configuration key of the source; None: data.<name>.
         keep_going: leave out rows that cannot be used, and count them in the set's report.
         """
@@ -77,21 +97,43 @@ class SetReader:
             report=report,
             keep_going=keep_going,
         )
-        rows: list[Row] = []
-        for index, example in enumerate(examples):
+        is_empty = True
+        numbered = enumerate(examples)
+        while some := list(islice(numbered, ROWS_AT_ONCE)):
+            rendered = self._rendered(
+                name, some, key, report, with_answers=with_answers, leave_out=leave_out
+            )
+            rows = list(rendered)
+            if isinstance(source, RowSource):
+                rows = self._within_bounds(name, rows, source)
+            rows = self._within_limit(name, rows)
+            is_empty = is_empty and not rows
+            yield rows
+        if is_empty:
+            raise DataError(self._nothing_left(name, source, report, key))
+
+    def _rendered(
+        self,
+        name: str,
+        examples: Iterable[tuple[int, Example]],
+        key: str,
+        report: SourceReport,
+        *,
+        with_answers: bool,
+        leave_out: bool,
+    ) -> Iterator[Row]:
+        for index, example in examples:
             try:
                 turns = self._turns(f"{name}:{index}", example, key, with_answers=with_answers)
                 if leave_out and name in _LEARNED_SETS:
                     for row in turns:
                         self._encoder.check_learnable(row)
-                rows += turns
             except DataError as error:
                 if not leave_out:
                     raise
                 report.take_back(error)
-        if isinstance(source, RowSource):
-            rows = self._within_bounds(name, rows, source, key)
-        return self._within_limit(name, rows, key)
+            else:
+                yield from turns
 
     def _turns(self, row_id: str, example: Example, key: str, *, with_answers: bool) -> list[Row]:
         """The turns of an example as rows; the last keeps the row's id.
@@ -168,7 +210,7 @@ class SetReader:
             for row, (prompt_ids, response_ids) in zip(rows, split, strict=True)
         )
 
-    def _within_bounds(self, name: str, rows: list[Row], source: RowSource, key: str) -> list[Row]:
+    def _within_bounds(self, name: str, rows: list[Row], source: RowSource) -> list[Row]:
         kept = rows
         if source.max_prompt_tokens is not None:
             longest = source.max_prompt_tokens
@@ -180,17 +222,12 @@ class SetReader:
                 kept = [row for row in kept if len(row.example.answer or "") <= MOST_CHARACTERS]
             lengths = [len(response) - 1 for _, response in self._encoder.split(kept)]
             kept = [row for row, n in zip(kept, lengths, strict=True) if shortest <= n <= longest]
-        if not kept:
-            raise DataError(
-                f"{key}: none of its {len(rows)} rows is within max_prompt_tokens="
-                f"{source.max_prompt_tokens}, min_response_tokens={source.min_response_tokens} and "
-                f"max_response_tokens={source.max_response_tokens}; widen them or give other rows"
-            )
         if len(kept) < len(rows):
-            self.num_out_of_bounds[name] = len(rows) - len(kept)
+            left_out = self.num_out_of_bounds.get(name, 0)
+            self.num_out_of_bounds[name] = left_out + len(rows) - len(kept)
         return kept
 
-    def _within_limit(self, name: str, rows: list[Row], key: str) -> list[Row]:
+    def _within_limit(self, name: str, rows: list[Row]) -> list[Row]:
         """The rows without prompts that are too long, or with them cut, as the key says."""
         how, limit = self._data.too_long_prompts, self._data.max_prompt_tokens
         if how == "refuse":
@@ -202,12 +239,6 @@ class SetReader:
             elif how != "leave_out":
                 kept.append(self._shorten(row, how))
                 self.num_shortened[name] += 1
-        if not kept:
-            raise DataError(
-                f"{key}: each of its {len(rows)} prompts has more than data.max_prompt_tokens="
-                f"{limit} tokens, and data.too_long_prompts=leave_out leaves none; raise the limit "
-                "or cut them"
-            )
         if len(kept) < len(rows):
             self.num_too_long[name] += len(rows) - len(kept)
         return kept
@@ -249,3 +280,19 @@ class SetReader:
                 "data.too_long_prompts to cut such prompts or leave them out, or give its source "
                 "max_prompt_tokens, which leaves longer ones out"
             )
+
+    def _nothing_left(self, name: str, source: Source, report: SourceReport, key: str) -> str:
+        if self.num_too_long[name]:
+            return (
+                f"{key}: each of its {self.num_too_long[name]} prompts has more than "
+                f"data.max_prompt_tokens={self._data.max_prompt_tokens} tokens, and "
+                "data.too_long_prompts=leave_out leaves none; raise the limit or cut them"
+            )
+        if isinstance(source, RowSource) and report.num_examples:
+            return (
+                f"{key}: none of its {report.num_examples} rows is within max_prompt_tokens="
+                f"{source.max_prompt_tokens}, min_response_tokens={source.min_response_tokens} and "
+                f"max_response_tokens={source.max_response_tokens}; widen them or give other rows"
+            )
+        refused = report.refused[0]
+        return f"{key}: all of its {report.num_rows} rows were refused, the first: {refused}"

@@ -50,6 +50,7 @@ class SourceReport:
     place: its file or files.  layout: e.g. "question -> answer"; unread: its other columns.
     num_rows: rows read, those left out included.  num_empty: left out by leave_out_empty.
     refused: the first MOST_KEPT reasons, each with its place; num_refused: all.
+    num_mapped_bytes: length of the file that the tokenised rows went to; 0: they are in memory.
     """
 
     place: str = ""
@@ -60,6 +61,7 @@ class SourceReport:
     num_empty: int = 0
     num_refused: int = 0
     refused: list[str] = field(default_factory=list)
+    num_mapped_bytes: int = 0
 
     def refuse(self, error: DataError) -> None:
         """Count a row that is left out because it cannot be used."""
@@ -82,6 +84,8 @@ class SourceReport:
             parts.append(f"{self.num_empty} empty ones left out")
         if self.num_refused:
             parts.append(f"{self.num_refused} refused ones left out, the first: {self.refused[0]}")
+        if self.num_mapped_bytes:
+            parts.append(f"kept in a file of {self.num_mapped_bytes / 2**20:.0f} MiB")
         return "; ".join(parts)
 
 

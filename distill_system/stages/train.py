@@ -26,11 +26,13 @@ from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
 from distill_system.run.model_checks import check_data, check_engine
+from distill_system.run.model_sources import with_folders
 from distill_system.run.pools import open_pools
 from distill_system.run.preparation import (
     open_run,
     prepare_tokenizer,
     record_start,
+    refusal_leaves_nothing,
     with_chat_date,
 )
 from distill_system.run.sample_origin import sample_origin
@@ -44,6 +46,7 @@ from distill_system.stages.evaluations import (
 )
 from distill_system.stages.push import push_student, require_token
 from distill_system.stages.supervised import fine_tune
+from distill_system.stopping import StopRequest
 
 STAGES = ("sft", "distill", "evaluate", "report", "push")
 
@@ -54,11 +57,14 @@ def train(
     resume: bool = False,
     stages: Collection[str] = STAGES,
     notify: Callable[[str], None] = print,
+    stop: StopRequest | None = None,
 ) -> RunDirectory:
     """Run these stages; a stage whose output exists is skipped.
 
     resume: continue unfinished stages from their newest checkpoints.
     notify: takes lines for the person.
+    stop: made by a signal handler when a person wants the run to end: it then writes a checkpoint
+        after the step under way and raises KeyboardInterrupt.
     Returns the run's folder.
     Raises: DistillError with one message for the person; every worker is ended first.
     """
@@ -76,10 +82,13 @@ def train(
     if {"distill", "evaluate"} & {*work}:
         check_engine(config)
     if work:
-        record_start(config, run)
-        with open_context(config, run, resume=resume, sets=_sets(config, run, work)) as context:
-            for stage in work:
-                _RUNNERS[stage](context)
+        with refusal_leaves_nothing(run) as begin:
+            record_start(config, run)
+            models, sets = with_folders(config, run), _sets(config, run, work)
+            with open_context(models, run, resume=resume, sets=sets, stop=stop) as context:
+                begin()
+                for stage in work:
+                    _RUNNERS[stage](context)
     if "evaluate" in stages and "sft" not in stages and not work:
         notify(f"nothing to evaluate: {describe_standing(run)}")
     if "report" in stages:
@@ -155,6 +164,7 @@ def open_context(
     *,
     resume: bool,
     sets: Collection[SetName] = ("prompts", "held_out", "evaluation"),
+    stop: StopRequest | None = None,
 ) -> Iterator[RunContext]:
     """Everything a stage needs, for the length of a block; its workers end with the block.
 
@@ -192,6 +202,7 @@ def open_context(
             timings=Timings(run),
             view=view,
             resume=resume,
+            stop=stop or StopRequest(),
         )
 
 
