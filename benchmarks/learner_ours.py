@@ -34,7 +34,7 @@ from distill_system.objectives import PolicyHeads, TokenRows, build_objective
 from distill_system.records import Author, Finish, Stream, Trajectory, TrajectoryChunk
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
-CHUNK_TOKENS = LearnerConfig().vocabulary_chunk_tokens
+CHUNK_TOKENS = LearnerConfig().chunk_tokens(on_gpu=False)
 Step = Callable[[Sequence[Ragged]], None]
 
 

@@ -29,7 +29,6 @@ from learner_steps import StepCase
 from objective_forms import SEED, TRL_BETAS, Case
 from record import write_result
 
-from distill_system.config.model import LearnerConfig
 from distill_system.config.objective.token_losses import TokenLossConfig
 
 MIB = 2**20
@@ -88,7 +87,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--clock", choices=list(objective_forms.CLOCKS), default="wall")
-    parser.add_argument("--chunk-tokens", type=int, default=LearnerConfig().vocabulary_chunk_tokens)
+    parser.add_argument("--chunk-tokens", type=int, default=512)
     return parser.parse_args()
 
 

@@ -208,7 +208,7 @@ def scale(
 def init(
     teacher: Annotated[str, typer.Argument(help="Folder or hub name of the teacher.")],
     student: Annotated[str, typer.Argument(help="Folder or hub name of the student.")],
-    data: Annotated[Path, typer.Argument(help="File of rows to learn from, .jsonl or .parquet.")],
+    data: Annotated[Path, typer.Argument(help="Rows to learn from: a file or a folder.")],
     output: Annotated[Path, typer.Option(help="The file to write; its name is the run's.")] = Path(
         "mine.yaml"
     ),
@@ -257,6 +257,35 @@ def plan(
     if planned.can_start:
         print("nothing was found that would stop this run")
     raise typer.Exit(int(not planned.can_start))
+
+
+@app.command()
+def data(
+    settings: Settings,
+    set_names: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Only this set, such as prompts or evaluation.test."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows of each set that are shown.")] = 10,
+) -> None:
+    """Show the run's data as the models will read it; nothing is started or written.
+
+    Exit code 1 if a set would end the run.
+    """
+    with _reporting_errors():
+        from distill_system.config import load_config
+
+        config = load_config(*_sort(settings))
+        from distill_system.stages.data_page import render_data
+        from distill_system.stages.show_data import show_data
+
+        found = show_data(config, names=set_names or (), num_rows=rows)
+        console = Console()
+        plain = not console.is_terminal
+        # Elsewhere a line is as long as its row: whoever reads a file wraps it himself.
+        page = render_data(found, config, plain=plain)
+        console.print(page, soft_wrap=plain)
+    raise typer.Exit(int(any(each.problem is not None for each in found)))
 
 
 @app.command()
@@ -316,13 +345,22 @@ def _sort(settings: list[str]) -> tuple[list[str], list[str]]:
     return files, [setting for setting in settings if _is_override(setting)]
 
 
+_WAY_OUT = (
+    "Make room on the disk, or mend the permissions of what is named here; --resume then continues "
+    "a run from its newest checkpoint"
+)
+
+
 @contextmanager
 def _reporting_errors() -> Iterator[None]:
-    """Turn a DistillError into one message and exit code 1."""
+    """Turn a DistillError, or an error of the file system, into one message and exit code 1."""
     try:
         yield
     except DistillError as error:
         _print_error(type(error).__name__, str(error))
+        raise typer.Exit(1) from None
+    except OSError as error:  # a full disk, a folder that may not be written, an unreadable file
+        _print_error(type(error).__name__, f"{error}. {_WAY_OUT}")
         raise typer.Exit(1) from None
 
 

@@ -113,8 +113,13 @@ def start_process(
         scheduling_strategy=PlacementGroupSchedulingStrategy(
             placement_group=placement.group, placement_group_bundle_index=placement.bundle_index
         ),
-        runtime_env={"env_vars": dict(request.environment)},
+        runtime_env={"env_vars": {**_hidden_gpus(request.pool), **request.environment}},
     ).remote(**arguments)
+
+
+def _hidden_gpus(pool: PoolConfig) -> dict[str, str]:
+    """Ray shows a node's GPUs to those who asked for none of them."""
+    return {} if pool.gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def bundle_of(*pools: PoolConfig) -> dict[str, float]:

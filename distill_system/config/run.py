@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import NonNegativeInt, field_validator, model_validator
 
 from distill_system.config.base import ConfigModel, LocalPath
 from distill_system.config.data import DataConfig, PretrainedTokenizer, TokenizerConfig
 from distill_system.config.distill import DistillConfig
+from distill_system.config.evaluation import HELD_OUT_MEASURES, EvaluationConfig
 from distill_system.config.export import ExportConfig, HubConfig
 from distill_system.config.model import LearnerConfig, ModelConfig
 from distill_system.config.pools import (
@@ -22,19 +24,6 @@ from distill_system.config.pools import (
     ScalingConfig,
 )
 from distill_system.config.rollout import RolloutConfig, ScoringConfig
-
-MetricName = Literal["exact_match", "rouge_l", "rouge_l_stemmed", "bleu", "accuracy"]
-
-
-class EvaluationConfig(ConfigModel):
-    """How generations are scored."""
-
-    metrics: tuple[MetricName, ...] = ("exact_match", "rouge_l")
-    """Scores of every split, for greedy and for sampled generations."""
-    num_examples_during: PositiveInt = 100
-    """Examples per split of an evaluation during training; before and after use all."""
-    num_shown: NonNegativeInt = 6
-    """Generations per split that the report shows side by side."""
 
 
 class RunConfig(ConfigModel):
@@ -70,12 +59,13 @@ class RunConfig(ConfigModel):
         return self.data.max_prompt_tokens + self.rollout.sampling.max_response_tokens
 
     @property
-    def export_dtype(self) -> Literal["float32", "bfloat16"]:
-        """Precision of the exported student: export.dtype, or that which the run computed in."""
-        if self.export.dtype is not None:
-            return self.export.dtype
-        computed = {self.learner.compute_dtype, self.rollout.student_engine.dtype}
-        return "bfloat16" if "bfloat16" in computed else "float32"
+    def rounding(self) -> Literal["none", "nearest", "stochastic"]:
+        """How the learner's weights become the student engine's: rollout.weight_rounding, where
+        there is a choice."""
+        dtype = self.rollout.student_engine.dtype
+        if dtype == "float32":
+            return "none"
+        return self.rollout.weight_rounding if dtype == "bfloat16" else "nearest"
 
     @property
     def transfer_backend(self) -> Literal["gloo", "nccl"]:
@@ -93,6 +83,14 @@ class RunConfig(ConfigModel):
         """The pools whose workers hold the student and receive its weights, by name."""
         names = ("student_rollout", "evaluation")
         return {name: pool for name, pool in self.pools.by_name.items() if name in names}
+
+    @property
+    def export_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Precision of the exported student: export.dtype, or that which the run computed in."""
+        if self.export.dtype is not None:
+            return self.export.dtype
+        computed = {self.learner.compute_dtype, self.rollout.student_engine.dtype}
+        return "bfloat16" if "bfloat16" in computed else "float32"
 
     @field_validator("name")
     @classmethod
@@ -139,6 +137,22 @@ class RunConfig(ConfigModel):
                 f"compare: expected top_p=1 or importance=none, got top_p={top_p} and "
                 f"importance={importance}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_best(self) -> RunConfig:
+        distill = self.distill
+        known = [f"held_out/{name}" for name in HELD_OUT_MEASURES]
+        known += [name for split in self.data.evaluation for name in self.evaluation.names(split)]
+        asked = {"keep_best": distill.keep_best, "early_stopping": distill.early_stopping}
+        for key, chosen in asked.items():
+            if chosen is not None and chosen.metric not in known:
+                near = difflib.get_close_matches(chosen.metric, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(
+                    f"distill.{key}.metric: this run measures no {chosen.metric!r}; {hint}choose "
+                    f"one of {', '.join(known)}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -66,6 +66,7 @@ class Driver:
                 started = time.perf_counter()
                 result = self.step(step)
                 metrics = self.recorder.describe_step(result, time.perf_counter() - started)
+                self.measuring.check_step(metrics)
                 done = step + 1
                 measured = self._measure(done)
                 self.streams.on_metrics(measured)

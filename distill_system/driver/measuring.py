@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from distill_system.config import RunConfig
+from distill_system.config.evaluation import MetricName
 from distill_system.config.objective import MOMENTS
-from distill_system.config.run import MetricName
 from distill_system.data import RunData
 from distill_system.evaluation import SplitEvaluation, evaluate_splits
 from distill_system.observe import write_evaluation
@@ -17,7 +17,10 @@ from distill_system.records import Prompt, ScoredChunk, Stream, Trajectory
 from distill_system.rollout import RolloutPool, Sampling
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
-from distill_system.weights import check_logprob_gap
+from distill_system.weights import GapAlarm, explain_gap
+
+STEP_GAP = "learner/logprob_gap"
+"""The metric of a step that its alarm reads; left out where no text of the step tells."""
 
 
 def score_splits(
@@ -41,7 +44,16 @@ def score_splits(
     def decode(token_ids: Sequence[int]) -> str:
         return str(tokenizer.decode(token_ids, skip_special_tokens=True))
 
-    return evaluate_splits(splits, generate, decode, metrics, config.evaluation.num_shown)
+    wanted = config.evaluation
+    return evaluate_splits(
+        splits,
+        generate,
+        decode,
+        metrics,
+        wanted.num_shown,
+        rouge=wanted.rouge,
+        bleu=wanted.bleu,
+    )
 
 
 def _mean_logprob(scored: Sequence[ScoredChunk]) -> float:
@@ -67,6 +79,8 @@ class Measuring:
         self.data = data
         self.metrics = context.config.evaluation.metrics if metrics is None else metrics
         self._teacher_held_out: list[ScoredChunk] = []
+        self._held_out_alarm = _make_alarm(context.config, "held-out prompts")
+        self._step_alarm = _make_alarm(context.config, "text of the step")
 
     def measure_distances(self) -> dict[str, float]:
         """d_on, d_off, cross-entropy and forward KL of the student as it is now, by their names.
@@ -83,19 +97,22 @@ class Measuring:
         distances = self.pools.learner.measure([*self._teacher_held_out, *student_held_out])
         own = _mean_logprob(self._teacher_held_out)
         distances = {**distances, "forward_kl": distances["cross_entropy"] + own}
-        self._compare_sampler(distances["logprob_gap"], distances["max_logprob_gap"])
+        gap, largest = distances["logprob_gap"], distances["max_logprob_gap"]
+        self._tell(self._held_out_alarm.judge(gap, largest))
         return {f"held_out/{name}": value for name, value in distances.items()}
 
-    def _compare_sampler(self, gap: float, largest: float) -> None:
-        """Tell of engines that write with other weights than the learner's, or end the run."""
-        config = self.context.config
-        dtypes = {config.rollout.student_engine.dtype, config.learner.compute_dtype}
-        note = check_logprob_gap(
-            gap,
-            largest,
-            limit=config.rollout.max_logprob_gap,
-            lower_precision=dtypes != {"float32"},
-        )
+    def check_step(self, metrics: Mapping[str, float]) -> None:
+        """Tell of engines that wrote a step's text with other weights than the learner's, or end
+        the run.
+
+        metrics: the step's.  Raises: TransferError.
+        """
+        gap = metrics.get(STEP_GAP)
+        # Truncated sampling says another number of each token than the whole distribution does.
+        if gap is not None and self.context.config.rollout.sampling.top_p == 1.0:
+            self._tell(self._step_alarm.judge(gap))
+
+    def _tell(self, note: str | None) -> None:
         if note is not None:
             self.context.view.note(note)
 
@@ -156,6 +173,25 @@ class Measuring:
             label,
             step=step,
             weight_version=version,
+            weights=self._describe_weights(is_student=version is not None),
             splits=splits,
             distances=distances,
         )
+
+    def _describe_weights(self, *, is_student: bool) -> dict[str, str]:
+        """In which precision an engine held the weights that were evaluated."""
+        config = self.context.config
+        if is_student:
+            return {"dtype": config.rollout.student_engine.dtype, "rounding": config.rounding}
+        dtype = config.rollout.teacher_engine.dtype  # read from the teacher's own files
+        return {"dtype": dtype, "rounding": "none" if dtype == "float32" else "nearest"}
+
+
+def _make_alarm(config: RunConfig, text: str) -> GapAlarm:
+    engine, learner = config.rollout.student_engine.dtype, config.learner.compute_dtype
+    return GapAlarm(
+        text,
+        limit=config.rollout.max_logprob_gap,
+        lower_precision={engine, learner} != {"float32"},
+        cause=explain_gap(engine=engine, rounding=config.rounding, learner=learner),
+    )

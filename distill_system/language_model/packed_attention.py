@@ -82,8 +82,10 @@ class PackedLayout:
         ends = np.cumsum(sizes)
         positions = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
         return cls(
-            torch.from_numpy(positions)[None].to(device),
-            torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(device),
+            torch.from_numpy(positions)[None].to(device, non_blocking=True),
+            torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(
+                device, non_blocking=True
+            ),
             int(sizes[-1]),
             tuple(_build_group(group, device) for group in group_by_length(sizes)),
         )
@@ -113,8 +115,9 @@ def _build_group(lengths: np.ndarray, device: torch.device) -> PaddedGroup:
     firsts, columns = np.cumsum(lengths) - lengths, np.arange(longest)
     fill_BL = firsts[:, None] + np.minimum(columns, lengths[:, None] - 1)
     slots_n = np.flatnonzero(columns < lengths[:, None])
-    arrays = (torch.from_numpy(array).to(device) for array in (fill_BL.ravel(), slots_n))
-    return PaddedGroup(num_tokens, len(lengths), *arrays)
+    arrays = (fill_BL.ravel(), slots_n)
+    places = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+    return PaddedGroup(num_tokens, len(lengths), *places)
 
 
 def read_line(model: Any, input_ids_1T: Tensor, layout: PackedLayout) -> Tensor:
@@ -228,6 +231,8 @@ def _attend_in_groups(
     outputs = []
     for group, *line in zip(layout.groups, *lines, strict=True):
         query, key, value = (group.pad(rows_nhd) for rows_nhd in line)
+        if query.is_cuda:
+            key, value = (_repeat_heads(states, query.shape[1]) for states in (key, value))
         band_LL = _window_mask(query, sliding_window)
         output_BhLd = scaled_dot_product_attention(
             query,
@@ -240,6 +245,14 @@ def _attend_in_groups(
         )
         outputs.append(group.unpad(output_BhLd))
     return torch.cat(outputs)
+
+
+def _repeat_heads(states_BgLd: Tensor, heads: int) -> Tensor:
+    """Key or value heads as many as the query's, each repeated for its group, [B, h, L, d].
+
+    torch's kernels for float32 on CUDA take no groups: without this all L x L scores are made.
+    """
+    return states_BgLd.repeat_interleave(heads // states_BgLd.shape[1], dim=1)
 
 
 def _window_mask(query_BhLd: Tensor, sliding_window: int | None) -> Tensor | None:

@@ -137,9 +137,9 @@ def _behaviour_rows(trajectories: Sequence[Trajectory], device: torch.device) ->
     versions_N = np.repeat([s.version for s in spans], [s.end - s.start for s in spans])
     logprobs_N = np.concatenate([t.behaviour_logprobs for t in trajectories])
     return BehaviourRows(
-        logprobs_N=torch.from_numpy(logprobs_N).to(device, torch.float32),
+        logprobs_N=torch.from_numpy(logprobs_N).to(device, torch.float32, non_blocking=True),
         temperature=temperatures[0],
-        versions_N=torch.from_numpy(versions_N).to(device),
+        versions_N=torch.from_numpy(versions_N).to(device, non_blocking=True),
     )
 
 
@@ -164,8 +164,19 @@ def _join(signal: Signal, targets: Sequence[TeacherTargets], device: torch.devic
     arrays = [getattr(target, signal.name) for target in targets]
     if any(array is None for array in arrays):
         return None
-    joined = torch.from_numpy(np.concatenate(arrays)).to(device)
+    joined = _concatenate(arrays, pinned=device.type == "cuda").to(device, non_blocking=True)
     return joined.float() if joined.is_floating_point() else joined.long()
+
+
+def _concatenate(arrays: Sequence[np.ndarray], *, pinned: bool) -> Tensor:
+    """One after another. pinned: in memory that a GPU copies from by itself, and torch keeps."""
+    if not pinned:
+        return torch.from_numpy(np.concatenate(arrays))
+    rows = sum(len(array) for array in arrays)
+    dtype = torch.from_numpy(np.empty(0, np.result_type(*arrays))).dtype
+    joined = torch.empty((rows, *arrays[0].shape[1:]), dtype=dtype, pin_memory=True)
+    np.concatenate(arrays, out=joined.numpy())
+    return joined
 
 
 def _num_tokens(trajectories: Sequence[Trajectory]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,8 @@ def build_optimizers(
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
 
     embeddings: the input embedding and unembedding parameters, which are never Muon's.
-    Weight decay applies to matrices that are not embeddings.
+    Weight decay applies to matrices that are not embeddings. On a GPU AdamW is fused: one pass over
+    the memory and no workspace.
     """
     embedding_ids = {id(tensor) for tensor in embeddings}
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -54,13 +56,18 @@ def build_optimizers(
     others = [p for p in parameters if id(p) not in matrix_ids]
     rate, decay, betas = config.learning_rate, config.weight_decay, config.adam_betas
     undecayed = {"params": others, "weight_decay": 0.0}
+    build_adamw = partial(torch.optim.AdamW, lr=rate, betas=betas, fused=_may_fuse(parameters))
     if config.type == "adamw":
-        groups = [{"params": matrices, "weight_decay": decay}, undecayed]
-        return [torch.optim.AdamW(groups, lr=rate, betas=betas)]
+        return [build_adamw([{"params": matrices, "weight_decay": decay}, undecayed])]
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([undecayed], lr=rate, betas=betas),
+        build_adamw([undecayed]),
     ]
+
+
+def _may_fuse(parameters: Sequence[Tensor]) -> bool | None:
+    """True on GPUs alone; None leaves the form to torch, whose bits a CPU's runs keep."""
+    return all(parameter.is_cuda for parameter in parameters) or None
 
 
 def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:

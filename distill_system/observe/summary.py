@@ -45,6 +45,7 @@ def write_evaluation(
     *,
     step: int,
     weight_version: int | None,
+    weights: Mapping[str, str] | None = None,
     splits: Mapping[str, JsonForm],
     distances: Mapping[str, float] | None,
 ) -> None:
@@ -55,6 +56,7 @@ def write_evaluation(
         label: teacher, before, after or step_000100.
         step: steps of distillation done.
         weight_version: version of the student that was evaluated; None for the teacher.
+        weights: dtype of the engine's weights, and rounding, how they became so; None: not known.
         splits: name -> the result of evaluate_splits.
         distances: those of DISTANCES, on held-out data; None if they were not measured.
     """
@@ -62,6 +64,7 @@ def write_evaluation(
         "label": label,
         "step": step,
         "weight_version": weight_version,
+        "weights": weights,
         "time": time.time(),
         "distances": distances,
         "splits": {name: evaluation.to_json() for name, evaluation in splits.items()},

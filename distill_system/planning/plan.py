@@ -122,7 +122,9 @@ def make_plan(config: RunConfig, *, vocabulary: int | None, device_gib: float) -
         step_tokens=response * sum(distill.sequences(s.value) for s in streams),
         scored_tokens=response * sum(distill.sequences(s.value) for s in scored),
         wire_bytes_per_token=wire_bytes_per_token(config, teacher),
-        publish_bytes=4.0 * student.num_parameters,
+        publish_bytes=float(
+            NUMBER_BYTES[config.rollout.student_engine.dtype] * student.num_parameters
+        ),
     )
 
 

@@ -40,7 +40,8 @@ class SizedScorer(TeacherScorer):
     """The scorer with weights that nobody reads; its answers are empty."""
 
     def __init__(self, config: RunConfig, model: LanguageModel, sizes: SizeTracker) -> None:
-        self.config, self.chunk_tokens = config.scoring, config.learner.vocabulary_chunk_tokens
+        on_gpu = config.pools.teacher_scoring.gpus > 0
+        self.config, self.chunk_tokens = config.scoring, config.learner.chunk_tokens(on_gpu=on_gpu)
         self.device, self.shares_gpu, self.sizes = CPU, False, sizes
         with sizes.labelled("weights"):
             allocate(model, CPU)
@@ -56,6 +57,7 @@ class SizedScorer(TeacherScorer):
 
     def _to_wire(self, rows: Tensor, signal: Signal) -> np.ndarray:
         """The copy that the scorer makes is counted; the array has rows and no columns."""
-        full = signal.dtypes[-1]
+        half = signal.may_be_half and self.config.dtype == "bfloat16"
+        full = signal.dtypes[0 if half else -1]
         rows.to(getattr(torch, full))
         return np.zeros((len(rows), 0)[: rows.ndim], dtype=full)

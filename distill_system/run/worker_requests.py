@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from distill_system.cluster import WorkerRequest
 from distill_system.config import RunConfig
 from distill_system.config.model import OptimizerConfig
@@ -22,6 +24,8 @@ from distill_system.run.worker_arguments import (
 )
 from distill_system.scoring import TeacherScorer
 from distill_system.seeds import derive_seed
+from distill_system.weights import WireFormat
+from distill_system.weights.rounding import AS_THEY_ARE
 
 
 def rollout_request(context: RunContext, name: str, author: Author, path: str) -> WorkerRequest:
@@ -103,6 +107,8 @@ def learner_request(
         "uses_gpu": pool.gpus > 0,
         "timeout_seconds": config.deadlines.call_seconds,
         "staleness": config.distill.staleness,
+        # Fine-tuning has no engines to follow it.
+        "wire": AS_THEY_ARE if objective is None else wire_format(config),
     }
     return WorkerRequest(
         name=name,
@@ -112,6 +118,13 @@ def learner_request(
         environment=torch_environment(pool, config.learner.threads),
         gang=True,
     )
+
+
+def wire_format(config: RunConfig) -> WireFormat:
+    """The precision in which the student's engines get its weights: their own."""
+    dtype, stochastic = config.rollout.student_engine.dtype, config.rounding == "stochastic"
+    seed = derive_seed(config.seed, "weights", "rounding") if stochastic else None
+    return WireFormat(dtype=getattr(torch, dtype), seed=seed)
 
 
 def transfer_backend(context: RunContext) -> str:

@@ -204,11 +204,27 @@ class TeacherScorer:
 
     def _to_wire(self, rows: Tensor, signal: Signal) -> np.ndarray:
         """[N] or [N, X] in the smallest of the signal's dtypes that loses nothing."""
-        full = signal.dtypes[-1]
-        values = rows.to(getattr(torch, full)).cpu().numpy()
-        if not signal.may_be_half or self.config.dtype != "bfloat16":
-            return values
+        dtype = getattr(torch, signal.dtypes[-1])
         # float16 has more digits than bfloat16 but less range: 65504 against 3e38. One number
         # beyond it and the whole array stays in float32.
-        small = np.abs(values).max(initial=0.0) < FLOAT16_MAX
-        return values.astype(np.float16) if small else values
+        if signal.may_be_half and self.config.dtype == "bfloat16" and _is_within_float16(rows):
+            dtype = torch.float16
+        # Cast where it was made: half the bytes travel, and no thread of the host works on them.
+        return _copy_to_host(rows.to(dtype)).numpy()
+
+
+def _is_within_float16(rows: Tensor) -> bool:
+    """Whether no number of these is beyond float16's range; false of NaN."""
+    if rows.numel() == 0:
+        return True
+    return float(torch.linalg.vector_norm(rows, float("inf"))) < FLOAT16_MAX
+
+
+def _copy_to_host(rows: Tensor) -> Tensor:
+    """In CPU memory; from a GPU through pinned memory, four times as fast."""
+    if not rows.is_cuda:
+        return rows
+    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    host.copy_(rows, non_blocking=True)
+    torch.cuda.current_stream(rows.device).synchronize()
+    return host

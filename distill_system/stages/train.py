@@ -12,6 +12,7 @@ from distill_system.data.run_data import SetName
 from distill_system.driver import Driver
 from distill_system.driver.measuring import Measuring
 from distill_system.errors import RunStateError
+from distill_system.evaluation import check_evaluation
 from distill_system.observe import (
     LiveView,
     MetricLog,
@@ -25,8 +26,14 @@ from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
 from distill_system.run.model_checks import check_data, check_engine
+from distill_system.run.model_sources import with_folders
 from distill_system.run.pools import open_pools
-from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
+from distill_system.run.preparation import (
+    open_run,
+    prepare_tokenizer,
+    record_start,
+    refusal_leaves_nothing,
+)
 from distill_system.run.sample_origin import sample_origin
 from distill_system.run.settings_notes import settings_notes
 from distill_system.stages.evaluations import (
@@ -72,11 +79,13 @@ def train(
     if {"distill", "evaluate"} & {*work}:
         check_engine(config)
     if work:
-        record_start(config, run)
-        sets = _sets(config, run, work)
-        with open_context(config, run, resume=resume, sets=sets, stop=stop) as context:
-            for stage in work:
-                _RUNNERS[stage](context)
+        with refusal_leaves_nothing(run) as begin:
+            record_start(config, run)
+            models, sets = with_folders(config, run), _sets(config, run, work)
+            with open_context(models, run, resume=resume, sets=sets, stop=stop) as context:
+                begin()
+                for stage in work:
+                    _RUNNERS[stage](context)
     if "evaluate" in stages and "sft" not in stages and not work:
         notify(f"nothing to evaluate: {describe_standing(run)}")
     if "report" in stages:
@@ -164,11 +173,12 @@ def open_context(
     teacher = sample_origin(config, run, tokenizer, Author.TEACHER) if reads_store else None
     data = load_run_data(config, tokenizer, sets, stored_by=teacher)
     check_data(config, data)
+    check_evaluation(config.evaluation, data.evaluation, data.places)
     with ExitStack() as stack:
         view = stack.enter_context(LiveView(config.name))
         for line in settings_notes(config):
             view.note(line)
-        _note_removed_rows(view, data)
+        _note_rows(view, data)
         log = stack.enter_context(MetricLog(run, run_name=config.name))
         prompts = stack.enter_context(PromptLog(run))
         cluster = stack.enter_context(ClusterSession(config, notify=view.note))
@@ -228,7 +238,10 @@ def _untuned_roles(config: RunConfig, run: RunDirectory) -> list[str]:
     ]
 
 
-def _note_removed_rows(view: LiveView, data: RunData) -> None:
+def _note_rows(view: LiveView, data: RunData) -> None:
+    """Say what was read of each set, and what was left out."""
+    for name, report in data.reports.items():
+        view.note(f"data.{name}: {report.describe()}")
     for name, count in data.num_removed.items():
         if count:
             view.note(

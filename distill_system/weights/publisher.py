@@ -2,7 +2,8 @@
 
 A publish has three parts:
 
-    pack    all ranks gather the sharded parameters; rank 0 copies them into buckets in CPU memory
+    pack    all ranks gather the sharded parameters; rank 0 rounds them to the engines' precision,
+            into buckets in CPU memory
     call    rank 0 asks every rollout worker to receive
     send    a thread of rank 0 broadcasts the buckets, then their seal
 
@@ -30,6 +31,7 @@ from distill_system.weights.buckets import (
     describe_parameters,
 )
 from distill_system.weights.client import WeightSyncClient
+from distill_system.weights.rounding import AS_THEY_ARE, WireFormat
 from distill_system.weights.sender import GlooSender
 from distill_system.weights.transport import (
     Seal,
@@ -87,6 +89,7 @@ class WeightPublisher:
     master_address, master_port: where rank 0 listens for the workers; the port must be free.
     num_receivers: rollout workers x their tensor-parallel size.
     timeout_seconds: how long the workers may take to join.
+    wire: the precision in which weights are sent.
 
     Blocks until every worker has joined.  Raises: TransferError.
     """
@@ -102,11 +105,13 @@ class WeightPublisher:
         num_receivers: int,
         rank: int,
         timeout_seconds: float,
+        wire: WireFormat = AS_THEY_ARE,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self._client = client
         self._is_sender = rank == 0
         self._num_receivers = num_receivers
+        self._wire = wire
         self._bucket_bytes = bucket_bytes
         self._device = torch.device("cuda" if backend == "nccl" else "cpu")
         self._source = _ModuleTensors(weights) if isinstance(weights, nn.Module) else weights
@@ -165,8 +170,8 @@ class WeightPublisher:
                 if torch.cuda.is_available():
                     torch.cuda.current_stream().synchronize()
                 return []
-            self._pack()
-            described = describe_parameters(self._source.metadata())
+            self._pack(version)
+            described = describe_parameters(self._sent_metadata())
             references = self._client.start_receiving(version, described)
             self._sending = run_in_background(self._send)
             return references
@@ -178,16 +183,23 @@ class WeightPublisher:
             self._sending = None
         self._engine.shutdown()
 
-    def _pack(self) -> None:
-        metadata = self._source.metadata()
+    def _pack(self, version: int) -> None:
         if self._buckets is None:
             self._buckets = Buckets(
-                metadata,
+                self._sent_metadata(),
                 bucket_bytes=self._bucket_bytes,
                 device=torch.device("cpu"),
                 pinned=self._device.type == "cuda",
             )
-        self._buckets.fill(_check_each(self._source, metadata))
+        whole = _check_each(self._source, self._source.metadata())
+        self._buckets.fill(self._wire.convert(whole, version=version))
+
+    def _sent_metadata(self) -> list[ParameterMetadata]:
+        """The source's metadata in the precision in which its tensors are sent."""
+        return [
+            ParameterMetadata(each.name, self._wire.sent_dtype(each.dtype), each.shape)
+            for each in self._source.metadata()
+        ]
 
     def _send(self) -> Seal:
         assert self._buckets is not None, "packed before it is sent"

@@ -32,6 +32,7 @@ from distill_system.rollout.sampling import Sampling
 from distill_system.rollout.worker import RolloutWorker
 from distill_system.weights.client import FanOutClient
 from distill_system.weights.publisher import WeightPublisher
+from distill_system.weights.rounding import AS_THEY_ARE, WireFormat
 
 EOS = 2
 VOCABULARY = 61  # vLLM pads it to 64: the padding must never be sampled
@@ -64,6 +65,7 @@ class Learner:
 
         torch.set_num_threads(1)
         self.publisher: Any = None
+        self.wire = AS_THEY_ARE
         self.gather_seconds = 0.0
         self.model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
         self.first_weights = [p.detach().clone() for p in self.model.parameters()]
@@ -86,6 +88,7 @@ class Learner:
             num_receivers=count,
             rank=0,
             timeout_seconds=seconds,
+            wire=self.wire,
             bucket_bytes=50_000,  # several buckets even for this model
         )
 
@@ -103,6 +106,12 @@ class Learner:
     def start_publish(self, version: int) -> list[Any]:
         time.sleep(self.gather_seconds)
         return list(self.publisher.start(version))
+
+    def round_from_now_on(self, wire: WireFormat) -> None:
+        self.wire = wire
+
+    def embedding(self) -> np.ndarray:
+        return np.asarray(self.model.get_input_embeddings().weight.detach())
 
     def flip_a_bit_of_the_next_version(self) -> None:
         communicator = self.publisher._engine.model_update_group
@@ -145,6 +154,12 @@ class Learner:
 class SleepingWorker(RolloutWorker):
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+    def embedding(self) -> np.ndarray:
+        """What the engine's own memory holds, without the rows that vLLM pads it with."""
+        [model] = self._engine.call_transfer("get_model")
+        weights = dict(model.named_parameters())["model.embed_tokens.weight"]
+        return np.asarray(weights[:VOCABULARY].detach().float())
 
 
 def _pool(handles: Sequence[Any]) -> RolloutPool:
@@ -308,6 +323,43 @@ def test_workers_come_and_go_between_two_publishes(setting: Setting) -> None:
     assert setting.versions() == [version + 2] * 2
     assert (alone.num_bytes, alone.digest) != (together.num_bytes, together.digest)
     _assert_equals_the_learner(setting, version + 2)
+
+
+@any_head
+def test_a_bfloat16_engine_holds_the_learners_weights_on_average(
+    setting: Setting, tiny_model_folder: Any
+) -> None:
+    import torch
+
+    bfloat16 = ENGINE.model_copy(update={"dtype": "bfloat16"})
+    folder = tiny_model_folder(tie_word_embeddings=True, vocab_size=VOCABULARY)
+    worker = _start_worker(folder, index=2, engine=bfloat16)
+    wire = WireFormat(dtype=torch.bfloat16, seed=1)
+    [version, _] = setting.versions()
+    whole = setting.publish(version + 1).num_bytes
+    ray.get(setting.learner.round_from_now_on.remote(wire))
+    setting.workers.append(worker)
+    try:
+        setting.connect([worker])
+        held = []
+        for later in (version + 2, version + 3):
+            assert setting.group.publish(later).num_bytes == whole / 2
+            held.append(ray.get(worker.embedding.remote()))
+        master = ray.get(setting.learner.embedding.remote())
+        written = ray.get(worker.generate.remote(_prompts(), WARM, 0, "x"))
+    finally:
+        setting.workers.remove(worker)
+        ray.kill(worker)
+        ray.get(setting.learner.round_from_now_on.remote(AS_THEY_ARE))
+        setting.connect(setting.workers)
+    for weights in held:
+        assert (np.abs(weights - master) <= np.abs(master) * 2**-7).all()
+        # the sum of as many errors of either sign: about a third of a bfloat16 step each
+        assert abs((weights - master).sum()) < 4 * 0.6 * np.abs(master).mean() * 2**-7 * 44.0
+    assert (held[0] != held[1]).mean() > 0.2
+    truths = [ray.get(setting.learner.logprobs.remote(t, WARM.temperature)) for t in written]
+    said = np.concatenate([trajectory.behaviour_logprobs for trajectory in written])
+    assert 1e-4 < np.abs(said - np.concatenate(truths)).mean() < 0.1
 
 
 @any_head

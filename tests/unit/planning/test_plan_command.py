@@ -157,6 +157,13 @@ def test_models_of_other_families_are_planned_from_their_folders(families: list[
     assert plan.publish_bytes == 4 * plan.student.num_parameters
 
 
+@pytest.mark.parametrize(("dtype", "number"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_weights_travel_in_the_engines_precision(dtype: str, number: int) -> None:
+    config = load_config([QUICKSTART], [f"rollout.student_engine.dtype={dtype}"])
+    plan = make_plan(config, vocabulary=300, device_gib=80)
+    assert plan.publish_bytes == number * plan.student.num_parameters
+
+
 def test_the_teacher_ships_what_the_objective_asks_for(families: list[str]) -> None:
     def wire(*settings: str) -> int:
         config = load_config([QUICKSTART], [*families, *settings])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_families import save_tokenizer
 from transformers import AutoTokenizer
 
@@ -197,3 +200,26 @@ def test_damaged_weights_are_told_with_key_and_file(
     (tmp_path / "model/model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=rf"{role}\.path: .*safetensors: the file is empty"):
         check_folders(configure(f"{role}.path={tmp_path / 'model'}"))
+
+
+def test_weights_in_the_old_format_are_told_with_the_lines_that_convert_them(
+    configure: Configure, tiny_model_folder: MakeFolder, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model_folder(), tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    torch.save(weights, tmp_path / "model/pytorch_model.bin")
+    check_folders(configure(f"student.path={tmp_path / 'model'}"))  # safetensors are there as well
+    (tmp_path / "model/model.safetensors").unlink()
+    told = r"student\.path=.* found pytorch_model\.bin.*save_pretrained\(NEW\)"
+    with pytest.raises(ModelError, match=told):
+        check_folders(configure(f"student.path={tmp_path / 'model'}"))
+
+
+def test_a_setting_that_one_library_passes_over_is_told_with_the_key(
+    configure: Configure, tiny_model_folder: MakeFolder, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model_folder(), tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "logit_scale": 0.25}))
+    with pytest.raises(ModelError, match=r"teacher\.path=.*logit_scale: expected 1\.0, got 0\.25"):
+        _check(configure(f"teacher.path={tmp_path / 'model'}"))

@@ -12,6 +12,7 @@ from torch import nn
 from distill_system.errors import TransferError
 from distill_system.weights.buckets import ParameterMetadata
 from distill_system.weights.publisher import WeightPublisher
+from distill_system.weights.rounding import AS_THEY_ARE, WireFormat
 from distill_system.weights.sender import GlooSender
 
 
@@ -60,6 +61,7 @@ class Trial:
         monkeypatch: pytest.MonkeyPatch,
         *,
         rank: int = 0,
+        wire: WireFormat = AS_THEY_ARE,
     ) -> None:
         self.group, self.client = Group(), Client()
         self.model = nn.Linear(3, 2)
@@ -81,6 +83,7 @@ class Trial:
             num_receivers=3,
             rank=rank,
             timeout_seconds=10.0,
+            wire=wire,
             bucket_bytes=24,
         )
 
@@ -120,6 +123,29 @@ def test_what_is_sent_are_the_parameters_as_they_were_at_the_start(trial: Trial)
             "shapes": [[2, 3], [2]],
         }
     ]
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_lower_precisions_weights_are_rounded_before_they_are_sent(
+    monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    """Half the bytes; what is rounded at random is another draw in each version."""
+    torch.manual_seed(0)
+    trial = Trial(monkeypatch, wire=WireFormat(dtype=torch.bfloat16, seed=seed))
+    sent = []
+    for version in range(1, 7):
+        trial.publisher.start(version)
+        trial.finish_sending()
+        *buckets, seal = trial.group.sent[-2:]
+        assert seal[0] == 2 * 8
+        sent.append(torch.cat(buckets).view(torch.bfloat16).float())
+    assert trial.client.updates[0]["dtype_names"] == ["bfloat16", "bfloat16"]
+    parameters = torch.cat([p.detach().view(-1) for p in trial.model.parameters()])
+    nearest = parameters.bfloat16().float()
+    for arrived in sent:
+        assert ((arrived - parameters).abs() <= parameters.abs() * 2**-7).all()
+        assert torch.equal(arrived, nearest) is (seed is None)
+    assert all(torch.equal(sent[0], other) for other in sent) is (seed is None)
 
 
 def test_the_group_has_a_place_for_every_receiver_and_twice_the_time(trial: Trial) -> None:
