@@ -17,13 +17,15 @@ from pydantic import (
 from distill_system.config.base import ConfigModel, LocalPath
 from distill_system.config.templates import template_fields
 
+_SPLIT_NAME = r"\w[\w.-]*"
+
 
 class PromptResponseFields(ConfigModel):
-    """Rows with one text field for the prompt and, optionally, one for the answer."""
+    """Rows with one field for the prompt and, optionally, one for the answer."""
 
     format: Literal["prompt_response"] = "prompt_response"
     prompt: str = "prompt"
-    """Field that holds the prompt text."""
+    """Field that holds the prompt: a text, or a chat."""
     response: str | None = "response"
     """Field that holds the answer (a text, or a list of accepted texts); null for prompts alone."""
 
@@ -62,6 +64,26 @@ class MessagesFields(ConfigModel):
     """Field that holds the chat. A last message of role assistant is the answer."""
 
 
+class ShareGptFields(ConfigModel):
+    """Rows with a chat in the form of ShareGPT: a list of {from, value}."""
+
+    format: Literal["sharegpt"] = "sharegpt"
+    conversations: str = "conversations"
+    """Field that holds the chat; human and gpt stand for user and assistant. A last message of gpt
+    is the answer."""
+
+
+class PreferenceFields(ConfigModel):
+    """Rows with a preferred and a rejected answer; the preferred one is the answer."""
+
+    format: Literal["preference"] = "preference"
+    prompt: str | None = "prompt"
+    """Field that holds the prompt, a text or a chat; null where the preferred chat begins with
+    it."""
+    chosen: str = "chosen"
+    """Field that holds the preferred answer: a text, or a chat with or without its prompt."""
+
+
 class TemplateFields(ConfigModel):
     """Rows of any fields; prompt and answer are templates in which {name} stands for a field.
 
@@ -89,7 +111,12 @@ class TemplateFields(ConfigModel):
 
 
 FieldMap = Annotated[
-    PromptResponseFields | InstructionFields | MessagesFields | TemplateFields,
+    PromptResponseFields
+    | InstructionFields
+    | MessagesFields
+    | ShareGptFields
+    | PreferenceFields
+    | TemplateFields,
     Field(discriminator="format"),
 ]
 
@@ -113,8 +140,9 @@ class EmbeddedSource(ConfigModel):
 class RowSource(ConfigModel):
     """Keys of all sources that read the rows of a file or data set."""
 
-    fields: FieldMap = PromptResponseFields()
-    """Which fields hold the prompt and the answer."""
+    fields: FieldMap | None = None
+    """Which fields hold the prompt and the answer; null finds them by their usual names, and the
+    run says which."""
     skip: NonNegativeInt = 0
     """Rows left out at the start."""
     num_examples: PositiveInt | None = None
@@ -122,6 +150,9 @@ class RowSource(ConfigModel):
     leave_out_empty: bool = False
     """Leave out rows whose prompt or answer is empty, before num_examples are counted; without it
     such a row ends the run."""
+    leave_out_refused: bool = False
+    """Leave out rows that cannot be used, whatever the reason, before num_examples are counted; the
+    run says how many and why. Without it such a row ends the run."""
     max_prompt_tokens: PositiveInt | None = None
     """Leave out rows of a longer prompt, after num_examples were read; null leaves none out, and a
     prompt longer than data.max_prompt_tokens ends the run."""
@@ -136,8 +167,26 @@ class RowSource(ConfigModel):
         return self.min_response_tokens is not None or self.max_response_tokens is not None
 
 
+FileFormat = Literal["json", "jsonl", "csv", "tsv", "parquet", "arrow"]
+
+
+class FilesSource(RowSource):
+    """A file, a folder of files, or a pattern: JSON, JSONL, CSV, TSV (all plain or gzipped),
+    parquet, Arrow, or a folder that `datasets` saved."""
+
+    type: Literal["files"] = "files"
+    path: LocalPath | tuple[LocalPath, ...]
+    """A file, a folder, a pattern such as part-*.jsonl, or a list of them; a relative path is taken
+    from data.directory."""
+    format: FileFormat | None = None
+    """Form of the files; null goes by their endings."""
+    split: str | None = None
+    """Which split to read, where the files are of several: train-*.jsonl beside test-*.jsonl, or a
+    JSON file of {"train": [...], "test": [...]}."""
+
+
 class JsonlSource(RowSource):
-    """A file of one JSON object a line."""
+    """A file of one JSON object a line, plain or gzipped."""
 
     type: Literal["jsonl"]
     path: LocalPath
@@ -153,7 +202,8 @@ class ParquetSource(RowSource):
 
 
 class DatasetsSource(RowSource):
-    """A data set by its name on the Hugging Face hub, or a folder that `datasets` can load."""
+    """A data set by its name on the Hugging Face hub, or a folder that `datasets` can load or has
+    saved (save_to_disk)."""
 
     type: Literal["datasets"]
     name: LocalPath
@@ -169,7 +219,8 @@ class DatasetsSource(RowSource):
 
 
 Source = Annotated[
-    EmbeddedSource | JsonlSource | ParquetSource | DatasetsSource, Field(discriminator="type")
+    EmbeddedSource | FilesSource | JsonlSource | ParquetSource | DatasetsSource,
+    Field(discriminator="type"),
 ]
 
 
@@ -202,7 +253,7 @@ class MixtureSource(ConfigModel):
 
 
 PromptSource = Annotated[
-    EmbeddedSource | JsonlSource | ParquetSource | DatasetsSource | MixtureSource,
+    EmbeddedSource | FilesSource | JsonlSource | ParquetSource | DatasetsSource | MixtureSource,
     Field(discriminator="type"),
 ]
 
@@ -245,6 +296,11 @@ class DataConfig(ConfigModel):
     """Send plain prompts as one user message through the tokenizer's chat template instead."""
     max_prompt_tokens: PositiveInt = 512
     """Longest prompt; a longer one is an error that names its id."""
+    max_memory_mebibytes: PositiveInt = 1024
+    """Most memory for the tokenised rows of a training set (data.prompts, data.teacher_sft,
+    data.student_sft); those of a larger one are written to a file and mapped from there."""
+    cache_directory: LocalPath | None = None
+    """Folder of that file, which is gone when the run ends; null takes that of `datasets`."""
     teacher_sft: Source | None = None
     """Rows that the teacher is fine-tuned on."""
     student_sft: Source | None = None
@@ -268,6 +324,12 @@ class DataConfig(ConfigModel):
             )
         if not self.evaluation:
             raise ValueError("evaluation needs at least one named split")
+        wrong = [name for name in self.evaluation if not re.fullmatch(_SPLIT_NAME, name)]
+        if wrong:
+            raise ValueError(
+                "the splits of evaluation must be named by letters, digits, '.', '_' and '-', "
+                f"beginning with a letter or digit, got {wrong}"
+            )
         unread = {**self.prompt_sources, "held_out": self.held_out}
         for name, source in unread.items():
             if isinstance(source, RowSource) and source.bounds_responses:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import NonNegativeInt, field_validator, model_validator
 
 from distill_system.config.base import ConfigModel, LocalPath
 from distill_system.config.data import DataConfig, PretrainedTokenizer, TokenizerConfig
 from distill_system.config.distill import DistillConfig
+from distill_system.config.evaluation import HELD_OUT_MEASURES, EvaluationConfig
 from distill_system.config.export import ExportConfig, HubConfig
 from distill_system.config.model import LearnerConfig, ModelConfig
 from distill_system.config.pools import (
@@ -22,19 +24,6 @@ from distill_system.config.pools import (
     ScalingConfig,
 )
 from distill_system.config.rollout import RolloutConfig, ScoringConfig
-
-MetricName = Literal["exact_match", "rouge_l", "rouge_l_stemmed", "bleu", "accuracy"]
-
-
-class EvaluationConfig(ConfigModel):
-    """How generations are scored."""
-
-    metrics: tuple[MetricName, ...] = ("exact_match", "rouge_l")
-    """Scores of every split, for greedy and for sampled generations."""
-    num_examples_during: PositiveInt = 100
-    """Examples per split of an evaluation during training; before and after use all."""
-    num_shown: NonNegativeInt = 6
-    """Generations per split that the report shows side by side."""
 
 
 class RunConfig(ConfigModel):
@@ -147,6 +136,20 @@ class RunConfig(ConfigModel):
                 "up the rest, otherwise under each version of the student, so that the two do not "
                 f"compare: expected top_p=1 or importance=none, got top_p={top_p} and "
                 f"importance={importance}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_best(self) -> RunConfig:
+        best = self.distill.keep_best
+        known = [f"held_out/{name}" for name in HELD_OUT_MEASURES]
+        known += [name for split in self.data.evaluation for name in self.evaluation.names(split)]
+        if best is not None and best.metric not in known:
+            near = difflib.get_close_matches(best.metric, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"distill.keep_best.metric: this run measures no {best.metric!r}; {hint}choose one "
+                f"of {', '.join(known)}"
             )
         return self
 

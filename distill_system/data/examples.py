@@ -70,6 +70,7 @@ def read_example(
         prompt = _read_text(values["prompt"], fields.prompt, where)
         references = _read_references(values.get("response"), fields.response, where)
     else:
+        assert isinstance(fields, InstructionFields), "others become one of these first"
         prompt = _read_instruction(values, fields, where)
         references = _read_references(values.get("output"), fields.output, where)
     answer = references[0] if references else None

@@ -13,7 +13,9 @@ from distill_system.config.data import (
     FieldMap,
     InstructionFields,
     MessagesFields,
+    PreferenceFields,
     PromptResponseFields,
+    ShareGptFields,
     TemplateFields,
 )
 from distill_system.config.templates import template_fields
@@ -43,6 +45,10 @@ def needed_fields(fields: FieldMap, with_answers: bool) -> NeededFields:
             ]
         case MessagesFields():
             return [("messages", fields.messages)]
+        case ShareGptFields():
+            return [("conversations", fields.conversations)]
+        case PreferenceFields():
+            named = [("prompt", fields.prompt), ("chosen", fields.chosen)]
         case TemplateFields():
             named = [
                 (setting, name)

@@ -7,7 +7,8 @@ records with token ids.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import jinja2
@@ -18,9 +19,12 @@ from distill_system.config.data import EmbeddedTokenizer, RowSource, Source
 from distill_system.config.run import RunConfig
 from distill_system.data.examples import Example, Message
 from distill_system.data.fingerprints import fingerprint_prompt
-from distill_system.data.sources import load_examples
+from distill_system.data.sources import SourceReport, read_examples
 from distill_system.errors import DataError
 from distill_system.records import Author, Finish, Prompt, Trajectory
+
+ROWS_AT_ONCE = 4096
+"""Rows that are rendered and tokenised together."""
 
 
 class Row(NamedTuple):
@@ -35,6 +39,7 @@ class SetReader:
     """Reads sets with one tokenizer.
 
     num_out_of_bounds: rows left out of each set so far by the token bounds of its source.
+    reports: what was read of each set's source.
     """
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -48,23 +53,77 @@ class SetReader:
         adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         self._start_ids: list[int] = [bos] if adds_bos else []
         self.num_out_of_bounds: dict[str, int] = {}
+        self.reports: dict[str, SourceReport] = {}
 
     def rows(
-        self, name: str, source: Source, with_answers: bool, *, key: str | None = None
+        self,
+        name: str,
+        source: Source,
+        with_answers: bool,
+        *,
+        key: str | None = None,
+        keep_going: bool = False,
     ) -> list[Row]:
         """The rendered rows of a set, without those outside the source's token bounds.
 
+        Args: as those of `row_batches`.
+        """
+        batches = self.row_batches(name, source, with_answers, key=key, keep_going=keep_going)
+        return [row for batch in batches for row in batch]
+
+    def row_batches(
+        self,
+        name: str,
+        source: Source,
+        with_answers: bool,
+        *,
+        key: str | None = None,
+        keep_going: bool = False,
+    ) -> Iterator[list[Row]]:
+        """The same rows, at most ROWS_AT_ONCE at a time, so that a large set need not fit memory.
+
         key: configuration key of the source; None: data.<name>.
+        keep_going: leave out rows that cannot be used, and count them in the set's report.
         """
         key = key or f"data.{name}"
-        examples = load_examples(source, self._data, key=key, with_answers=with_answers)
-        rows = [
-            Row(f"{name}:{index}", self._render(example, key), example)
-            for index, example in enumerate(examples)
-        ]
-        if isinstance(source, RowSource):
-            return self._within_bounds(name, rows, source, key)
-        return rows
+        report = self.reports[name] = SourceReport()
+        leave_out = keep_going or (isinstance(source, RowSource) and source.leave_out_refused)
+        examples = read_examples(
+            source,
+            self._data,
+            key=key,
+            with_answers=with_answers,
+            report=report,
+            keep_going=keep_going,
+        )
+        is_empty = True
+        numbered = enumerate(examples)
+        while some := list(islice(numbered, ROWS_AT_ONCE)):
+            rows = list(self._rendered(name, some, key, report, leave_out))
+            if isinstance(source, RowSource):
+                rows = self._within_bounds(name, rows, source)
+            is_empty = is_empty and not rows
+            yield rows
+        if is_empty:
+            raise DataError(_nothing_left(source, report, key))
+
+    def _rendered(
+        self,
+        name: str,
+        examples: Iterable[tuple[int, Example]],
+        key: str,
+        report: SourceReport,
+        leave_out: bool,
+    ) -> Iterator[Row]:
+        for index, example in examples:
+            try:
+                text = self._render(example, key)
+            except DataError as error:
+                if not leave_out:
+                    raise
+                report.take_back(error)
+            else:
+                yield Row(f"{name}:{index}", text, example)
 
     def prompts(self, name: str, rows: Sequence[Row]) -> tuple[Prompt, ...]:
         """Rows as prompts, with their references."""
@@ -105,7 +164,7 @@ class SetReader:
             )
         )
 
-    def _within_bounds(self, name: str, rows: list[Row], source: RowSource, key: str) -> list[Row]:
+    def _within_bounds(self, name: str, rows: list[Row], source: RowSource) -> list[Row]:
         kept = rows
         if source.max_prompt_tokens is not None:
             longest = source.max_prompt_tokens
@@ -116,14 +175,9 @@ class SetReader:
             longest = source.max_response_tokens or sys.maxsize
             lengths = [len(ids) for ids in self._encode([_answer(row) for row in kept], kept)]
             kept = [row for row, n in zip(kept, lengths, strict=True) if shortest <= n <= longest]
-        if not kept:
-            raise DataError(
-                f"{key}: none of its {len(rows)} rows is within max_prompt_tokens="
-                f"{source.max_prompt_tokens}, min_response_tokens={source.min_response_tokens} and "
-                f"max_response_tokens={source.max_response_tokens}; widen them or give other rows"
-            )
         if len(kept) < len(rows):
-            self.num_out_of_bounds[name] = len(rows) - len(kept)
+            left_out = self.num_out_of_bounds.get(name, 0)
+            self.num_out_of_bounds[name] = left_out + len(rows) - len(kept)
         return kept
 
     def _render(self, example: Example, key: str) -> str:
@@ -192,6 +246,16 @@ class SetReader:
                     f"{row.row_id!r} ({row.example.row}): {text[:80]!r} holds words outside of the "
                     "embedded tasks' vocabulary; use tokenizer.type=train_bpe or pretrained"
                 )
+
+
+def _nothing_left(source: Source, report: SourceReport, key: str) -> str:
+    if isinstance(source, RowSource) and report.num_examples:
+        return (
+            f"{key}: none of its {report.num_examples} rows is within max_prompt_tokens="
+            f"{source.max_prompt_tokens}, min_response_tokens={source.min_response_tokens} and "
+            f"max_response_tokens={source.max_response_tokens}; widen them or give other rows"
+        )
+    return f"{key}: all of its {report.num_rows} rows were refused, the first: {report.refused[0]}"
 
 
 def _answer(row: Row) -> str:

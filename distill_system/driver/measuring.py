@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill_system.config import RunConfig
+from distill_system.config.evaluation import MetricName
 from distill_system.config.objective import MOMENTS
-from distill_system.config.run import MetricName
 from distill_system.data import RunData
 from distill_system.evaluation import SplitEvaluation, evaluate_splits
 from distill_system.observe import write_evaluation
@@ -42,7 +42,16 @@ def score_splits(
     def decode(token_ids: Sequence[int]) -> str:
         return str(tokenizer.decode(token_ids, skip_special_tokens=True))
 
-    return evaluate_splits(splits, generate, decode, metrics, config.evaluation.num_shown)
+    wanted = config.evaluation
+    return evaluate_splits(
+        splits,
+        generate,
+        decode,
+        metrics,
+        wanted.num_shown,
+        rouge=wanted.rouge,
+        bleu=wanted.bleu,
+    )
 
 
 class Measuring:

@@ -22,7 +22,7 @@ from distill_system.config.distill import DistillConfig
 from distill_system.config.model import ModelConfig
 from distill_system.data import build_tokenizer, load_run_data
 from distill_system.driver.measuring import score_splits
-from distill_system.evaluation import SplitEvaluation
+from distill_system.evaluation import SplitEvaluation, check_evaluation
 from distill_system.observe import LiveView
 from distill_system.observe.formats import format_metric, format_value
 from distill_system.observe.run_directory import RunDirectory, write_json
@@ -58,6 +58,7 @@ def evaluate_model(
     tokenizer = build_tokenizer(config, None)
     check_models(config, tokenizer)
     data = load_run_data(config, tokenizer, ["evaluation"])
+    check_evaluation(config.evaluation, data.evaluation, data.places)
     path = _default_path(config, model) if out is None else out
     with LiveView(f"{config.name}: {model}") as view:
         counts = ", ".join(f"{name} ({len(split)})" for name, split in data.evaluation.items())

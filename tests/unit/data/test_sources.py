@@ -210,12 +210,13 @@ def test_a_column_missing_from_a_table_is_named_before_any_row(load, write_jsonl
     table = pyarrow.Table.from_pylist([{"question": "a", "response": "b"}])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     message = r"rows\.parquet: no field 'prompt', the fields are \['question', 'response'\]"
+    fields = {"format": "prompt_response"}
     with pytest.raises(DataError, match=message):
-        load(type="parquet", path="rows.parquet")
+        load(type="parquet", path="rows.parquet", fields=fields)
     (tmp_path / "set").mkdir()
     write_jsonl("set/train.jsonl", [{"question": "a", "response": "b"}])
-    with pytest.raises(DataError, match=r"set \(train\): no field 'prompt'"):
-        load(type="datasets", name="set")
+    with pytest.raises(DataError, match=r"set train: no field 'prompt'"):
+        load(type="datasets", name="set", fields=fields)
 
 
 def test_an_unknown_split_or_subset_of_a_data_set_is_refused(load, write_jsonl, tmp_path):
