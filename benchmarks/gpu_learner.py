@@ -50,6 +50,7 @@ from distill_system.records import (
     VersionSpan,
 )
 from distill_system.weights.digest import Digest
+from distill_system.weights.rounding import AS_THEY_ARE, WireFormat
 
 FORK = multiprocessing.get_context("fork")
 CPU = torch.device("cpu")
@@ -126,17 +127,7 @@ class Variant:
     config: LearnerConfig = field(default_factory=LearnerConfig)
     optimizer: str = "adamw"
     update: FullUpdate | LoraUpdate = field(default_factory=FullUpdate)
-    autocast: bool = False
-    """Not wrapped by FSDP2, though it computes in bfloat16."""
-
-    @contextmanager
-    def as_configured(self) -> Iterator[None]:
-        """Whoever builds a learner, or plans one, within sees whether it is to be wrapped."""
-        with ExitStack() as stack:
-            if self.autocast:
-                bare = patch.object(LearnerConfig, "is_wrapped", lambda *_, **__: False)
-                stack.enter_context(bare)
-            yield
+    wire: WireFormat = AS_THEY_ARE
 
 
 def prove_steps(findings: Findings) -> None:
@@ -171,8 +162,12 @@ def make_variants(shape: Shape, findings: Findings) -> list[Variant]:
     variants = [
         Variant(name="reverse KL", objective=REVERSE_KL, config=low),
         Variant(name="ammd", config=low),
+        Variant(
+            name="ammd, engines' weights",
+            config=low,
+            wire=WireFormat(dtype=torch.bfloat16, seed=SEED),
+        ),
         Variant(name="ammd, chunks of 512", config=changed(vocabulary_chunk_tokens=512)),
-        Variant(name="ammd, autocast", config=low, autocast=True),
         Variant(name="ammd, microbatches", config=changed(**parts)),
         Variant(name="ammd, checkpointing", config=changed(activation_checkpointing=True)),
         Variant(name="reverse KL, LoRA", objective=REVERSE_KL, config=low, update=lora),
@@ -253,12 +248,12 @@ def _measure_steps(
     if peak_mib is not None:
         held = torch.cuda.memory_allocated(findings.device)
         row["peak_gib"] = peak_mib / 1024 + held / GIB
-    if plain or variant.autocast:
+    if plain:
         row["phases_ms"] = _time_phases(findings, learner, step)
         row["kernels_ms"] = findings.kernels(step, count=24)
     if plain and findings.on_gpu:
         row["host_waits"] = count_synchronisations(step)
-    if variant.autocast:
+    if variant.name == "ammd":
         row["adamw_ms"] = _time_optimizers(findings, learner)
     return row
 
@@ -358,10 +353,10 @@ def _predict(shape: Shape, variant: Variant, on_gpu: bool, pipe: Connection) -> 
         teacher=architecture_shape(shape.teacher, vocabulary=shape.vocabulary),
         action_columns=min(shape.actions, shape.teacher_hidden),
         teacher_dtype="bfloat16",
+        sets_aside=variant.wire.is_stochastic,
     )
     try:
-        with variant.as_configured():
-            memory = learner_memory(load)
+        memory = learner_memory(load)
     except Exception as error:
         pipe.send({"problem": repr(error)[:500]})
         return
@@ -390,8 +385,7 @@ def build_learner(
         with drawn_on or device:
             return build_language_model(architecture, **keywords)
 
-    building = patch.object(student_module, "build_language_model", build_here)
-    with building, variant.as_configured():
+    with patch.object(student_module, "build_language_model", build_here):
         return Learner(
             rank=0,
             world_size=1,
@@ -411,6 +405,7 @@ def build_learner(
             seed=SEED,
             uses_gpu=device.type == "cuda",
             timeout_seconds=120.0,
+            wire=variant.wire,
         )
 
 

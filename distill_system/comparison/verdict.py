@@ -98,8 +98,7 @@ def better_direction(metric: str) -> Direction:
     """
     if metric in DISTANCE_METRICS:
         return Direction.LOWER
-    declared = METRICS.get(metric.rpartition("_")[0])
-    return Direction.NEITHER if declared is None else declared.direction
+    return METRICS.get(metric.rpartition("_")[0], Direction.NEITHER)
 
 
 def reach_verdict(comparison: Comparison) -> Verdict:

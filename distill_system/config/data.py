@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import (
     Field,
+    JsonValue,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -17,13 +19,15 @@ from pydantic import (
 from distill_system.config.base import ConfigModel, LocalPath
 from distill_system.config.templates import template_fields
 
+_SPLIT_NAME = r"\w[\w.-]*"
+
 
 class PromptResponseFields(ConfigModel):
-    """Rows with one text field for the prompt and, optionally, one for the answer."""
+    """Rows with one field for the prompt and, optionally, one for the answer."""
 
     format: Literal["prompt_response"] = "prompt_response"
     prompt: str = "prompt"
-    """Field that holds the prompt text."""
+    """Field that holds the prompt: a text, or a chat."""
     response: str | None = "response"
     """Field that holds the answer (a text, or a list of accepted texts); null for prompts alone."""
 
@@ -60,6 +64,32 @@ class MessagesFields(ConfigModel):
     format: Literal["messages"] = "messages"
     messages: str = "messages"
     """Field that holds the chat. A last message of role assistant is the answer."""
+    tools: str | None = "tools"
+    """Field that holds the tools the model may call, a list of JSON schemas; a row without it has
+    none. null: tools are not read."""
+    assistant_turns: Literal["last", "all"] = "last"
+    """What of a chat is learned or asked: its last assistant turn, or each of them as a row of its
+    own, after the conversation up to it."""
+
+
+class ShareGptFields(ConfigModel):
+    """Rows with a chat in the form of ShareGPT: a list of {from, value}."""
+
+    format: Literal["sharegpt"] = "sharegpt"
+    conversations: str = "conversations"
+    """Field that holds the chat; human and gpt stand for user and assistant. A last message of gpt
+    is the answer."""
+
+
+class PreferenceFields(ConfigModel):
+    """Rows with a preferred and a rejected answer; the preferred one is the answer."""
+
+    format: Literal["preference"] = "preference"
+    prompt: str | None = "prompt"
+    """Field that holds the prompt, a text or a chat; null where the preferred chat begins with
+    it."""
+    chosen: str = "chosen"
+    """Field that holds the preferred answer: a text, or a chat with or without its prompt."""
 
 
 class TemplateFields(ConfigModel):
@@ -89,7 +119,12 @@ class TemplateFields(ConfigModel):
 
 
 FieldMap = Annotated[
-    PromptResponseFields | InstructionFields | MessagesFields | TemplateFields,
+    PromptResponseFields
+    | InstructionFields
+    | MessagesFields
+    | ShareGptFields
+    | PreferenceFields
+    | TemplateFields,
     Field(discriminator="format"),
 ]
 
@@ -113,8 +148,9 @@ class EmbeddedSource(ConfigModel):
 class RowSource(ConfigModel):
     """Keys of all sources that read the rows of a file or data set."""
 
-    fields: FieldMap = PromptResponseFields()
-    """Which fields hold the prompt and the answer."""
+    fields: FieldMap | None = None
+    """Which fields hold the prompt and the answer; null finds them by their usual names, and the
+    run says which."""
     skip: NonNegativeInt = 0
     """Rows left out at the start."""
     num_examples: PositiveInt | None = None
@@ -122,6 +158,9 @@ class RowSource(ConfigModel):
     leave_out_empty: bool = False
     """Leave out rows whose prompt or answer is empty, before num_examples are counted; without it
     such a row ends the run."""
+    leave_out_refused: bool = False
+    """Leave out rows that cannot be used, whatever the reason, before num_examples are counted; the
+    run says how many and why. Without it such a row ends the run."""
     max_prompt_tokens: PositiveInt | None = None
     """Leave out rows of a longer prompt, after num_examples were read; null leaves none out, and a
     prompt longer than data.max_prompt_tokens ends the run."""
@@ -136,8 +175,26 @@ class RowSource(ConfigModel):
         return self.min_response_tokens is not None or self.max_response_tokens is not None
 
 
+FileFormat = Literal["json", "jsonl", "csv", "tsv", "parquet", "arrow"]
+
+
+class FilesSource(RowSource):
+    """A file, a folder of files, or a pattern: JSON, JSONL, CSV, TSV (all plain or gzipped),
+    parquet, Arrow, or a folder that `datasets` saved."""
+
+    type: Literal["files"] = "files"
+    path: LocalPath | tuple[LocalPath, ...]
+    """A file, a folder, a pattern such as part-*.jsonl, or a list of them; a relative path is taken
+    from data.directory."""
+    format: FileFormat | None = None
+    """Form of the files; null goes by their endings."""
+    split: str | None = None
+    """Which split to read, where the files are of several: train-*.jsonl beside test-*.jsonl, or a
+    JSON file of {"train": [...], "test": [...]}."""
+
+
 class JsonlSource(RowSource):
-    """A file of one JSON object a line."""
+    """A file of one JSON object a line, plain or gzipped."""
 
     type: Literal["jsonl"]
     path: LocalPath
@@ -153,7 +210,8 @@ class ParquetSource(RowSource):
 
 
 class DatasetsSource(RowSource):
-    """A data set by its name on the Hugging Face hub, or a folder that `datasets` can load."""
+    """A data set by its name on the Hugging Face hub, or a folder that `datasets` can load or has
+    saved (save_to_disk)."""
 
     type: Literal["datasets"]
     name: LocalPath
@@ -169,7 +227,8 @@ class DatasetsSource(RowSource):
 
 
 Source = Annotated[
-    EmbeddedSource | JsonlSource | ParquetSource | DatasetsSource, Field(discriminator="type")
+    EmbeddedSource | FilesSource | JsonlSource | ParquetSource | DatasetsSource,
+    Field(discriminator="type"),
 ]
 
 
@@ -202,7 +261,7 @@ class MixtureSource(ConfigModel):
 
 
 PromptSource = Annotated[
-    EmbeddedSource | JsonlSource | ParquetSource | DatasetsSource | MixtureSource,
+    EmbeddedSource | FilesSource | JsonlSource | ParquetSource | DatasetsSource | MixtureSource,
     Field(discriminator="type"),
 ]
 
@@ -234,6 +293,27 @@ TokenizerConfig = Annotated[
 ]
 
 
+_GIVEN_BY_THE_HOUSE = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
+_ARGUMENTS_OF_TRANSFORMERS = {
+    *("chat_template", "continue_final_message", "conversation", "max_length", "padding"),
+    *("return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "truncation"),
+    "tokenizer_kwargs",
+}
+
+
+def _check_chat_keys(
+    values: dict[str, JsonValue], template: str | None, template_name: str | None
+) -> None:
+    taken = sorted(values.keys() & (_GIVEN_BY_THE_HOUSE | _ARGUMENTS_OF_TRANSFORMERS))
+    if taken:
+        raise ValueError(
+            f"chat_template_kwargs must not hold {taken}: these are given with every rendering "
+            "(the day is data.chat_date, tools are a field of the row)"
+        )
+    if template is not None and template_name is not None:
+        raise ValueError("give chat_template or chat_template_name, not both")
+
+
 class DataConfig(ConfigModel):
     """Every set of rows the run reads."""
 
@@ -243,8 +323,29 @@ class DataConfig(ConfigModel):
     """How a plain prompt becomes the text the models read; must contain {prompt}."""
     use_chat_template: bool = False
     """Send plain prompts as one user message through the tokenizer's chat template instead."""
+    chat_template: str | None = None
+    """A chat template in place of the tokenizer's own: a file (a relative path is taken from
+    data.directory), or the Jinja text itself. It is kept with the run's tokenizer."""
+    chat_template_name: str | None = None
+    """Which template, where the tokenizer has several by name; null: as transformers chooses."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default={})
+    """Further values that the chat template reads, for example {enable_thinking: false}."""
+    chat_date: Annotated[date, Field(strict=False)] | None = None
+    """The day that a chat template is told is today; null: the day on which the run began."""
+    control_tokens_in_rows: Literal["text", "control"] = "text"
+    """What a control token spelled in a row is: the characters that are written there, or the
+    token, for rows that were rendered before. In templates it is always the token."""
     max_prompt_tokens: PositiveInt = 512
-    """Longest prompt; a longer one is an error that names its id."""
+    """Longest prompt; too_long_prompts says what becomes of a longer one."""
+    too_long_prompts: Literal["refuse", "leave_out", "cut_left", "cut_right"] = "refuse"
+    """A prompt longer than max_prompt_tokens ends the run, is left out with its row, or is cut at
+    its beginning or its end: in the row's own text, what templates write stays whole. A chat loses
+    its oldest messages before the beginning of its last one."""
+    max_memory_mebibytes: PositiveInt = 1024
+    """Most memory for the tokenised rows of a training set (data.prompts, data.teacher_sft,
+    data.student_sft); those of a larger one are written to a file and mapped from there."""
+    cache_directory: LocalPath | None = None
+    """Folder of that file, which is gone when the run ends; null takes that of `datasets`."""
     teacher_sft: Source | None = None
     """Rows that the teacher is fine-tuned on."""
     student_sft: Source | None = None
@@ -268,6 +369,13 @@ class DataConfig(ConfigModel):
             )
         if not self.evaluation:
             raise ValueError("evaluation needs at least one named split")
+        wrong = [name for name in self.evaluation if not re.fullmatch(_SPLIT_NAME, name)]
+        if wrong:
+            raise ValueError(
+                "the splits of evaluation must be named by letters, digits, '.', '_' and '-', "
+                f"beginning with a letter or digit, got {wrong}"
+            )
+        _check_chat_keys(self.chat_template_kwargs, self.chat_template, self.chat_template_name)
         unread = {**self.prompt_sources, "held_out": self.held_out}
         for name, source in unread.items():
             if isinstance(source, RowSource) and source.bounds_responses:

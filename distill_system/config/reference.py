@@ -32,7 +32,8 @@ the nearest valid key.
   `student.sft=null`, `data.evaluation.mine={type: jsonl, path: mine.jsonl}`. Values are YAML.
 - Scalars follow YAML 1.2: `1e-3` is a number; `on`, `off`, `yes` and `no` are text, only `true`
   and `false` are truth values; a key may stand once in a mapping.
-- A union lists its alternatives by `type`; where `type` is left out, that of the default holds.
+- A union lists its alternatives by `type`; where `type` is left out, that of the default holds. A
+  source without one is of type `files`, `fields` without a `format` are `prompt_response`.
 - The resolved configuration is written to the run's folder as JSON, which is a CONFIG too.
 """
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import NonNegativeInt, field_validator, model_validator
 
 from distill_system.config.base import ConfigModel, LocalPath
 from distill_system.config.data import DataConfig, PretrainedTokenizer, TokenizerConfig
 from distill_system.config.distill import DistillConfig
+from distill_system.config.evaluation import HELD_OUT_MEASURES, EvaluationConfig
 from distill_system.config.export import ExportConfig, HubConfig
 from distill_system.config.model import LearnerConfig, ModelConfig
 from distill_system.config.pools import (
@@ -22,19 +24,6 @@ from distill_system.config.pools import (
     ScalingConfig,
 )
 from distill_system.config.rollout import RolloutConfig, ScoringConfig
-
-MetricName = Literal["exact_match", "rouge_l", "rouge_l_stemmed", "bleu", "accuracy"]
-
-
-class EvaluationConfig(ConfigModel):
-    """How generations are scored."""
-
-    metrics: tuple[MetricName, ...] = ("exact_match", "rouge_l")
-    """Scores of every split, for greedy and for sampled generations."""
-    num_examples_during: PositiveInt = 100
-    """Examples per split of an evaluation during training; before and after use all."""
-    num_shown: NonNegativeInt = 6
-    """Generations per split that the report shows side by side."""
 
 
 class RunConfig(ConfigModel):
@@ -72,12 +61,11 @@ class RunConfig(ConfigModel):
     @property
     def rounding(self) -> Literal["none", "nearest", "stochastic"]:
         """How the learner's weights become the student engine's: rollout.weight_rounding, where
-        there is a choice. A learner in bfloat16 rounds to the nearest itself, and so do engines."""
+        there is a choice."""
         dtype = self.rollout.student_engine.dtype
         if dtype == "float32":
             return "none"
-        follows = dtype == "bfloat16" and self.learner.compute_dtype == "float32"
-        return self.rollout.weight_rounding if follows else "nearest"
+        return self.rollout.weight_rounding if dtype == "bfloat16" else "nearest"
 
     @property
     def transfer_backend(self) -> Literal["gloo", "nccl"]:
@@ -149,6 +137,22 @@ class RunConfig(ConfigModel):
                 f"compare: expected top_p=1 or importance=none, got top_p={top_p} and "
                 f"importance={importance}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_best(self) -> RunConfig:
+        distill = self.distill
+        known = [f"held_out/{name}" for name in HELD_OUT_MEASURES]
+        known += [name for split in self.data.evaluation for name in self.evaluation.names(split)]
+        asked = {"keep_best": distill.keep_best, "early_stopping": distill.early_stopping}
+        for key, chosen in asked.items():
+            if chosen is not None and chosen.metric not in known:
+                near = difflib.get_close_matches(chosen.metric, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(
+                    f"distill.{key}.metric: this run measures no {chosen.metric!r}; {hint}choose "
+                    f"one of {', '.join(known)}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -59,8 +59,18 @@ class Slot:
 
     @property
     def default_tag(self) -> str | None:
-        """The discriminator's value in the default; None if there is no default."""
-        return getattr(self.default, self.discriminator, None) if self.discriminator else None
+        """The discriminator's value where a mapping gives none; None if it must.
+
+        That of the default, or, where the default is null, that of the first alternative whose own
+        default it is.
+        """
+        if not self.discriminator:
+            return None
+        if self.default is not None:
+            return getattr(self.default, self.discriminator, None)
+        has_default = (m for m in self.models if not fields_of(m)[self.discriminator].required)
+        first = next(has_default, None)
+        return None if first is None else _literals(first, self.discriminator)[0]
 
     def model_for(self, tag: object) -> type[ConfigModel] | None:
         """The model for a mapping with this value of the discriminator."""

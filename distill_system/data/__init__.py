@@ -4,6 +4,7 @@ from distill_system.data.encoder_prompts import end_prompts
 from distill_system.data.examples import Example
 from distill_system.data.fingerprints import fingerprint_model, fingerprint_tokenizer
 from distill_system.data.frontier import PromptFrontier, SourceShare, source_shares
+from distill_system.data.kept_records import longest_row
 from distill_system.data.run_data import RunData, load_run_data, store_path, tokenizer_texts
 from distill_system.data.sources import load_examples
 from distill_system.data.stored_rows import SampleOrigin
@@ -32,6 +33,7 @@ __all__ = [
     "fingerprint_tokenizer",
     "load_examples",
     "load_run_data",
+    "longest_row",
     "read_trajectories",
     "source_shares",
     "store_path",

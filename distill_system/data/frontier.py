@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from distill_system.data.kept_records import count_sources
 from distill_system.errors import DataError, RunStateError
 from distill_system.records import Prompt
 from distill_system.seeds import derive_seed
@@ -31,8 +32,11 @@ class SourceShare(NamedTuple):
 
 def source_shares(prompts: Sequence[Prompt], weights: Mapping[str, float]) -> list[SourceShare]:
     """The sources of prompts that are sorted by source; weights by name, 1 where none is given."""
-    counts = ((name, len(list(rows))) for name, rows in groupby(prompts, lambda p: p.source))
-    return [SourceShare(name, count, weights.get(name, 1.0)) for name, count in counts]
+    counts = count_sources(prompts)
+    if counts is None:
+        groups = groupby(prompts, lambda prompt: prompt.source)
+        counts = {name: sum(1 for _ in rows) for name, rows in groups}
+    return [SourceShare(name, count, weights.get(name, 1.0)) for name, count in counts.items()]
 
 
 class PromptFrontier:

@@ -6,20 +6,31 @@ prompt with a held-out or evaluation row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
 from distill_system.config.data import DataConfig, Source, TrainedTokenizer
 from distill_system.config.run import RunConfig
 from distill_system.data.examples import Example
 from distill_system.data.fingerprints import fingerprint_tokenizer
-from distill_system.data.set_reader import Row, SetReader
-from distill_system.data.sources import load_examples
+from distill_system.data.kept_records import (
+    PROMPTS,
+    TRAJECTORIES,
+    MappedRecords,
+    Record,
+    RecordForm,
+    RecordKeeper,
+)
+from distill_system.data.row_encoder import Row
+from distill_system.data.set_reader import SetReader
+from distill_system.data.sources import SourceReport, load_examples
 from distill_system.data.stored_rows import SampleOrigin
 from distill_system.data.stored_trajectories import (
     Selection,
@@ -37,22 +48,29 @@ ALL_SETS: tuple[SetName, ...] = ("teacher_sft", "student_sft", "prompts", "held_
 class RunData:
     """The run's data; sets that were not asked for, or not configured, are empty.
 
+    teacher_sft, student_sft, prompts: tuples, or MappedRecords of a file where they are large.
     evaluation: prompts by split name.
     num_removed: rows left out of each training set because their prompts are also in held_out or
     evaluation.
     num_out_of_bounds: rows left out of a set by the token bounds of its source; sets that lost none
     are not in it.
+    reports: what was read of each set's source, by the set's name below `data`.
+    places: id of each prompt of evaluation -> file and row that it was read from.
+    notes: what else a person should know of the rows, a line each.
     stored: samples of the run's teacher in data.trajectory_store, each made when it is asked for.
     num_foreign: samples in the store of other models or sampling settings, which are left out.
     """
 
-    teacher_sft: tuple[Trajectory, ...] = ()
-    student_sft: tuple[Trajectory, ...] = ()
-    prompts: tuple[Prompt, ...] = ()
+    teacher_sft: Sequence[Trajectory] = ()
+    student_sft: Sequence[Trajectory] = ()
+    prompts: Sequence[Prompt] = ()
     held_out: tuple[Prompt, ...] = ()
     evaluation: dict[str, tuple[Prompt, ...]] = field(default_factory=dict)
     num_removed: dict[str, int] = field(default_factory=dict)
     num_out_of_bounds: dict[str, int] = field(default_factory=dict)
+    reports: dict[str, SourceReport] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     stored: Sequence[Trajectory] = ()
     num_foreign: int = 0
 
@@ -63,6 +81,7 @@ def load_run_data(
     sets: Collection[SetName] = ALL_SETS,
     *,
     stored_by: SampleOrigin | None = None,
+    stop_token_ids: Collection[int] = (),
 ) -> RunData:
     """Load, render and tokenise the sets of a run.
 
@@ -76,6 +95,7 @@ def load_run_data(
         sets: the sets to load; the others stay empty.
         stored_by: the model and sampling settings whose samples of data.trajectory_store are used;
             required for the set "stored".
+        stop_token_ids: the tokens that end a response, beside the tokenizer's end of sequence.
 
     Raises:
         DataError: a source or row cannot be used, a prompt is too long, a supervised row has no
@@ -83,13 +103,13 @@ def load_run_data(
             has another tokenizer, or holds no sample of stored_by.
     """
     data = config.data
-    reader = SetReader(config, tokenizer)
+    reader = SetReader(config, tokenizer, stop_token_ids)
     measured = {f"evaluation.{split}": source for split, source in data.evaluation.items()}
     measured_rows = {name: reader.rows(name, source, True) for name, source in measured.items()}
     measured_rows["held_out"] = reader.rows("held_out", data.held_out, False)
     # Read whichever sets are asked for: they decide which rows training may not see.
     blocked = {row.text for row in chain.from_iterable(measured_rows.values())}
-    training = _TrainingRows(reader, blocked)
+    training = _TrainingRows(reader, blocked, data)
     teacher = data.teacher_sft if "teacher_sft" in sets else None
     student = data.student_sft if "student_sft" in sets else None
     stored = None
@@ -99,10 +119,10 @@ def load_run_data(
         training.num_removed["trajectory_store"] = stored.num_blocked
         if stored.num_too_long:
             reader.num_out_of_bounds["trajectory_store"] = stored.num_too_long
-    return RunData(
+    loaded = RunData(
         teacher_sft=training.trajectories("teacher_sft", teacher),
         student_sft=training.trajectories("student_sft", student),
-        prompts=training.prompts(data) if "prompts" in sets else (),
+        prompts=training.prompts() if "prompts" in sets else (),
         held_out=reader.prompts(
             "held_out", measured_rows["held_out"] if "held_out" in sets else []
         ),
@@ -113,9 +133,13 @@ def load_run_data(
         },
         num_removed=training.num_removed,
         num_out_of_bounds=reader.num_out_of_bounds,
+        reports=reader.reports,
+        places={row.row_id: row.example.row for name in measured for row in measured_rows[name]},
         stored=() if stored is None else stored,
         num_foreign=0 if stored is None else stored.num_foreign,
     )
+    reader.require_words()
+    return replace(loaded, notes=tuple(reader.notes()))  # of all that has been read
 
 
 def store_path(data: DataConfig) -> Path:
@@ -146,37 +170,65 @@ class _TrainingRows:
     blocked: the texts of those prompts.
     """
 
-    def __init__(self, reader: SetReader, blocked: Collection[str]) -> None:
+    def __init__(self, reader: SetReader, blocked: Collection[str], data: DataConfig) -> None:
         self.reader = reader
         self.blocked = blocked
+        self.data = data
         self.num_removed: dict[str, int] = {}
 
-    def trajectories(self, name: str, source: Source | None) -> tuple[Trajectory, ...]:
+    def trajectories(self, name: str, source: Source | None) -> Sequence[Trajectory]:
         if source is None:
             return ()
-        return self.reader.trajectories(self._rows(name, source, True, key=f"data.{name}"))
+        keeper = self._keeper(TRAJECTORIES)
+        for rows in self._row_batches(name, source, True, key=f"data.{name}"):
+            keeper.add(self.reader.trajectories(rows))
+        return self._finish(keeper, name)
 
-    def prompts(self, data: DataConfig) -> tuple[Prompt, ...]:
+    def prompts(self) -> Sequence[Prompt]:
         """The prompts of the distillation, sorted by source."""
-        named = zip(data.prompt_weights, data.prompt_sources.items(), strict=True)
-        return tuple(
-            prompt
-            for name, (key, source) in named
-            for prompt in self.reader.prompts(
-                name, self._rows(name, source, False, key=f"data.{key}")
-            )
-        )
+        data = self.data
+        keeper = self._keeper(PROMPTS)
+        for name, (key, source) in zip(
+            data.prompt_weights, data.prompt_sources.items(), strict=True
+        ):
+            for rows in self._row_batches(name, source, False, key=f"data.{key}"):
+                keeper.add(self.reader.prompts(name, rows))
+        return self._finish(keeper, name)
 
-    def _rows(self, name: str, source: Source, with_answers: bool, *, key: str) -> list[Row]:
-        rows = self.reader.rows(name, source, with_answers, key=key)
-        kept = [row for row in rows if row.text not in self.blocked]
-        self.num_removed[name] = len(rows) - len(kept)
-        if not kept:
+    def _row_batches(
+        self, name: str, source: Source, with_answers: bool, *, key: str
+    ) -> Iterator[list[Row]]:
+        num_rows = num_kept = 0
+        for rows in self.reader.row_batches(name, source, with_answers, key=key):
+            kept = [row for row in rows if row.text not in self.blocked]
+            num_rows += len(rows)
+            num_kept += len(kept)
+            yield kept
+        self.num_removed[name] = num_rows - num_kept
+        if not num_kept:
             raise DataError(
-                f"{key}: each of its {len(rows)} prompts also stands in data.held_out or "
+                f"{key}: each of its {num_rows} prompts also stands in data.held_out or "
                 "data.evaluation, where training may not see it; give other rows"
             )
-        return kept
+
+    def _keeper(self, form: RecordForm[Record]) -> RecordKeeper[Record]:
+        return RecordKeeper(
+            form,
+            most_bytes=self.data.max_memory_mebibytes << 20,
+            folder=_cache_folder(self.data),
+        )
+
+    def _finish(self, keeper: RecordKeeper[Record], name: str) -> Sequence[Record]:
+        records = keeper.finish()
+        if isinstance(records, MappedRecords):
+            self.reader.reports[name].num_mapped_bytes = records.num_bytes
+        return records
+
+
+def _cache_folder(data: DataConfig) -> Path:
+    if data.cache_directory is not None:
+        return Path(data.cache_directory)
+    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets")
 
 
 def tokenizer_texts(config: RunConfig) -> Iterator[str] | None:

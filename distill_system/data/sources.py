@@ -1,186 +1,295 @@
-"""Reads examples from JSONL, parquet, `datasets`, and the embedded tasks.
+"""Reads the examples of a source: files of rows, what `datasets` loads, and the embedded tasks.
 
 In: a configured source.  Out: its examples. A row that cannot be used is an error that names the
-file and the row. JSONL and parquet are not read through `datasets`: it converts all rows to one
-schema, in which a field that one row lacks is null, so that a missing field would go unnoticed.
+file and the row, or is left out and counted where the source says so.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-
-import pyarrow
-import pyarrow.parquet
+from typing import Protocol
 
 from distill_system.config.data import (
     DataConfig,
     DatasetsSource,
     EmbeddedSource,
+    FieldMap,
+    FilesSource,
     JsonlSource,
     ParquetSource,
     RowSource,
     Source,
 )
+from distill_system.data.datasets_rows import is_saved, load_dataset, load_saved
 from distill_system.data.embedded_tasks import generate_tasks
 from distill_system.data.examples import Example, read_example
+from distill_system.data.layouts import find_layout, to_basic_row, told_layout
 from distill_system.data.row_fields import (
-    Row,
     check_fields,
     lacks_text,
     needed_columns,
     needed_fields,
 )
+from distill_system.data.row_files import NamedRows, find_files
+from distill_system.data.row_values import Row
 from distill_system.errors import DataError
 
-ROWS_PER_READ = 4096
+ROWS_LOOKED_AT = 100
+"""Rows from which a layout is found."""
+MOST_KEPT = 20
+"""Refused rows of which the reason is kept; the others are counted."""
 
-NamedRows = Iterator[tuple[str, Row]]
+
+@dataclass(slots=True, kw_only=True)
+class SourceReport:
+    """What was read of a source, filled in while its examples are read.
+
+    place: its file or files.  layout: e.g. "question -> answer"; unread: its other columns.
+    num_rows: rows read, those left out included.  num_empty: left out by leave_out_empty.
+    refused: the first MOST_KEPT reasons, each with its place; num_refused: all.
+    num_mapped_bytes: length of the file that the tokenised rows went to; 0: they are in memory.
+    """
+
+    place: str = ""
+    layout: str = ""
+    unread: tuple[str, ...] = ()
+    num_rows: int = 0
+    num_examples: int = 0
+    num_empty: int = 0
+    num_refused: int = 0
+    refused: list[str] = field(default_factory=list)
+    num_mapped_bytes: int = 0
+
+    def refuse(self, error: DataError) -> None:
+        """Count a row that is left out because it cannot be used."""
+        self.num_refused += 1
+        if len(self.refused) < MOST_KEPT:
+            self.refused.append(str(error))
+
+    def take_back(self, error: DataError) -> None:
+        """Count an example that was read and cannot be used after all."""
+        self.num_examples -= 1
+        self.refuse(error)
+
+    def describe(self) -> str:
+        """One line for people."""
+        parts = [f"{self.place}: {self.layout}" if self.layout else self.place]
+        if self.unread:
+            parts.append(f"not read: {', '.join(self.unread)}")
+        parts.append(f"{self.num_examples} of {self.num_rows} rows")
+        if self.num_empty:
+            parts.append(f"{self.num_empty} empty ones left out")
+        if self.num_refused:
+            parts.append(f"{self.num_refused} refused ones left out, the first: {self.refused[0]}")
+        if self.num_mapped_bytes:
+            parts.append(f"kept in a file of {self.num_mapped_bytes / 2**20:.0f} MiB")
+        return "; ".join(parts)
+
+
+class _Table(Protocol):
+    """A file or a loaded data set."""
+
+    @property
+    def name(self) -> str: ...
+    def columns(self) -> list[str] | None: ...
+    def rows(self, columns: Sequence[str] | None = None) -> NamedRows: ...
 
 
 def load_examples(
     source: Source, data: DataConfig, *, key: str = "source", with_answers: bool = True
 ) -> list[Example]:
-    """All examples of a source.
+    """All examples of a source; see `read_examples`."""
+    return list(read_examples(source, data, key=key, with_answers=with_answers))
+
+
+def read_examples(
+    source: Source,
+    data: DataConfig,
+    *,
+    key: str = "source",
+    with_answers: bool = True,
+    report: SourceReport | None = None,
+    keep_going: bool = False,
+) -> Iterator[Example]:
+    """The examples of a source, one after the other.
 
     Args:
         source: what to read.
         data: its `directory` is the folder from which relative paths start.
         key: configuration key of the source, for messages, e.g. "data.prompts".
         with_answers: False reads no answers, and their field need not exist.
+        report: is told what was read.
+        keep_going: leave out rows that cannot be used, whatever the source says.
 
     Raises:
         DataError: the source is missing, empty, too small, or holds a row that cannot be used.
     """
+    report = report or SourceReport()
     if isinstance(source, EmbeddedSource):
-        return _load_embedded(source, with_answers)
-    rows = _open_rows(source, data, key, with_answers)
-    examples: list[Example] = []
-    num_rows = 0
-    for num_rows, (where, row) in enumerate(rows, 1):
-        if num_rows <= source.skip:
-            continue
-        if source.leave_out_empty and lacks_text(row, source.fields, with_answers):
-            continue
-        examples.append(
-            read_example(
-                row, source.fields, where=where, key=f"{key}.fields", with_answers=with_answers
-            )
-        )
-        if len(examples) == source.num_examples:
-            break
-    _check_count(len(examples), num_rows, source, key)
-    return examples
-
-
-def _open_rows(
-    source: JsonlSource | ParquetSource | DatasetsSource,
-    data: DataConfig,
-    key: str,
-    with_answers: bool,
-) -> NamedRows:
-    if isinstance(source, DatasetsSource):
-        return _read_datasets(source, Path(data.directory), key, with_answers)
-    path = _find_file(source.path, data.directory, key)
-    if isinstance(source, JsonlSource):
-        return _read_jsonl(path)
-    return _read_parquet(path, source, key, with_answers)
-
-
-def _load_embedded(source: EmbeddedSource, with_answers: bool) -> list[Example]:
-    tasks = generate_tasks(source.split, source.num_examples, source.seed)
-    return [
-        Example(
-            row=f"embedded {source.split}[{i}]",
-            prompt=task.prompt,
-            references=task.references if with_answers else (),
-            answer=task.answer if with_answers else None,
-        )
-        for i, task in enumerate(tasks)
-    ]
-
-
-def _check_count(num_examples: int, num_rows: int, source: RowSource, key: str) -> None:
-    if num_rows == 0:
-        raise DataError(f"{key}: the data set is empty; give one with at least one row")
+        yield from _read_embedded(source, with_answers, report)
+        return
+    tables = _open_tables(source, data, key)
+    reader = _RowReader(source, tables, key, with_answers, report)
     asked = source.num_examples
-    if num_examples == 0 or (asked is not None and num_examples < asked):
-        wanted = "at least one row" if asked is None else f"{asked} rows"
-        kept = f", of which {num_examples} with text" if source.leave_out_empty else ""
-        raise DataError(
-            f"{key}: expected {wanted} after skipping {source.skip}, the data set has {num_rows}"
-            f"{kept}; lower {key}.num_examples or {key}.skip"
-        )
+    leave_out = source.leave_out_refused or keep_going
+    for where, row in reader.named_rows():
+        report.num_rows += 1
+        if report.num_rows <= source.skip:
+            continue
+        try:
+            example = reader.read(where, row)
+        except DataError as error:
+            if not leave_out:
+                raise
+            report.refuse(error)
+            continue
+        if example is None:
+            report.num_empty += 1
+            continue
+        report.num_examples += 1
+        yield example
+        if report.num_examples == asked:
+            break
+    _check_count(report, source, key)
 
 
-def _find_file(path: str, directory: str, key: str) -> Path:
+class _RowReader:
+    """Reads the rows of one source's tables with one field map, found where none is given."""
+
+    def __init__(
+        self,
+        source: RowSource,
+        tables: Sequence[_Table],
+        key: str,
+        with_answers: bool,
+        report: SourceReport,
+    ) -> None:
+        self._source = source
+        self._tables = tables
+        self._key = f"{key}.fields"
+        self._with_answers = with_answers
+        report.place = tables[0].name
+        if len(tables) > 1:
+            report.place = f"{len(tables)} files ({tables[0].name} to {tables[-1].name})"
+        self._fields = source.fields or self._find_fields()
+        if self._fields is not None:
+            report.layout = told_layout(self._fields)
+            report.unread = self._unread()
+
+    def named_rows(self) -> NamedRows:
+        """All rows of all tables in order, with their places."""
+        if self._fields is None:
+            return
+        needed = needed_fields(self._fields, self._with_answers)
+        for table in self._tables:
+            existing = table.columns()
+            columns = None
+            if existing is not None:
+                check_fields(needed, existing, table.name, self._key)
+                columns = needed_columns(needed, existing)
+            yield from table.rows(columns)
+
+    def read(self, where: str, row: Row | DataError) -> Example | None:
+        """The example of a row; None if it is empty and such rows are left out.
+
+        Raises: DataError if the row cannot be used.
+        """
+        if isinstance(row, DataError):
+            raise row
+        fields, with_answers = self._fields, self._with_answers
+        assert fields is not None, "rows are read with the fields found in them"
+        if self._source.leave_out_empty and lacks_text(row, fields, with_answers):
+            return None
+        check_fields(needed_fields(fields, with_answers), row.keys(), where, self._key)
+        row, fields = to_basic_row(row, fields, where)
+        if self._source.leave_out_empty and lacks_text(row, fields, with_answers):
+            return None  # the chat of another form
+        return read_example(row, fields, where=where, key=self._key, with_answers=with_answers)
+
+    def _find_fields(self) -> FieldMap | None:
+        """The field map that the first rows ask for; None if there is no row."""
+        for table in self._tables:
+            first = [row for _, row in islice(table.rows(), ROWS_LOOKED_AT)]
+            rows = [row for row in first if not isinstance(row, DataError)]
+            if rows:
+                return find_layout(
+                    rows, where=table.name, key=self._key, with_answers=self._with_answers
+                ).fields
+            if first:
+                raise next(row for row in first if isinstance(row, DataError))
+        return None
+
+    def _unread(self) -> tuple[str, ...]:
+        """Columns of the first rows that hold neither prompt nor answer."""
+        assert self._fields is not None
+        table = self._tables[0]
+        existing = table.columns()
+        if existing is None:
+            first = (row for _, row in islice(table.rows(), ROWS_LOOKED_AT))
+            rows = (row for row in first if not isinstance(row, DataError))
+            existing = list(dict.fromkeys(name for row in rows for name in row))
+        read = set(needed_columns(needed_fields(self._fields, True), existing))
+        return tuple(name for name in existing if name not in read)
+
+
+def _open_tables(source: RowSource, data: DataConfig, key: str) -> Sequence[_Table]:
+    directory = Path(data.directory)
+    if isinstance(source, DatasetsSource):
+        return [load_dataset(source, directory, key)]
+    if isinstance(source, FilesSource):
+        if isinstance(source.path, str):
+            folder = directory / source.path
+            if is_saved(folder):
+                return [load_saved(folder, source.split, key)]
+        return find_files(source, data.directory, key)
+    assert isinstance(source, JsonlSource | ParquetSource)
+    _require_file(source.path, data.directory, key)
+    same = FilesSource(type="files", path=source.path, format=source.type)
+    return find_files(same, data.directory, key)
+
+
+def _require_file(path: str, directory: str, key: str) -> None:
     tried = (Path(directory) / path).absolute()
     if tried.is_file():
-        return tried
-    actual = "it is a folder" if tried.is_dir() else "there is no such file"
+        return
+    actual = "there is no such file"
+    if tried.is_dir():
+        actual = f"it is a folder, which {key}.type=files reads"
     raise DataError(
         f"{key}.path={path!r}: expected a file at {tried}, {actual}; relative paths start from "
         f"data.directory={directory!r}"
     )
 
 
-def _read_jsonl(path: Path) -> NamedRows:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path.name}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                raise DataError(f"{path}:{number}: not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{path}:{number}: expected one JSON object a line, got {type(row).__name__}"
-                )
-            yield where, row
-
-
-def _read_parquet(path: Path, source: ParquetSource, key: str, with_answers: bool) -> NamedRows:
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a parquet file: {error}") from error
-    with table:
-        needed = needed_fields(source.fields, with_answers)
-        existing = table.schema_arrow.names
-        check_fields(needed, existing, str(path), f"{key}.fields")
-        number = 0
-        for batch in table.iter_batches(ROWS_PER_READ, columns=needed_columns(needed, existing)):
-            for row in batch.to_pylist():
-                yield f"{path.name}[{number}]", row
-                number += 1
-
-
-def _read_datasets(
-    source: DatasetsSource, directory: Path, key: str, with_answers: bool
-) -> NamedRows:
-    import datasets  # imported here: it takes a second, and other sources do not need it
-
-    folder = directory / source.name
-    name = str(folder) if folder.is_dir() else source.name
-    try:
-        table = datasets.load_dataset(
-            name,
-            source.subset,
-            data_dir=source.folder,
-            split=source.split,
-            revision=source.revision,
+def _read_embedded(
+    source: EmbeddedSource, with_answers: bool, report: SourceReport
+) -> Iterator[Example]:
+    report.place = f"embedded {source.split}"
+    for i, task in enumerate(generate_tasks(source.split, source.num_examples, source.seed)):
+        report.num_rows = report.num_examples = i + 1
+        yield Example(
+            row=f"embedded {source.split}[{i}]",
+            prompt=task.prompt,
+            references=task.references if with_answers else (),
+            answer=task.answer if with_answers else None,
         )
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+
+
+def _check_count(report: SourceReport, source: RowSource, key: str) -> None:
+    if report.num_rows == 0:
         raise DataError(
-            f"{key}: `datasets` could not load name={name!r}, subset={source.subset!r}, "
-            f"folder={source.folder!r}, revision={source.revision!r}, split={source.split!r}: "
-            f"{error}"
-        ) from error
-    needed = needed_fields(source.fields, with_answers)
-    check_fields(needed, table.column_names, f"{name} ({source.split})", f"{key}.fields")
-    rows = table.select_columns(needed_columns(needed, table.column_names))
-    for number, row in enumerate(rows):
-        yield f"{source.name} {source.split}[{number}]", row
+            f"{key}: the data set is empty ({report.place}); give one with at least one row"
+        )
+    asked, num_examples = source.num_examples, report.num_examples
+    if num_examples == 0 or (asked is not None and num_examples < asked):
+        wanted = "at least one row" if asked is None else f"{asked} rows"
+        kept = f", of which {num_examples} with text" if source.leave_out_empty else ""
+        if report.num_refused:
+            kept += f", and {report.num_refused} were refused, the first: {report.refused[0]}"
+        raise DataError(
+            f"{key}: expected {wanted} after skipping {source.skip}, the data set has "
+            f"{report.num_rows}{kept}; lower {key}.num_examples or {key}.skip"
+        )

@@ -106,7 +106,7 @@ def make_rows(
         "key": [origin.key(_prompt_ids(t), label) for t in trajectories],
         "prompt_key": [fingerprint_prompt(_prompt_ids(t)) for t in trajectories],
         "policy_key": [origin.policy_key] * len(trajectories),
-        **{name: [_to_column(t, name) for t in trajectories] for name in TRAJECTORY_SCHEMA.names},
+        **trajectory_columns(trajectories),
         **{name: [getattr(origin, name)] * len(trajectories) for name in ORIGIN_SCHEMA.names},
         "label": [label] * len(trajectories),
         "prompt_text": prompt_texts or nulls,
@@ -120,6 +120,11 @@ def make_rows(
                 f"origin, {(origin.author, origin.temperature)}, got {actual}"
             )
     return pyarrow.table(columns, schema=ROW_SCHEMA)
+
+
+def trajectory_columns(trajectories: Sequence[Trajectory]) -> dict[str, list[object]]:
+    """The values of each column of TRAJECTORY_SCHEMA."""
+    return {name: [_to_column(t, name) for t in trajectories] for name in TRAJECTORY_SCHEMA.names}
 
 
 def read_trajectory(batch: pyarrow.RecordBatch, row: int) -> Trajectory:

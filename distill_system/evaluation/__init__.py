@@ -1,5 +1,9 @@
 """Evaluation: generations in, scores with their standard errors out."""
 
-from distill_system.evaluation.evaluate import SplitEvaluation, evaluate_splits
+from distill_system.evaluation.evaluate import (
+    SplitEvaluation,
+    check_evaluation,
+    evaluate_splits,
+)
 
-__all__ = ["SplitEvaluation", "evaluate_splits"]
+__all__ = ["SplitEvaluation", "check_evaluation", "evaluate_splits"]

@@ -9,14 +9,20 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
+from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.scoring import fmeasure
+from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics.bleu import BLEU
 
+from distill_system.config.evaluation import BleuConfig, RougeTokenizer
+from distill_system.errors import ConfigError
 from distill_system.standard_errors import FloatArray
+
+_DEFAULT_BLEU = BleuConfig()
 
 
 class Direction(IntEnum):
@@ -32,9 +38,7 @@ class UnicodeWordTokenizer:
 
     rouge_score's own tokenizer keeps [a-z0-9] alone: it cuts "läuft" into "l" and "uft" and drops
     Greek, Cyrillic or Arabic text altogether, so that such answers score 0.  On ASCII text the two
-    give the same words.  Punctuation is dropped by both, as in the first ROUGE.  Scripts written
-    without spaces (Chinese, Japanese, Thai) come out as one word per run; use BLEU's character
-    tokenizers or exact match there.
+    give the same words.  Punctuation is dropped by both, as in the first ROUGE.
     """
 
     def tokenize(self, text: str) -> list[str]:
@@ -44,10 +48,78 @@ class UnicodeWordTokenizer:
         return "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in composed).split()
 
 
-_ROUGE = RougeScorer(["rougeL"], tokenizer=UnicodeWordTokenizer())
-_ROUGE_STEMMED = RougeScorer(["rougeL"], use_stemmer=True)
-# force only silences a warning about text that looks tokenised; the score is the same.
-_BLEU = BLEU(force=True)
+class CharacterTokenizer:
+    """The characters of the words, each with the combining marks on it.
+
+    everywhere: False cuts only scripts written without spaces (SPACELESS) into characters, and
+    leaves the words of others whole.
+    """
+
+    def __init__(self, *, everywhere: bool) -> None:
+        self._everywhere = everywhere
+
+    def tokenize(self, text: str) -> list[str]:
+        """The characters and words of a text, in order."""
+        words = UnicodeWordTokenizer().tokenize(text)
+        if not self._everywhere and not _SPACELESS_CHARACTER.search(text):
+            return words
+        return [token for word in words for token in self._cut(word)]
+
+    def _cut(self, word: str) -> list[str]:
+        tokens: list[str] = []
+        alone = True  # whether the last token may not grow by a letter
+        for character in word:
+            is_mark = unicodedata.category(character)[0] == "M"
+            cut = self._everywhere or _SPACELESS_CHARACTER.match(character) is not None
+            if tokens and (is_mark or not (cut or alone)):
+                tokens[-1] += character
+            else:
+                tokens.append(character)
+            if not is_mark:
+                alone = cut
+        return tokens
+
+
+class StemTokenizer:
+    """rouge_score's own Porter stems of ASCII words, and what it drops of other scripts.
+
+    A text in a script without spaces gives its characters beside the stems; a text in which neither
+    is found gives its words. Otherwise the tokens are rouge_score's to the letter.
+    """
+
+    def __init__(self) -> None:
+        self._stems = DefaultTokenizer(use_stemmer=True)
+        self._characters = CharacterTokenizer(everywhere=False)
+
+    def tokenize(self, text: str) -> list[str]:
+        """The stems, or characters, of a text, in order."""
+        tokens: list[str] = []
+        for piece in _SPACELESS_RUN.split(text):
+            is_spaceless = _SPACELESS_CHARACTER.match(piece) is not None
+            tokens += (self._characters if is_spaceless else self._stems).tokenize(piece)
+        return tokens or UnicodeWordTokenizer().tokenize(text)
+
+
+SPACELESS = (
+    "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3031-\u303b\u3400-\u4dbf\u4e00-\u9fff"  # Han
+    "\uf900-\ufaff\U00020000-\U0003ffff\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Han, Japanese
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff"
+    # Thai and Lao; Tibetan; Burmese; Khmer
+)
+"""Scripts written without spaces between words, as ranges of a regular expression's class."""
+_SPACELESS_CHARACTER = re.compile(f"[{SPACELESS}]")
+_SPACELESS_RUN = re.compile(f"([{SPACELESS}]+)")
+
+_WORD_TOKENIZERS: dict[str, Any] = {
+    "auto": CharacterTokenizer(everywhere=False),
+    "words": UnicodeWordTokenizer(),
+    "characters": CharacterTokenizer(everywhere=True),
+}
+_STEM_TOKENIZERS: dict[str, Any] = {
+    "auto": StemTokenizer(),
+    "words": DefaultTokenizer(use_stemmer=True),
+    "characters": CharacterTokenizer(everywhere=True),
+}
 
 _YES_NO_WORD = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
 # A mark has to follow: "No wings, so yes" does not begin with its answer.
@@ -61,21 +133,56 @@ def exact_match(text: str, references: Sequence[str]) -> float:
     return 100.0 if any(stripped == reference.strip() for reference in references) else 0.0
 
 
-def rouge_l(text: str, references: Sequence[str]) -> float:
+def rouge_l(text: str, references: Sequence[str], tokenizer: RougeTokenizer = "auto") -> float:
     """ROUGE-L F1 in percent against the best reference, over unicode words.
 
-    Source: Lin 2004, by rouge_score.  Differs: the tokenizer (see UnicodeWordTokenizer).
+    Source: Lin 2004, as rouge_score has it.  Differs: the tokenizer (see CharacterTokenizer).
     """
-    return 100.0 * float(_ROUGE.score_multi(list(references), text)["rougeL"].fmeasure)
+    return 100.0 * _best_rouge_l(text, references, _WORD_TOKENIZERS[tokenizer].tokenize)
 
 
-def rouge_l_stemmed(text: str, references: Sequence[str]) -> float:
+def rouge_l_stemmed(
+    text: str, references: Sequence[str], tokenizer: RougeTokenizer = "auto"
+) -> float:
     """ROUGE-L F1 in percent against the best reference, over Porter stems of ASCII words.
 
     Source: rouge_score with its own tokenizer and use_stemmer=True, the score that MiniLLM
-    (arXiv 2306.08543) and DistiLLM (arXiv 2402.03898) report. Differs: nothing.
+    (arXiv 2306.08543) and DistiLLM (arXiv 2402.03898) report. Differs: nothing on texts in which it
+    finds a word and no script without spaces (see StemTokenizer).
     """
-    return 100.0 * float(_ROUGE_STEMMED.score_multi(list(references), text)["rougeL"].fmeasure)
+    return 100.0 * _best_rouge_l(text, references, _STEM_TOKENIZERS[tokenizer].tokenize)
+
+
+def _best_rouge_l(
+    text: str, references: Sequence[str], tokenize: Callable[[str], list[str]]
+) -> float:
+    words = tokenize(text)
+    return max(_rouge_l(words, tokenize(reference)) for reference in references)
+
+
+def _rouge_l(words: Sequence[str], reference: Sequence[str]) -> float:
+    if not words or not reference:
+        return 0.0
+    common = longest_common_subsequence(words, reference)
+    return float(fmeasure(common / len(words), common / len(reference)))
+
+
+def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Words of the longest sequence that both hold in order, with others between.
+
+    rouge_score fills a table of len(first) x len(second) in Python, half a second for two texts of
+    a thousand words. Here a row of it is the bits of one whole number.
+    Source: Hyyrö 2004, "Bit-parallel LCS-length computation revisited".
+    """
+    places: dict[str, int] = {}
+    for at, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << at
+    every = (1 << len(first)) - 1
+    row = every  # a zero bit where the length grows from one word of `first` to the next
+    for word in second:
+        matches = row & places.get(word, 0)
+        row = ((row + matches) | (row - matches)) & every
+    return len(first) - row.bit_count()
 
 
 def yes_no_answer(text: str) -> bool | None:
@@ -101,55 +208,91 @@ def accuracy(text: str, references: Sequence[str]) -> float:
     return 100.0 if said in right else 0.0
 
 
-def bleu_statistics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> FloatArray:
+def build_bleu(config: BleuConfig) -> BLEU:
+    """sacrebleu's scorer with these settings.
+
+    Raises: ConfigError if the tokenizer needs a package that is not installed.
+    """
+    try:
+        return BLEU(
+            lowercase=config.lowercase,
+            force=True,  # only silences a warning about text that looks tokenised
+            tokenize=config.tokenizer,
+            smooth_method=config.smoothing,
+            smooth_value=config.smoothing_value,
+        )
+    except Exception as error:  # sacrebleu raises RuntimeError, its tokenizers what MeCab raises
+        raise ConfigError(
+            f"evaluation.bleu.tokenizer={config.tokenizer!r} cannot be used: "
+            f"{' '.join(str(error).split())} Install what it needs (sacrebleu[ja], sacrebleu[ko]) "
+            "or take char"
+        ) from error
+
+
+def bleu_statistics(
+    texts: Sequence[str], references: Sequence[Sequence[str]], config: BleuConfig = _DEFAULT_BLEU
+) -> FloatArray:
     """What each example adds to the sums that BLEU is computed from.
 
     Args:
         texts: N hypotheses.
         references: for each its accepted answers, one or more; their number may vary.
+        config: tokenizer and case.
 
     Returns:
-        float64 [N, 10] of whole numbers.  Words by sacrebleu's 13a tokenizer, case kept.
+        float64 [N, 10] of whole numbers.
     """
+    # Smoothing writes into the counts; it is done once, over the sums.
+    bleu = build_bleu(
+        BleuConfig(tokenizer=config.tokenizer, lowercase=config.lowercase, smoothing="none")
+    )
     rows = []
     for text, accepted in zip(texts, references, strict=True):
         # A corpus of one sentence: sacrebleu's reference streams then need no padding with None.
-        score = _BLEU.corpus_score([text], [[reference] for reference in accepted])
+        score = bleu.corpus_score([text], [[reference] for reference in accepted])
         rows.append([score.sys_len, score.ref_len, *score.counts, *score.totals])
     return np.array(rows, dtype=np.float64)
 
 
-def bleu_from_sums(sums_K: FloatArray) -> float:
+def bleu_from_sums(sums_K: FloatArray, config: BleuConfig = _DEFAULT_BLEU) -> float:
     """Corpus BLEU in percent from the float64 [10] sums of bleu_statistics over its examples.
 
-    Source: sacrebleu's defaults (orders 1..4, 13a, exponential smoothing of empty orders).
+    Source: sacrebleu (orders 1..4; by default 13a words and exponential smoothing of empty orders).
     """
     sums = [round(value) for value in sums_K.tolist()]
     score = BLEU.compute_bleu(
-        correct=sums[2:6], total=sums[6:], sys_len=sums[0], ref_len=sums[1], smooth_method="exp"
+        correct=sums[2:6],
+        total=sums[6:],
+        sys_len=sums[0],
+        ref_len=sums[1],
+        smooth_method=config.smoothing,
+        smooth_value=config.smoothing_value,
     )
     return float(score.score)
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One thing that an evaluation measures of generations.
+def scores_of_texts(
+    tokenizer: RougeTokenizer = "auto",
+) -> dict[str, Callable[[str, Sequence[str]], float]]:
+    """Each score that one text has against its references: name -> (text, references) -> percent.
 
-    per_text: (text, references) -> the score of one example in percent; None where it is not made
-    of the text alone: of a whole corpus, or of a response's tokens.
+    tokenizer: of both forms of ROUGE-L.
     """
+    return {
+        "exact_match": exact_match,
+        "rouge_l": partial(rouge_l, tokenizer=tokenizer),
+        "rouge_l_stemmed": partial(rouge_l_stemmed, tokenizer=tokenizer),
+        "accuracy": accuracy,
+    }
 
-    direction: Direction
-    per_text: Callable[[str, Sequence[str]], float] | None = None
 
-
-METRICS: dict[str, Metric] = {
-    "exact_match": Metric(Direction.HIGHER, exact_match),
-    "rouge_l": Metric(Direction.HIGHER, rouge_l),
-    "rouge_l_stemmed": Metric(Direction.HIGHER, rouge_l_stemmed),
-    "accuracy": Metric(Direction.HIGHER, accuracy),
-    "bleu": Metric(Direction.HIGHER),
-    "mean_length": Metric(Direction.NEITHER),
-    "ended_share": Metric(Direction.NEITHER),
+METRICS: dict[str, Direction] = {
+    "exact_match": Direction.HIGHER,
+    "rouge_l": Direction.HIGHER,
+    "rouge_l_stemmed": Direction.HIGHER,
+    "accuracy": Direction.HIGHER,
+    "bleu": Direction.HIGHER,
+    "mean_length": Direction.NEITHER,
+    "ended_share": Direction.NEITHER,
 }
-"""All metrics by name, those of evaluation.metrics first."""
+"""Which way each metric is better, those of evaluation.metrics first."""

@@ -9,13 +9,19 @@ from distill_system.language_model.configuration_files import (
     read_configuration,
     read_generation_configuration,
 )
-from distill_system.language_model.embeddings import load_embedding
+from distill_system.language_model.embeddings import load_embedding, load_logit_cap
 from distill_system.language_model.encoder_decoder import find_decoder_start, model_class
-from distill_system.language_model.families import choose_linear_modules, find_family
+from distill_system.language_model.families import (
+    check_longest,
+    choose_linear_modules,
+    find_family,
+    logit_cap,
+    require_trainable,
+)
 from distill_system.language_model.gguf_files import convert_gguf, is_gguf
+from distill_system.language_model.hub import require_hub_model
 from distill_system.language_model.models import (
     LanguageModel,
-    attention_of,
     build_language_model,
     check_linear_read,
     check_packed_read,
@@ -23,7 +29,8 @@ from distill_system.language_model.models import (
     load_language_model,
     unembedding,
 )
-from distill_system.language_model.packed_attention import PACKED_ATTENTION
+from distill_system.language_model.packed_attention import PACKED_ATTENTION, choose_attention
+from distill_system.language_model.quantised import check_quantised, is_quantised
 from distill_system.language_model.sequences import (
     PackedPart,
     Part,
@@ -34,7 +41,7 @@ from distill_system.language_model.sequences import (
 )
 from distill_system.language_model.settings import check_settings
 from distill_system.language_model.streaming import build_empty_model, read_weights
-from distill_system.language_model.weight_files import check_weight_files
+from distill_system.language_model.weight_files import check_weight_files, read_headers
 
 __all__ = [
     "PACKED_ATTENTION",
@@ -42,13 +49,15 @@ __all__ = [
     "PackedPart",
     "Part",
     "SequenceBatch",
-    "attention_of",
     "build_empty_model",
     "build_language_model",
     "check_linear_read",
+    "check_longest",
     "check_packed_read",
+    "check_quantised",
     "check_settings",
     "check_weight_files",
+    "choose_attention",
     "choose_linear_modules",
     "convert_gguf",
     "count_parts",
@@ -56,14 +65,20 @@ __all__ = [
     "find_decoder_start",
     "find_family",
     "is_gguf",
+    "is_quantised",
     "load_embedding",
     "load_language_model",
+    "load_logit_cap",
+    "logit_cap",
     "model_class",
     "one_line",
     "read_configuration",
     "read_generation_configuration",
+    "read_headers",
     "read_hidden",
     "read_part",
     "read_weights",
+    "require_hub_model",
+    "require_trainable",
     "unembedding",
 ]

@@ -21,16 +21,18 @@ from distill_system.language_model.encoder_decoder import (
     read_beside,
     read_one,
 )
-from distill_system.language_model.families import find_family
+from distill_system.language_model.families import find_family, logit_cap, logit_scale
 from distill_system.language_model.packed_attention import (
     PACKED_ATTENTION,
     PackedLayout,
+    choose_attention,
     read_line,
 )
+from distill_system.language_model.quantised import is_quantised
 from distill_system.language_model.weight_files import require_all_tensors
 
 LanguageModel = Any
-"""A transformers PreTrainedModel that writes text; the library ships no types."""
+"""A transformers PreTrainedModel for causal language modelling; the library ships no types."""
 
 LINEAR_READ_TOLERANCE = 1e-3
 """Largest difference between the model's own logits and hidden state x unembedding, relative."""
@@ -86,9 +88,9 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a pretrained language model in evaluation mode (no dropout).
 
-    Raises: ModelError if it is of no supported family, cannot be loaded, lacks tensors, cannot be
-        read in packed lines, or is read otherwise than final hidden state times unembedding (logit
-        scaling, soft caps, biases), which moment matching relies on.
+    Raises: ModelError if it cannot be loaded, lacks tensors, is read otherwise beside other
+        sequences than alone, or is read otherwise than final hidden state times unembedding, with
+        the factor and cap that its family is known to have, which moment matching relies on.
     """
     try:
         config = read_configuration(path, trust_remote_code=trust_remote_code)
@@ -97,7 +99,8 @@ def load_language_model(
             path,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            attn_implementation=attention_of(config),
+            attn_implementation=choose_attention(config),
+            device_map={"": device} if is_quantised(config) else None,  # it may not be moved later
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
@@ -109,15 +112,10 @@ def load_language_model(
             "config.json and *.safetensors, or a model name of the Hugging Face hub"
         ) from error
     require_all_tensors(model, info, repr(path))
-    model = model.to(device).eval()
+    model = (model if is_quantised(config) else model.to(device)).eval()
     check_linear_read(model, path)
     check_packed_read(model, path)
     return model
-
-
-def attention_of(config: Any) -> str:
-    """The attn_implementation that our readers want of a transformers configuration's model."""
-    return "sdpa" if config.is_encoder_decoder else PACKED_ATTENTION
 
 
 @torch.no_grad()
@@ -133,14 +131,17 @@ def check_linear_read(model: LanguageModel, path: str) -> None:
             f"{path!r} ({type(model).__name__}): expected finite logits, got NaN or infinity. Its "
             "weights are damaged, or too large for the precision they are loaded in"
         )
-    read_LV = (hidden_LH @ unembedding(model).T).float()
+    read_LV, cap = (hidden_LH @ unembedding(model).T).float(), logit_cap(model.config)
+    if cap is not None:
+        read_LV = cap * torch.tanh(read_LV / cap)
     difference = float((logits_LV - read_LV).abs().max() / logits_LV.abs().max().clamp_min(1e-6))
     tolerance = LINEAR_READ_TOLERANCE if read_LV.dtype == hidden_LH.dtype else 2e-2
     if difference > tolerance:
         raise ModelError(
             f"{path!r} ({type(model).__name__}): expected logits = final hidden state x "
-            f"unembedding, got a relative difference of {difference:.2e}. Models with logit "
-            "scaling, soft caps or output biases are not supported yet"
+            f"unembedding, got a relative difference of {difference:.2e}. A factor or soft cap of "
+            f"logits is not known of model_type={model.config.model_type!r}, and a bias of the "
+            "unembedding of no family: choose a model of another one"
         )
 
 
@@ -152,13 +153,12 @@ def _read_both(model: LanguageModel) -> tuple[Tensor, Tensor]:
     device = unembedding(model).device
     ids_BL = torch.arange(3, 11, device=device)[None] % unembedding(model).shape[0]
     logits_LV = model(input_ids=ids_BL, use_cache=False).logits[0]
-    return logits_LV, model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[0]
+    return logits_LV, read_line(model, ids_BL, PackedLayout.build([8], device))
 
 
 @torch.no_grad()
 def check_packed_read(model: LanguageModel, path: str) -> None:
-    """Refuse a model that reads a sequence otherwise in a packed line than alone; of an
-    encoder-decoder, otherwise below a longer one.
+    """Refuse a model that reads a sequence otherwise beside others than alone.
 
     Raises: ModelError, with the difference seen.
     """
@@ -166,15 +166,17 @@ def check_packed_read(model: LanguageModel, path: str) -> None:
     if find_decoder_start(model) is not None:
         _require_near(*_read_two_ways(model), name, "below a longer one")
         return
-    if not getattr(model, "_supports_attention_backend", False):
+    packs = model.config._attn_implementation == PACKED_ATTENTION
+    if packs and not getattr(model, "_supports_attention_backend", False):
         raise ModelError(
             f"{name}: expected a model whose attention can be replaced, got one that computes it "
-            "by itself. Its family cannot be read packed; choose a model of a supported family"
+            "by itself. Its family cannot be read packed"
         )
     device = unembedding(model).device
     line_1T = torch.tensor([[9, 8, 7, *range(3, 11)]], device=device) % unembedding(model).shape[0]
     hidden_TH = read_line(model, line_1T, PackedLayout.build([3, 8], device))
     alone_LH = model.base_model(input_ids=line_1T[:, 3:], use_cache=False).last_hidden_state[0]
+    alone_LH = alone_LH * logit_scale(model.config)
     _require_near(hidden_TH[3:], alone_LH, name, "in a packed line")
 
 

@@ -5,7 +5,7 @@ Reads the models' configurations and tokenizers, but no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,22 @@ from transformers import AutoTokenizer, LlamaConfig
 from distill_system.config import RunConfig
 from distill_system.config.data import PretrainedTokenizer
 from distill_system.config.model import LoraUpdate, ModelConfig
-from distill_system.data import RunData
+from distill_system.data import RunData, longest_row
 from distill_system.errors import ConfigError, DataError, ModelError
 from distill_system.language_model import (
+    check_longest,
+    check_quantised,
     check_settings,
     check_weight_files,
     choose_linear_modules,
     find_family,
+    is_gguf,
+    is_quantised,
     one_line,
     read_configuration,
+    read_headers,
+    require_hub_model,
+    require_trainable,
 )
 from distill_system.records import Trajectory
 from distill_system.run.vocabulary import check_exportable, stop_token_ids, vocabulary_size
@@ -43,10 +50,14 @@ def check_folders(config: RunConfig) -> None:
     for role, model in _models(config):
         if model.path is not None and is_local_path(model.path):
             _require_files(f"{role}.path", model.path, "config.json", "*.safetensors")
-            _check_folder(role, model)
+            _check_folder(config, role, Path(model.path))
+        elif model.path is not None:
+            _check_hub_model(config, role, model)
     path = config.tokenizer.path if isinstance(config.tokenizer, PretrainedTokenizer) else None
     if path is not None and is_local_path(path):
         _require_files("tokenizer.path", path)
+    elif path is not None:
+        _require_hub_tokenizer(path)
 
 
 def is_local_path(path: str) -> bool:
@@ -92,15 +103,21 @@ def check_models(config: RunConfig, tokenizer: Any) -> None:
             )
 
 
+def find_untested(path: str, *, trust_remote_code: bool) -> str | None:
+    """The model_type of a model whose family is in no table; None where it is."""
+    config = read_configuration(path, trust_remote_code=trust_remote_code)
+    return None if find_family(config, repr(path)).is_listed else str(config.model_type)
+
+
 def check_data(config: RunConfig, data: RunData) -> None:
     """Check that no supervised row is longer than the context of the model that learns from it.
 
     Raises: DataError, naming the longest row.
     """
     for role, model in _models(config):
-        rows: tuple[Trajectory, ...] = getattr(data, f"{role}_sft")
+        rows: Sequence[Trajectory] = getattr(data, f"{role}_sft")
         limit = _context_limit(_shape(role, model)) if rows else None
-        longest = max(rows, key=lambda row: row.token_ids.size, default=None)
+        longest = longest_row(rows)
         if limit is not None and longest is not None and longest.token_ids.size > limit:
             key = f"{role}.path" if model.path else f"{role}.architecture.max_position_embeddings"
             raise DataError(
@@ -115,6 +132,13 @@ def _models(config: RunConfig) -> Iterator[tuple[str, ModelConfig]]:
 
 def _require_files(key: str, path: str, *patterns: str) -> None:
     folder = Path(path)
+    if is_gguf(path) and folder.is_file():
+        raise ModelError(
+            f"{key}={path!r} is a .gguf file, which runs and `generate` make a folder of, as "
+            "teacher.path or student.path. Two lines make one for everything else: `from "
+            "distill_system.language_model import convert_gguf` and "
+            f"`convert_gguf(Path({path!r}), Path(FOLDER))`"
+        )
     missing = [pattern for pattern in patterns if not any(folder.glob(pattern))]
     if missing or not folder.is_dir():
         actual = f"no {missing[0]} in it" if folder.is_dir() else "no such folder"
@@ -132,11 +156,38 @@ def _require_files(key: str, path: str, *patterns: str) -> None:
         )
 
 
-def _check_folder(role: str, model: ModelConfig) -> None:
-    shape = _shape(role, model)
-    assert model.path is not None, "a folder has a path"
+def _require_hub_tokenizer(path: str) -> None:
     try:
-        check_weight_files(Path(model.path), shape, trust_remote_code=model.trust_remote_code)
+        require_hub_model(path)
+    except ModelError as error:
+        raise ModelError(f"tokenizer.path={path!r}: {error}") from error
+
+
+def _check_hub_model(config: RunConfig, role: str, model: ModelConfig) -> None:
+    """Check that the model can be fetched, or lies whole in the cache if there is no network."""
+    assert model.path is not None, "a model of the hub has a name"
+    try:
+        folder = require_hub_model(model.path)
+    except ModelError as error:
+        raise ModelError(f"{role}.path={model.path!r}: {error}") from error
+    if folder is not None:
+        _check_folder(config, role, folder)
+
+
+def _check_folder(config: RunConfig, role: str, folder: Path) -> None:
+    model: ModelConfig = getattr(config, role)
+    shape = _shape(role, model)
+    if is_quantised(shape):
+        check_quantised(
+            shape,
+            f"{role}.path={model.path!r}",
+            is_trained=role == "student" or model.sft is not None,
+            on_gpu=config.pools.teacher_scoring.gpus > 0,
+        )
+        read_headers(folder)  # names and shapes are the method's own
+        return
+    try:
+        check_weight_files(folder, shape, trust_remote_code=model.trust_remote_code)
     except ModelError as error:
         raise ModelError(f"{role}.path: {error}") from error
 
@@ -156,7 +207,9 @@ def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfi
             f"data.max_prompt_tokens + rollout.sampling.max_response_tokens = {longest}; lower one "
             "of the two, or choose a model of longer context"
         )
+    check_longest(shape, longest, f"{role}.path={model.path!r}")
     if role == "student" or model.sft is not None:  # models that the run will export
+        require_trainable(shape, f"{role}.path={model.path!r}")
         check_exportable(role, model)
 
 
@@ -240,7 +293,7 @@ def _context_limit(shape: Any) -> int | None:
 def _shape(role: str, model: ModelConfig) -> Any:
     """The model's transformers configuration.
 
-    Raises: ModelError for a model of an unsupported family.
+    Raises: ModelError for a setting that is not read alike by all.
     """
     if model.architecture is None:
         assert model.path is not None, "the configuration gives a path or an architecture"

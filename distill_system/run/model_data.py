@@ -17,12 +17,15 @@ def load_model_data(
     sets: Collection[SetName],
     *,
     stored_by: SampleOrigin | None = None,
+    stop_token_ids: Collection[int] = (),
 ) -> RunData:
     """load_run_data; for encoder-decoders with prompts that end.
 
     Raises: as load_run_data does; DataError for a prompt that is too long with its end.
     """
-    data = load_run_data(config, tokenizer, sets, stored_by=stored_by)
+    data = load_run_data(
+        config, tokenizer, sets, stored_by=stored_by, stop_token_ids=stop_token_ids
+    )
     if not has_encoder(config):
         return data
     return end_prompts(data, tokenizer, most_tokens=config.data.max_prompt_tokens)

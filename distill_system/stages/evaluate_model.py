@@ -22,11 +22,11 @@ from distill_system.config.distill import DistillConfig
 from distill_system.config.model import ModelConfig
 from distill_system.data import build_tokenizer
 from distill_system.driver.measuring import score_splits
-from distill_system.evaluation import SplitEvaluation
+from distill_system.evaluation import SplitEvaluation, check_evaluation
 from distill_system.observe import LiveView
 from distill_system.observe.formats import format_metric, format_value
 from distill_system.observe.run_directory import RunDirectory, write_json
-from distill_system.run.model_checks import check_engine, check_folders, check_models
+from distill_system.run.model_checks import check_folders, check_models
 from distill_system.run.model_data import load_model_data
 from distill_system.run.pools import open_evaluation_pool
 
@@ -55,11 +55,11 @@ def evaluate_model(
     require_room(config, ["student_rollout" if config.pools.evaluation is None else "evaluation"])
     model = _resolve(model)
     config = _of_one_model(config, model)
-    check_engine(config)
     check_folders(config)
     tokenizer = build_tokenizer(config, None)
     check_models(config, tokenizer)
     data = load_model_data(config, tokenizer, ["evaluation"])
+    check_evaluation(config.evaluation, data.evaluation, data.places)
     path = _default_path(config, model) if out is None else out
     with LiveView(f"{config.name}: {model}") as view:
         counts = ", ".join(f"{name} ({len(split)})" for name, split in data.evaluation.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from distill_system.config import RunConfig
-from distill_system.config.run import MetricName
+from distill_system.config.evaluation import MetricName
 from distill_system.observe import RunDirectory
 from distill_system.observe.summary import read_evaluation
 from distill_system.run.checkpoints import CheckpointStore

@@ -12,6 +12,7 @@ from distill_system.data.run_data import SetName
 from distill_system.driver import Driver
 from distill_system.driver.measuring import Measuring
 from distill_system.errors import RunStateError
+from distill_system.evaluation import check_evaluation
 from distill_system.observe import (
     LiveView,
     MetricLog,
@@ -26,10 +27,18 @@ from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
 from distill_system.run.model_checks import check_data, check_engine
 from distill_system.run.model_data import load_model_data
+from distill_system.run.model_sources import with_folders
 from distill_system.run.pools import open_pools
-from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
+from distill_system.run.preparation import (
+    open_run,
+    prepare_tokenizer,
+    record_start,
+    refusal_leaves_nothing,
+    with_chat_date,
+)
 from distill_system.run.sample_origin import sample_origin
 from distill_system.run.settings_notes import settings_notes
+from distill_system.run.vocabulary import stop_token_ids
 from distill_system.stages.evaluations import (
     describe_standing,
     find_lacking,
@@ -38,6 +47,7 @@ from distill_system.stages.evaluations import (
 )
 from distill_system.stages.push import push_student, require_token
 from distill_system.stages.supervised import fine_tune
+from distill_system.stopping import StopRequest
 
 STAGES = ("sft", "distill", "evaluate", "report", "push")
 
@@ -48,17 +58,21 @@ def train(
     resume: bool = False,
     stages: Collection[str] = STAGES,
     notify: Callable[[str], None] = print,
+    stop: StopRequest | None = None,
 ) -> RunDirectory:
     """Run these stages; a stage whose output exists is skipped.
 
     resume: continue unfinished stages from their newest checkpoints.
     notify: takes lines for the person.
+    stop: made by a signal handler when a person wants the run to end: it then writes a checkpoint
+        after the step under way and raises KeyboardInterrupt.
     Returns the run's folder.
     Raises: DistillError with one message for the person; every worker is ended first.
     """
     if "push" in stages:
         require_token(config)
     run = open_run(config)
+    config = with_chat_date(config, run)
     # A stage that is done already is not in `work`; a run whose work is done starts no cluster.
     work = [stage for stage in _due(config, run) if stage in stages]
     _require_inputs(config, run, work)
@@ -69,10 +83,13 @@ def train(
     if {"distill", "evaluate"} & {*work}:
         check_engine(config)
     if work:
-        record_start(config, run)
-        with open_context(config, run, resume=resume, sets=_sets(config, run, work)) as context:
-            for stage in work:
-                _RUNNERS[stage](context)
+        with refusal_leaves_nothing(run) as begin:
+            record_start(config, run)
+            models, sets = with_folders(config, run), _sets(config, run, work)
+            with open_context(models, run, resume=resume, sets=sets, stop=stop) as context:
+                begin()
+                for stage in work:
+                    _RUNNERS[stage](context)
     if "evaluate" in stages and "sft" not in stages and not work:
         notify(f"nothing to evaluate: {describe_standing(run)}")
     if "report" in stages:
@@ -148,6 +165,7 @@ def open_context(
     *,
     resume: bool,
     sets: Collection[SetName] = ("prompts", "held_out", "evaluation"),
+    stop: StopRequest | None = None,
 ) -> Iterator[RunContext]:
     """Everything a stage needs, for the length of a block; its workers end with the block.
 
@@ -157,13 +175,20 @@ def open_context(
     tokenizer = prepare_tokenizer(config, run)
     reads_store = "stored" in sets
     teacher = sample_origin(config, run, tokenizer, Author.TEACHER) if reads_store else None
-    data = load_model_data(config, tokenizer, sets, stored_by=teacher)
+    data = load_model_data(
+        config,
+        tokenizer,
+        sets,
+        stored_by=teacher,
+        stop_token_ids=stop_token_ids(config, tokenizer),
+    )
     check_data(config, data)
+    check_evaluation(config.evaluation, data.evaluation, data.places)
     with ExitStack() as stack:
         view = stack.enter_context(LiveView(config.name))
         for line in settings_notes(config):
             view.note(line)
-        _note_removed_rows(view, data)
+        _note_rows(view, data)
         log = stack.enter_context(MetricLog(run, run_name=config.name))
         prompts = stack.enter_context(PromptLog(run))
         cluster = stack.enter_context(ClusterSession(config, notify=view.note))
@@ -178,6 +203,7 @@ def open_context(
             timings=Timings(run),
             view=view,
             resume=resume,
+            stop=stop or StopRequest(),
         )
 
 
@@ -222,7 +248,10 @@ def _untuned_roles(config: RunConfig, run: RunDirectory) -> list[str]:
     ]
 
 
-def _note_removed_rows(view: LiveView, data: RunData) -> None:
+def _note_rows(view: LiveView, data: RunData) -> None:
+    """Say what was read of each set, and what was left out."""
+    for name, report in data.reports.items():
+        view.note(f"data.{name}: {report.describe()}")
     for name, count in data.num_removed.items():
         if count:
             view.note(
@@ -230,6 +259,8 @@ def _note_removed_rows(view: LiveView, data: RunData) -> None:
             )
     for name, count in data.num_out_of_bounds.items():
         view.note(f"data.{name}: {count} rows left out by the token bounds of their source")
+    for line in data.notes:
+        view.note(line)
     if data.num_foreign:
         view.note(
             f"data.trajectory_store: {data.num_foreign} rows left out, another model or sampling "

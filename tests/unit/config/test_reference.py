@@ -17,7 +17,7 @@ def test_a_row_holds_key_type_default_and_meaning() -> None:
 
 def test_a_union_lists_its_alternatives_with_links_that_exist() -> None:
     page = render_reference()
-    assert "by `type`: [embedded](#embeddedsource), [jsonl](#jsonlsource)," in page
+    assert "by `type`: [embedded](#embeddedsource), [files](#filessource)," in page
     assert "## EmbeddedSource\n" in page
     assert "## JsonlSource\n" in page
 

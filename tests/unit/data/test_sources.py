@@ -177,7 +177,10 @@ def test_a_bad_jsonl_row_is_named_by_file_and_line(load, tmp_path, line, message
         ([], r"must be a list of messages"),
         (["hi"], r"field 'messages'\[0\] must be \{role, content\}, got str 'hi'"),
         ([{"role": "user"}], r"\[0\] must have 'content' as a text, got NoneType None"),
-        ([{"role": "user", "content": [{"type": "image"}]}], r"must have 'content' as a text"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}],
+            r"got a part of type 'image' at \[0\]",
+        ),
         ([{"role": "assistant", "content": "ho"}], r"holds an assistant's answer and no message"),
     ],
 )
@@ -210,12 +213,13 @@ def test_a_column_missing_from_a_table_is_named_before_any_row(load, write_jsonl
     table = pyarrow.Table.from_pylist([{"question": "a", "response": "b"}])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     message = r"rows\.parquet: no field 'prompt', the fields are \['question', 'response'\]"
+    fields = {"format": "prompt_response"}
     with pytest.raises(DataError, match=message):
-        load(type="parquet", path="rows.parquet")
+        load(type="parquet", path="rows.parquet", fields=fields)
     (tmp_path / "set").mkdir()
     write_jsonl("set/train.jsonl", [{"question": "a", "response": "b"}])
-    with pytest.raises(DataError, match=r"set \(train\): no field 'prompt'"):
-        load(type="datasets", name="set")
+    with pytest.raises(DataError, match=r"set train: no field 'prompt'"):
+        load(type="datasets", name="set", fields=fields)
 
 
 def test_an_unknown_split_or_subset_of_a_data_set_is_refused(load, write_jsonl, tmp_path):

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 from sacrebleu.metrics.bleu import BLEU
 
-from distill_system.config.run import MetricName
-from distill_system.errors import DataError, RecordError
-from distill_system.evaluation.evaluate import SplitEvaluation, evaluate_splits
+from distill_system.config.evaluation import (
+    BleuConfig,
+    EvaluationConfig,
+    MetricName,
+    RougeConfig,
+)
+from distill_system.errors import ConfigError, DataError, RecordError
+from distill_system.evaluation.evaluate import SplitEvaluation, check_evaluation, evaluate_splits
 from distill_system.records import Author, Finish, Prompt, Trajectory
 
 TEXTS = {1: "red", 2: "green", 3: "blue"}
@@ -190,3 +195,47 @@ def test_trajectories_of_other_prompts_are_refused() -> None:
 
     with pytest.raises(RecordError, match="position 0"):
         evaluate_splits({"near": SPLITS["near"]}, shuffled, decode, ("bleu",), 1)
+
+
+def test_what_cannot_be_scored_is_refused_with_the_row_before_anything_is_written() -> None:
+    places = {"q": "test.jsonl:3"}
+    some = {"test": [build_prompt("p", "yes"), build_prompt("q")]}
+    with pytest.raises(DataError, match=r"1 of 2 have none, the first 'q' \(test\.jsonl:3\)"):
+        check_evaluation(EvaluationConfig(), some, places)
+    vague = {"test": [build_prompt("p", "yes"), build_prompt("q", "perhaps")]}
+    with pytest.raises(DataError, match=r"'q' \(test\.jsonl:3\) has 'perhaps'; take accuracy"):
+        check_evaluation(EvaluationConfig(metrics=("accuracy",)), vague, places)
+    check_evaluation(EvaluationConfig(), vague, places)
+
+
+def test_a_scorer_that_is_not_installed_is_refused_before_anything_is_written() -> None:
+    config = EvaluationConfig(metrics=("bleu",), bleu=BleuConfig(tokenizer="ko-mecab"))
+    with pytest.raises(
+        ConfigError,
+        match=r"tokenizer='ko-mecab' cannot be used: .*extra dependencies.* or take char",
+    ):
+        check_evaluation(config, SPLITS)
+    check_evaluation(config.model_copy(update={"metrics": ("rouge_l",)}), SPLITS)
+
+
+def test_settings_of_the_scorers_reach_them() -> None:
+    prompts = [build_prompt("a", "RED green red blue")]
+    generator = ScriptedGenerator({"a": [1, 2, 1, 3, END]}, {"a": [1, 2, 1, 3, END]})
+    names: tuple[MetricName, ...] = ("bleu", "rouge_l")
+
+    def score(bleu: BleuConfig, tokenizer: str) -> dict[str, float]:
+        rouge = RougeConfig.model_validate({"tokenizer": tokenizer})
+        scored = evaluate_splits(
+            {"x": prompts}, generator, decode, names, 0, rouge=rouge, bleu=bleu
+        )["x"]
+        return {name: estimate.mean for name, estimate in scored.scores.items()}
+
+    assert score(BleuConfig(), "auto")["bleu_greedy"] < 60
+    assert score(BleuConfig(lowercase=True), "auto")["bleu_greedy"] == pytest.approx(100.0)
+    floored = score(BleuConfig(smoothing="none"), "auto")["bleu_greedy"]
+    assert (
+        floored
+        == BLEU(smooth_method="none")
+        .corpus_score(["red green red blue"], [["RED green red blue"]])
+        .score
+    )

@@ -9,17 +9,19 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
-from distill_system.config.run import MetricName
+from distill_system.config.evaluation import LENGTH_METRICS, BleuConfig, MetricName
 from distill_system.errors import RecordError
-from distill_system.evaluation.evaluate import LENGTH_METRICS
 from distill_system.evaluation.scores import (
     METRICS,
+    CharacterTokenizer,
     Direction,
+    StemTokenizer,
     UnicodeWordTokenizer,
     accuracy,
     bleu_from_sums,
     bleu_statistics,
     exact_match,
+    longest_common_subsequence,
     rouge_l,
     rouge_l_stemmed,
     yes_no_answer,
@@ -74,6 +76,26 @@ def test_rouge_l_of_several_references_is_that_of_the_best_one() -> None:
     alone = [rouge_l(text, [reference]) for reference in references]
     assert rouge_l(text, references) == max(alone)
     assert len(set(alone)) == 3
+
+
+WORDS = st.lists(st.sampled_from(["cat", "cats", "dog", "the", "runs", "running"]), max_size=80)
+
+
+@given(WORDS, st.lists(WORDS, min_size=1, max_size=3))
+def test_rouge_l_is_rouge_scores_to_the_bit(words: list[str], answers: list[list[str]]) -> None:
+    text, references = " ".join(words), [" ".join(answer) for answer in answers]
+    for stems, ours in ((False, rouge_l), (True, rouge_l_stemmed)):
+        theirs = RougeScorer(["rougeL"], use_stemmer=stems).score_multi(references, text)
+        assert ours(text, references) == 100.0 * theirs["rougeL"].fmeasure
+
+
+def test_rouge_l_of_answers_of_thousands_of_words_by_construction() -> None:
+    """Every third word left out, another put in everywhere; a table would have 48 million cells."""
+    words = [f"w{index}" for index in range(6_000)]
+    kept = [word for index, word in enumerate(words) if index % 3]
+    noisy = [each for word in kept for each in (word, "noise")]
+    assert longest_common_subsequence(words, noisy) == len(kept) == 4_000
+    assert longest_common_subsequence(noisy, words) == len(kept)
 
 
 def test_stemmed_rouge_l_by_hand() -> None:
@@ -198,5 +220,62 @@ def test_a_hypothesis_without_its_references_is_refused_and_not_left_out() -> No
 
 def test_every_metric_says_which_way_it_is_better() -> None:
     assert set(METRICS) == {*get_args(MetricName), *LENGTH_METRICS}
-    neither = {name for name, metric in METRICS.items() if metric.direction is Direction.NEITHER}
+    neither = {name for name, direction in METRICS.items() if direction is Direction.NEITHER}
     assert neither == set(LENGTH_METRICS)
+
+
+SAID = ["今天北京的天气非常好、适合出去散步。", "私は昨日東京に行きました。", "ฉันชอบกินข้าว"]
+RIGHT = ["今天北京的天气很好、适合出去散步。", "私は昨日大阪に行きました。", "ฉันชอบกินปลา"]
+
+
+@pytest.mark.parametrize("score", [rouge_l, rouge_l_stemmed])
+def test_near_identical_answers_without_spaces_score_by_their_characters(score) -> None:
+    assert all(60 < score(said, [right]) < 100 for said, right in zip(SAID, RIGHT, strict=True))
+    # Common: 7 characters before 非常好 and 很好, 好 itself, 5 after it; of 15 and of 14.
+    expected = 200 * 13 / (15 + 14)
+    assert score(
+        "今天北京的天气非常好适合出去散", ["今天北京的天气很好适合出去散"]
+    ) == pytest.approx(expected)
+    assert rouge_l(SAID[0], [RIGHT[0]], "words") < 60
+
+
+def test_characters_keep_their_marks_and_words_of_other_scripts_stay_whole() -> None:
+    tokens = CharacterTokenizer(everywhere=False).tokenize("GPT-4 läuft 東京タワー2024年 กิน")
+    assert tokens == ["gpt", "4", "läuft", *"東京タワー", "2024", "年", "กิ", "น"]
+    assert CharacterTokenizer(everywhere=True).tokenize("ab हि") == ["a", "b", "हि"]
+
+
+@given(st.text(min_size=1))
+def test_every_text_with_a_letter_is_like_itself(text: str) -> None:
+    has_words = bool(UnicodeWordTokenizer().tokenize(text))
+    for score in (rouge_l, rouge_l_stemmed):
+        assert score(text, [text]) == pytest.approx(100.0 if has_words else 0.0)
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=0x2FF)))
+def test_texts_with_spaces_are_cut_as_before(text: str) -> None:
+    assert CharacterTokenizer(everywhere=False).tokenize(text) == UnicodeWordTokenizer().tokenize(
+        text
+    )
+    stems = DefaultTokenizer(use_stemmer=True).tokenize(text)
+    assert StemTokenizer().tokenize(text) == stems or not stems
+
+
+def test_bleu_by_each_tokenizer_is_sacrebleus() -> None:
+    for name in ("13a", "intl", "zh", "char", "none"):
+        config = BleuConfig(tokenizer=name)
+        ours = bleu_from_sums(
+            bleu_statistics(SAID, [[right] for right in RIGHT], config).sum(axis=0), config
+        )
+        assert ours == pytest.approx(sacrebleu.corpus_bleu(SAID, [RIGHT], tokenize=name).score)
+
+
+@pytest.mark.parametrize(("smoothing", "value"), [("floor", 0.3), ("add-k", 2.0), ("none", None)])
+def test_bleu_by_each_smoothing_is_sacrebleus(smoothing, value) -> None:
+    config = BleuConfig(smoothing=smoothing, smoothing_value=value)
+    texts, references = ["a b c q"], [["a b c d"]]  # no 4-gram matches
+    ours = bleu_from_sums(bleu_statistics(texts, references, config).sum(axis=0), config)
+    theirs = sacrebleu.corpus_bleu(
+        texts, [["a b c d"]], smooth_method=smoothing, smooth_value=value
+    )
+    assert ours == pytest.approx(theirs.score)
