@@ -5,7 +5,13 @@ import pytest
 import torch
 from trajectories import make_trajectories, make_trajectory
 
-from distill_system.language_model import SequenceBatch, count_parts, read_hidden, read_part
+from distill_system.language_model import (
+    PackedPart,
+    SequenceBatch,
+    count_parts,
+    read_hidden,
+    read_part,
+)
 
 CPU = torch.device("cpu")
 
@@ -14,6 +20,11 @@ def _ragged(count, seed=0):
     generator = np.random.default_rng(seed)
     responses = generator.lognormal(2.0, 0.7, size=count).astype(int) + 1
     return [make_trajectory(index, 1 + index % 5, int(n)) for index, n in enumerate(responses)]
+
+
+def _packed_parts(batch) -> list[PackedPart]:
+    assert all(isinstance(part, PackedPart) for part in batch.parts)
+    return list(batch.parts)
 
 
 def _lengths(trajectories):
@@ -50,9 +61,9 @@ def test_parts_hold_every_token_once_and_keep_their_bound(max_tokens, more):
     limits = {"num_parts": num_parts} if more else {"max_tokens": max_tokens}
     batch = SequenceBatch.collate(trajectories, CPU, **limits)
     assert len(batch.parts) == num_parts
-    sizes = [part.input_ids_1T.numel() for part in batch.parts]
+    sizes = [part.input_ids_1T.numel() for part in _packed_parts(batch)]
     assert sum(sizes) == sum(_lengths(trajectories))
-    for part, size in zip(batch.parts, sizes, strict=True):
+    for part, size in zip(_packed_parts(batch), sizes, strict=True):
         assert size <= max_tokens or len(part.layout.boundaries) == 2
     rows = torch.cat([part.rows_n for part in batch.parts])
     assert torch.equal(rows[batch.order_N], torch.arange(len(batch.token_ids_N)))
@@ -60,13 +71,13 @@ def test_parts_hold_every_token_once_and_keep_their_bound(max_tokens, more):
 
 def test_parts_are_of_near_equal_size():
     batch = SequenceBatch.collate(_ragged(200), CPU, num_parts=6)
-    sizes = [part.input_ids_1T.numel() for part in batch.parts]
+    sizes = [part.input_ids_1T.numel() for part in _packed_parts(batch)]
     assert max(sizes) <= 1.02 * min(sizes)
 
 
 def test_positions_begin_anew_with_each_sequence():
     batch = SequenceBatch.collate(make_trajectories(6), CPU)
-    (part,) = batch.parts
+    (part,) = _packed_parts(batch)
     lengths = part.layout.boundaries.diff().tolist()
     assert sorted(_lengths(make_trajectories(6))) == lengths
     assert part.layout.position_ids_1T[0].tolist() == [i for n in lengths for i in range(n)]
