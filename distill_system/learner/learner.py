@@ -20,7 +20,7 @@ from distill_system.config.distill import StalenessConfig
 from distill_system.config.model import LearnerConfig, LoraUpdate, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.errors import NonFiniteError
-from distill_system.language_model import SequenceBatch, count_parts, unembedding
+from distill_system.language_model import SequenceBatch, count_parts, logit_cap, unembedding
 from distill_system.learner.acting_weights import acting_weights, round_parameters
 from distill_system.learner.adapters import (
     MergedSource,
@@ -316,6 +316,7 @@ class Learner:
                     heads.unembedding_VH,
                     heads.action_embeddings_VE[:, :0],  # no expected embedding is asked for
                     chunk_tokens=heads.chunk_tokens,
+                    logit_cap=heads.logit_cap,
                 )
             self.policy.release()
         ends = np.cumsum([trajectory.num_response_tokens for trajectory in trajectories])
@@ -434,6 +435,7 @@ class Learner:
         return self.teacher.build_heads(
             unembedding(self.model, self.source.vocabulary_size),
             chunk_tokens=self.config.chunk_tokens(on_gpu=self.device.type == "cuda"),
+            logit_cap=logit_cap(self.model.config),
         )
 
     def _require_finite(self, loss: float, step: int) -> None:
