@@ -166,7 +166,7 @@ def test_a_dumped_configuration_loads_unchanged(
     first = load_config([_write(folder / "a.yaml", COMPLETE)])
     changed = first.model_copy(
         update={
-            "runs_directory": text,
+            "runs_directory": f"runs{text}",  # a leading ~ would be the home folder
             "data": first.data.model_copy(update={"prompt_template": "{prompt}" + text}),
             "distill": first.distill.model_copy(
                 update={
