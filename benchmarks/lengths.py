@@ -57,7 +57,7 @@ def main() -> None:
     headline = {
         f"{column}, longest over shortest": rows[-1][column] / rows[0][column]
         for column, value in rows[0].items()
-        if isinstance(value, float)
+        if isinstance(value, float) and value > 0.0
     }
     write_result(name, rows, headline, seeds={"everything": SEED})
 
@@ -279,7 +279,7 @@ def measure_run(arguments: argparse.Namespace, length: int, staleness: int) -> d
         "run": f"S = {staleness}, {length} tokens",
         "s a step": sum(seconds) / len(seconds),
         "learner MiB": last["learner/peak_memory_bytes"] / MIB,
-        "gap, nats": last["learner/logprob_gap"],
+        "held-out gap, nats": last["held_out/logprob_gap"],
     }
     print(row, flush=True)
     return row

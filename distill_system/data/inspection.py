@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from tokenizers.decoders import DecodeStream
 
 from distill_system.config.data import DataConfig, Source
-from distill_system.data.set_reader import Row, SetReader
+from distill_system.data.row_encoder import Row
+from distill_system.data.set_reader import SetReader
 from distill_system.data.sources import SourceReport
 from distill_system.errors import DataError, DistillError
 from distill_system.records import Prompt, Trajectory

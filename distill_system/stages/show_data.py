@@ -10,6 +10,7 @@ from distill_system.data.inspection import SetInspection, inspect_sets
 from distill_system.data.set_reader import SetReader
 from distill_system.evaluation import check_evaluation
 from distill_system.records import Prompt
+from distill_system.run.vocabulary import stop_token_ids
 
 
 def show_data(
@@ -22,7 +23,7 @@ def show_data(
     Raises: ModelError if the tokenizer cannot be loaded; DataError for an unknown name.
     """
     tokenizer = build_tokenizer(config, tokenizer_texts(config))
-    reader = SetReader(config, tokenizer)
+    reader = SetReader(config, tokenizer, stop_token_ids(config, tokenizer))
 
     def check(name: str, prompts: Sequence[Prompt], places: Mapping[str, str]) -> None:
         check_evaluation(config.evaluation, {name: prompts}, places)

@@ -184,8 +184,8 @@ def test_the_chat_template_renders_plain_prompts_and_chats(
     config = build_config(tokenizer=TRAINED, data=sources)
     data = load_run_data(config, bos_tokenizer)
     first, second = (decode_split(bos_tokenizer, row) for row in data.teacher_sft)
-    assert first == ("<s><user>hi\n<assistant>", "ho</s>")
-    assert second == ("<s><user>hi\n<assistant>ho\n<user>hi\n<assistant>", "ho</s>")
+    assert first == ("<s><user>hi\n<assistant>", "ho\n</s>")
+    assert second == ("<s><user>hi\n<assistant>ho\n<user>hi\n<assistant>", "ho\n</s>")
     plain = data.prompts[0]
     assert bos_tokenizer.decode(plain.token_ids) == f"<s><user>{plain.text}\n<assistant>"
     as_transformers_does = bos_tokenizer.apply_chat_template(
