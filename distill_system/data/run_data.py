@@ -43,6 +43,10 @@ SetName = Literal["teacher_sft", "student_sft", "prompts", "held_out", "evaluati
 ALL_SETS: tuple[SetName, ...] = ("teacher_sft", "student_sft", "prompts", "held_out", "evaluation")
 
 
+PROMPTS_LOOKED_AT = 1000
+"""Prompts of a set from which it is judged whether the tokenizer knows their words."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
     """The run's data; sets that were not asked for, or not configured, are empty.
@@ -114,7 +118,7 @@ def load_run_data(
         training.num_removed["trajectory_store"] = stored.num_blocked
         if stored.num_too_long:
             reader.num_out_of_bounds["trajectory_store"] = stored.num_too_long
-    return RunData(
+    found = RunData(
         teacher_sft=training.trajectories("teacher_sft", teacher),
         student_sft=training.trajectories("student_sft", student),
         prompts=training.prompts() if "prompts" in sets else (),
@@ -133,6 +137,27 @@ def load_run_data(
         stored=() if stored is None else stored,
         num_foreign=0 if stored is None else stored.num_foreign,
     )
+    for name, prompts in (("prompts", found.prompts), ("held_out", found.held_out)):
+        _require_known_words(name, prompts, tokenizer)
+    return found
+
+
+def _require_known_words(
+    name: str, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse prompts of which the tokenizer knows next to nothing, from the first of them."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return  # a tokenizer of bytes knows everything
+    some = prompts[:PROMPTS_LOOKED_AT]
+    num_unknown = sum(int((prompt.token_ids == unknown).sum()) for prompt in some)
+    num_tokens = sum(prompt.token_ids.size for prompt in some)
+    if 2 * num_unknown > num_tokens:
+        raise DataError(
+            f"data.{name}: of the first {len(some)} prompts, {num_unknown} of {num_tokens} tokens "
+            f"are unknown to the tokenizer, such as in {some[0].prompt_id!r} "
+            f"({some[0].text[:60]!r}); give rows in the models' language, or another tokenizer"
+        )
 
 
 def store_path(data: DataConfig) -> Path:
