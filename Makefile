@@ -10,6 +10,8 @@ SUITABLE := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_inf
 PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13; do \
 	$$name -c '$(SUITABLE)' >/dev/null 2>&1 && echo $$name && break; done)
 
+GPU_PYTHON ?= python3
+
 # -qq: pip says nothing but errors.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
@@ -21,10 +23,10 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format docs environment clean
+.PHONY: help demo test check format docs environment gpu-check clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: environment ## distil a student on the embedded tasks and write a report (under 10 minutes)
 	$(BIN)/distill-system train configs/quickstart.yaml
@@ -45,6 +47,10 @@ format: environment ## format the code and mend what lint can mend
 docs: environment ## write docs/configuration.md anew from the configuration models
 	$(BIN)/python -m distill_system.config.reference > docs/configuration.md.new
 	mv docs/configuration.md.new docs/configuration.md
+
+# With whatever Python is there: the machine that has a GPU may have neither Ray nor vLLM.
+gpu-check: ## what one GPU can prove, in ten minutes: docs/gpu.md (GPU_PYTHON=python3)
+	PYTHONPATH=. PYTORCH_NVML_BASED_CUDA_CHECK=1 $(GPU_PYTHON) benchmarks/gpu_check.py
 
 environment: $(ENVIRONMENT)/.complete ## install the pinned CPU environment into .venv
 

@@ -160,7 +160,7 @@ def _short(kernel: str) -> str:
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """Length of the difference over the expected's length, in float64."""
     expected = expected.double()
-    return float((value.double() - expected).norm() / expected.norm())
+    return float(((value.double() - expected).norm() / expected.norm()).detach())
 
 
 def adapt_to_older_torch() -> str | None:

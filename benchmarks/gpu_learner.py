@@ -126,17 +126,6 @@ class Variant:
     config: LearnerConfig = field(default_factory=LearnerConfig)
     optimizer: str = "adamw"
     update: FullUpdate | LoraUpdate = field(default_factory=FullUpdate)
-    autocast: bool = False
-    """Not wrapped by FSDP2, though it computes in bfloat16."""
-
-    @contextmanager
-    def as_configured(self) -> Iterator[None]:
-        """Whoever builds a learner, or plans one, within sees whether it is to be wrapped."""
-        with ExitStack() as stack:
-            if self.autocast:
-                bare = patch.object(LearnerConfig, "is_wrapped", lambda *_, **__: False)
-                stack.enter_context(bare)
-            yield
 
 
 def prove_steps(findings: Findings) -> None:
@@ -172,7 +161,6 @@ def make_variants(shape: Shape, findings: Findings) -> list[Variant]:
         Variant(name="reverse KL", objective=REVERSE_KL, config=low),
         Variant(name="ammd", config=low),
         Variant(name="ammd, chunks of 512", config=changed(vocabulary_chunk_tokens=512)),
-        Variant(name="ammd, autocast", config=low, autocast=True),
         Variant(name="ammd, microbatches", config=changed(**parts)),
         Variant(name="ammd, checkpointing", config=changed(activation_checkpointing=True)),
         Variant(name="reverse KL, LoRA", objective=REVERSE_KL, config=low, update=lora),
@@ -253,12 +241,12 @@ def _measure_steps(
     if peak_mib is not None:
         held = torch.cuda.memory_allocated(findings.device)
         row["peak_gib"] = peak_mib / 1024 + held / GIB
-    if plain or variant.autocast:
+    if plain:
         row["phases_ms"] = _time_phases(findings, learner, step)
         row["kernels_ms"] = findings.kernels(step, count=24)
     if plain and findings.on_gpu:
         row["host_waits"] = count_synchronisations(step)
-    if variant.autocast:
+    if variant.name == "ammd":
         row["adamw_ms"] = _time_optimizers(findings, learner)
     return row
 
@@ -360,8 +348,7 @@ def _predict(shape: Shape, variant: Variant, on_gpu: bool, pipe: Connection) -> 
         teacher_dtype="bfloat16",
     )
     try:
-        with variant.as_configured():
-            memory = learner_memory(load)
+        memory = learner_memory(load)
     except Exception as error:
         pipe.send({"problem": repr(error)[:500]})
         return
@@ -390,8 +377,7 @@ def build_learner(
         with drawn_on or device:
             return build_language_model(architecture, **keywords)
 
-    building = patch.object(student_module, "build_language_model", build_here)
-    with building, variant.as_configured():
+    with patch.object(student_module, "build_language_model", build_here):
         return Learner(
             rank=0,
             world_size=1,

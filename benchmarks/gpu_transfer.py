@@ -21,32 +21,11 @@ from torch import Tensor, nn
 
 from distill_system.weights.digest import Digest
 from distill_system.weights.publisher import WeightPublisher
+from distill_system.weights.rounding import AS_THEY_ARE, WireFormat
+from distill_system.weights.sender import GlooSender
 
 BUSY_MILLISECONDS = 400
 CYCLES_PER_MILLISECOND = 1_800_000
-
-
-@dataclass(frozen=True)
-class ParamMeta:
-    """As vLLM's."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-class ModuleSource:
-    """As vLLM's: a module's parameters under their names."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def metadata(self) -> list[ParamMeta]:
-        named = self.module.named_parameters()
-        return [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in named]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p.detach()) for name, p in self.module.named_parameters())
 
 
 @dataclass
@@ -58,7 +37,6 @@ class TrainerInitInfo:
     world_size: int
     rank: int
     packed_buffer_size_bytes: int
-    timeout_seconds: float = 0.0
 
 
 class Communicator:
@@ -76,19 +54,10 @@ class Communicator:
 
 
 class Engine:
-    """As vLLM's trainer engine: it opens the group."""
+    """As vLLM's trainer engine, and our sender over gloo: it has opened the group."""
 
     def __init__(self) -> None:
         self.model_update_group: Communicator | None = Communicator()
-
-    @staticmethod
-    def _checked_iter(source: Any, metadata: list[ParamMeta]) -> Iterator[tuple[str, Tensor]]:
-        for expected, (name, tensor) in zip(metadata, source, strict=True):
-            assert (name, tuple(tensor.shape)) == (expected.name, expected.shape)
-            yield name, tensor
-
-    def _post_send_sync(self) -> None:
-        return None
 
     def shutdown(self) -> None:
         self.model_update_group = None
@@ -106,21 +75,15 @@ class Client:
 
 @contextmanager
 def stand_in_for_vllm() -> Iterator[None]:
-    """The modules of vLLM that the publisher imports, and ours that import vLLM themselves."""
+    """The modules of vLLM that the publisher imports for NCCL; on a CPU our sender over gloo."""
     package = "vllm.distributed.weight_transfer"
-    names = ["vllm", "vllm.distributed", package]
-    names += [f"{package}.{part}" for part in ("base", "factory", "nccl_engine")]
+    names = ["vllm", "vllm.distributed", package, f"{package}.factory", f"{package}.nccl_engine"]
     modules: dict[str, Any] = {name: types.ModuleType(name) for name in names}
-    modules[package].ModuleSource = ModuleSource
-    modules[f"{package}.base"].ParamMeta = ParamMeta
-    modules[f"{package}.base"].ModuleSource = ModuleSource
     modules[f"{package}.nccl_engine"].NCCLTrainerInitInfo = TrainerInitInfo
     factory = types.SimpleNamespace(trainer_init=lambda info, *, client, source: Engine())
     modules[f"{package}.factory"].WeightTransferTrainerFactory = factory
-    ours = "distill_system.weights"
-    modules |= {f"{ours}.{name}": types.ModuleType(name) for name in ("backends", "gloo")}
-    modules[f"{ours}.gloo"].GlooTrainerInitInfo = TrainerInitInfo
-    with patch.dict(sys.modules, modules):
+    opening = patch.object(GlooSender, "open", lambda **addresses: Engine())
+    with patch.dict(sys.modules, modules), opening:
         yield
 
 
@@ -130,16 +93,7 @@ def prove_publisher(findings: Findings) -> None:
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     findings.note("model_gib", num_bytes / GIB)
     with stand_in_for_vllm():
-        publisher = WeightPublisher(
-            model,
-            backend="nccl" if findings.on_gpu else "gloo",
-            client=Client(),
-            master_address="127.0.0.1",
-            master_port=1,
-            num_receivers=1,
-            rank=0,
-            timeout_seconds=60.0,
-        )
+        publisher = _build_publisher(findings, model, AS_THEY_ARE)
         with findings.part("old bytes arrive"):
             prove_old_bytes(findings, publisher, model)
         with findings.part("speed"):
@@ -147,6 +101,22 @@ def prove_publisher(findings: Findings) -> None:
         with findings.part("beside the learner"):
             _publish_beside_work(findings, publisher)
         publisher.close()
+        with findings.part("rounded to bfloat16"):
+            _time_rounding(findings, model)
+
+
+def _build_publisher(findings: Findings, model: nn.Module, wire: WireFormat) -> WeightPublisher:
+    return WeightPublisher(
+        model,
+        backend="nccl" if findings.on_gpu else "gloo",
+        client=Client(),
+        master_address="127.0.0.1",
+        master_port=1,
+        num_receivers=1,
+        rank=0,
+        timeout_seconds=60.0,
+        wire=wire,
+    )
 
 
 def _build_model(findings: Findings) -> nn.Module:
@@ -228,6 +198,24 @@ def _time_publish(findings: Findings, publisher: WeightPublisher, num_bytes: int
         "send_and_digest_gib_per_second": gib / min(sending),
     }
     findings.note("publish", row | _time_plain_copies(findings))
+
+
+def _time_rounding(findings: Findings, model: nn.Module) -> None:
+    """Seconds of packing where bfloat16 is sent: rounded to the nearest, and stochastically."""
+    row = {}
+    for name, seed in (("nearest", None), ("stochastic", 0)):
+        wire = WireFormat(dtype=torch.bfloat16, seed=seed)
+        publisher = _build_publisher(findings, model, wire)
+        seconds = []
+        for version in (1, 2, 3):
+            findings.synchronise()
+            started = time.perf_counter()
+            publisher.start(version)
+            seconds.append(time.perf_counter() - started)
+            publisher._sending.result(timeout=60)
+        row[f"pack_{name}_seconds"] = min(seconds)
+        publisher.close()
+    findings.note("rounded_to_bfloat16", row)
 
 
 def _time_plain_copies(findings: Findings) -> dict[str, float]:

@@ -6,6 +6,8 @@ which `--help` and a mistake in a configuration should not cost.
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from distill_system.errors import DistillError
+from distill_system.errors import ConfigError, DistillError
+from distill_system.stopping import StopRequest
 
 if TYPE_CHECKING:
     from distill_system.config import RunConfig
@@ -52,19 +55,19 @@ Objective = Annotated[
 def train(settings: Settings, resume: Resume = False, objective: Objective = None) -> None:
     """Fine-tune both models, distil, evaluate, report, push; finished stages are skipped."""
     stages = ("sft", "distill", "evaluate", "report", "push")
-    _run(settings, resume=resume, stages=stages, objective=objective)
+    _run("train", settings, resume=resume, stages=stages, objective=objective)
 
 
 @app.command()
 def sft(settings: Settings, resume: Resume = False) -> None:
     """Supervised fine-tuning of teacher and student alone."""
-    _run(settings, resume=resume, stages=("sft",))
+    _run("sft", settings, resume=resume, stages=("sft",))
 
 
 @app.command()
 def distill(settings: Settings, resume: Resume = False) -> None:
     """Distillation alone; the models that it starts from must exist."""
-    _run(settings, resume=resume, stages=("distill",))
+    _run("distill", settings, resume=resume, stages=("distill",))
 
 
 @app.command()
@@ -124,7 +127,7 @@ def evaluate(
     With --model: evaluate that model on data.evaluation, and nothing else.
     """
     if model is None:
-        _run(settings, resume=False, stages=("evaluate", "report"))
+        _run("evaluate", settings, stages=("evaluate", "report"))
         return
     with _reporting_errors(), _ending_on_signals("the same command begins again"):
         from distill_system.config import load_config
@@ -139,7 +142,7 @@ def evaluate(
 @app.command()
 def report(settings: Settings) -> None:
     """Write summary.json and report.html anew from what the run has recorded."""
-    _run(settings, resume=False, stages=("report",))
+    _run("report", settings, stages=("report",))
 
 
 @app.command()
@@ -199,6 +202,34 @@ def scale(
 
         pools = ask(run, sizes, runs_directory=runs_directory, wait_seconds=wait, notify=print)
         print("\n".join(describe(pools)))
+
+
+@app.command()
+def init(
+    teacher: Annotated[str, typer.Argument(help="Folder or hub name of the teacher.")],
+    student: Annotated[str, typer.Argument(help="Folder or hub name of the student.")],
+    data: Annotated[Path, typer.Argument(help="File of rows to learn from, .jsonl or .parquet.")],
+    output: Annotated[Path, typer.Option(help="The file to write; its name is the run's.")] = Path(
+        "mine.yaml"
+    ),
+) -> None:
+    """Write a commented configuration that fits two models, a file of rows and this machine."""
+    with _reporting_errors():
+        if output.exists():
+            raise ConfigError(f"--output {output}: there is such a file; give another name")
+        from distill_system.config import load_config
+        from distill_system.stages.new_configuration import name_of, new_configuration
+        from distill_system.stages.plan import plan_run
+
+        text = new_configuration(teacher, student, data, name=name_of(output))
+        output.write_text(text, encoding="utf-8")
+        planned = plan_run(load_config([output]), device_gib=80.0)
+    print(f"written: {output}")
+    for line in planned.problems:
+        _print_error("Problem", line)
+    if planned.can_start:
+        print(f"next: distill-system plan {output}, then distill-system train {output}")
+    raise typer.Exit(int(not planned.can_start))
 
 
 @app.command()
@@ -268,19 +299,34 @@ def doctor() -> None:
 
 
 def _run(
-    settings: list[str], *, resume: bool, stages: tuple[str, ...], objective: str | None = None
+    command: str,
+    settings: list[str],
+    *,
+    resume: bool = False,
+    stages: tuple[str, ...],
+    objective: str | None = None,
 ) -> None:
-    """Load the configuration and run stages."""
-    with _reporting_errors(), _ending_on_signals():
+    """Load the configuration and run the stages of a command."""
+    stop = StopRequest()
+    with _reporting_errors(), _ending_on_signals(_resume_line(command, settings, objective), stop):
         config = _load(settings, objective)
         # After the configuration is checked: this import is the slow one.
         from distill_system.stages.train import train as run_stages
 
-        run = run_stages(config, resume=resume, stages=stages)
+        run = run_stages(config, resume=resume, stages=stages, stop=stop)
     if "report" in stages:
         print(f"report: {run.report_path}\nsummary: {run.summary_path}")
     else:
         print(f"run: {run.path}")
+
+
+def _resume_line(command: str, settings: list[str], objective: str | None) -> str:
+    """How a run goes on that is ended now, as a command line."""
+    method = [] if objective is None else ["--objective", objective]
+    if command not in ("train", "sft", "distill"):
+        return "the same command begins again"
+    line = shlex.join(["distill-system", command, *settings, *method, "--resume"])
+    return f"go on from the newest checkpoint (from the start where there is none) with: {line}"
 
 
 def _load(settings: list[str], objective: str | None = None) -> RunConfig:
@@ -299,25 +345,36 @@ def _sort(settings: list[str]) -> tuple[list[str], list[str]]:
     return files, [setting for setting in settings if _is_override(setting)]
 
 
+_WAY_OUT = (
+    "Make room on the disk, or mend the permissions of what is named here; --resume then continues "
+    "a run from its newest checkpoint"
+)
+
+
 @contextmanager
 def _reporting_errors() -> Iterator[None]:
-    """Turn a DistillError into one message and exit code 1."""
+    """Turn a DistillError, or an error of the file system, into one message and exit code 1."""
     try:
         yield
     except DistillError as error:
         _print_error(type(error).__name__, str(error))
+        raise typer.Exit(1) from None
+    except OSError as error:  # a full disk, a folder that may not be written, an unreadable file
+        _print_error(type(error).__name__, f"{error}. {_WAY_OUT}")
         raise typer.Exit(1) from None
 
 
 @contextmanager
 def _ending_on_signals(
     again: str = "--resume continues from the newest checkpoint",
+    stop: StopRequest | None = None,
 ) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM raise KeyboardInterrupt in the block, so that it ends its workers.
 
     A second signal ends this process at once; Ray's processes notice that and end themselves.
 
     again: how to continue, for the message.
+    stop: asked first; where somebody hears it, the block itself ends once a checkpoint is written.
     """
     received: list[int] = []
 
@@ -325,7 +382,13 @@ def _ending_on_signals(
         received.append(number)
         for caught in before:
             signal.signal(caught, signal.SIG_DFL)  # for the second signal
-        raise KeyboardInterrupt
+        seconds = None if stop is None else stop.make()
+        if seconds is None:
+            raise KeyboardInterrupt
+        name = signal.Signals(number).name
+        said = f"{name}: a checkpoint is written after this step, within {seconds:g} s"
+        # Not by print: the signal may have come in the middle of one.
+        os.write(2, f"{said} (deadlines.stop_seconds); a second one ends at once\n".encode())
 
     before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

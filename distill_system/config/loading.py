@@ -10,8 +10,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -25,11 +26,16 @@ from distill_system.errors import ConfigError
 _NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
-def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+_GIVEN = "the settings given"
+
+
+def load_config(
+    paths: Sequence[str | Path | Mapping[str, Any]], overrides: Sequence[str] = ()
+) -> RunConfig:
     """The run that YAML files and dotted overrides describe.
 
     Args:
-        paths: YAML (or JSON) files, the later ones on top.
+        paths: YAML (or JSON) files, the later ones on top; a mapping stands for a file's content.
         overrides: texts such as distill.steps=200 or data.evaluation.mine={type: jsonl, path: x};
             the value is YAML. They form one layer above the files.
 
@@ -41,10 +47,11 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     if not paths:
         raise ConfigError("expected at least one YAML file, got none; try configs/quickstart.yaml")
     root = root_slot(RunConfig)
-    files = ", ".join(str(path) for path in paths)
+    files = ", ".join(_GIVEN if isinstance(path, Mapping) else str(path) for path in paths)
     tree = Located({}, files)
     for path in paths:
-        tree = _merge(tree, _read_file(Path(path)), root)
+        layer = _locate(path, "") if isinstance(path, Mapping) else _read_file(Path(path))
+        tree = _merge(tree, layer, root)
     on_top = Located({}, files)
     for override in overrides:
         on_top = _merge(on_top, _read_override(override), ANYTHING)
@@ -60,6 +67,25 @@ def dump_config(config: RunConfig) -> str:
     """The whole configuration with all defaults, as JSON that load_config reads back unchanged."""
     text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
     return _NOT_IN_YAML.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
+
+
+def _locate(value: object, key: str) -> Located:
+    """The tree of a mapping that was given in place of a file; key: the value's own, dotted."""
+    where = _GIVEN if not key else f"{_GIVEN}, {key}"
+    if isinstance(value, Mapping):
+        below = {str(name): f"{key}.{name}" if key else str(name) for name in value}
+        children = {str(name): _locate(item, below[str(name)]) for name, item in value.items()}
+        return Located(children, where)
+    if isinstance(value, list | tuple):
+        return Located([_locate(item, f"{key}[{i}]") for i, item in enumerate(value)], where)
+    if isinstance(value, Path):
+        return Located(str(value), where)
+    if value is None or isinstance(value, bool | int | float | str):
+        return Located(value, where)
+    raise ConfigError(
+        f"{where}: expected a mapping, a list, text, a number, true or false, None or a path, got "
+        f"{type(value).__name__}"
+    )
 
 
 def _read_file(path: Path) -> Located:

@@ -186,13 +186,6 @@ class LearnerConfig(ConfigModel):
             return self.vocabulary_chunk_tokens
         return 4096 if on_gpu else 512
 
-    def is_wrapped(self, num_ranks: int, *, on_gpu: bool) -> bool:
-        """Whether FSDP2 wraps the model: of several ranks, offloaded, or in bfloat16 on a GPU.
-
-        There autocast would keep everything between two products in float32, at half the speed.
-        """
-        return num_ranks > 1 or self.offload or (on_gpu and self.compute_dtype == "bfloat16")
-
     def shard_size(self, num_ranks: int) -> int:
         """Ranks of a learner of num_ranks that share one copy of the model."""
         return num_ranks if self.shard_ranks == "all" else self.shard_ranks

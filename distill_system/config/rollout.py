@@ -15,8 +15,9 @@ EngineName = Literal["vllm", "transformers"]
 class SamplingConfig(ConfigModel):
     """How rollouts are sampled."""
 
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature of student and teacher rollouts."""
+    temperature: Annotated[float, Field(ge=0.01, le=100.0)] = 1.0
+    """Sampling temperature of student and teacher rollouts. Below 0.01 vLLM takes 0.01, above 100
+    tokens are drawn evenly."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus truncation; 1 samples from the full distribution."""
     max_response_tokens: PositiveInt

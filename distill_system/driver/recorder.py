@@ -92,6 +92,8 @@ class RunRecorder:
         if prompt_ids := self.streams.pop_prompts():
             self.context.prompts.log(STAGE, done, prompt_ids)
         self._last |= metrics
+        if done == 0:
+            self.stopping.observe(metrics)  # what later measurements must beat
         self._require_best_metric()
         self._save_timings()
         self.store.finish(self.pools.learner, wait=False)

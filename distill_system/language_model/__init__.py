@@ -12,6 +12,7 @@ from distill_system.language_model.configuration_files import (
 from distill_system.language_model.embeddings import load_embedding
 from distill_system.language_model.families import choose_linear_modules, find_family
 from distill_system.language_model.gguf_files import convert_gguf, is_gguf
+from distill_system.language_model.hub import require_hub_model
 from distill_system.language_model.models import (
     LanguageModel,
     build_language_model,
@@ -22,6 +23,7 @@ from distill_system.language_model.models import (
     unembedding,
 )
 from distill_system.language_model.packed_attention import PACKED_ATTENTION
+from distill_system.language_model.quantised import check_quantised, is_quantised
 from distill_system.language_model.sequences import (
     PackedPart,
     SequenceBatch,
@@ -31,7 +33,7 @@ from distill_system.language_model.sequences import (
 )
 from distill_system.language_model.settings import check_settings
 from distill_system.language_model.streaming import build_empty_model, read_weights
-from distill_system.language_model.weight_files import check_weight_files
+from distill_system.language_model.weight_files import check_weight_files, read_headers
 
 __all__ = [
     "PACKED_ATTENTION",
@@ -42,6 +44,7 @@ __all__ = [
     "build_language_model",
     "check_linear_read",
     "check_packed_read",
+    "check_quantised",
     "check_settings",
     "check_weight_files",
     "choose_linear_modules",
@@ -50,13 +53,16 @@ __all__ = [
     "cut_rows",
     "find_family",
     "is_gguf",
+    "is_quantised",
     "load_embedding",
     "load_language_model",
     "one_line",
     "read_configuration",
     "read_generation_configuration",
+    "read_headers",
     "read_hidden",
     "read_part",
     "read_weights",
+    "require_hub_model",
     "unembedding",
 ]

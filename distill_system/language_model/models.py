@@ -21,6 +21,7 @@ from distill_system.language_model.packed_attention import (
     PackedLayout,
     read_line,
 )
+from distill_system.language_model.quantised import is_quantised
 from distill_system.language_model.weight_files import require_all_tensors
 
 LanguageModel = Any
@@ -92,6 +93,7 @@ def load_language_model(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             attn_implementation=PACKED_ATTENTION,
+            device_map={"": device} if is_quantised(config) else None,  # it may not be moved later
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
@@ -103,7 +105,7 @@ def load_language_model(
             "config.json and *.safetensors, or a model name of the Hugging Face hub"
         ) from error
     require_all_tensors(model, info, repr(path))
-    model = model.to(device).eval()
+    model = (model if is_quantised(config) else model.to(device)).eval()
     check_linear_read(model, path)
     check_packed_read(model, path)
     return model

@@ -82,8 +82,10 @@ class PackedLayout:
         ends = np.cumsum(sizes)
         positions = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
         return cls(
-            torch.from_numpy(positions)[None].to(device),
-            torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(device),
+            torch.from_numpy(positions)[None].to(device, non_blocking=True),
+            torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(
+                device, non_blocking=True
+            ),
             int(sizes[-1]),
             tuple(_build_group(group, device) for group in group_by_length(sizes)),
         )
@@ -113,8 +115,9 @@ def _build_group(lengths: np.ndarray, device: torch.device) -> PaddedGroup:
     firsts, columns = np.cumsum(lengths) - lengths, np.arange(longest)
     fill_BL = firsts[:, None] + np.minimum(columns, lengths[:, None] - 1)
     slots_n = np.flatnonzero(columns < lengths[:, None])
-    arrays = (torch.from_numpy(array).to(device) for array in (fill_BL.ravel(), slots_n))
-    return PaddedGroup(num_tokens, len(lengths), *arrays)
+    arrays = (fill_BL.ravel(), slots_n)
+    places = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+    return PaddedGroup(num_tokens, len(lengths), *places)
 
 
 def read_line(model: Any, input_ids_1T: Tensor, layout: PackedLayout) -> Tensor:

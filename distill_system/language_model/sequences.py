@@ -77,8 +77,9 @@ class SequenceBatch:
         )
         order_N = torch.cat([part.rows_n for part in parts]).argsort()
         arrays = (sequence_ids, positions, token_ids.astype(np.int64))
+        # Not waited for: a GPU may still be at the update before this step.
         sequence_ids_N, positions_N, token_ids_N = (
-            torch.from_numpy(array).to(device) for array in arrays
+            torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
         )
         return cls(parts, sequence_ids_N, positions_N, token_ids_N, order_N)
 
@@ -117,7 +118,9 @@ def _pack(members: Sequence[tuple[Trajectory, int]], device: torch.device) -> Pa
         rows.append(np.arange(first_row, first_row + count))
     ids_1T = np.concatenate([t.token_ids for t, _ in members]).astype(np.int64)[None]
     arrays = (ids_1T, np.concatenate(columns), np.concatenate(rows))
-    input_ids_1T, columns_n, rows_n = (torch.from_numpy(array).to(device) for array in arrays)
+    input_ids_1T, columns_n, rows_n = (
+        torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
+    )
     return PackedPart(input_ids_1T, PackedLayout.build(lengths, device), columns_n, rows_n)
 
 

@@ -77,23 +77,28 @@ EVERYWHERE: Allowed = {
     "is_causal": (True,),
     "is_encoder_decoder": (None, False),
     "is_heterogeneous": (None, False),
-    "partial_rotary_factor": (None, 1.0),
-    "qk_norm": (None, False),
-    "rotary_emb_base": (None,),
-    "rotary_emb_fraction": (None, 1.0),
-    "rotary_pct": (None, 1.0),
     "use_bidirectional_attention": (None, False),
 }
 """Of every family: the values of a setting that change nothing, or that both compute."""
 
+_WHOLE_HEADS: Allowed = {
+    "partial_rotary_factor": (None, 1.0),
+    "rotary_emb_base": (None,),
+    "rotary_emb_fraction": (None, 1.0),
+    "rotary_pct": (None, 1.0),
+}
+"""Of families that turn all of each head: vLLM turns a part of it if these say so."""
+
 FAMILIES: Mapping[str, Allowed] = {
     "llama": {
+        **_WHOLE_HEADS,
         "bias": (None, False),
         "hidden_act": ("silu",),
         "logit_scale": (1.0,),
         "qkv_bias": (None, False),
     },
     "mistral": {
+        **_WHOLE_HEADS,
         "ada_rms_norm_t_cond": (None, False),
         "attention_bias": (None, False),
         "bias": (None, False),
@@ -103,9 +108,15 @@ FAMILIES: Mapping[str, Allowed] = {
         "mlp_bias": (None, False),
         "qkv_bias": (None, False),
     },
-    "qwen2": {"hidden_act": ("silu",)},
-    "qwen3": {"attention_bias": (None, False), "hidden_act": ("silu",)},
+    "qwen2": {**_WHOLE_HEADS, "hidden_act": ("silu",), "qk_norm": (None, False)},
+    "qwen3": {
+        **_WHOLE_HEADS,
+        "attention_bias": (None, False),
+        "hidden_act": ("silu",),
+        "qk_norm": (None, False),
+    },
     "gemma": {
+        **_WHOLE_HEADS,
         "attention_bias": (None, False),
         "hidden_act": ("gelu", "gelu_pytorch_tanh"),
         "hidden_activation": (None, "gelu_pytorch_tanh"),

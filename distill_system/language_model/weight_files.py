@@ -36,7 +36,7 @@ FLOATS = {
 """Numbers that weights may be stored in, by their names in a safetensors header."""
 
 LEFT_OVER_BUFFERS = re.compile(
-    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.attn\.(masked_)?bias)$"
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.(attn|attention)\.(masked_)?bias)$"
 )
 """Buffers that old versions of transformers stored; vLLM and transformers compute them."""
 

@@ -137,9 +137,9 @@ def _behaviour_rows(trajectories: Sequence[Trajectory], device: torch.device) ->
     versions_N = np.repeat([s.version for s in spans], [s.end - s.start for s in spans])
     logprobs_N = np.concatenate([t.behaviour_logprobs for t in trajectories])
     return BehaviourRows(
-        logprobs_N=torch.from_numpy(logprobs_N).to(device, torch.float32),
+        logprobs_N=torch.from_numpy(logprobs_N).to(device, torch.float32, non_blocking=True),
         temperature=temperatures[0],
-        versions_N=torch.from_numpy(versions_N).to(device),
+        versions_N=torch.from_numpy(versions_N).to(device, non_blocking=True),
     )
 
 

@@ -109,7 +109,7 @@ class Learner:
             world_size=world_size,
             device=self.device,
             timeout_seconds=timeout_seconds,
-            alone=not config.is_wrapped(world_size, on_gpu=uses_gpu),
+            alone=world_size == 1 and not config.offload,
         )
         self.source, self.objective_config, self.seed = source, objective, seed
         self.model = build_student(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -59,9 +60,8 @@ class Ranks:
         if not values:
             return {}
         # float64: token counts above 2^24 are not exact in float32
-        shares = torch.stack(
-            [value.detach().to(self.device, torch.float64).reshape(()) for value in values.values()]
-        )
+        to_device = partial(Tensor.to, device=self.device, dtype=torch.float64, non_blocking=True)
+        shares = torch.stack([to_device(value.detach()).reshape(()) for value in values.values()])
         return dict(zip(values, self.sum(shares).tolist(), strict=True))
 
     def max(self, value: Number) -> Number:

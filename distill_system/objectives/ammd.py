@@ -255,10 +255,7 @@ class Ammd:
         return weigh(returns_N - baseline_N, _tokens(weights))
 
     def _discounts(self, rows: TokenRows) -> Tensor:
-        return torch.pow(
-            torch.tensor(self.config.discount, device=rows.positions_N.device),
-            rows.positions_N.float(),
-        )
+        return torch.pow(self.config.discount, rows.positions_N.float())
 
     def _discounted_mean(self, values_N: Tensor, rows: TokenRows) -> Tensor:
         return stream_mean(self._discounts(rows) * values_N, rows)

@@ -28,6 +28,7 @@ class RunDirectory:
         self.prompts_path = self.path / "prompts.jsonl"  # the prompts of every step, a row a line
         self.tensorboard_directory = self.path / "tensorboard"  # the metrics, a folder per stage
         self.tokenizer_directory = self.path / "tokenizer"
+        self.models_directory = self.path / "models"  # folders made of models in other formats
         self.teacher_directory = self.path / "teacher"  # the teacher after its fine-tuning
         self.student_sft_directory = self.path / "student_sft"  # the student after its fine-tuning
         self.student_directory = self.path / "student"  # the distilled student

@@ -8,7 +8,7 @@ was killed can be repeated.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,13 @@ from distill_system.offline.samples import SampleKeeper, cut_batches, plan_sampl
 from distill_system.offline.workers import SampleWriter
 from distill_system.records import Author
 from distill_system.run.model_checks import check_engine
-from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
+from distill_system.run.model_sources import with_folders
+from distill_system.run.preparation import (
+    open_run,
+    prepare_tokenizer,
+    record_start,
+    refusal_leaves_nothing,
+)
 from distill_system.run.sample_origin import sample_origin
 from distill_system.run.worker_arguments import (
     rollout_arguments,
@@ -64,18 +70,22 @@ def generate(request: GenerateRequest) -> Path:
     require_room(config, [f"{request.author}_rollout"])
     run = open_run(config)
     check_engine(config)
-    record_start(config, run)
-    tokenizer = prepare_tokenizer(config, run)
-    origin = sample_origin(config, run, tokenizer, request.author)
-    store = TrajectoryStore(folder, origin.tokenizer_fingerprint)
-    targets = CachedTargets(config, run, tokenizer, folder)
-    prompts = load_run_data(config, tokenizer, ["prompts"]).prompts
-    samples = plan_samples(
-        prompts,
-        origin,
-        num_prompts=request.num_prompts,
-        samples_per_prompt=request.samples_per_prompt,
-    )
+    with refusal_leaves_nothing(run) as begin:
+        record_start(config, run)
+        config = with_folders(config, run)
+        request = replace(request, config=config)
+        tokenizer = prepare_tokenizer(config, run)
+        origin = sample_origin(config, run, tokenizer, request.author)
+        store = TrajectoryStore(folder, origin.tokenizer_fingerprint)
+        targets = CachedTargets(config, run, tokenizer, folder)
+        prompts = load_run_data(config, tokenizer, ["prompts"]).prompts
+        samples = plan_samples(
+            prompts,
+            origin,
+            num_prompts=request.num_prompts,
+            samples_per_prompt=request.samples_per_prompt,
+        )
+        begin()
     with LiveView(f"{config.name}: {folder}") as view:
         _Generation(request, tokenizer, origin, store, targets, view).make(samples)
     return folder

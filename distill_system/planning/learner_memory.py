@@ -121,7 +121,7 @@ def _draw_line(
 @contextmanager
 def _mesh_of_one(load: LearnerLoad) -> Iterator[DeviceMesh | None]:
     """The mesh that a rank of many is on, None for one that shards nothing."""
-    if not load.config.is_wrapped(load.num_ranks, on_gpu=load.on_gpu):
+    if load.num_ranks == 1 and not load.config.offload:
         yield None
         return
     dist.init_process_group("fake", rank=0, world_size=load.num_ranks, store=FakeStore())
@@ -233,13 +233,12 @@ class SizedLearner(Learner):
                 )
         adamws = [each for each in self.optimizers if isinstance(each, torch.optim.AdamW)]
         for group in (group for each in adamws for group in each.param_groups):
-            group["foreach"] = (
-                False if self.load_of.on_gpu else None
-            )  # what is offloaded is a CPU's
+            # An offloaded one's parameters are a CPU's, where torch goes one by one as well.
+            group["foreach"] = False if self.load_of.on_gpu else None
         self._update(0)
         if self.load_of.on_gpu and not self.config.offload:
             for each in adamws:
-                each.step = _step_in_place  # type: ignore[method-assign]
+                each.step = _step_in_place  # type: ignore[method-assign,assignment]
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 for tensor in state.values():

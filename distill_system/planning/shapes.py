@@ -7,6 +7,7 @@ fraction of a second for 70 billion parameters.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
-from distill_system.language_model import PACKED_ATTENTION, LanguageModel, unembedding
+from distill_system.language_model import PACKED_ATTENTION, LanguageModel, is_gguf, unembedding
 from distill_system.learner.sharding import find_blocks
 
 
@@ -50,11 +51,16 @@ def read_shape(path: str, *, key: str, trust_remote_code: bool = False) -> Model
 
     Raises: ModelError if there is no config.json here; nothing is fetched.
     """
+    file = Path(path)
+    where = {"gguf_file": file.name} if is_gguf(path) and file.is_file() else {}
     try:
         config = AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code, local_files_only=True
+            str(file.parent) if where else path,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            **where,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"{key}={path!r}: expected a folder with the config.json of a language model, or a hub "
             "model whose config.json is in this machine's cache, found neither. Fetch it alone "

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 from distill_system.errors import ConfigError
 
-# vLLM replaces a temperature in (0, 0.01) by 0.01, which would make the recorded one a lie.
-_LOWEST_TEMPERATURE = 0.01
+# vLLM replaces a temperature in (0, 0.01) by 0.01, which would make the recorded one a lie. At 100
+# the most likely of any model's tokens is hardly likelier than the others.
+_LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 0.01, 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Temperature, nucleus truncation and length limit of a batch of rollouts.
 
-    temperature: 0 (greedy) or at least 0.01.  top_p: (0, 1], 1 keeps the whole distribution.
+    temperature: 0 (greedy) or 0.01 to 100.  top_p: (0, 1], 1 keeps the whole distribution.
     max_response_tokens: a response is cut at this length.
 
     Raises: ConfigError naming the key.
@@ -25,10 +26,11 @@ class Sampling:
     max_response_tokens: int
 
     def __post_init__(self) -> None:
-        if self.temperature != 0.0 and not _LOWEST_TEMPERATURE <= self.temperature < float("inf"):
+        temperature = self.temperature
+        if temperature and not _LOWEST_TEMPERATURE <= temperature <= _HIGHEST_TEMPERATURE:
             raise ConfigError(
-                "rollout.sampling.temperature must be 0 (greedy) or a finite number of at least "
-                f"{_LOWEST_TEMPERATURE}, got {self.temperature}"
+                "rollout.sampling.temperature must be 0 (greedy) or a number from "
+                f"{_LOWEST_TEMPERATURE} to {_HIGHEST_TEMPERATURE:g}, got {temperature}"
             )
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"rollout.sampling.top_p must lie in (0, 1], got {self.top_p}")

@@ -313,12 +313,15 @@ def _load_model(specification: EngineSpecification, device: torch.device) -> Any
             "install torch for CUDA, or set the pool's gpus to 0"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, specification.config.dtype),
             trust_remote_code=specification.trust_remote_code,
             attn_implementation=_ATTENTION,
+            output_loading_info=True,
         )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"its weights lack {missing[0]} ({len(missing)} in all)")
         return model.to(device).eval().requires_grad_(False)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(

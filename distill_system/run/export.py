@@ -6,8 +6,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from transformers import GenerationConfig
+
 from distill_system.learner import LearnerGroup
 from distill_system.run.context import RunContext
+from distill_system.run.vocabulary import stop_token_ids
 
 
 def export_model(
@@ -27,9 +30,18 @@ def export_model(
     shutil.rmtree(partial, ignore_errors=True)
     learner.export(partial, dtype)
     context.tokenizer.save_pretrained(partial)
+    _write_ends(context, partial)
     (partial / "README.md").write_text(_model_card(context, folder.name, facts))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def _write_ends(context: RunContext, folder: Path) -> None:
+    """Let whoever generates with the model stop where the run's responses ended."""
+    ends = list(stop_token_ids(context.config, context.tokenizer))
+    generation = GenerationConfig.from_pretrained(folder)
+    generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+    generation.save_pretrained(folder)
 
 
 def _model_card(context: RunContext, name: str, facts: Mapping[str, object]) -> str:

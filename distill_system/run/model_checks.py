@@ -18,12 +18,17 @@ from distill_system.config.model import LoraUpdate, ModelConfig
 from distill_system.data import RunData, longest_row
 from distill_system.errors import ConfigError, DataError, ModelError
 from distill_system.language_model import (
+    check_quantised,
     check_settings,
     check_weight_files,
     choose_linear_modules,
     find_family,
+    is_gguf,
+    is_quantised,
     one_line,
     read_configuration,
+    read_headers,
+    require_hub_model,
 )
 from distill_system.records import Trajectory
 from distill_system.run.vocabulary import check_exportable, stop_token_ids, vocabulary_size
@@ -43,10 +48,14 @@ def check_folders(config: RunConfig) -> None:
     for role, model in _models(config):
         if model.path is not None and is_local_path(model.path):
             _require_files(f"{role}.path", model.path, "config.json", "*.safetensors")
-            _check_folder(role, model)
+            _check_folder(config, role, Path(model.path))
+        elif model.path is not None:
+            _check_hub_model(config, role, model)
     path = config.tokenizer.path if isinstance(config.tokenizer, PretrainedTokenizer) else None
     if path is not None and is_local_path(path):
         _require_files("tokenizer.path", path)
+    elif path is not None:
+        _require_hub_tokenizer(path)
 
 
 def is_local_path(path: str) -> bool:
@@ -109,6 +118,13 @@ def _models(config: RunConfig) -> Iterator[tuple[str, ModelConfig]]:
 
 def _require_files(key: str, path: str, *patterns: str) -> None:
     folder = Path(path)
+    if is_gguf(path) and folder.is_file():
+        raise ModelError(
+            f"{key}={path!r} is a .gguf file, which runs and `generate` make a folder of, as "
+            "teacher.path or student.path. Two lines make one for everything else: `from "
+            "distill_system.language_model import convert_gguf` and "
+            f"`convert_gguf(Path({path!r}), Path(FOLDER))`"
+        )
     missing = [pattern for pattern in patterns if not any(folder.glob(pattern))]
     if missing or not folder.is_dir():
         actual = f"no {missing[0]} in it" if folder.is_dir() else "no such folder"
@@ -126,11 +142,38 @@ def _require_files(key: str, path: str, *patterns: str) -> None:
         )
 
 
-def _check_folder(role: str, model: ModelConfig) -> None:
-    shape = _shape(role, model)
-    assert model.path is not None, "a folder has a path"
+def _require_hub_tokenizer(path: str) -> None:
     try:
-        check_weight_files(Path(model.path), shape, trust_remote_code=model.trust_remote_code)
+        require_hub_model(path)
+    except ModelError as error:
+        raise ModelError(f"tokenizer.path={path!r}: {error}") from error
+
+
+def _check_hub_model(config: RunConfig, role: str, model: ModelConfig) -> None:
+    """Check that the model can be fetched, or lies whole in the cache if there is no network."""
+    assert model.path is not None, "a model of the hub has a name"
+    try:
+        folder = require_hub_model(model.path)
+    except ModelError as error:
+        raise ModelError(f"{role}.path={model.path!r}: {error}") from error
+    if folder is not None:
+        _check_folder(config, role, folder)
+
+
+def _check_folder(config: RunConfig, role: str, folder: Path) -> None:
+    model: ModelConfig = getattr(config, role)
+    shape = _shape(role, model)
+    if is_quantised(shape):
+        check_quantised(
+            shape,
+            f"{role}.path={model.path!r}",
+            is_trained=role == "student" or model.sft is not None,
+            on_gpu=config.pools.teacher_scoring.gpus > 0,
+        )
+        read_headers(folder)  # names and shapes are the method's own
+        return
+    try:
+        check_weight_files(folder, shape, trust_remote_code=model.trust_remote_code)
     except ModelError as error:
         raise ModelError(f"{role}.path: {error}") from error
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import AutoTokenizer
 from distill_system.config import RunConfig, dump_config, load_config
 from distill_system.data import build_tokenizer, tokenizer_texts
 from distill_system.errors import ConfigError, RunStateError
+from distill_system.language_model import one_line
 from distill_system.observe import RunDirectory, write_environment
 from distill_system.observe.run_directory import read_json, remove_half_written, write_text
 from distill_system.run.model_checks import check_folders, check_models
@@ -67,6 +70,40 @@ def record_start(config: RunConfig, run: RunDirectory) -> None:
         ) from error
 
 
+@contextmanager
+def refusal_leaves_nothing(run: RunDirectory) -> Iterator[Callable[[], None]]:
+    """Take back what was written of the run, if the block fails before it calls what it is given.
+
+    A run that is refused leaves its folder as it was, and none where there was none. The block
+    calls the function once its workers may start: from there on the folder keeps what happened.
+    """
+    absent = [path for path in (run.path, *run.path.parents) if not path.exists()]
+    held = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
+    recorded = (run.config_path, run.environment_path)
+    contents = {path: path.read_bytes() for path in recorded if path.is_file()}
+    begun: list[bool] = []
+    try:
+        yield lambda: begun.append(True)
+    except BaseException:
+        if not begun and run.path.is_dir():
+            with suppress(OSError):  # what the block failed with says more
+                _take_back(run, held, contents)
+                for folder in absent:
+                    folder.rmdir()
+        raise
+
+
+def _take_back(run: RunDirectory, held: set[str], contents: dict[Path, bytes]) -> None:
+    """Leave what the folder held, and the two files that are written anew as they were."""
+    for path in run.path.iterdir():
+        if path.name not in held and path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in held:
+            path.unlink()
+    for path, content in contents.items():
+        path.write_bytes(content)
+
+
 def _require_same(run: RunDirectory, config: RunConfig) -> None:
     old, new = _flatten(_read_recorded(run)), _flatten(json.loads(dump_config(config)))
     changed = [
@@ -88,8 +125,9 @@ def _require_same(run: RunDirectory, config: RunConfig) -> None:
             )
         )
     if changed:
-        # The tokenizer is the only thing that was made from the old configuration.
+        # Nothing else was made from the old configuration.
         shutil.rmtree(run.tokenizer_directory, ignore_errors=True)
+        shutil.rmtree(run.models_directory, ignore_errors=True)
 
 
 def _read_recorded(run: RunDirectory) -> Any:
@@ -132,7 +170,7 @@ def prepare_tokenizer(config: RunConfig, run: RunDirectory) -> Any:
     """
     check_folders(config)
     if run.tokenizer_directory.exists():
-        tokenizer = AutoTokenizer.from_pretrained(run.tokenizer_directory)
+        tokenizer = _load_own_tokenizer(config, run)
         check_models(config, tokenizer)
         return tokenizer
     tokenizer = build_tokenizer(config, tokenizer_texts(config))
@@ -141,3 +179,16 @@ def prepare_tokenizer(config: RunConfig, run: RunDirectory) -> Any:
     tokenizer.save_pretrained(partial)
     partial.rename(run.tokenizer_directory)
     return tokenizer
+
+
+def _load_own_tokenizer(config: RunConfig, run: RunDirectory) -> Any:
+    """The tokenizer that this run saved; it may carry the teacher's own code."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            run.tokenizer_directory, trust_remote_code=config.teacher.trust_remote_code
+        )
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
+        raise RunStateError(
+            f"the run's tokenizer {run.tokenizer_directory} cannot be read: {one_line(error)}. "
+            "Remove that folder: the same command makes it again"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +44,8 @@ def rollout_arguments(
 
 def rollout_environment(config: RunConfig, author: Author, pool: PoolConfig) -> dict[str, str]:
     """Environment variables of a RolloutWorker of this pool."""
-    return engine_environment(uses_gpu=pool.gpus > 0, threads=_engine(config, author).threads)
+    own = engine_environment(uses_gpu=pool.gpus > 0, threads=_engine(config, author).threads)
+    return {**own, **_hub_environment()}
 
 
 def scorer_arguments(config: RunConfig, tokenizer: Any, path: str) -> dict[str, Any]:
@@ -64,8 +66,9 @@ def scorer_arguments(config: RunConfig, tokenizer: Any, path: str) -> dict[str, 
 def torch_environment(pool: PoolConfig, threads: int) -> Mapping[str, str]:
     """Environment variables of a worker that computes with torch and has no vLLM engine."""
     if pool.gpus > 0:
-        return {}
+        return _hub_environment()
     return {
+        **_hub_environment(),
         "OMP_NUM_THREADS": str(threads),
         # By default idle OpenMP threads spin, which takes cores from the other workers.
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -73,6 +76,12 @@ def torch_environment(pool: PoolConfig, threads: int) -> Mapping[str, str]:
         # Its default of 1,024 entries took over 2 GB for a bfloat16 model of 5 million parameters.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     }
+
+
+def _hub_environment() -> dict[str, str]:
+    """What keeps a worker of any machine from asking a hub that this process cannot reach."""
+    name = "HF_HUB_OFFLINE"
+    return {name: os.environ[name]} if name in os.environ else {}
 
 
 def tensor_parallel_size(pool: PoolConfig) -> int:

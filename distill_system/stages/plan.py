@@ -31,6 +31,7 @@ from distill_system.data.run_data import SetName
 from distill_system.errors import DistillError
 from distill_system.planning import Plan, make_plan
 from distill_system.run.model_checks import check_data, check_folders, check_models
+from distill_system.run.model_sources import find_gguf_files
 from distill_system.run.settings_notes import settings_notes
 from distill_system.run.vocabulary import vocabulary_size
 
@@ -84,6 +85,9 @@ def _vocabulary(config: RunConfig) -> int | None:
 
 def _problems_of_data(config: RunConfig, notes: list[str]) -> Iterator[str]:
     """What is wrong with models and tokenizer, or else with the sets, each by itself."""
+    if files := find_gguf_files(config):
+        notes.append(f"{' and '.join(files)}: models and data are checked as the run starts")
+        return
     try:
         check_folders(config)
         tokenizer = build_tokenizer(config, tokenizer_texts(config))

@@ -17,8 +17,9 @@ from distill_system.observe import RunDirectory
 from distill_system.observe.run_directory import write_text
 
 LAST_LINES = 12
-END_SECONDS = 60.0
-"""How long an interrupted run may take to end its workers before it is killed."""
+END_SECONDS = 120.0
+"""How long an interrupted run may take to write a checkpoint and end its workers before it is
+killed."""
 
 TRAIN = (sys.executable, "-m", "distill_system", "train")
 

@@ -57,6 +57,8 @@ def fine_tune(context: RunContext, rows: dict[str, Sequence[Trajectory]]) -> Non
 def _fine_tune_role(
     context: RunContext, role: str, rows: Sequence[Trajectory], stop: threading.Event
 ) -> None:
+    if context.stop.is_made:
+        return  # while the other role was fine-tuned
     stage = f"sft_{role}"
     model: ModelConfig = getattr(context.config, role)
     assert model.sft is not None, "only roles with sft are fine-tuned"
@@ -125,7 +127,7 @@ class FineTuning:
                         "tok/s": result.num_response_tokens / result.seconds,
                     },
                 )
-            if self.context.stop.is_made and first < task.step < self.config.steps:
+            if self.context.stop.is_made and self._is_unsaved(task.step, first):
                 self._save(task.step)
             self.store.finish(self.learner, wait=True)
         if task.step < self.config.steps:
@@ -158,11 +160,12 @@ class FineTuning:
         while in_flight:
             yield self._finish(*in_flight.popleft())
 
+    def _is_unsaved(self, done: int, first: int) -> bool:
+        """Whether a run that ends after so many steps would lose some of them."""
+        return first < done < self.config.steps and done % self.config.checkpoint_every != 0
+
     def _save(self, done: int) -> None:
-        """Begin a checkpoint, unless the one of this step is there already."""
-        newest = self.store.latest()
-        if newest is None or newest.step != done:
-            self.store.start(done, {"frontier": self.frontier.state()}, self.learner)
+        self.store.start(done, {"frontier": self.frontier.state()}, self.learner)
         self.context.timings.save()
 
     def _finish(

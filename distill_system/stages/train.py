@@ -26,8 +26,14 @@ from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
 from distill_system.run.model_checks import check_data, check_engine
+from distill_system.run.model_sources import with_folders
 from distill_system.run.pools import open_pools
-from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
+from distill_system.run.preparation import (
+    open_run,
+    prepare_tokenizer,
+    record_start,
+    refusal_leaves_nothing,
+)
 from distill_system.run.sample_origin import sample_origin
 from distill_system.run.settings_notes import settings_notes
 from distill_system.stages.evaluations import (
@@ -38,6 +44,7 @@ from distill_system.stages.evaluations import (
 )
 from distill_system.stages.push import push_student, require_token
 from distill_system.stages.supervised import fine_tune
+from distill_system.stopping import StopRequest
 
 STAGES = ("sft", "distill", "evaluate", "report", "push")
 
@@ -48,11 +55,14 @@ def train(
     resume: bool = False,
     stages: Collection[str] = STAGES,
     notify: Callable[[str], None] = print,
+    stop: StopRequest | None = None,
 ) -> RunDirectory:
     """Run these stages; a stage whose output exists is skipped.
 
     resume: continue unfinished stages from their newest checkpoints.
     notify: takes lines for the person.
+    stop: made by a signal handler when a person wants the run to end: it then writes a checkpoint
+        after the step under way and raises KeyboardInterrupt.
     Returns the run's folder.
     Raises: DistillError with one message for the person; every worker is ended first.
     """
@@ -69,10 +79,13 @@ def train(
     if {"distill", "evaluate"} & {*work}:
         check_engine(config)
     if work:
-        record_start(config, run)
-        with open_context(config, run, resume=resume, sets=_sets(config, run, work)) as context:
-            for stage in work:
-                _RUNNERS[stage](context)
+        with refusal_leaves_nothing(run) as begin:
+            record_start(config, run)
+            models, sets = with_folders(config, run), _sets(config, run, work)
+            with open_context(models, run, resume=resume, sets=sets, stop=stop) as context:
+                begin()
+                for stage in work:
+                    _RUNNERS[stage](context)
     if "evaluate" in stages and "sft" not in stages and not work:
         notify(f"nothing to evaluate: {describe_standing(run)}")
     if "report" in stages:
@@ -148,6 +161,7 @@ def open_context(
     *,
     resume: bool,
     sets: Collection[SetName] = ("prompts", "held_out", "evaluation"),
+    stop: StopRequest | None = None,
 ) -> Iterator[RunContext]:
     """Everything a stage needs, for the length of a block; its workers end with the block.
 
@@ -179,6 +193,7 @@ def open_context(
             timings=Timings(run),
             view=view,
             resume=resume,
+            stop=stop or StopRequest(),
         )
 
 

@@ -39,6 +39,9 @@ class Sitter:
     def describe(self) -> tuple[str, str]:
         return self.name, os.environ.get("ROOM", "")
 
+    def visible_gpus(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
 
 def _pids(group: RayWorkers) -> list[int]:
     calls = [group.start(index, "ready") for index in range(group.count)]
@@ -56,6 +59,8 @@ def test_each_worker_has_its_arguments_environment_and_process(workers: Start, g
     calls = [group.start(index, "describe") for index in range(2)]
     assert group.finish(calls, what="names") == [("left", "kitchen"), ("right", "kitchen")]
     assert len(set(_pids(group))) == 2
+    seen = [group.start(index, "visible_gpus") for index in range(2)]
+    assert group.finish(seen, what="GPUs") == ["", ""]  # none was asked for
 
 
 def test_stopping_ends_the_processes_and_gives_their_resources_back(

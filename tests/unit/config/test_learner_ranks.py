@@ -20,6 +20,12 @@ def test_a_divisor_of_the_ranks_shares_one_copy_of_the_model(written, ranks):
     assert config.learner.shard_size(4) == ranks
 
 
+def test_chunks_of_the_vocabulary_are_larger_on_a_gpu_unless_they_are_given():
+    unset, given = _load().learner, _load("learner.vocabulary_chunk_tokens=77").learner
+    assert [unset.chunk_tokens(on_gpu=on_gpu) for on_gpu in (False, True)] == [512, 4096]
+    assert [given.chunk_tokens(on_gpu=on_gpu) for on_gpu in (False, True)] == [77, 77]
+
+
 @pytest.mark.parametrize("written", ["3", "8"])
 def test_other_numbers_of_ranks_cannot_share_a_copy(written):
     with pytest.raises(ConfigError, match=f"divisor of pools.learner.count=4 .*got {written}"):

@@ -116,6 +116,14 @@ def test_every_parameter_has_one_optimizer_and_only_hidden_matrices_decay(kind):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_cpus_optimizers_keep_the_form_and_so_the_bits_that_torch_chooses(kind):
+    net = _Net()
+    config = OptimizerConfig(type=kind, learning_rate=1.0)
+    optimizers = build_optimizers(net, [net.embedding.weight], config)
+    assert {group.get("fused") for each in optimizers for group in each.param_groups} == {None}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_what_is_frozen_has_no_optimizer(kind):
     net = _Net()
     net.hidden.weight.requires_grad_(False)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distill_system.objectives import returns
 from distill_system.objectives.returns import compute_baseline, cost_to_go, future_cost_to_go
 from distill_system.objectives.rows import TokenRows, pad_rows
 
@@ -28,8 +29,10 @@ def _rows():
 COSTS = torch.tensor([1.0, 2.0, 4.0, 8.0, 1.0, 0.0, -1.0, 2.0])
 
 
+@pytest.mark.parametrize("form", ["in_turn", "doubling"])
 @pytest.mark.parametrize("discount", [1.0, 0.5])
-def test_cost_to_go_equals_the_sum_written_out(discount):
+def test_cost_to_go_equals_the_sum_written_out(discount, form, monkeypatch):
+    monkeypatch.setattr(returns, "_add_later_in_turn", getattr(returns, f"_add_later_{form}"))
     expected, start = [], 0
     for length in LENGTHS:
         costs = COSTS[start : start + length].tolist()
@@ -38,6 +41,16 @@ def test_cost_to_go_equals_the_sum_written_out(discount):
         ]
         start += length
     assert cost_to_go(COSTS, _rows(), discount=discount).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3, 64, 65])
+def test_doubling_takes_in_every_later_column_once(longest):
+    grid_ST = torch.randn(3, longest, dtype=torch.float64)
+    weights_TT = torch.tensor(0.9, dtype=torch.float64) ** (
+        torch.arange(longest) - torch.arange(longest)[:, None]
+    )
+    expected_ST = grid_ST @ weights_TT.triu().T
+    torch.testing.assert_close(returns._add_later_doubling(grid_ST, 0.9), expected_ST)
 
 
 def test_future_cost_leaves_out_the_token_itself_and_divides_by_what_is_left():

@@ -20,6 +20,9 @@ from distill_system.config.objective.token_losses import ReverseKlConfig
 from distill_system.learner import Learner, ModelSource
 from distill_system.learner.collate import StreamTotals
 from distill_system.planning import LearnerLoad, Memory, architecture_shape, learner_memory
+from distill_system.planning.learner_memory import SizedLearner
+from distill_system.planning.shapes import build_empty
+from distill_system.planning.sizes import SizeTracker
 from distill_system.records import Author, Stream, TeacherTargets, TrajectoryChunk
 
 STUDENT = ArchitectureConfig(hidden_size=64, intermediate_size=176, num_layers=4, num_heads=2)
@@ -167,6 +170,28 @@ def test_each_token_of_a_chunk_costs_rows_of_the_vocabulary() -> None:
 
     # Logits, their gradient, and a softmax of a block, which at this size is a chunk.
     assert held(256) - held(128) == pytest.approx(3 * 128 * 3000 * 4, rel=0.02)
+
+
+def test_a_gpu_has_chunks_of_its_own_size_where_none_is_given() -> None:
+    def held(load: LearnerLoad, tokens: int | None) -> float:
+        return learner_memory(_with(load, vocabulary_chunk_tokens=tokens)).num_bytes
+
+    there = replace(LOAD, on_gpu=True, chunks=_make_chunks(40))  # more tokens than one chunk has
+    assert held(there, None) == held(there, 4096) > held(there, 512)
+    assert held(LOAD, None) == held(LOAD, 512)
+
+
+def _workspace_of_the_update(load: LearnerLoad) -> float:
+    sizes, model = SizeTracker(), build_empty(load.student)
+    with sizes:
+        moments = SizedLearner(load, model, sizes, None).measure_step(load.chunks)
+    return moments["optimizer's workspace"].get("optimizer's workspace", 0.0)
+
+
+def test_adamw_is_fused_on_a_gpu_and_has_no_workspace() -> None:
+    largest_matrix = 4 * 3000 * 64
+    assert _workspace_of_the_update(LOAD) >= largest_matrix
+    assert _workspace_of_the_update(replace(LOAD, on_gpu=True)) < 0.01 * largest_matrix
 
 
 def test_microbatches_bound_activations() -> None:

@@ -7,14 +7,17 @@ from tiny_families import save_family
 from typer.testing import CliRunner
 
 from distill_system.cli import app
+from distill_system.cluster import machine_supply, require_room, supply
 from distill_system.config import load_config
 from distill_system.config.recipes import recipe_path
+from distill_system.errors import ResourceError
 from distill_system.planning import make_plan
-from distill_system.stages.plan import plan_run
+from distill_system.stages.plan import PlannedRun, plan_run
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 PAPER = [str(ROOT / f"configs/paper/{n}.yaml") for n in ("ammd", "dolly", "openllama_7b_to_3b")]
+POOLS = ("student_rollout", "teacher_rollout", "teacher_scoring", "learner")
 GPUS = [f"pools.{pool}.gpus=1" for pool in ("student_rollout", "learner")]
 
 
@@ -31,6 +34,91 @@ def test_the_quickstart_is_planned() -> None:
     assert "teacher fine-tuning" in result.output
     assert "0.8 million parameters" in result.output
     assert "1,024 bytes a teacher token" in result.output  # 128 features and 128 actions, float32
+
+
+@pytest.fixture
+def own(configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Plans a run of two tiny models on a machine of two CPUs."""
+    monkeypatch.setattr(supply, "get_num_cpus", lambda: 2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    shares = [f"pools.{name}.cpus=0.5" for name in POOLS]
+
+    def plan(*overrides: str) -> PlannedRun:
+        return plan_run(configure(*shares, *overrides), device_gib=80)
+
+    return plan
+
+
+def test_a_run_that_would_start_has_no_problem(own) -> None:
+    assert own().problems == ()
+    assert own().can_start
+
+
+def test_every_problem_of_data_and_size_is_told_at_once(own, tmp_path: Path) -> None:
+    """What stopped the first try of a person three times, one after the other."""
+    (tmp_path / "long.jsonl").write_text('{"prompt": "' + "w5 " * 20 + '"}\n')
+    planned = own(
+        "data.held_out.num_examples=200",
+        "data.prompts={type: jsonl, path: long.jsonl}",
+        "data.evaluation.gone={type: jsonl, path: gone.jsonl}",
+        "data.use_chat_template=true",
+        *(f"pools.{name}.cpus=1" for name in POOLS),
+    )
+    assert not planned.can_start
+    assert planned.plan is not None, "memory is planned all the same"
+    said = "\n".join(planned.problems)
+    assert "200" in said
+    assert "data.held_out" in said
+    assert "gone.jsonl" in said
+    assert "a chat needs a chat template and the tokenizer has none" in said
+    assert "the pools ask for 4 CPU of 2 that a local cluster on this machine has" in said
+    plain = own("data.prompts={type: jsonl, path: long.jsonl, fields: {response: null}}")
+    assert ["20 tokens, more than data.max_prompt_tokens=8" in line for line in plain.problems] == [
+        True
+    ]
+
+
+def test_rows_that_are_all_held_out_show_only_side_by_side(own) -> None:
+    [problem] = own("data.held_out={type: jsonl, path: rows.jsonl}").problems
+    assert "data.prompts: each of its 12 prompts also stands in data.held_out" in problem
+
+
+def test_gpus_that_are_elsewhere_are_a_note_and_a_cluster_is_asked_later(own, monkeypatch) -> None:
+    gpus = [f"pools.{name}.gpus=1" for name in POOLS]
+    planned = own(*gpus)
+    assert planned.can_start
+    assert planned.notes[0].startswith("not for this machine alone: the pools ask for 4 GPU of 0")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    planned = own(*gpus, "pools.learner.cpus=64")
+    assert planned.can_start
+    assert planned.notes == (
+        "RAY_ADDRESS is set: the size of its cluster is looked at as the run starts",
+    )
+
+
+def test_a_method_is_planned_by_name(own) -> None:
+    done = _run(QUICKSTART, "--objective", "gkd")
+    assert done.exit_code == 0, done.output
+    assert _run(QUICKSTART, "--objective", "GKD").exit_code == 1
+
+
+def test_what_ray_gives_a_local_cluster_is_what_is_reckoned_with() -> None:
+    """Ray's own count, which follows the limits of a container."""
+    from ray._private.utils import get_num_cpus
+
+    assert machine_supply()["CPU"] == get_num_cpus()
+
+
+def test_a_run_too_large_for_a_local_cluster_is_refused_before_it_starts(
+    configure, monkeypatch
+) -> None:
+    monkeypatch.setattr(supply, "get_num_cpus", lambda: 2)
+    config = configure()
+    with pytest.raises(ResourceError, match=r"4 CPU of 2 .* lower pools\.\*\.cpus .*0\.25"):
+        require_room(config)
+    require_room(config, ["learner"])
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    require_room(config)
 
 
 def test_a_hub_model_that_is_not_here_is_named(monkeypatch) -> None:
@@ -62,7 +150,8 @@ def families(tmp_path: Path) -> list[str]:
 
 
 def test_models_of_other_families_are_planned_from_their_folders(families: list[str]) -> None:
-    plan = plan_run(load_config([QUICKSTART], families), device_gib=80)
+    plan = plan_run(load_config([QUICKSTART], families), device_gib=80).plan
+    assert plan is not None
     assert (plan.teacher.family, plan.student.family) == ("qwen2", "gpt2")
     assert plan.before == ()  # nothing is fine-tuned
     assert plan.publish_bytes == 4 * plan.student.num_parameters
@@ -142,7 +231,8 @@ def test_tensor_parallelism_divides_an_engines_weights(families: list[str]) -> N
 )
 def test_methods_are_planned_by_their_own_code(families: list[str], name: str) -> None:
     config = load_config([QUICKSTART, recipe_path(name)], families)
-    plan = plan_run(config, device_gib=80)
+    plan = plan_run(config, device_gib=80).plan
+    assert plan is not None
     learner = next(worker for worker in plan.workers if worker.pool == "learner")
     parts, moment = learner.memory.parts, learner.memory.moment
     assert parts["weights"] == pytest.approx(4 * plan.student.num_parameters, rel=0.02)

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fakes.local_workers import LocalWorkers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_families import save_family
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from distill_system.learner import Learner, LearnerGroup
 from distill_system.run.export import export_model
+from distill_system.run.vocabulary import stop_token_ids
 
 
 class Exporter:
@@ -60,3 +62,30 @@ def test_a_failure_halfway_leaves_no_folder_that_counts_as_done(
     assert not (tmp_path / "student").exists()
     _export(context, tiny_model_folder(), tmp_path / "student")
     assert [path.name for path in tmp_path.glob("student*")] == ["student"]
+
+
+def test_the_export_stops_where_the_run_stopped(configure, tmp_path):
+    """The teacher's generation config ends a turn by two tokens, the base student's by another."""
+    save_family(tmp_path / "teacher", "llama", end_ids=[9, 7])
+    source = save_family(tmp_path / "base", "llama", end_ids=5, seed=1)
+    config = configure(f"teacher.path={tmp_path / 'teacher'}", f"student.path={source}")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    _export(SimpleNamespace(config=config, tokenizer=tokenizer), source, tmp_path / "student")
+    assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [2, 5, 7, 9]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    ends = set(stop_token_ids(config, tokenizer))
+    for first in range(10, 30):
+        ids = torch.tensor([[1, first]])
+        written = model.generate(ids, max_new_tokens=40, do_sample=True)[0, 2:].tolist()
+        stops = [index for index, token in enumerate(written) if token in ends]
+        assert stops in ([], [len(written) - 1]), "transformers ends at the run's first end"
+
+
+def test_vllm_reads_the_same_ends(configure, tmp_path):
+    reader = pytest.importorskip("vllm.transformers_utils.config")
+    source = save_family(tmp_path / "base", "llama", end_ids=[5, 7, 9])
+    config = configure(f"teacher.path={source}", f"student.path={source}")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    _export(SimpleNamespace(config=config, tokenizer=tokenizer), source, tmp_path / "student")
+    seen = reader.try_get_generation_config(str(tmp_path / "student"), trust_remote_code=False)
+    assert seen.eos_token_id == [2, 5, 7, 9]

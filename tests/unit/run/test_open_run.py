@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from distill_system.config import load_config
 from distill_system.errors import ModelError, RunStateError
-from distill_system.run.preparation import open_run, prepare_tokenizer, record_start
+from distill_system.run.preparation import (
+    open_run,
+    prepare_tokenizer,
+    record_start,
+    refusal_leaves_nothing,
+)
 
 QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
 
@@ -198,3 +204,109 @@ def test_models_must_fit_the_tokenizer_each_time_it_is_prepared(configure, tiny_
     assert run.tokenizer_directory.exists()
     with pytest.raises(ModelError, match="reads at most 8 tokens"):
         prepare_tokenizer(bad, run)
+
+
+def _tree(folder):
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def _refused(config, run, *, begun=False):
+    def start():
+        with refusal_leaves_nothing(run) as begin:
+            record_start(config, run)
+            run.models_directory.mkdir()
+            run.metrics_path.write_text("")
+            if begun:
+                begin()
+            raise ModelError("refused")
+
+    with pytest.raises(ModelError, match="refused"):
+        start()
+
+
+def test_a_refused_run_leaves_nothing(tmp_path):
+    (tmp_path / "mine").mkdir()
+    config = _config(tmp_path, f"runs_directory={tmp_path / 'mine/deep/runs'}")
+    _refused(config, open_run(config))
+    assert _tree(tmp_path) == {Path("mine"): None}
+
+
+def test_what_others_have_beside_it_stays(tmp_path):
+    (tmp_path / "another").mkdir()
+    config = _config(tmp_path)
+    _refused(config, open_run(config))
+    assert _tree(tmp_path) == {Path("another"): None}
+
+
+def test_a_run_that_was_there_is_left_as_it_was(tmp_path):
+    run = _start(tmp_path)
+    run.student_directory.mkdir()
+    (run.student_directory / "config.json").write_text("{}")
+    before = _tree(tmp_path)
+    config = _config(tmp_path, "pools.learner.count=2")
+    _refused(config, open_run(config))
+    assert _tree(tmp_path) == before
+
+
+def test_a_run_whose_workers_may_have_started_keeps_everything(tmp_path):
+    config = _config(tmp_path)
+    run = open_run(config)
+    _refused(config, run, begun=True)
+    assert run.config_path.exists()
+    assert run.metrics_path.exists()
+
+
+def test_a_run_that_is_not_refused_keeps_everything(tmp_path):
+    config = _config(tmp_path)
+    run = open_run(config)
+    with refusal_leaves_nothing(run):
+        record_start(config, run)
+    assert run.config_path.exists()
+
+
+@pytest.mark.parametrize("damage", ["{}", "no json", None])
+def test_a_broken_tokenizer_of_the_run_is_told_with_the_way_out(tmp_path, damage):
+    config, run = _config(tmp_path), _start(tmp_path)
+    prepare_tokenizer(config, run)
+    file = run.tokenizer_directory / "tokenizer.json"
+    file.unlink() if damage is None else file.write_text(damage)
+    with pytest.raises(RunStateError, match=r"tokenizer .* cannot be read: .*Remove that folder"):
+        prepare_tokenizer(config, run)
+    shutil.rmtree(run.tokenizer_directory)
+    prepare_tokenizer(config, run)
+    assert file.exists()
+
+
+CODE = """
+from transformers import PreTrainedTokenizerFast
+
+
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_a_tokenizer_with_code_of_its_own_is_loaded_each_time(
+    configure, tiny_model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sys.stdin", None)  # nobody answers a question
+    folders = [tmp_path / "teacher_of_code", tmp_path / "student_of_code"]
+    for seed, folder in enumerate(folders):
+        shutil.copytree(tiny_model_folder(seed=seed), folder)
+        (folder / "own_tokenizer.py").write_text(CODE)
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text())
+        settings["auto_map"] = {"AutoTokenizer": [None, "own_tokenizer.OwnTokenizer"]}
+        path.write_text(json.dumps({**settings, "tokenizer_class": "OwnTokenizer"}))
+    paths = [f"{role}.path={f}" for role, f in zip(("teacher", "student"), folders, strict=True)]
+    trusting = [f"{role}.trust_remote_code=true" for role in ("teacher", "student")]
+    config = configure(*paths, *trusting)
+    run = open_run(config)
+    first = prepare_tokenizer(config, run)
+    assert type(first).__name__ == "OwnTokenizer"
+    assert type(prepare_tokenizer(config, run)).__name__ == "OwnTokenizer"
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        prepare_tokenizer(configure(*paths), open_run(configure(*paths, "name=other")))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 import ray
+from typer.testing import CliRunner
 
+from distill_system.cli import app
 from distill_system.config import load_config
-from distill_system.errors import DataError, RunStateError
+from distill_system.errors import DataError, DistillError, RunStateError
 from distill_system.learner import describe_file
 from distill_system.observe import RunDirectory
+from distill_system.offline.generate import GenerateRequest, generate
 from distill_system.stages.train import STAGES, train
 
 SFT = "{steps: 1, optimizer: {learning_rate: 0.1}}"
@@ -98,3 +102,51 @@ def test_a_finished_run_asks_for_no_worker_and_writes_its_report_anew(configure)
     assert json.loads(run.summary_path.read_text())["step"] == 3
     assert run.config_path.stat().st_mtime_ns == before
     assert not run.environment_path.exists(), "what ran is not what reports"
+
+
+SMALL = [
+    f"pools.{pool}.cpus=0.1"
+    for pool in ("learner", "student_rollout", "teacher_rollout", "teacher_scoring")
+]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        ("student.path=runs/of/nobody", "no such folder"),
+        ("teacher.path=nowhere.gguf", "found none"),
+        ("data.prompts={type: jsonl, path: nowhere.jsonl}", r"nowhere\.jsonl"),
+        ("data.max_prompt_tokens=100000", "reads at most 128 tokens"),
+        ("pools.learner.cpus=100000", "pools ask for"),
+    ],
+)
+def test_whatever_is_refused_before_the_cluster_leaves_nothing(configure, tmp_path, mistake, told):
+    with pytest.raises(DistillError, match=told):
+        train(configure(*SMALL, mistake))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_so_does_a_generation_that_is_refused(configure, tmp_path):
+    config = configure("data.prompts={type: jsonl, path: nowhere.jsonl}")
+    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
+        generate(GenerateRequest(config=config, out=tmp_path / "store"))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "runs/run/metrics.jsonl"),
+        PermissionError(errno.EACCES, "Permission denied", "rows.jsonl"),
+    ],
+)
+def test_an_error_of_the_file_system_is_one_message(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("distill_system.config.load_config", fail)
+    answer = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml")])
+    assert answer.exit_code == 1
+    assert "Traceback" not in answer.output
+    assert type(error).__name__ in answer.stderr
+    assert f"{error.strerror}: {error.filename!r}. Make room" in answer.stderr
