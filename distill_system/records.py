@@ -9,8 +9,9 @@ Python, which the driver would pay for with every call.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from heapq import heapreplace
 from typing import Any
@@ -60,6 +61,8 @@ class Prompt:
 
     token_ids: int32 [P], P >= 1.  references: accepted answers as text, empty if there are none.
     text: the prompt as a person reads it.  source: the data source's name.
+    occurrence: how often the prompt stands before this one among those answered together, as in a
+    step that asks for more prompts than there are.
     """
 
     prompt_id: str
@@ -67,11 +70,32 @@ class Prompt:
     text: str
     references: tuple[str, ...] = ()
     source: str = ""
+    occurrence: int = 0
 
     def __post_init__(self) -> None:
         ids = self.token_ids
         _require(ids.ndim == 1 and ids.size > 0, self.prompt_id, "token_ids [P], P >= 1", ids.shape)
         _require(ids.dtype == np.int32, self.prompt_id, "token_ids of int32", ids.dtype)
+
+    @property
+    def sample_id(self) -> str:
+        """With a label, the identity of a sample: its name and its seed are made of both."""
+        return f"{self.prompt_id}#{self.occurrence + 1}" if self.occurrence else self.prompt_id
+
+
+def count_occurrences(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts that are answered together; one that stands there again says how often before.
+
+    What is counted already stays as it is, so that a part of the prompts may be counted again.
+    """
+    next_free = Counter[str]()
+    counted: list[Prompt] = []
+    for prompt in prompts:
+        occurrence = max(prompt.occurrence, next_free[prompt.prompt_id])
+        next_free[prompt.prompt_id] = occurrence + 1
+        is_counted = occurrence == prompt.occurrence
+        counted.append(prompt if is_counted else replace(prompt, occurrence=occurrence))
+    return counted
 
 
 @dataclass(frozen=True, kw_only=True)

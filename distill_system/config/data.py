@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import (
     Field,
+    JsonValue,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -62,6 +64,12 @@ class MessagesFields(ConfigModel):
     format: Literal["messages"] = "messages"
     messages: str = "messages"
     """Field that holds the chat. A last message of role assistant is the answer."""
+    tools: str | None = "tools"
+    """Field that holds the tools the model may call, a list of JSON schemas; a row without it has
+    none. null: tools are not read."""
+    assistant_turns: Literal["last", "all"] = "last"
+    """What of a chat is learned or asked: its last assistant turn, or each of them as a row of its
+    own, after the conversation up to it."""
 
 
 class ShareGptFields(ConfigModel):
@@ -285,6 +293,27 @@ TokenizerConfig = Annotated[
 ]
 
 
+_GIVEN_BY_THE_HOUSE = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
+_ARGUMENTS_OF_TRANSFORMERS = {
+    *("chat_template", "continue_final_message", "conversation", "max_length", "padding"),
+    *("return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "truncation"),
+    "tokenizer_kwargs",
+}
+
+
+def _check_chat_keys(
+    values: dict[str, JsonValue], template: str | None, template_name: str | None
+) -> None:
+    taken = sorted(values.keys() & (_GIVEN_BY_THE_HOUSE | _ARGUMENTS_OF_TRANSFORMERS))
+    if taken:
+        raise ValueError(
+            f"chat_template_kwargs must not hold {taken}: these are given with every rendering "
+            "(the day is data.chat_date, tools are a field of the row)"
+        )
+    if template is not None and template_name is not None:
+        raise ValueError("give chat_template or chat_template_name, not both")
+
+
 class DataConfig(ConfigModel):
     """Every set of rows the run reads."""
 
@@ -294,8 +323,24 @@ class DataConfig(ConfigModel):
     """How a plain prompt becomes the text the models read; must contain {prompt}."""
     use_chat_template: bool = False
     """Send plain prompts as one user message through the tokenizer's chat template instead."""
+    chat_template: str | None = None
+    """A chat template in place of the tokenizer's own: a file (a relative path is taken from
+    data.directory), or the Jinja text itself. It is kept with the run's tokenizer."""
+    chat_template_name: str | None = None
+    """Which template, where the tokenizer has several by name; null: as transformers chooses."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default={})
+    """Further values that the chat template reads, for example {enable_thinking: false}."""
+    chat_date: Annotated[date, Field(strict=False)] | None = None
+    """The day that a chat template is told is today; null: the day on which the run began."""
+    control_tokens_in_rows: Literal["text", "control"] = "text"
+    """What a control token spelled in a row is: the characters that are written there, or the
+    token, for rows that were rendered before. In templates it is always the token."""
     max_prompt_tokens: PositiveInt = 512
-    """Longest prompt; a longer one is an error that names its id."""
+    """Longest prompt; too_long_prompts says what becomes of a longer one."""
+    too_long_prompts: Literal["refuse", "leave_out", "cut_left", "cut_right"] = "refuse"
+    """A prompt longer than max_prompt_tokens ends the run, is left out with its row, or is cut at
+    its beginning or its end: in the row's own text, what templates write stays whole. A chat loses
+    its oldest messages before the beginning of its last one."""
     max_memory_mebibytes: PositiveInt = 1024
     """Most memory for the tokenised rows of a training set (data.prompts, data.teacher_sft,
     data.student_sft); those of a larger one are written to a file and mapped from there."""
@@ -330,6 +375,7 @@ class DataConfig(ConfigModel):
                 "the splits of evaluation must be named by letters, digits, '.', '_' and '-', "
                 f"beginning with a letter or digit, got {wrong}"
             )
+        _check_chat_keys(self.chat_template_kwargs, self.chat_template, self.chat_template_name)
         unread = {**self.prompt_sources, "held_out": self.held_out}
         for name, source in unread.items():
             if isinstance(source, RowSource) and source.bounds_responses:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from string import Formatter
+from typing import NamedTuple
 
 
 def template_fields(template: str) -> tuple[str, ...]:
@@ -31,10 +32,28 @@ def template_fields(template: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def fill_template(template: str, values: Mapping[str, str]) -> str:
+class Piece(NamedTuple):
+    """A stretch of a text: a row's (is_data), or a template's own."""
+
+    text: str
+    is_data: bool
+
+
+def fill_pieces(template: str, values: Mapping[str, str]) -> tuple[Piece, ...]:
     """The template with each field replaced by its value; braces in values are not interpreted."""
-    filled = (
-        literal + ("" if name is None else values[name])
-        for literal, name, _, _ in Formatter().parse(template)
-    )
-    return "".join(filled)
+    pieces: list[Piece] = []
+    for literal, name, _, _ in Formatter().parse(template):
+        pieces.append(Piece(literal, is_data=False))
+        if name is not None:
+            pieces.append(Piece(values[name], is_data=True))
+    return tuple(piece for piece in pieces if piece.text)
+
+
+def fill_template(template: str, values: Mapping[str, str]) -> str:
+    """What `fill_pieces` gives, as one text."""
+    return joined(fill_pieces(template, values))
+
+
+def joined(pieces: Iterable[Piece]) -> str:
+    """The text that the pieces make."""
+    return "".join(piece.text for piece in pieces)

@@ -18,6 +18,7 @@ from urllib.request import getproxies
 
 from distill_system.config.data import DatasetsSource
 from distill_system.data.row_files import ROWS_PER_READ, NamedRows
+from distill_system.data.row_values import without_padding
 from distill_system.errors import DataError
 
 NETWORK_SECONDS = 3.0
@@ -46,7 +47,7 @@ class LoadedTable:
         batches = table.with_format("arrow").iter(ROWS_PER_READ)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows):
-            yield f"{self.name}[{number}]", row
+            yield f"{self.name}[{number}]", without_padding(row)
 
 
 def is_saved(folder: Path) -> bool:

@@ -19,7 +19,8 @@ from distill_system.config.data import (
     ShareGptFields,
     TemplateFields,
 )
-from distill_system.data.row_fields import Row, describe, field_value, needed_fields
+from distill_system.data.row_fields import field_value, needed_fields
+from distill_system.data.row_values import Row, describe
 from distill_system.errors import DataError
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")

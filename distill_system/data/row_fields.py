@@ -19,12 +19,14 @@ from distill_system.config.data import (
     TemplateFields,
 )
 from distill_system.config.templates import template_fields
+from distill_system.data.messages import lacks_words
+from distill_system.data.row_values import Row, describe
 from distill_system.errors import DataError
 
-Row = Mapping[str, object]
 NeededFields = list[tuple[str, str]]  # setting that names a field, the field
 
 ANSWER_SETTINGS = ("response", "output", "reference")
+MAY_BE_ABSENT = ("tools",)
 _MAY_BE_NULL = (*ANSWER_SETTINGS, "input")
 
 
@@ -44,7 +46,7 @@ def needed_fields(fields: FieldMap, with_answers: bool) -> NeededFields:
                 ("output", fields.output),
             ]
         case MessagesFields():
-            return [("messages", fields.messages)]
+            named = [("messages", fields.messages), ("tools", fields.tools)]
         case ShareGptFields():
             return [("conversations", fields.conversations)]
         case PreferenceFields():
@@ -64,7 +66,8 @@ def needed_fields(fields: FieldMap, with_answers: bool) -> NeededFields:
 
 def needed_columns(needed: NeededFields, existing: Collection[str]) -> list[str]:
     """The columns of a table that contain the needed fields."""
-    return sorted({_column(field, existing) for _, field in needed})
+    columns = {_column(field, existing) for _, field in needed}
+    return sorted(columns & set(existing))  # a field that may be absent has no column
 
 
 def check_fields(needed: NeededFields, existing: Collection[str], where: str, key: str) -> None:
@@ -80,7 +83,7 @@ def check_fields(needed: NeededFields, existing: Collection[str], where: str, ke
         DataError: names the missing field, the existing ones and the nearest of them.
     """
     for setting, field in needed:
-        if _column(field, existing) in existing:
+        if _column(field, existing) in existing or setting in MAY_BE_ABSENT:
             continue
         nearest = difflib.get_close_matches(field, existing, n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -92,10 +95,16 @@ def check_fields(needed: NeededFields, existing: Collection[str], where: str, ke
 
 
 def lacks_text(row: Row, fields: FieldMap, with_answers: bool) -> bool:
-    """Whether a needed field exists and is empty; an input may always be empty."""
+    """Whether a needed field exists and is empty; an input may always be empty, and tools.
+
+    A chat is empty where a question of it is, or, with answers, its answer.
+    """
+    values = {s: _find_value(row, field) for s, field in needed_fields(fields, with_answers)}
+    if "messages" in values and lacks_words(values["messages"], with_answer=with_answers):
+        return True
     return any(
-        setting != "input" and _is_empty(_find_value(row, field))
-        for setting, field in needed_fields(fields, with_answers)
+        setting not in ("input", *MAY_BE_ABSENT) and _is_empty(value)
+        for setting, value in values.items()
     )
 
 
@@ -129,6 +138,8 @@ def field_value(row: Row, name: str, where: str) -> object:
     value = _find_value(row, name)
     if value is _ABSENT:
         outer = name.partition(".")[0]
+        if outer not in row:
+            return None  # a field that may be absent: check_fields has looked for the others
         raise DataError(
             f"{where}: no field {name!r}: field {outer!r} is {describe(row[outer])}; name another "
             "field of the row"
@@ -142,10 +153,6 @@ def _column(field: str, existing: Collection[str]) -> str:
 
 
 def _is_empty(value: object) -> bool:
-    return value is None or value == [] or (isinstance(value, str) and not value.strip())
-
-
-def describe(value: object) -> str:
-    """A value's type and its beginning, for messages."""
-    shown = repr(value)
-    return f"{type(value).__name__} {shown[:57] + '...' if len(shown) > 60 else shown}"
+    if isinstance(value, list):
+        return not value or any(isinstance(text, str) and not text.strip() for text in value)
+    return value is None or (isinstance(value, str) and not value.strip())

@@ -24,7 +24,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from distill_system.config.data import FileFormat, FilesSource
-from distill_system.data.row_fields import Row
+from distill_system.data.row_values import Row, without_padding
 from distill_system.errors import DataError
 
 NamedRows = Iterator[tuple[str, Row | DataError]]
@@ -98,7 +98,7 @@ class RowFile:
                     return
                 rows = batch.to_pylist()
             for row in rows:
-                yield f"{self.name}[{number}]", row
+                yield f"{self.name}[{number}]", without_padding(row)
                 number += 1
 
 

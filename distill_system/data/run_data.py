@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,8 @@ from distill_system.data.kept_records import (
     RecordForm,
     RecordKeeper,
 )
-from distill_system.data.set_reader import Row, SetReader
+from distill_system.data.row_encoder import Row
+from distill_system.data.set_reader import SetReader
 from distill_system.data.sources import SourceReport, load_examples
 from distill_system.data.stored_rows import SampleOrigin
 from distill_system.data.stored_trajectories import (
@@ -43,10 +44,6 @@ SetName = Literal["teacher_sft", "student_sft", "prompts", "held_out", "evaluati
 ALL_SETS: tuple[SetName, ...] = ("teacher_sft", "student_sft", "prompts", "held_out", "evaluation")
 
 
-PROMPTS_LOOKED_AT = 1000
-"""Prompts of a set from which it is judged whether the tokenizer knows their words."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
     """The run's data; sets that were not asked for, or not configured, are empty.
@@ -59,6 +56,7 @@ class RunData:
     are not in it.
     reports: what was read of each set's source, by the set's name below `data`.
     places: id of each prompt of evaluation -> file and row that it was read from.
+    notes: what else a person should know of the rows, a line each.
     stored: samples of the run's teacher in data.trajectory_store, each made when it is asked for.
     num_foreign: samples in the store of other models or sampling settings, which are left out.
     """
@@ -72,6 +70,7 @@ class RunData:
     num_out_of_bounds: dict[str, int] = field(default_factory=dict)
     reports: dict[str, SourceReport] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     stored: Sequence[Trajectory] = ()
     num_foreign: int = 0
 
@@ -82,6 +81,7 @@ def load_run_data(
     sets: Collection[SetName] = ALL_SETS,
     *,
     stored_by: SampleOrigin | None = None,
+    stop_token_ids: Collection[int] = (),
 ) -> RunData:
     """Load, render and tokenise the sets of a run.
 
@@ -95,6 +95,7 @@ def load_run_data(
         sets: the sets to load; the others stay empty.
         stored_by: the model and sampling settings whose samples of data.trajectory_store are used;
             required for the set "stored".
+        stop_token_ids: the tokens that end a response, beside the tokenizer's end of sequence.
 
     Raises:
         DataError: a source or row cannot be used, a prompt is too long, a supervised row has no
@@ -102,7 +103,7 @@ def load_run_data(
             has another tokenizer, or holds no sample of stored_by.
     """
     data = config.data
-    reader = SetReader(config, tokenizer)
+    reader = SetReader(config, tokenizer, stop_token_ids)
     measured = {f"evaluation.{split}": source for split, source in data.evaluation.items()}
     measured_rows = {name: reader.rows(name, source, True) for name, source in measured.items()}
     measured_rows["held_out"] = reader.rows("held_out", data.held_out, False)
@@ -118,7 +119,7 @@ def load_run_data(
         training.num_removed["trajectory_store"] = stored.num_blocked
         if stored.num_too_long:
             reader.num_out_of_bounds["trajectory_store"] = stored.num_too_long
-    found = RunData(
+    loaded = RunData(
         teacher_sft=training.trajectories("teacher_sft", teacher),
         student_sft=training.trajectories("student_sft", student),
         prompts=training.prompts() if "prompts" in sets else (),
@@ -137,27 +138,8 @@ def load_run_data(
         stored=() if stored is None else stored,
         num_foreign=0 if stored is None else stored.num_foreign,
     )
-    for name, prompts in (("prompts", found.prompts), ("held_out", found.held_out)):
-        _require_known_words(name, prompts, tokenizer)
-    return found
-
-
-def _require_known_words(
-    name: str, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Refuse prompts of which the tokenizer knows next to nothing, from the first of them."""
-    unknown = tokenizer.unk_token_id
-    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        return  # a tokenizer of bytes knows everything
-    some = prompts[:PROMPTS_LOOKED_AT]
-    num_unknown = sum(int((prompt.token_ids == unknown).sum()) for prompt in some)
-    num_tokens = sum(prompt.token_ids.size for prompt in some)
-    if 2 * num_unknown > num_tokens:
-        raise DataError(
-            f"data.{name}: of the first {len(some)} prompts, {num_unknown} of {num_tokens} tokens "
-            f"are unknown to the tokenizer, such as in {some[0].prompt_id!r} "
-            f"({some[0].text[:60]!r}); give rows in the models' language, or another tokenizer"
-        )
+    reader.require_words()
+    return replace(loaded, notes=tuple(reader.notes()))  # of all that has been read
 
 
 def store_path(data: DataConfig) -> Path:

@@ -7,52 +7,52 @@ records with token ids.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from distill_system.config.data import EmbeddedTokenizer, RowSource, Source
+from distill_system.config.data import RowSource, Source
 from distill_system.config.run import RunConfig
-from distill_system.data.examples import Example, Message
+from distill_system.data.examples import Example
 from distill_system.data.fingerprints import fingerprint_prompt
+from distill_system.data.row_encoder import Row, RowEncoder, readable, set_name
+from distill_system.data.shortening import MOST_CHARACTERS, Side, shorten
 from distill_system.data.sources import SourceReport, read_examples
 from distill_system.errors import DataError
 from distill_system.records import Author, Finish, Prompt, Trajectory
 
 ROWS_AT_ONCE = 4096
 """Rows that are rendered and tokenised together."""
-
-
-class Row(NamedTuple):
-    """An example with its id and the text that the models read as its prompt."""
-
-    row_id: str
-    text: str
-    example: Example
+_LEARNED_SETS = ("teacher_sft", "student_sft")
 
 
 class SetReader:
     """Reads sets with one tokenizer.
 
+    stop_token_ids: what ends a response, beside the tokenizer's end of sequence.
     num_out_of_bounds: rows left out of each set so far by the token bounds of its source.
+    num_shortened, num_too_long: prompts of each set that were cut, or left out with their rows,
+    because they are longer than data.max_prompt_tokens.
+    num_unknown: prompts of each set that hold no word that the tokenizer knows.
     reports: what was read of each set's source.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: Collection[int] = (),
+    ) -> None:
         self._data = config.data
-        self._tokenizer = tokenizer
-        self._is_closed_vocabulary = isinstance(config.tokenizer, EmbeddedTokenizer)
-        # Some tokenizers put a beginning-of-sequence token before a text, and chat templates often
-        # write one themselves. Texts are encoded without special tokens, and this one is added
-        # where the tokenizer would add it and the text does not already begin with it.
-        bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-        self._start_ids: list[int] = [bos] if adds_bos else []
+        self._encoder = RowEncoder(config, tokenizer, stop_token_ids)
         self.num_out_of_bounds: dict[str, int] = {}
+        self.num_shortened = Counter[str]()
+        self.num_too_long = Counter[str]()
+        self.num_unknown = Counter[str]()
+        self._num_encoded = Counter[str]()
         self.reports: dict[str, SourceReport] = {}
 
     def rows(
@@ -80,7 +80,8 @@ class SetReader:
         key: str | None = None,
         keep_going: bool = False,
     ) -> Iterator[list[Row]]:
-        """The same rows, at most ROWS_AT_ONCE at a time, so that a large set need not fit memory.
+        """The same rows, at most ROWS_AT_ONCE of the source at a time, so that they need not fit
+        into memory.
 
         key: configuration key of the source; None: data.<name>.
         keep_going: leave out rows that cannot be used, and count them in the set's report.
@@ -96,34 +97,67 @@ class SetReader:
             report=report,
             keep_going=keep_going,
         )
-        is_empty = True
         numbered = enumerate(examples)
+        num_rows = num_within = num_kept = 0
         while some := list(islice(numbered, ROWS_AT_ONCE)):
-            rows = list(self._rendered(name, some, key, report, leave_out))
+            rows: list[Row] = []
+            for index, example in some:
+                try:
+                    turns = self._turns(f"{name}:{index}", example, key, with_answers=with_answers)
+                    if leave_out and name in _LEARNED_SETS:
+                        for row in turns:
+                            self._encoder.check_learnable(row)
+                    rows += turns
+                except DataError as error:
+                    if not leave_out:
+                        raise
+                    report.take_back(error)
+            within = rows
             if isinstance(source, RowSource):
-                rows = self._within_bounds(name, rows, source)
-            is_empty = is_empty and not rows
-            yield rows
-        if is_empty:
-            raise DataError(_nothing_left(source, report, key))
+                within = self._within_bounds(name, rows, source)
+            kept = self._within_limit(name, within)
+            num_rows, num_within = num_rows + len(rows), num_within + len(within)
+            num_kept += len(kept)
+            yield kept
+        if not num_kept:
+            raise DataError(f"{key}: {self._nothing_left(source, report, num_rows, num_within)}")
 
-    def _rendered(
-        self,
-        name: str,
-        examples: Iterable[tuple[int, Example]],
-        key: str,
-        report: SourceReport,
-        leave_out: bool,
-    ) -> Iterator[Row]:
-        for index, example in examples:
-            try:
-                text = self._render(example, key)
-            except DataError as error:
-                if not leave_out:
-                    raise
-                report.take_back(error)
-            else:
-                yield Row(f"{name}:{index}", text, example)
+    def _turns(self, row_id: str, example: Example, key: str, *, with_answers: bool) -> list[Row]:
+        """The turns of an example as rows; the last keeps the row's id.
+
+        With answers, a question behind the last answer is none to learn from.
+        """
+        names = [f"{row_id}.turn_{n}" for n in range(1, len(example.earlier) + 1)] + [row_id]
+        return [
+            Row(name, self._encoder.render(turn, key), turn, key)
+            for name, turn in zip(names, example.turns, strict=True)
+            if turn.answer is not None or not with_answers or not example.earlier
+        ]
+
+    def notes(self) -> Iterator[str]:
+        """What a person should know of the rows read so far, beside num_out_of_bounds."""
+        limit, how = self._data.max_prompt_tokens, self._data.too_long_prompts
+        for name, count in (+self.num_too_long).items():
+            yield f"data.{name}: {count} rows left out, their prompts have more than {limit} tokens"
+        for name, count in self.num_shortened.items():
+            side = "beginning" if how == "cut_left" else "end"
+            yield f"data.{name}: {count} prompts of more than {limit} tokens cut at the {side}"
+        for name, count in self.num_unknown.items():
+            yield f"data.{name}: the tokenizer knows no word of {count} prompts"
+        for name, count in Counter(map(set_name, self._encoder.parted)).items():
+            yield (
+                f"data.{name}: the answers of {count} rows open otherwise than the chat template's "
+                "generation prompt; they are learned from where the two part"
+            )
+
+    def require_words(self) -> None:
+        """Raises: DataError for a set of which the tokenizer knows no prompt."""
+        for name, count in self.num_unknown.items():
+            if count == self._num_encoded[name]:
+                raise DataError(
+                    f"data.{name}: the tokenizer knows no word of any of its {count} prompts; the "
+                    "rows are of another language or script than the tokenizer"
+                )
 
     def prompts(self, name: str, rows: Sequence[Row]) -> tuple[Prompt, ...]:
         """Rows as prompts, with their references."""
@@ -131,7 +165,7 @@ class SetReader:
             Prompt(
                 prompt_id=row.row_id,
                 token_ids=np.array(token_ids, dtype=np.int32),
-                text=_readable(row.example.prompt),
+                text=readable(row.example.prompt),
                 references=row.example.references,
                 source=name,
             )
@@ -140,136 +174,114 @@ class SetReader:
 
     def prompt_keys(self, rows: Sequence[Row]) -> set[str]:
         """The keys of the rows' prompts in a trajectory store."""
-        encoded = self._encode_prompts(rows)
+        encoded = self._encoder.prompts(rows)
         return {fingerprint_prompt(np.array(ids, dtype=np.int32)) for ids in encoded}
 
     def trajectories(self, rows: Sequence[Row]) -> tuple[Trajectory, ...]:
         """Rows as supervised trajectories: prompt, answer, end of sequence."""
-        answers = self._encode([_answer(row) for row in rows], rows)
-        no_logprobs = np.empty(0, dtype=np.float32)
-        eos = self._tokenizer.eos_token_id
+        split = self._encoder.split(rows)
+        for row, (prompt_ids, _) in zip(rows, split, strict=True):
+            self._check_length(row, len(prompt_ids))
+        self._note_unknown(rows, [prompt_ids for prompt_ids, _ in split])
         return tuple(
             Trajectory(
                 trajectory_id=row.row_id,
                 prompt_id=row.row_id,
                 author=Author.DATASET,
-                token_ids=np.array([*prompt_ids, *answer_ids, eos], dtype=np.int32),
+                token_ids=np.array([*prompt_ids, *response_ids], dtype=np.int32),
                 num_prompt_tokens=len(prompt_ids),
-                behaviour_logprobs=no_logprobs,
+                behaviour_logprobs=np.empty(0, dtype=np.float32),
                 temperature=1.0,
                 finish=Finish.STOP,
             )
-            for row, prompt_ids, answer_ids in zip(
-                rows, self._prompt_ids(rows), answers, strict=True
-            )
+            for row, (prompt_ids, response_ids) in zip(rows, split, strict=True)
         )
 
     def _within_bounds(self, name: str, rows: list[Row], source: RowSource) -> list[Row]:
         kept = rows
         if source.max_prompt_tokens is not None:
             longest = source.max_prompt_tokens
-            lengths = [len(ids) for ids in self._encode_prompts(rows)]
-            kept = [row for row, n in zip(rows, lengths, strict=True) if n <= longest]
+            kept = [row for row, n in self._encoder.with_lengths(rows) if n <= longest]
         if source.bounds_responses:
             shortest = source.min_response_tokens or 0
             longest = source.max_response_tokens or sys.maxsize
-            lengths = [len(ids) for ids in self._encode([_answer(row) for row in kept], kept)]
+            if source.max_response_tokens is not None:  # without tokenising what is plain to see
+                kept = [row for row in kept if len(row.example.answer or "") <= MOST_CHARACTERS]
+            lengths = [len(response) - 1 for _, response in self._encoder.split(kept)]
             kept = [row for row, n in zip(kept, lengths, strict=True) if shortest <= n <= longest]
         if len(kept) < len(rows):
             left_out = self.num_out_of_bounds.get(name, 0)
             self.num_out_of_bounds[name] = left_out + len(rows) - len(kept)
         return kept
 
-    def _render(self, example: Example, key: str) -> str:
-        prompt = example.prompt
-        if isinstance(prompt, str) and not self._is_chat(example):
-            return self._data.prompt_template.replace("{prompt}", prompt)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
-        return self._render_chat(messages, f"{key}: {example.row}")
+    def _nothing_left(
+        self, source: Source, report: SourceReport, num_rows: int, num_within: int
+    ) -> str:
+        """Why no row of a set is left, and what to do."""
+        if num_within:
+            return (
+                f"each of its {num_within} prompts has more than data.max_prompt_tokens="
+                f"{self._data.max_prompt_tokens} tokens, and data.too_long_prompts=leave_out "
+                "leaves none; raise the limit or cut them"
+            )
+        if num_rows and isinstance(source, RowSource):
+            return (
+                f"none of its {num_rows} rows is within max_prompt_tokens="
+                f"{source.max_prompt_tokens}, min_response_tokens={source.min_response_tokens} and "
+                f"max_response_tokens={source.max_response_tokens}; widen them or give other rows"
+            )
+        return f"all of its {report.num_rows} rows were refused, the first: {report.refused[0]}"
 
-    def _is_chat(self, example: Example) -> bool:
-        return self._data.use_chat_template or not isinstance(example.prompt, str)
+    def _within_limit(self, name: str, rows: list[Row]) -> list[Row]:
+        """The rows without prompts that are too long, or with them cut, as the key says."""
+        how, limit = self._data.too_long_prompts, self._data.max_prompt_tokens
+        if how == "refuse":
+            return rows  # `prompts` and `trajectories` do, for those sets that are asked for
+        kept: list[Row] = []
+        for row, num_tokens in self._encoder.with_lengths(rows):
+            if num_tokens <= limit:
+                kept.append(row)
+            elif how != "leave_out":
+                kept.append(self._shorten(row, how))
+                self.num_shortened[name] += 1
+        if len(kept) < len(rows):
+            self.num_too_long[name] += len(rows) - len(kept)
+        return kept
 
-    def _render_chat(self, messages: list[Message], where: str) -> str:
-        if self._tokenizer.chat_template is None:
+    def _shorten(self, row: Row, side: Side) -> Row:
+        limit = self._data.max_prompt_tokens
+
+        def excess(example: Example) -> int:
+            cut = row._replace(example=example, prompt=self._encoder.render(example, row.key))
+            [(_, num_tokens)] = self._encoder.with_lengths([cut])
+            return num_tokens - limit
+
+        example = shorten(row.example, side, excess=excess, encoder=self._encoder.texts)
+        if example is None:
             raise DataError(
-                f"{where}: a chat needs a chat template and the tokenizer has none; use rows of "
-                "prompt and response with data.use_chat_template=false, or a tokenizer that has one"
+                f"{row.where}: the prompt has more than data.max_prompt_tokens={limit} tokens and "
+                f"cannot be cut: without the text that data.too_long_prompts={side} may cut it is "
+                "still longer; raise the limit, shorten the template, or remove the row"
             )
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, return_dict=False
-            )
-        except jinja2.TemplateError as error:
-            raise DataError(f"{where}: the chat template refused the messages: {error}") from error
-        return text
+        return row._replace(example=example, prompt=self._encoder.render(example, row.key))
 
     def _prompt_ids(self, rows: Sequence[Row]) -> list[list[int]]:
-        encoded = self._encode_prompts(rows)
-        limit = self._data.max_prompt_tokens
+        encoded = self._encoder.prompts(rows)
         for row, ids in zip(rows, encoded, strict=True):
-            if len(ids) > limit:
-                raise DataError(
-                    f"prompt {row.row_id!r} ({row.example.row}) has {len(ids)} tokens, more than "
-                    f"data.max_prompt_tokens={limit}; raise the key, remove the row, or give its "
-                    "source max_prompt_tokens, which leaves longer ones out"
-                )
+            self._check_length(row, len(ids))
+        self._note_unknown(rows, encoded)
         return encoded
 
-    def _encode_prompts(self, rows: Sequence[Row]) -> list[list[int]]:
-        encoded = self._encode([row.text for row in rows], rows)
-        for i, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
-            if self._start_ids and ids[:1] != self._start_ids and not self._is_chat(row.example):
-                encoded[i] = self._start_ids + ids
-        return encoded
+    def _note_unknown(self, rows: Sequence[Row], prompts: Sequence[list[int]]) -> None:
+        self._num_encoded.update(row.name for row in rows)
+        self.num_unknown.update(row.name for row in self._encoder.unknown(rows, prompts))
 
-    def _encode(self, texts: list[str], rows: Sequence[Row]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded: list[list[int]] = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
-        if self._is_closed_vocabulary:
-            self._check_known(encoded, texts, rows)
-        return encoded
-
-    def _check_known(
-        self, encoded: Iterable[list[int]], texts: list[str], rows: Sequence[Row]
-    ) -> None:
-        unknown = self._tokenizer.unk_token_id
-        for ids, text, row in zip(encoded, texts, rows, strict=True):
-            if unknown in ids:
-                raise DataError(
-                    f"{row.row_id!r} ({row.example.row}): {text[:80]!r} holds words outside of the "
-                    "embedded tasks' vocabulary; use tokenizer.type=train_bpe or pretrained"
-                )
-
-
-def _nothing_left(source: Source, report: SourceReport, key: str) -> str:
-    if isinstance(source, RowSource) and report.num_examples:
-        return (
-            f"{key}: none of its {report.num_examples} rows is within max_prompt_tokens="
-            f"{source.max_prompt_tokens}, min_response_tokens={source.min_response_tokens} and "
-            f"max_response_tokens={source.max_response_tokens}; widen them or give other rows"
-        )
-    return f"{key}: all of its {report.num_rows} rows were refused, the first: {report.refused[0]}"
-
-
-def _answer(row: Row) -> str:
-    if row.example.answer is None:
-        raise DataError(
-            f"{row.row_id!r} ({row.example.row}): a supervised row needs an answer and has none; "
-            "remove the row or name the field that holds it"
-        )
-    return row.example.answer
-
-
-def _readable(prompt: str | tuple[Message, ...]) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    def _check_length(self, row: Row, num_tokens: int) -> None:
+        limit = self._data.max_prompt_tokens
+        if num_tokens > limit:
+            raise DataError(
+                f"prompt {row.row_id!r} ({row.example.row}) has {num_tokens} tokens, more than "
+                f"data.max_prompt_tokens={limit}; raise the key, remove the row, set "
+                "data.too_long_prompts to cut such prompts or leave them out, or give its source "
+                "max_prompt_tokens, which leaves longer ones out"
+            )

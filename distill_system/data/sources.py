@@ -25,16 +25,16 @@ from distill_system.config.data import (
 )
 from distill_system.data.datasets_rows import is_saved, load_dataset, load_saved
 from distill_system.data.embedded_tasks import generate_tasks
-from distill_system.data.examples import Example, Message, read_example
+from distill_system.data.examples import Example, read_example
 from distill_system.data.layouts import find_layout, to_basic_row, told_layout
 from distill_system.data.row_fields import (
-    Row,
     check_fields,
     lacks_text,
     needed_columns,
     needed_fields,
 )
 from distill_system.data.row_files import NamedRows, find_files
+from distill_system.data.row_values import Row
 from distill_system.errors import DataError
 
 ROWS_LOOKED_AT = 100
@@ -205,9 +205,9 @@ class _RowReader:
             return None
         check_fields(needed_fields(fields, with_answers), row.keys(), where, self._key)
         row, fields = to_basic_row(row, fields, where)
-        example = read_example(row, fields, where=where, key=self._key, with_answers=with_answers)
-        _check_unicode(example)
-        return example
+        if self._source.leave_out_empty and lacks_text(row, fields, with_answers):
+            return None  # the chat of another form
+        return read_example(row, fields, where=where, key=self._key, with_answers=with_answers)
 
     def _find_fields(self) -> FieldMap | None:
         """The field map that the first rows ask for; None if there is no row."""
@@ -276,29 +276,6 @@ def _read_embedded(
             references=task.references if with_answers else (),
             answer=task.answer if with_answers else None,
         )
-
-
-def _check_unicode(example: Example) -> None:
-    """Refuse half a surrogate, which JSON can spell and no tokenizer takes."""
-    for text in _texts(example):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{example.row}: a text holds half a surrogate pair, {text[error.start]!r} at "
-                f"character {error.start}, which is no character; mend or remove the row"
-            ) from error
-
-
-def _texts(example: Example) -> Iterator[str]:
-    if isinstance(example.prompt, str):
-        yield example.prompt
-    else:
-        messages: tuple[Message, ...] = example.prompt
-        yield from (text for message in messages for text in message.values())
-    yield from example.references
-    if example.answer is not None:
-        yield example.answer
 
 
 def _check_count(report: SourceReport, source: RowSource, key: str) -> None:

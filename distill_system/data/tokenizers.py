@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -25,7 +26,7 @@ _PUNCTUATION = ".,:;?"
 
 
 def build_tokenizer(config: RunConfig, texts: Iterable[str] | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that both models of a run share.
+    """The tokenizer that both models of a run share, with data.chat_template if that is given.
 
     Args:
         config: the run; its `tokenizer` section chooses.
@@ -36,6 +37,30 @@ def build_tokenizer(config: RunConfig, texts: Iterable[str] | None) -> PreTraine
         DataError: there is no text to train on.
         ModelError: an existing tokenizer cannot be loaded or has no end-of-sequence token.
     """
+    tokenizer = _build(config, texts)
+    if config.data.chat_template is not None:
+        tokenizer.chat_template = read_template(config.data.chat_template, config.data.directory)
+    return tokenizer
+
+
+def read_template(template: str, directory: str) -> str:
+    """The Jinja text of data.chat_template, which may name a file below data.directory.
+
+    Raises: DataError if it is no Jinja text and there is no such file.
+    """
+    if "{{" in template or "{%" in template:
+        return template
+    path = Path(directory, template).absolute()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"data.chat_template={template!r}: expected Jinja text, or a file of it at {path}: "
+            f"{error}; relative paths start from data.directory={directory!r}"
+        ) from error
+
+
+def _build(config: RunConfig, texts: Iterable[str] | None) -> PreTrainedTokenizerBase:
     wanted = config.tokenizer
     if isinstance(wanted, EmbeddedTokenizer):
         return _build_embedded()

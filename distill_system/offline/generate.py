@@ -31,6 +31,7 @@ from distill_system.run.preparation import (
     prepare_tokenizer,
     record_start,
     refusal_leaves_nothing,
+    with_chat_date,
 )
 from distill_system.run.sample_origin import sample_origin
 from distill_system.run.worker_arguments import (
@@ -69,6 +70,8 @@ def generate(request: GenerateRequest) -> Path:
     config, folder = request.config, _folder(request)
     require_room(config, [f"{request.author}_rollout"])
     run = open_run(config)
+    config = with_chat_date(config, run)
+    request = replace(request, config=config)
     check_engine(config)
     with refusal_leaves_nothing(run) as begin:
         record_start(config, run)

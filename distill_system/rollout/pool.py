@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distill_system.records import Prompt, Trajectory
+from distill_system.records import Prompt, Trajectory, count_occurrences
 from distill_system.rollout.sampling import Sampling
 from distill_system.workers import Reference, Workers
 
@@ -35,8 +35,9 @@ class RolloutPool:
     ) -> PendingRollouts:
         """Begin what generate does, and return at once.
 
-        A prompt that stands in one call twice, as at the seam of two epochs, gets one sample twice.
+        A prompt that stands in one call twice, as at the seam of two epochs, gets two samples.
         """
+        prompts = count_occurrences(prompts)
         shards = deal_by_length([prompt.token_ids.size for prompt in prompts], self.workers.count)
         calls = tuple(
             self.workers.start(

@@ -23,6 +23,7 @@ from distill_system.records import (
     Trajectory,
     VersionSpan,
     WeightVersion,
+    count_occurrences,
 )
 from distill_system.rollout.engine import (
     Completion,
@@ -51,7 +52,7 @@ class DecodeSlice:
 class GenerationRequest:
     """One prompt to answer, and how.
 
-    seed, label: with the prompt's id they seed its sample.
+    seed, label: with the prompt's sample_id they seed its sample.
     """
 
     prompt: Prompt
@@ -61,7 +62,7 @@ class GenerationRequest:
 
     def name(self, author: Author | str) -> str:
         """Of the trajectory that answers it."""
-        return f"{self.label}/{author}/{self.prompt.prompt_id}"
+        return f"{self.label}/{author}/{self.prompt.sample_id}"
 
 
 class RolloutWorker:
@@ -135,21 +136,22 @@ class RolloutWorker:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, seed: int, label: str
     ) -> list[Trajectory]:
-        """One trajectory per prompt, in the prompts' order, named label/author/prompt_id.
+        """One trajectory per prompt, in the prompts' order, named label/author/sample_id.
 
-        A prompt's sample depends on seed, label and prompt_id, not on the worker or on what else
+        A prompt's sample depends on seed, label and sample_id, not on the worker or on what else
         is in the call.
 
         Raises: DataError if a prompt and its response do not fit the model; ModelError if a prompt
         holds a token that the model does not know; TransferError after a failed weight update.
         """
         self._check_weights()
+        prompts = count_occurrences(prompts)
         for prompt in prompts:
             self._check_prompt(prompt, sampling)
         completions = self._engine.complete(
             [prompt.token_ids for prompt in prompts],
             sampling,
-            [derive_seed(seed, "rollout", label, prompt.prompt_id) for prompt in prompts],
+            [derive_seed(seed, "rollout", label, prompt.sample_id) for prompt in prompts],
         )
         return [
             make_trajectory(prompt, completion, author=self._author, sampling=sampling, label=label)
@@ -171,7 +173,7 @@ class RolloutWorker:
         for request in requests:
             name = request.name(self._author)
             sample_seed = derive_seed(
-                request.seed, "rollout", request.label, request.prompt.prompt_id
+                request.seed, "rollout", request.label, request.prompt.sample_id
             )
             self._engine.add(name, request.prompt.token_ids, request.sampling, sample_seed)
             self._requests[name] = request
@@ -272,7 +274,7 @@ def make_trajectory(
     """The record of one completion.  Raises: RecordError if the engine's arrays disagree."""
     versions = completion.version_spans if author is Author.STUDENT else ()
     return Trajectory(
-        trajectory_id=f"{label}/{author}/{prompt.prompt_id}",
+        trajectory_id=f"{label}/{author}/{prompt.sample_id}",
         prompt_id=prompt.prompt_id,
         author=author,
         token_ids=np.concatenate([prompt.token_ids, completion.token_ids]),

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ MAY_CHANGE = (
     "pools",
     "scaling",
     "cluster",
+    "data.cache_directory",
+    "data.max_memory_mebibytes",
     "evaluation",
     "learner.activation_checkpointing",
     "learner.max_tokens_per_microbatch",
@@ -42,6 +45,8 @@ MAY_CHANGE = (
 """Keys that may differ when a run is continued: they do not change what a step learns, apart from
 rounding (another number of ranks or another microbatch size adds up in another order)."""
 
+_DAY = "data.chat_date"
+
 
 def open_run(config: RunConfig) -> RunDirectory:
     """Find the run's folder, which need not exist yet.
@@ -53,6 +58,23 @@ def open_run(config: RunConfig) -> RunDirectory:
     if run.config_path.exists():
         _require_same(run, config)
     return run
+
+
+def with_chat_date(config: RunConfig, run: RunDirectory) -> RunConfig:
+    """The configuration with the day that chat templates are told, for all lives of the run.
+
+    It is data.chat_date; where that is null, the day on which the run began.
+    """
+    if config.data.chat_date is not None:
+        return config
+    recorded = _flatten(_read_recorded(run)).get(_DAY) if run.config_path.exists() else None
+    return on_day(config, date.fromisoformat(recorded) if recorded else date.today())
+
+
+def on_day(config: RunConfig, day: date) -> RunConfig:
+    """The configuration with this day for chat templates, unless it names one."""
+    data = config.data.model_copy(update={"chat_date": config.data.chat_date or day})
+    return config.model_copy(update={"data": data})
 
 
 def record_start(config: RunConfig, run: RunDirectory) -> None:
@@ -106,6 +128,8 @@ def _take_back(run: RunDirectory, held: set[str], contents: dict[Path, bytes]) -
 
 def _require_same(run: RunDirectory, config: RunConfig) -> None:
     old, new = _flatten(_read_recorded(run)), _flatten(json.loads(dump_config(config)))
+    if new[_DAY] is None:  # the run keeps the day on which it began
+        new[_DAY] = old.get(_DAY)
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -169,6 +193,9 @@ def prepare_tokenizer(config: RunConfig, run: RunDirectory) -> Any:
         run; ConfigError for an architecture that does not fit it.
     """
     check_folders(config)
+    if config.data.chat_template is not None and not _has_work(run):
+        # The file of the template may have been mended since the run failed to start.
+        shutil.rmtree(run.tokenizer_directory, ignore_errors=True)
     if run.tokenizer_directory.exists():
         tokenizer = _load_own_tokenizer(config, run)
         check_models(config, tokenizer)

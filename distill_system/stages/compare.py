@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 from distill_system.comparison import Plan, run_key, write_comparison, write_plan
-from distill_system.comparison.plan import Budget
+from distill_system.comparison.plan import Budget, plan_path, read_plan
 from distill_system.config import RunConfig, load_config
 from distill_system.config.data import PretrainedTokenizer
 from distill_system.config.model import ModelConfig
@@ -23,6 +24,7 @@ from distill_system.errors import ConfigError, RunStateError
 from distill_system.observe import RunDirectory
 from distill_system.run.context import model_path
 from distill_system.run.model_checks import check_engine
+from distill_system.run.preparation import on_day
 from distill_system.stages.pilot import plan_steps
 from distill_system.stages.processes import Job, run_jobs
 from distill_system.stages.train import train
@@ -61,8 +63,10 @@ def compare(request: ComparisonRequest, *, notify: Callable[[str], None]) -> Pat
     _check(request)
     base = load_config(request.paths, request.overrides)
     check_engine(base)
-    configs = _load_objectives(request)
     folder = Path(base.runs_directory).absolute() / base.name
+    day = _first_day(folder)
+    base = on_day(base, day)
+    configs = {name: on_day(config, day) for name, config in _load_objectives(request).items()}
     shared = base.model_copy(update={"name": "shared", "runs_directory": str(folder)})
     start = train(shared, resume=True, stages=("sft",))
     configs = {name: _from_shared(config, shared, start) for name, config in configs.items()}
@@ -95,6 +99,16 @@ def compare(request: ComparisonRequest, *, notify: Callable[[str], None]) -> Pat
             f"{failures[planned[0]].splitlines()[-1]}. The same command tries them again"
         )
     return folder
+
+
+def _first_day(folder: Path) -> date:
+    """The day on which the comparison began: all its runs tell it to chat templates."""
+    if plan_path(folder).exists():
+        try:
+            return date.fromisoformat(read_plan(folder).config["data"]["chat_date"])
+        except (RunStateError, KeyError, TypeError, ValueError):
+            pass  # of an older version, or broken: this call writes it anew
+    return date.today()
 
 
 def _check(request: ComparisonRequest) -> None:

@@ -33,9 +33,11 @@ from distill_system.run.preparation import (
     prepare_tokenizer,
     record_start,
     refusal_leaves_nothing,
+    with_chat_date,
 )
 from distill_system.run.sample_origin import sample_origin
 from distill_system.run.settings_notes import settings_notes
+from distill_system.run.vocabulary import stop_token_ids
 from distill_system.stages.evaluations import (
     describe_standing,
     find_lacking,
@@ -69,6 +71,7 @@ def train(
     if "push" in stages:
         require_token(config)
     run = open_run(config)
+    config = with_chat_date(config, run)
     # A stage that is done already is not in `work`; a run whose work is done starts no cluster.
     work = [stage for stage in _due(config, run) if stage in stages]
     _require_inputs(config, run, work)
@@ -171,7 +174,13 @@ def open_context(
     tokenizer = prepare_tokenizer(config, run)
     reads_store = "stored" in sets
     teacher = sample_origin(config, run, tokenizer, Author.TEACHER) if reads_store else None
-    data = load_run_data(config, tokenizer, sets, stored_by=teacher)
+    data = load_run_data(
+        config,
+        tokenizer,
+        sets,
+        stored_by=teacher,
+        stop_token_ids=stop_token_ids(config, tokenizer),
+    )
     check_data(config, data)
     check_evaluation(config.evaluation, data.evaluation, data.places)
     with ExitStack() as stack:
@@ -249,6 +258,8 @@ def _note_rows(view: LiveView, data: RunData) -> None:
             )
     for name, count in data.num_out_of_bounds.items():
         view.note(f"data.{name}: {count} rows left out by the token bounds of their source")
+    for line in data.notes:
+        view.note(line)
     if data.num_foreign:
         view.note(
             f"data.trajectory_store: {data.num_foreign} rows left out, another model or sampling "

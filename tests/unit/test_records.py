@@ -22,6 +22,7 @@ from distill_system.records import (
     TeacherTargets,
     TrajectoryChunk,
     VersionSpan,
+    count_occurrences,
     deal_by_cost,
     trajectory_from_plain,
     trajectory_to_plain,
@@ -186,3 +187,14 @@ def test_a_pool_that_claims_more_time_than_its_workers_had_is_refused():
         PoolActivity(num_workers=2, seconds=1.0, blocked_seconds=-0.1)
     with pytest.raises(RecordError, match="queued >= 0"):
         PoolActivity(num_workers=2, seconds=1.0, queued=-1)
+
+
+def test_prompts_that_stand_together_again_are_counted_whole_or_in_parts():
+    ids = ["a", "b", "a", "a", "b"]
+    prompts = [Prompt(prompt_id=i, token_ids=np.ones(1, np.int32), text="") for i in ids]
+    counted = count_occurrences(prompts)
+    assert [prompt.sample_id for prompt in counted] == ["a", "b", "a#2", "a#3", "b#2"]
+    assert counted[0] is prompts[0]
+    assert count_occurrences(counted) == counted
+    for part in (counted[::2], counted[1::2], counted[3:]):
+        assert count_occurrences(part) == part

@@ -45,6 +45,19 @@ def build_config() -> Callable[..., RunConfig]:
 
 
 @pytest.fixture
+def build_long_config(build_config: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
+    """The same for models of longer sequences and a tokenizer of one's own."""
+    long = {**MODEL, "architecture": {**ARCHITECTURE, "max_position_embeddings": 4096}}
+    trained = {"type": "train_bpe", "vocab_size": 300}
+
+    def build(**data: Any) -> RunConfig:
+        data = {"max_prompt_tokens": 2000, "chat_date": "2026-03-01"} | data
+        return build_config(data=data, tokenizer=trained, teacher=long, student=long)
+
+    return build
+
+
+@pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[[str, Sequence[object]], Path]:
     def write(name: str, rows: Sequence[object]) -> Path:
         path = tmp_path / name

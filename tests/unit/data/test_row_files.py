@@ -233,7 +233,7 @@ def test_a_damaged_gzip_file_is_named_with_the_line(load, tmp_path):
         (
             "a.jsonl",
             b'{"prompt": "a", "response": "b\\ud83d"}',
-            r"a\.jsonl:1: a text holds half a surrogate pair, '\\ud83d' at character 1",
+            r"a\.jsonl:1: field 'response': character 1 is half of a surrogate pair \('\\ud83d'\)",
         ),
         ("a.csv", b"", "the data set is empty"),
         ("a.csv", b"prompt,response\n", "the data set is empty"),

@@ -1,12 +1,7 @@
-import json
-
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from tokenizers import Tokenizer, processors
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from tokenizers import processors
 
 from distill_system.data import build_tokenizer, load_run_data, tokenizer_texts
 from distill_system.data.embedded_tasks import generate_tasks
@@ -189,8 +184,8 @@ def test_the_chat_template_renders_plain_prompts_and_chats(
     config = build_config(tokenizer=TRAINED, data=sources)
     data = load_run_data(config, bos_tokenizer)
     first, second = (decode_split(bos_tokenizer, row) for row in data.teacher_sft)
-    assert first == ("<s><user>hi\n<assistant>", "ho</s>")
-    assert second == ("<s><user>hi\n<assistant>ho\n<user>hi\n<assistant>", "ho</s>")
+    assert first == ("<s><user>hi\n<assistant>", "ho\n</s>")
+    assert second == ("<s><user>hi\n<assistant>ho\n<user>hi\n<assistant>", "ho\n</s>")
     plain = data.prompts[0]
     assert bos_tokenizer.decode(plain.token_ids) == f"<s><user>{plain.text}\n<assistant>"
     as_transformers_does = bos_tokenizer.apply_chat_template(
@@ -289,30 +284,3 @@ def test_what_is_wrong_with_a_source_of_a_mixture_names_its_key(build_config, wr
 def test_a_mixture_needs_sources_with_names_that_ids_can_carry(build_config, sources):
     with pytest.raises(ValidationError, match="each named by letters, digits"):
         build_config(data={"prompts": mixture(**sources)})
-
-
-def test_prompts_of_unknown_words_are_refused(build_config, tmp_path):
-    """A word-level tokenizer takes every word it does not know for the same token."""
-    words = WordLevel({"<eos>": 0, "<unk>": 1, "hello": 2}, unk_token="<unk>")
-    backend = Tokenizer(words)
-    backend.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-
-    def load(*prompts):
-        rows = [{"prompt": prompt, "response": "hello"} for prompt in prompts]
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        path = {"type": "jsonl", "path": str(tmp_path / "rows.jsonl")}
-        config = build_config(
-            tokenizer={"type": "pretrained", "path": str(tmp_path / "tokenizer")},
-            data={"prompt_template": "{prompt}", "prompts": path},
-        )
-        return load_run_data(config, tokenizer, ["prompts"])
-
-    assert len(load("hello hello", "hello there").prompts) == 2
-    with pytest.raises(
-        DataError, match=r"data\.prompts: .* 3 of 4 tokens are unknown .*'guten tag'"
-    ):
-        load("guten tag", "hello welt")

@@ -177,7 +177,10 @@ def test_a_bad_jsonl_row_is_named_by_file_and_line(load, tmp_path, line, message
         ([], r"must be a list of messages"),
         (["hi"], r"field 'messages'\[0\] must be \{role, content\}, got str 'hi'"),
         ([{"role": "user"}], r"\[0\] must have 'content' as a text, got NoneType None"),
-        ([{"role": "user", "content": [{"type": "image"}]}], r"must have 'content' as a text"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}],
+            r"got a part of type 'image' at \[0\]",
+        ),
         ([{"role": "assistant", "content": "ho"}], r"holds an assistant's answer and no message"),
     ],
 )

@@ -23,7 +23,7 @@ class Writer:
         assert (sampling, seed, label) == (SAMPLING, 3, "step-0")
         return [
             Trajectory(
-                trajectory_id=f"{label}/teacher/{prompt.prompt_id}",
+                trajectory_id=f"{label}/teacher/{prompt.sample_id}",
                 prompt_id=prompt.prompt_id,
                 author=Author.TEACHER,
                 token_ids=np.append(prompt.token_ids, np.int32(prompt.token_ids.size)),
@@ -79,7 +79,9 @@ def test_a_pool_finishes_rollouts_begun_earlier_in_any_order() -> None:
     assert [trajectory.prompt_id for trajectory in pool.finish(first)] == ["a", "b"]
 
 
-def test_a_prompt_that_stands_in_a_call_twice_is_answered_twice() -> None:
-    prompts = [_prompt("a", 3), _prompt("b", 1), _prompt("a", 3)]
+def test_a_prompt_that_stands_in_a_call_again_is_asked_for_another_sample() -> None:
+    prompts = [_prompt(name, length) for name, length in (("a", 3), ("b", 1), ("a", 3), ("a", 3))]
     trajectories = RolloutPool(_writers(2)).generate(prompts, SAMPLING, 3, "step-0")
-    assert [trajectory.prompt_id for trajectory in trajectories] == ["a", "b", "a"]
+    assert [trajectory.prompt_id for trajectory in trajectories] == ["a", "b", "a", "a"]
+    names = [trajectory.trajectory_id.rpartition("/")[2] for trajectory in trajectories]
+    assert names == ["a", "b", "a#2", "a#3"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -111,6 +112,26 @@ def test_seed_label_and_prompt_each_change_a_sample_and_nothing_else_does(make_w
     other.worker.generate(TWO, SAMPLING, 3, "step_10")
     other.worker.generate(TWO, SAMPLING, 4, "step_9")
     assert len({first, second, *_seeds(other)[1:]}) == 6
+
+
+@pytest.mark.parametrize("way", ["generate", "advance"])
+def test_another_sample_of_a_prompt_has_a_name_and_a_seed_of_its_own(make_worker, way):
+    made, alone = make_worker(), make_worker()
+    _ask(made, way, [replace(TWO[0], occurrence=occurrence) for occurrence in range(3)])
+    _ask(alone, way, TWO[:1])
+    first, second, third = _seeds(made)
+    assert _seeds(alone) == [first]
+    assert len({first, second, third}) == 3
+    if way == "generate":  # which counts what it is asked at once
+        _ask(again := make_worker(), way, [TWO[0]] * 3)
+        assert _seeds(again) == [first, second, third]
+    names = [
+        GenerationRequest(
+            prompt=replace(TWO[0], occurrence=k), label="t", sampling=SAMPLING, seed=3
+        ).name("student")
+        for k in range(2)
+    ]
+    assert names == ["t/student/a", "t/student/a#2"]
 
 
 def test_a_request_is_sampled_as_a_call_of_the_same_label_is(make_worker):

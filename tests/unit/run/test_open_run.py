@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from distill_system.run.preparation import (
     prepare_tokenizer,
     record_start,
     refusal_leaves_nothing,
+    with_chat_date,
 )
 
 QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
@@ -70,6 +72,8 @@ def test_what_changes_nothing_learned_may_change(tmp_path):
         "pools.student_rollout.cpus=0.5",
         "scaling.look_every_seconds=77",
         "cluster.dashboard=true",
+        "data.cache_directory=elsewhere",
+        "data.max_memory_mebibytes=7",
         "evaluation.num_examples_during=7",
         "learner.activation_checkpointing=true",
         "learner.max_tokens_per_microbatch=500",
@@ -310,3 +314,37 @@ def test_a_tokenizer_with_code_of_its_own_is_loaded_each_time(
     assert type(prepare_tokenizer(config, run)).__name__ == "OwnTokenizer"
     with pytest.raises(ModelError, match="trust_remote_code"):
         prepare_tokenizer(configure(*paths), open_run(configure(*paths, "name=other")))
+
+
+def test_the_day_that_chats_are_told_is_that_of_the_runs_beginning(tmp_path):
+    config = _config(tmp_path)
+    run = open_run(config)
+    begun = with_chat_date(config, run)
+    assert begun.data.chat_date == date.today()
+    record_start(begun, run)
+    recorded = json.loads(run.config_path.read_text())
+    recorded["data"]["chat_date"] = "2001-02-03"  # as if it had begun then
+    run.config_path.write_text(json.dumps(recorded))
+    (run.path / "checkpoints").mkdir()
+    resumed = with_chat_date(config, open_run(config))
+    assert resumed.data.chat_date == date(2001, 2, 3)
+    assert open_run(resumed).path == run.path
+    with pytest.raises(RunStateError, match=r"data\.chat_date: '2001-02-03' -> '2020-01-01'"):
+        open_run(_config(tmp_path, "data.chat_date=2020-01-01"))
+
+
+def test_a_day_that_is_given_is_the_runs(tmp_path):
+    config = _config(tmp_path, "data.chat_date=2020-01-01")
+    assert with_chat_date(config, open_run(config)).data.chat_date == date(2020, 1, 1)
+
+
+def test_a_mended_template_replaces_the_one_that_a_run_failed_to_start_with(tmp_path):
+    file = tmp_path / "mine.jinja"
+    changes = (f"data.chat_template={file}", "data.use_chat_template=true")
+    run = _start(tmp_path, *changes)
+    for written in ("{{ broken(", "{{ messages[0].content }}"):
+        file.write_text(written)
+        assert prepare_tokenizer(_config(tmp_path, *changes), run).chat_template == written
+    (run.path / "checkpoints").mkdir()
+    file.write_text("another")
+    assert prepare_tokenizer(_config(tmp_path, *changes), run).chat_template == written

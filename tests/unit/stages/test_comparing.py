@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,29 @@ def test_the_command_of_a_run_is_one_that_the_command_line_knows(tmp_path):
     said = CliRunner().invoke(app, [TRAIN[3], str(tmp_path / "none.json"), "--resume"])
     assert said.exit_code == 1
     assert "none.json" in said.output
+
+
+def test_all_runs_tell_chats_the_day_on_which_the_comparison_began(tmp_path, monkeypatch):
+    jobs: list[Job] = []
+
+    def interrupted(asked, **how):
+        jobs[:] = asked
+        raise RunStateError("as by Ctrl-C")
+
+    monkeypatch.setattr(
+        "distill_system.stages.compare.train", lambda *_, **how: RunDirectory(tmp_path)
+    )
+    monkeypatch.setattr("distill_system.stages.compare.run_jobs", interrupted)
+    request = ComparisonRequest(
+        paths=[QUICKSTART], overrides=[f"runs_directory={tmp_path}"], objectives=["ammd"], seeds=2
+    )
+    with pytest.raises(RunStateError):
+        compare(request, notify=print)
+    assert [job.config.data.chat_date for job in jobs] == [date.today()] * 2
+    plan = tmp_path / "quickstart/plan.json"
+    written = json.loads(plan.read_text())
+    written["config"]["data"]["chat_date"] = "2001-02-03"  # as if it had begun then
+    plan.write_text(json.dumps(written))
+    with pytest.raises(RunStateError):
+        compare(request, notify=print)
+    assert [job.config.data.chat_date for job in jobs] == [date(2001, 2, 3)] * 2

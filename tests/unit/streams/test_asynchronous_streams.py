@@ -549,6 +549,23 @@ def _slow_student():
     return SimulatedWriter(Author.STUDENT, 1.0, lambda: 9, version=4)
 
 
+@pytest.mark.parametrize("too_old", ["wait", "reissue"])
+def test_samples_of_one_prompt_in_one_step_have_names_of_their_own(tmp_path, too_old):
+    """Three prompts for eight places; a resumed run numbers its samples as an unbroken one."""
+    how = {
+        "seed": 3,
+        "overrides": ["distill.staleness.max_staleness=2", f"distill.staleness.too_old={too_old}"],
+        "num_prompts": 3,
+        "batch": 8,
+    }
+    first = play(tmp_path, **how, stop=3)
+    second = play(tmp_path, **how, begin=3, state=first.state)
+    for batch in [*first.learner.trained[:3], *second.learner.trained]:
+        names = [t.trajectory_id for _, t in batch]
+        assert len(set(names)) == len(names) == 16
+        assert len({t.prompt_id for _, t in batch}) == 3
+
+
 def test_what_is_handed_back_waits_for_a_writer_with_weights_that_are_new_enough(tmp_path):
     clock = Clock()
     students = SimulatedWorkers(clock, [_slow_student(), _slow_student()])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,7 @@ QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 STEPS = 7
 MIXTURE = "distill.off_policy_source={teacher: 1, store: 1, dataset: 1}"
 REPLAY = ("distill.off_policy_source=dataset", "distill.replay={initial_share: 0.7, capacity: 6}")
+FEW_PROMPTS = ("distill.student_prompts_per_step=25", "distill.teacher_prompts_per_step=22")
 RISING = [{"held_out/cross_entropy": 1.0 + step} for step in range(STEPS)]
 
 
@@ -103,12 +105,12 @@ class Writer:
         return [self._write(prompt, seed, label) for prompt in prompts]
 
     def _write(self, prompt, seed, label):
-        own = derive_seed(seed, label, prompt.prompt_id, self.version)
+        own = derive_seed(seed, label, prompt.sample_id, self.version)
         response = np.random.default_rng(own).integers(64, size=1 + own % 5).astype(np.int32)
         student = self.author is Author.STUDENT
         span = VersionSpan(version=self.version, start=0, end=response.size)
         return Trajectory(
-            trajectory_id=f"{label}/{self.author}/{prompt.prompt_id}",
+            trajectory_id=f"{label}/{self.author}/{prompt.sample_id}",
             prompt_id=prompt.prompt_id,
             author=self.author,
             token_ids=np.concatenate([prompt.token_ids, response]),
@@ -348,8 +350,8 @@ def test_without_prompts_of_its_own_the_teacher_is_never_asked_to_write(tmp_path
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), (MIXTURE,), REPLAY, ("distill.objective.on_policy_weight=1.0",)],
-    ids=["teacher", "mixture", "replay", "on_policy_alone"],
+    [(), (MIXTURE,), REPLAY, ("distill.objective.on_policy_weight=1.0",), FEW_PROMPTS],
+    ids=["teacher", "mixture", "replay", "on_policy_alone", "few_prompts"],
 )
 def test_a_run_resumed_after_any_step_goes_on_to_the_bit(tmp_path, overrides):
     unbroken = Run(tmp_path, *overrides)
@@ -363,6 +365,21 @@ def test_a_run_resumed_after_any_step_goes_on_to_the_bit(tmp_path, overrides):
         later = resumed.play(first=done)
         assert _content(resumed.learned) == {step: expected[step] for step in range(done, STEPS)}
         assert later == {step: states[step] for step in range(done, STEPS + 1)}
+
+
+def test_a_step_of_more_sequences_than_there_are_prompts_learns_from_different_samples(tmp_path):
+    run = Run(tmp_path, *FEW_PROMPTS)
+    run.play()
+    for step in range(STEPS):
+        for stream, author, count in (("on_policy", "student", 25), ("off_policy", "teacher", 22)):
+            written = run.of_stream(stream, step)
+            assert len({t.trajectory_id for t in written}) == count
+            assert {t.prompt_id for t in written} == {f"p{index}" for index in range(11)}
+            # The first sample of a prompt has the name and the seed that it has alone.
+            alone = {f"step_{step}/{author}/p{index}" for index in range(11)}
+            assert alone < {t.trajectory_id for t in written}
+            texts = Counter((t.prompt_id, *t.response_ids.tolist()) for t in written)
+            assert max(texts.values()) == 1
 
 
 @pytest.mark.parametrize("overrides", [(MIXTURE,), REPLAY], ids=["mixture", "replay"])
