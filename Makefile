@@ -23,7 +23,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format docs environment gpu-check clean
+.PHONY: help demo test check format docs environment gpu-check smollm2 clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -51,6 +51,11 @@ docs: environment ## write docs/configuration.md anew from the configuration mod
 # With whatever Python is there: the machine that has a GPU may have neither Ray nor vLLM.
 gpu-check: ## what one GPU can prove, in ten minutes: docs/gpu.md (GPU_PYTHON=python3)
 	PYTHONPATH=. PYTORCH_NVML_BASED_CUDA_CHECK=1 $(GPU_PYTHON) benchmarks/gpu_check.py
+
+smollm2: environment ## a real pretrained pair and its data for configs/smollm2.yaml (INSTRUCTIONS=FOLDER)
+	$(PIP) install $(CONSTRAINED) -e ".[gguf]"
+	$(BIN)/python benchmarks/smollm2.py smollm2 --selfinst $(INSTRUCTIONS)/selfinst \
+		--strategyqa $(INSTRUCTIONS)/strategyqa
 
 environment: $(ENVIRONMENT)/.complete ## install the pinned CPU environment into .venv
 

@@ -208,7 +208,7 @@ def scale(
 def init(
     teacher: Annotated[str, typer.Argument(help="Folder or hub name of the teacher.")],
     student: Annotated[str, typer.Argument(help="Folder or hub name of the student.")],
-    data: Annotated[Path, typer.Argument(help="File of rows to learn from, .jsonl or .parquet.")],
+    data: Annotated[Path, typer.Argument(help="Rows to learn from: a file or a folder.")],
     output: Annotated[Path, typer.Option(help="The file to write; its name is the run's.")] = Path(
         "mine.yaml"
     ),
@@ -393,15 +393,23 @@ def _ending_on_signals(
     before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, DistillError) as error:
+        # Where the signal went to the workers too, what the run meets is their end.
         if not received:
             raise
         name = signal.Signals(received[0]).name
-        _print_error("Interrupted", f"by {name}; {again}")
+        _print_error("Interrupted", f"by {name}; {_without_checkpoint(error)}{again}")
         raise typer.Exit(128 + received[0]) from None
     finally:
         for caught, handler in before.items():
             signal.signal(caught, handler)
+
+
+def _without_checkpoint(error: BaseException) -> str:
+    """What an interrupted run could not finish, for the message."""
+    if not isinstance(error, DistillError):
+        return ""
+    return f"the step under way could not be finished ({str(error).splitlines()[0]}); "
 
 
 def _print_error(title: str, message: str) -> None:

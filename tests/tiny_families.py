@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,29 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
     OPTConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+    StableLmConfig,
 )
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -33,28 +50,82 @@ _SHAPE = {
 _GATED = {**_SHAPE, "intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 32}
 
 
+_NARROW = {key: size for key, size in _GATED.items() if key != "head_dim"}
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+_GEMMA = {**_GATED, **_MIXED, "query_pre_attn_scalar": 48}
+_EXPERTS = {**_GATED, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+_CONFIGURATIONS: dict[str, Callable[..., Any]] = {
+    "llama": partial(LlamaConfig, **_GATED, tie_word_embeddings=False),
+    "mistral": partial(MistralConfig, **_GATED, tie_word_embeddings=False, sliding_window=6),
+    "qwen2": partial(Qwen2Config, **_GATED, tie_word_embeddings=True),
+    "qwen2_windowed": partial(
+        Qwen2Config, **_GATED, use_sliding_window=True, sliding_window=6, max_window_layers=0
+    ),
+    "qwen3": partial(Qwen3Config, **_GATED, tie_word_embeddings=False),
+    "qwen3_windowed": partial(
+        Qwen3Config, **_GATED, use_sliding_window=True, sliding_window=6, max_window_layers=0
+    ),
+    "gemma": partial(GemmaConfig, **_GATED),
+    # caps that low bend nearly every score and logit
+    "gemma2": partial(
+        Gemma2Config, **_GEMMA, attn_logit_softcapping=3.0, final_logit_softcapping=4.0
+    ),
+    # its logits grow with the width: with larger weights no answer would end
+    "gemma3_text": partial(Gemma3TextConfig, **{**_GEMMA, "initializer_range": 0.1}),
+    # three quarters of each head turn, as in Phi-4-mini
+    "phi3": partial(
+        Phi3Config,
+        **_NARROW,
+        sliding_window=6,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.75,
+        },
+    ),
+    "granite": partial(
+        GraniteConfig,
+        **_NARROW,
+        embedding_multiplier=3.0,
+        logits_scaling=1.7,
+        residual_multiplier=0.6,
+        attention_multiplier=0.3,
+    ),
+    "cohere": partial(CohereConfig, **_NARROW, logit_scale=0.37, use_qk_norm=True),
+    "cohere2": partial(
+        Cohere2Config, **{**_NARROW, **_MIXED, "sliding_window": 64}, logit_scale=2.0
+    ),
+    "olmo2": partial(Olmo2Config, **_NARROW),
+    "olmo3": partial(Olmo3Config, **_NARROW, **_MIXED),
+    "smollm3": partial(SmolLM3Config, **_NARROW, no_rope_layers=[1, 0]),
+    "gpt_neox": partial(GPTNeoXConfig, **_SHAPE, intermediate_size=96),
+    "falcon": partial(FalconConfig, **_SHAPE),
+    # the form of Falcon-40B: two norms, several key heads
+    "falcon_40b": partial(
+        FalconConfig, **_SHAPE, new_decoder_architecture=True, num_kv_heads=1, bias=True
+    ),
+    "gpt2": partial(GPT2Config, **_SHAPE),
+    "opt": partial(OPTConfig, **_SHAPE, ffn_dim=96, word_embed_proj_dim=64),
+    # the one size of OPT whose norms follow its blocks and whose embeddings are narrower
+    "opt_350m": partial(
+        OPTConfig, **_SHAPE, ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False
+    ),
+    "mixtral": partial(MixtralConfig, **_EXPERTS, num_local_experts=4),
+    "qwen3_moe": partial(
+        Qwen3MoeConfig, **_EXPERTS, num_experts=4, moe_intermediate_size=48, norm_topk_prob=True
+    ),
+    "gpt_oss": partial(GptOssConfig, **_EXPERTS, **_MIXED, num_local_experts=4),
+    "stablelm": partial(StableLmConfig, **_NARROW),
+}
+LISTED = tuple(name for name in _CONFIGURATIONS if name != "stablelm")
+"""Variants of the families in the table; stablelm stands for all others."""
+TEACHERS_ALONE = ("mixtral", "qwen3_moe", "gpt_oss")
+TRAINABLE = tuple(name for name in LISTED if name not in TEACHERS_ALONE)
+
+
 def make_configuration(family: str, *, num_rows: int) -> Any:
     """One model of a family; the variants that differ most from the others where there are some."""
-    size = {"vocab_size": num_rows}
-    if family == "llama":
-        return LlamaConfig(**_GATED, **size, tie_word_embeddings=False)
-    if family == "mistral":
-        return MistralConfig(**_GATED, **size, tie_word_embeddings=False, sliding_window=6)
-    if family == "qwen2":
-        return Qwen2Config(**_GATED, **size, tie_word_embeddings=True)
-    if family == "qwen3":
-        return Qwen3Config(**_GATED, **size, tie_word_embeddings=False)
-    if family == "gemma":
-        return GemmaConfig(**_GATED, **size)
-    if family == "gpt2":
-        return GPT2Config(**_SHAPE, **size)
-    if family == "opt":
-        return OPTConfig(**_SHAPE, **size, ffn_dim=96, word_embed_proj_dim=64)
-    assert family == "opt_350m", family
-    # The one size of OPT whose norms follow its blocks and whose embeddings are narrower.
-    return OPTConfig(
-        **_SHAPE, **size, ffn_dim=96, word_embed_proj_dim=32, do_layer_norm_before=False
-    )
+    return _CONFIGURATIONS[family](vocab_size=num_rows)
 
 
 def save_family(

@@ -20,7 +20,10 @@ from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.summary import DISTANCES, read_evaluation
 from distill_system.standard_errors import FloatArray
 
-DISTANCE_METRICS = {f"{stream}_distance": stream for stream in DISTANCES}
+DISTANCE_METRICS = {
+    name if name in ("cross_entropy", "forward_kl") else f"{name}_distance": name
+    for name in DISTANCES
+}
 """Column's metric -> key among an evaluation's distances."""
 HELD_OUT = "held_out"
 """The split of the columns that hold the distances."""

@@ -21,6 +21,8 @@ LEGEND = (
 )
 DISTANCE_DIGITS = 4
 DISTANCE_TITLES = {
+    "cross_entropy": "Held-out cross-entropy, nats per token of the teacher's text",
+    "forward_kl": "Held-out KL(teacher || student), nats per token of the teacher's text",
     "on_policy_distance": "On-policy distance",
     "off_policy_distance": "Off-policy distance",
 }
@@ -203,4 +205,4 @@ def _cost_cell(
 
 def count_digits(metric: str) -> int:
     """Decimals of a metric: distances are small numbers."""
-    return DISTANCE_DIGITS if metric.endswith("_distance") else 1
+    return DISTANCE_DIGITS if metric in DISTANCE_TITLES else 1

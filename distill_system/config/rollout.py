@@ -67,7 +67,8 @@ class RolloutConfig(ConfigModel):
     weight_rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How the learner's float32 weights become those of a bfloat16 student engine. stochastic: up
     or down at random, so that each is right on average and engines follow updates that are smaller
-    than the distance of two bfloat16 numbers. nearest: such updates are lost until they add up."""
+    than the distance of two bfloat16 numbers; a learner that computes in bfloat16 reads the same
+    numbers. nearest: such updates are lost until they add up."""
     max_logprob_gap: PositiveFloat | None = None
     """A run ends if the log-probabilities of engines and learner, for the same tokens and weights,
     differ by more than this on average, in nats: in a step, or on held-out prompts. null: it only

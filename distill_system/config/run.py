@@ -61,12 +61,11 @@ class RunConfig(ConfigModel):
     @property
     def rounding(self) -> Literal["none", "nearest", "stochastic"]:
         """How the learner's weights become the student engine's: rollout.weight_rounding, where
-        there is a choice. A learner in bfloat16 rounds to the nearest itself, and so do engines."""
+        there is a choice."""
         dtype = self.rollout.student_engine.dtype
         if dtype == "float32":
             return "none"
-        follows = dtype == "bfloat16" and self.learner.compute_dtype == "float32"
-        return self.rollout.weight_rounding if follows else "nearest"
+        return self.rollout.weight_rounding if dtype == "bfloat16" else "nearest"
 
     @property
     def transfer_backend(self) -> Literal["gloo", "nccl"]:
@@ -142,16 +141,18 @@ class RunConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _check_best(self) -> RunConfig:
-        best = self.distill.keep_best
+        distill = self.distill
         known = [f"held_out/{name}" for name in HELD_OUT_MEASURES]
         known += [name for split in self.data.evaluation for name in self.evaluation.names(split)]
-        if best is not None and best.metric not in known:
-            near = difflib.get_close_matches(best.metric, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"distill.keep_best.metric: this run measures no {best.metric!r}; {hint}choose one "
-                f"of {', '.join(known)}"
-            )
+        asked = {"keep_best": distill.keep_best, "early_stopping": distill.early_stopping}
+        for key, chosen in asked.items():
+            if chosen is not None and chosen.metric not in known:
+                near = difflib.get_close_matches(chosen.metric, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(
+                    f"distill.{key}.metric: this run measures no {chosen.metric!r}; {hint}choose "
+                    f"one of {', '.join(known)}"
+                )
         return self
 
     @model_validator(mode="after")

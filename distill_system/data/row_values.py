@@ -11,7 +11,10 @@ Row = Mapping[str, object]
 
 def describe(value: object) -> str:
     """A value's type and its beginning, for messages."""
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except RecursionError:
+        shown = "nested too deep to be shown"
     return f"{type(value).__name__} {shown[:57] + '...' if len(shown) > 60 else shown}"
 
 
@@ -44,8 +47,15 @@ def check_texts(value: object, what: str) -> None:
     """Refuse texts, at any depth, that are no Unicode.
 
     JSON can spell half of a surrogate pair, which stands for no character. what: row and field.
-    Raises: DataError.
+    Raises: DataError, also for a value that is nested too deep to be looked through.
     """
+    try:
+        _check_texts(value, what)
+    except RecursionError as error:
+        raise DataError(f"{what}: nested too deep; mend or remove the row") from error
+
+
+def _check_texts(value: object, what: str) -> None:
     if isinstance(value, str):
         try:
             value.encode()
@@ -56,8 +66,8 @@ def check_texts(value: object, what: str) -> None:
             ) from error
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            check_texts(key, what)
-            check_texts(item, what)
+            _check_texts(key, what)
+            _check_texts(item, what)
     elif isinstance(value, list | tuple):
         for item in value:
-            check_texts(item, what)
+            _check_texts(item, what)

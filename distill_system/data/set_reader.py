@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -24,9 +24,10 @@ from distill_system.data.sources import SourceReport, read_examples
 from distill_system.errors import DataError
 from distill_system.records import Author, Finish, Prompt, Trajectory
 
+_LEARNED_SETS = ("teacher_sft", "student_sft")
+
 ROWS_AT_ONCE = 4096
 """Rows that are rendered and tokenised together."""
-_LEARNED_SETS = ("teacher_sft", "student_sft")
 
 
 class SetReader:
@@ -80,8 +81,7 @@ class SetReader:
         key: str | None = None,
         keep_going: bool = False,
     ) -> Iterator[list[Row]]:
-        """The same rows, at most ROWS_AT_ONCE of the source at a time, so that they need not fit
-        into memory.
+        """The same rows, at most ROWS_AT_ONCE at a time, so that a large set need not fit memory.
 
         key: configuration key of the source; None: data.<name>.
         keep_going: leave out rows that cannot be used, and count them in the set's report.
@@ -97,30 +97,43 @@ class SetReader:
             report=report,
             keep_going=keep_going,
         )
+        is_empty = True
         numbered = enumerate(examples)
-        num_rows = num_within = num_kept = 0
         while some := list(islice(numbered, ROWS_AT_ONCE)):
-            rows: list[Row] = []
-            for index, example in some:
-                try:
-                    turns = self._turns(f"{name}:{index}", example, key, with_answers=with_answers)
-                    if leave_out and name in _LEARNED_SETS:
-                        for row in turns:
-                            self._encoder.check_learnable(row)
-                    rows += turns
-                except DataError as error:
-                    if not leave_out:
-                        raise
-                    report.take_back(error)
-            within = rows
+            rendered = self._rendered(
+                name, some, key, report, with_answers=with_answers, leave_out=leave_out
+            )
+            rows = list(rendered)
             if isinstance(source, RowSource):
-                within = self._within_bounds(name, rows, source)
-            kept = self._within_limit(name, within)
-            num_rows, num_within = num_rows + len(rows), num_within + len(within)
-            num_kept += len(kept)
-            yield kept
-        if not num_kept:
-            raise DataError(f"{key}: {self._nothing_left(source, report, num_rows, num_within)}")
+                rows = self._within_bounds(name, rows, source)
+            rows = self._within_limit(name, rows)
+            is_empty = is_empty and not rows
+            yield rows
+        if is_empty:
+            raise DataError(self._nothing_left(name, source, report, key))
+
+    def _rendered(
+        self,
+        name: str,
+        examples: Iterable[tuple[int, Example]],
+        key: str,
+        report: SourceReport,
+        *,
+        with_answers: bool,
+        leave_out: bool,
+    ) -> Iterator[Row]:
+        for index, example in examples:
+            try:
+                turns = self._turns(f"{name}:{index}", example, key, with_answers=with_answers)
+                if leave_out and name in _LEARNED_SETS:
+                    for row in turns:
+                        self._encoder.check_learnable(row)
+            except DataError as error:
+                if not leave_out:
+                    raise
+                report.take_back(error)
+            else:
+                yield from turns
 
     def _turns(self, row_id: str, example: Example, key: str, *, with_answers: bool) -> list[Row]:
         """The turns of an example as rows; the last keeps the row's id.
@@ -214,24 +227,6 @@ class SetReader:
             self.num_out_of_bounds[name] = left_out + len(rows) - len(kept)
         return kept
 
-    def _nothing_left(
-        self, source: Source, report: SourceReport, num_rows: int, num_within: int
-    ) -> str:
-        """Why no row of a set is left, and what to do."""
-        if num_within:
-            return (
-                f"each of its {num_within} prompts has more than data.max_prompt_tokens="
-                f"{self._data.max_prompt_tokens} tokens, and data.too_long_prompts=leave_out "
-                "leaves none; raise the limit or cut them"
-            )
-        if num_rows and isinstance(source, RowSource):
-            return (
-                f"none of its {num_rows} rows is within max_prompt_tokens="
-                f"{source.max_prompt_tokens}, min_response_tokens={source.min_response_tokens} and "
-                f"max_response_tokens={source.max_response_tokens}; widen them or give other rows"
-            )
-        return f"all of its {report.num_rows} rows were refused, the first: {report.refused[0]}"
-
     def _within_limit(self, name: str, rows: list[Row]) -> list[Row]:
         """The rows without prompts that are too long, or with them cut, as the key says."""
         how, limit = self._data.too_long_prompts, self._data.max_prompt_tokens
@@ -285,3 +280,19 @@ class SetReader:
                 "data.too_long_prompts to cut such prompts or leave them out, or give its source "
                 "max_prompt_tokens, which leaves longer ones out"
             )
+
+    def _nothing_left(self, name: str, source: Source, report: SourceReport, key: str) -> str:
+        if self.num_too_long[name]:
+            return (
+                f"{key}: each of its {self.num_too_long[name]} prompts has more than "
+                f"data.max_prompt_tokens={self._data.max_prompt_tokens} tokens, and "
+                "data.too_long_prompts=leave_out leaves none; raise the limit or cut them"
+            )
+        if isinstance(source, RowSource) and report.num_examples:
+            return (
+                f"{key}: none of its {report.num_examples} rows is within max_prompt_tokens="
+                f"{source.max_prompt_tokens}, min_response_tokens={source.min_response_tokens} and "
+                f"max_response_tokens={source.max_response_tokens}; widen them or give other rows"
+            )
+        refused = report.refused[0]
+        return f"{key}: all of its {report.num_rows} rows were refused, the first: {refused}"

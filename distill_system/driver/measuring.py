@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from distill_system.config import RunConfig
 from distill_system.config.evaluation import MetricName
 from distill_system.config.objective import MOMENTS
@@ -54,6 +56,13 @@ def score_splits(
     )
 
 
+def _mean_logprob(scored: Sequence[ScoredChunk]) -> float:
+    """Mean log-probability per response token that the text's own author gave it, in nats."""
+    trajectories = [t for part in scored for t in part.chunk.trajectories]
+    total = sum(float(t.behaviour_logprobs.sum(dtype=np.float64)) for t in trajectories)
+    return total / sum(t.num_response_tokens for t in trajectories)
+
+
 class Measuring:
     """Evaluates through the run's own pools; the teacher's held-out part is made once."""
 
@@ -74,7 +83,11 @@ class Measuring:
         self._step_alarm = _make_alarm(context.config, "text of the step")
 
     def measure_distances(self) -> dict[str, float]:
-        """d_on, d_off and cross-entropy of the student as it is now, under their metric names."""
+        """d_on, d_off, cross-entropy and forward KL of the student as it is now, by their names.
+
+        The KL is estimated on the text that the teacher sampled: the cross-entropy there, less the
+        teacher's own.
+        """
         if not self._teacher_held_out:
             written = self._generate_held_out(self.pools.teachers)
             self._teacher_held_out = self._score(written, Stream.OFF_POLICY)
@@ -82,6 +95,8 @@ class Measuring:
             self._generate_held_out(self.pools.evaluation), Stream.ON_POLICY
         )
         distances = self.pools.learner.measure([*self._teacher_held_out, *student_held_out])
+        own = _mean_logprob(self._teacher_held_out)
+        distances = {**distances, "forward_kl": distances["cross_entropy"] + own}
         gap, largest = distances["logprob_gap"], distances["max_logprob_gap"]
         self._tell(self._held_out_alarm.judge(gap, largest))
         return {f"held_out/{name}": value for name, value in distances.items()}
@@ -117,8 +132,9 @@ class Measuring:
         chosen = {name: split[:num_examples] for name, split in self.data.evaluation.items()}
         splits = self._evaluate(self.pools.evaluation, chosen)
         distances = self.measure_distances()
+        losses = {name: distances[f"held_out/{name}"] for name in ("cross_entropy", "forward_kl")}
         plain = {stream: distances[f"held_out/{stream}_distance"] for stream in map(str, Stream)}
-        self._write(label, step=step, version=step, splits=splits, distances=plain)
+        self._write(label, step=step, version=step, splits=splits, distances=losses | plain)
         scores = {
             f"evaluation/{split}/{metric}": estimate.mean
             for split, evaluation in splits.items()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import NoReturn
 
+from distill_system.config import RunConfig
 from distill_system.config.distill import DistillConfig
 from distill_system.driver.early_stopping import EarlyStopping
 from distill_system.elastic.scaling import ScalingObservation
@@ -16,6 +18,7 @@ from distill_system.observe import (
     activity_metrics,
     find_bottleneck,
     join_stretches,
+    shares_cores,
     wire_metrics,
 )
 from distill_system.records import PoolActivity, StepResult
@@ -30,6 +33,7 @@ STAGE = "distill"
 
 SHOWN = {
     "tokens_per_second/step": "tok/s",
+    "held_out/cross_entropy": "cross-entropy",
     "held_out/on_policy_distance": "on-policy distance",
     "held_out/off_policy_distance": "off-policy distance",
 }
@@ -53,6 +57,7 @@ class RunRecorder:
         config = context.config.distill
         folder = context.run.checkpoints_directory / STAGE
         self.store = CheckpointStore(folder, keep=config.keep_checkpoints, best=config.keep_best)
+        self._shares_cores = _shares_cores(context.config)
         self.stopping = EarlyStopping(config.early_stopping)
         self._last: dict[str, float | None] = {}
         self._shown: dict[str, float] = {}
@@ -131,7 +136,11 @@ class RunRecorder:
             earlier = self._since_observed.get(pool)
             self._since_observed[pool] = done if earlier is None else join_stretches(earlier, done)
         recent = self._recent.add(activity)
-        found = find_bottleneck(recent, is_asynchronous=self.streams.is_asynchronous)
+        found = find_bottleneck(
+            recent,
+            is_asynchronous=self.streams.is_asynchronous,
+            shares_cores=self._shares_cores,
+        )
         self.context.view.show_pools(recent, "" if found is None else found.line)
         return activity_metrics(activity)
 
@@ -238,6 +247,12 @@ class RunRecorder:
                     f"distill.{key}.metric: this run measures no {chosen.metric!r}; choose one of "
                     f"{', '.join(known)}"
                 )
+
+
+def _shares_cores(config: RunConfig) -> bool:
+    """Whether a local run's workers have this machine's cores between them."""
+    alone = not os.environ.get("RAY_ADDRESS")
+    return alone and shares_cores(config.model_dump(mode="json"), os.cpu_count())
 
 
 def _say_source(config: DistillConfig) -> str:

@@ -22,6 +22,7 @@ from distill_system.errors import ModelError
 from distill_system.records import Prompt, Trajectory
 from distill_system.rollout import PendingRollouts, RolloutPool, Sampling
 from distill_system.run.context import RunContext
+from distill_system.run.model_checks import find_untested
 from distill_system.run.pools import Pools
 
 LABEL = "start_check"
@@ -68,13 +69,15 @@ _ORDER = tuple(LIMITS)
 class EngineReading:
     """A pool's engines and the torch model that reads its text, on the same tokens.
 
-    role: student, evaluation or teacher. path: of the model. reader: learner or scorer, as a person
+    role: student, evaluation or teacher. path: of the model. untested: its model_type, if that is
+    in no table of families. reader: learner or scorer, as a person
     is told. precision: the coarser of the two, a key of LIMITS. torch_logprobs: float32 [T] for
     each trajectory, nats, at temperature 1.
     """
 
     role: str
     path: str
+    untested: str | None
     reader: str
     precision: str
     trajectories: Sequence[Trajectory]
@@ -108,7 +111,7 @@ class EngineReading:
         if median <= limits.median and largest <= limits.largest:  # a NaN is on neither side
             return (
                 f"start check: engine and {self.reader} read the {self.role} alike: "
-                f"{largest:.1e} nats apart at most, over {gaps.size} tokens"
+                f"{largest:.1e} nats apart at most, over {gaps.size} tokens{self._say_untested()}"
             )
         raise ModelError(
             f"start check: the {self.role}'s engine and its torch model, the {self.reader}, read "
@@ -120,6 +123,14 @@ class EngineReading:
             "reading): remove it, or choose another model. If the difference is the engine's "
             f"precision, raise {self._dtype_key}, or set rollout.max_logprob_gap to the mean that "
             "you accept"
+        )
+
+    def _say_untested(self) -> str:
+        if self.untested is None:
+            return ""
+        return (
+            f"; model_type={self.untested!r} is in no table of tested families and runs on this "
+            "agreement, padded (docs/models-and-data.md)"
         )
 
     @property
@@ -189,11 +200,15 @@ class StartCheck:
         written = pool.finish(pending)
         is_teacher = role == "teacher"
         read = self.pools.scorers if is_teacher else self.pools.learner
+        path = self.context.teacher_path if is_teacher else self.context.student_path
+        config = self.context.config
+        trust = (config.teacher if is_teacher else config.student).trust_remote_code
         return EngineReading(
             role=role,
-            path=self.context.teacher_path if is_teacher else self.context.student_path,
+            path=path,
+            untested=find_untested(path, trust_remote_code=trust),
             reader="scorer" if is_teacher else "learner",
-            precision=find_precision(self.context.config, role),
+            precision=find_precision(config, role),
             trajectories=written,
             torch_logprobs=read.read_logprobs(written),
         )

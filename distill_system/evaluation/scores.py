@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.scoring import fmeasure
 from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics.bleu import BLEU
 
@@ -136,9 +136,9 @@ def exact_match(text: str, references: Sequence[str]) -> float:
 def rouge_l(text: str, references: Sequence[str], tokenizer: RougeTokenizer = "auto") -> float:
     """ROUGE-L F1 in percent against the best reference, over unicode words.
 
-    Source: Lin 2004, by rouge_score.  Differs: the tokenizer (see CharacterTokenizer).
+    Source: Lin 2004, as rouge_score has it.  Differs: the tokenizer (see CharacterTokenizer).
     """
-    return _rouge_l(text, references, _WORD_TOKENIZERS[tokenizer])
+    return 100.0 * _best_rouge_l(text, references, _WORD_TOKENIZERS[tokenizer].tokenize)
 
 
 def rouge_l_stemmed(
@@ -150,12 +150,39 @@ def rouge_l_stemmed(
     (arXiv 2306.08543) and DistiLLM (arXiv 2402.03898) report. Differs: nothing on texts in which it
     finds a word and no script without spaces (see StemTokenizer).
     """
-    return _rouge_l(text, references, _STEM_TOKENIZERS[tokenizer])
+    return 100.0 * _best_rouge_l(text, references, _STEM_TOKENIZERS[tokenizer].tokenize)
 
 
-def _rouge_l(text: str, references: Sequence[str], tokenizer: Any) -> float:
-    scorer = RougeScorer(["rougeL"], tokenizer=tokenizer)
-    return 100.0 * float(scorer.score_multi(list(references), text)["rougeL"].fmeasure)
+def _best_rouge_l(
+    text: str, references: Sequence[str], tokenize: Callable[[str], list[str]]
+) -> float:
+    words = tokenize(text)
+    return max(_rouge_l(words, tokenize(reference)) for reference in references)
+
+
+def _rouge_l(words: Sequence[str], reference: Sequence[str]) -> float:
+    if not words or not reference:
+        return 0.0
+    common = longest_common_subsequence(words, reference)
+    return float(fmeasure(common / len(words), common / len(reference)))
+
+
+def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Words of the longest sequence that both hold in order, with others between.
+
+    rouge_score fills a table of len(first) x len(second) in Python, half a second for two texts of
+    a thousand words. Here a row of it is the bits of one whole number.
+    Source: Hyyrö 2004, "Bit-parallel LCS-length computation revisited".
+    """
+    places: dict[str, int] = {}
+    for at, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << at
+    every = (1 << len(first)) - 1
+    row = every  # a zero bit where the length grows from one word of `first` to the next
+    for word in second:
+        matches = row & places.get(word, 0)
+        row = ((row + matches) | (row - matches)) & every
+    return len(first) - row.bit_count()
 
 
 def yes_no_answer(text: str) -> bool | None:

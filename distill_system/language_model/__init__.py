@@ -9,8 +9,14 @@ from distill_system.language_model.configuration_files import (
     read_configuration,
     read_generation_configuration,
 )
-from distill_system.language_model.embeddings import load_embedding
-from distill_system.language_model.families import choose_linear_modules, find_family
+from distill_system.language_model.embeddings import load_embedding, load_logit_cap
+from distill_system.language_model.families import (
+    check_longest,
+    choose_linear_modules,
+    find_family,
+    logit_cap,
+    require_trainable,
+)
 from distill_system.language_model.gguf_files import convert_gguf, is_gguf
 from distill_system.language_model.hub import require_hub_model
 from distill_system.language_model.models import (
@@ -22,7 +28,7 @@ from distill_system.language_model.models import (
     load_language_model,
     unembedding,
 )
-from distill_system.language_model.packed_attention import PACKED_ATTENTION
+from distill_system.language_model.packed_attention import PACKED_ATTENTION, choose_attention
 from distill_system.language_model.quantised import check_quantised, is_quantised
 from distill_system.language_model.sequences import (
     PackedPart,
@@ -43,10 +49,12 @@ __all__ = [
     "build_empty_model",
     "build_language_model",
     "check_linear_read",
+    "check_longest",
     "check_packed_read",
     "check_quantised",
     "check_settings",
     "check_weight_files",
+    "choose_attention",
     "choose_linear_modules",
     "convert_gguf",
     "count_parts",
@@ -56,6 +64,8 @@ __all__ = [
     "is_quantised",
     "load_embedding",
     "load_language_model",
+    "load_logit_cap",
+    "logit_cap",
     "one_line",
     "read_configuration",
     "read_generation_configuration",
@@ -64,5 +74,6 @@ __all__ = [
     "read_part",
     "read_weights",
     "require_hub_model",
+    "require_trainable",
     "unembedding",
 ]

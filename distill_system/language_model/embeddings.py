@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from distill_system.errors import ModelError
 from distill_system.language_model.configuration_files import read_configuration
+from distill_system.language_model.families import logit_cap, name_in_files
 
 
 def load_embedding(
@@ -38,7 +39,7 @@ def load_embedding(
     inputs, outputs = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     wanted = inputs if which == "input" else outputs
     names = {parameter: name for name, parameter in skeleton.named_parameters()}
-    name = names[wanted.weight]
+    name = name_in_files(config, names[wanted.weight])
     folder = local_folder(path)
     index = folder / "model.safetensors.index.json"
     file = "model.safetensors"
@@ -52,6 +53,11 @@ def load_embedding(
         if not stored:
             raise ModelError(f"{path!r}: {file} holds no tensor {name!r}")
         return tensors.get_slice(stored.pop())[:vocabulary_size].float()
+
+
+def load_logit_cap(path: str, *, trust_remote_code: bool = False) -> float | None:
+    """What caps the logits of a saved model; see logit_cap."""
+    return logit_cap(read_configuration(path, trust_remote_code=trust_remote_code))
 
 
 def local_folder(path: str) -> Path:

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
 from distill_system.language_model.configuration_files import read_configuration
-from distill_system.language_model.families import find_family
+from distill_system.language_model.families import find_family, logit_cap, logit_scale
 from distill_system.language_model.packed_attention import (
     PACKED_ATTENTION,
     PackedLayout,
+    choose_attention,
     read_line,
 )
 from distill_system.language_model.quantised import is_quantised
@@ -81,9 +82,9 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a pretrained causal language model in evaluation mode (no dropout).
 
-    Raises: ModelError if it is of no supported family, cannot be loaded, lacks tensors, cannot be
-        read in packed lines, or is read otherwise than final hidden state times unembedding (logit
-        scaling, soft caps, biases), which moment matching relies on.
+    Raises: ModelError if it cannot be loaded, lacks tensors, is read otherwise beside other
+        sequences than alone, or is read otherwise than final hidden state times unembedding, with
+        the factor and cap that its family is known to have, which moment matching relies on.
     """
     try:
         config = read_configuration(path, trust_remote_code=trust_remote_code)
@@ -92,7 +93,7 @@ def load_language_model(
             path,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            attn_implementation=PACKED_ATTENTION,
+            attn_implementation=choose_attention(config),
             device_map={"": device} if is_quantised(config) else None,  # it may not be moved later
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
@@ -125,34 +126,39 @@ def check_linear_read(model: LanguageModel, path: str) -> None:
             f"{path!r} ({type(model).__name__}): expected finite logits, got NaN or infinity. Its "
             "weights are damaged, or too large for the precision they are loaded in"
         )
-    hidden_LH = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[0]
-    read_LV = (hidden_LH @ unembedding(model).T).float()
+    hidden_LH = read_line(model, ids_BL, PackedLayout.build([8], device))
+    read_LV, cap = (hidden_LH @ unembedding(model).T).float(), logit_cap(model.config)
+    if cap is not None:
+        read_LV = cap * torch.tanh(read_LV / cap)
     difference = float((logits_LV - read_LV).abs().max() / logits_LV.abs().max().clamp_min(1e-6))
     tolerance = LINEAR_READ_TOLERANCE if read_LV.dtype == hidden_LH.dtype else 2e-2
     if difference > tolerance:
         raise ModelError(
             f"{path!r} ({type(model).__name__}): expected logits = final hidden state x "
-            f"unembedding, got a relative difference of {difference:.2e}. Models with logit "
-            "scaling, soft caps or output biases are not supported yet"
+            f"unembedding, got a relative difference of {difference:.2e}. A factor or soft cap of "
+            f"logits is not known of model_type={model.config.model_type!r}, and a bias of the "
+            "unembedding of no family: choose a model of another one"
         )
 
 
 @torch.no_grad()
 def check_packed_read(model: LanguageModel, path: str) -> None:
-    """Refuse a model that reads a sequence otherwise in a packed line than alone.
+    """Refuse a model that reads a sequence otherwise beside others than alone.
 
     Raises: ModelError, with the difference seen.
     """
     name = f"{path!r} ({type(model).__name__})"
-    if not getattr(model, "_supports_attention_backend", False):
+    packs = model.config._attn_implementation == PACKED_ATTENTION
+    if packs and not getattr(model, "_supports_attention_backend", False):
         raise ModelError(
             f"{name}: expected a model whose attention can be replaced, got one that computes it "
-            "by itself. Its family cannot be read packed; choose a model of a supported family"
+            "by itself. Its family cannot be read packed"
         )
     device = unembedding(model).device
     line_1T = torch.tensor([[9, 8, 7, *range(3, 11)]], device=device) % unembedding(model).shape[0]
     hidden_TH = read_line(model, line_1T, PackedLayout.build([3, 8], device))
     alone_LH = model.base_model(input_ids=line_1T[:, 3:], use_cache=False).last_hidden_state[0]
+    alone_LH = alone_LH * logit_scale(model.config)
     difference = float((hidden_TH[3:] - alone_LH).abs().max() / alone_LH.abs().max())
     if difference > PACKED_READ_TOLERANCE.get(alone_LH.dtype, 5e-2):
         raise ModelError(

@@ -5,6 +5,9 @@ All layers but attention treat its tokens alike; attention is told by a PackedLa
 sequences end. The layout travels as a keyword of the model's forward, down to the attention of
 every block, so that a block which is run again (activation checkpointing) sees the same layout.
 
+A model whose attention cannot be told, or whose attention does what this one does not, is loaded
+with the library's own, and its lines are read as one padded rectangle.
+
 Axes: T tokens of the line, B sequences of a group, L its longest, M = B x L, h heads, d head size.
 """
 
@@ -24,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from distill_system.errors import ModelError
+from distill_system.language_model.families import is_read_packed, logit_scale
 
 PACKED_ATTENTION = "packed"
 """The attn_implementation under which transformers finds packed_attention."""
@@ -67,12 +71,14 @@ class PackedLayout:
     position_ids_1T: place of each token in its own sequence, int64. boundaries: 0 and the end of
     every sequence, int32 [sequences + 1]. longest: tokens of the longest sequence. groups: the
     line cut into rectangles, for devices and precisions without a kernel for packed lines.
+    lengths: of the sequences, in the line's order.
     """
 
     position_ids_1T: Tensor
     boundaries: Tensor
     longest: int
     groups: tuple[PaddedGroup, ...]
+    lengths: tuple[int, ...]
 
     @classmethod
     def build(cls, lengths: Sequence[int], device: torch.device) -> PackedLayout:
@@ -88,7 +94,21 @@ class PackedLayout:
             ),
             int(sizes[-1]),
             tuple(_build_group(group, device) for group in group_by_length(sizes)),
+            tuple(sizes.tolist()),
         )
+
+    def rectangle(self) -> PaddedGroup:
+        """All sequences of the line side by side."""
+        sizes = np.array(self.lengths, dtype=np.int64)
+        return _build_group(sizes, self.position_ids_1T.device)
+
+
+def choose_attention(config: Any) -> str:
+    """The attn_implementation to load a model with: packed, or else the one written out in full.
+
+    Not the library's fused ones: they leave out what they do not know, soft caps among it.
+    """
+    return PACKED_ATTENTION if is_read_packed(config) else "eager"
 
 
 def group_by_length(lengths: np.ndarray) -> list[np.ndarray]:
@@ -121,10 +141,18 @@ def _build_group(lengths: np.ndarray, device: torch.device) -> PaddedGroup:
 
 
 def read_line(model: Any, input_ids_1T: Tensor, layout: PackedLayout) -> Tensor:
-    """The final hidden state at every token of a packed line, [T, H].
+    """What the unembedding multiplies at every token of a packed line, [T, H].
 
-    model: loaded with attn_implementation=PACKED_ATTENTION; its vocabulary is not multiplied by.
+    The final hidden state, times the factor that the family's logits have after the product. The
+    model's vocabulary is not multiplied by.
     """
+    packs = model.config._attn_implementation == PACKED_ATTENTION
+    hidden_TH = (_read_packed if packs else _read_padded)(model, input_ids_1T, layout)
+    scale = logit_scale(model.config)
+    return hidden_TH if scale == 1.0 else hidden_TH * scale
+
+
+def _read_packed(model: Any, input_ids_1T: Tensor, layout: PackedLayout) -> Tensor:
     # A mask of four axes is passed on as it is: the library then makes none of T x T. It has no
     # entries, so attention that is not told of the layout cannot read it by mistake.
     no_mask = input_ids_1T.new_empty((1, 1, 0, 0), dtype=torch.bool)
@@ -136,6 +164,22 @@ def read_line(model: Any, input_ids_1T: Tensor, layout: PackedLayout) -> Tensor:
         use_cache=False,
     )
     return output.last_hidden_state[0]
+
+
+def _read_padded(model: Any, input_ids_1T: Tensor, layout: PackedLayout) -> Tensor:
+    """The library's own forward over one rectangle.
+
+    One, whatever it wastes: ranks that share a model must run it equally often. What fills a line
+    up stands behind its sequence, where a model that reads from left to right does not look, so no
+    mask is needed; its rows are not read.
+    """
+    rectangle = layout.rectangle()
+    ids_T = input_ids_1T[0]
+    if rectangle.fill_M is not None:
+        ids_T = ids_T.index_select(0, rectangle.fill_M)
+    ids_BL = ids_T.unflatten(0, (rectangle.num_sequences, -1))
+    rows_MH = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state.flatten(0, 1)
+    return rows_MH if rectangle.slots_n is None else rows_MH.index_select(0, rectangle.slots_n)
 
 
 def packed_attention(

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from distill_system.errors import ModelError
 from distill_system.language_model.configuration_files import read_configuration
 from distill_system.language_model.embeddings import local_folder
-from distill_system.language_model.families import find_family
+from distill_system.language_model.families import find_family, name_in_files
 from distill_system.language_model.models import LanguageModel
-from distill_system.language_model.packed_attention import PACKED_ATTENTION
+from distill_system.language_model.packed_attention import choose_attention
 
 Rename = Callable[[str], str | None]
 """A parameter's name in the model -> its name in the files, None if it is not in them."""
@@ -41,7 +41,7 @@ def build_empty_model(path: str, *, trust_remote_code: bool = False) -> Language
                 config,
                 dtype=torch.float32,
                 trust_remote_code=trust_remote_code,
-                attn_implementation=PACKED_ATTENTION,
+                attn_implementation=choose_attention(config),
             )
     except ModelError:
         raise
@@ -103,4 +103,5 @@ def _named_parameters(model: LanguageModel) -> list[tuple[list[str], Tensor]]:
 def _spellings(model: LanguageModel, names: list[str]) -> list[str]:
     """The names as files may have them: some leave out the prefix of the base model."""
     prefix = f"{model.base_model_prefix}."
-    return [*names, *(name.removeprefix(prefix) for name in names)]
+    stored = (name_in_files(model.config, name) for name in names)
+    return [*names, *(name.removeprefix(prefix) for name in names), *stored]

@@ -7,18 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_system.language_model import LanguageModel
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@torch.no_grad()
-def round_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every parameter the nearest values that the dtype has; it keeps its own dtype."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
 
 
 def save_model(

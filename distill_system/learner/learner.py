@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ from distill_system.config.distill import StalenessConfig
 from distill_system.config.model import LearnerConfig, LoraUpdate, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.errors import NonFiniteError
-from distill_system.language_model import SequenceBatch, count_parts, unembedding
+from distill_system.language_model import SequenceBatch, count_parts, logit_cap, unembedding
+from distill_system.learner.acting_weights import acting_weights, round_parameters
 from distill_system.learner.adapters import (
     MergedSource,
     fold_adapters,
@@ -30,7 +32,7 @@ from distill_system.learner.adapters import (
 from distill_system.learner.checkpoint import CheckpointWriter, load_checkpoint
 from distill_system.learner.checkpoint_files import FileRecord, find_alterations
 from distill_system.learner.collate import LearnerBatch, StreamTotals, collate
-from distill_system.learner.export_weights import PRECISIONS, round_parameters, save_model
+from distill_system.learner.export_weights import PRECISIONS, save_model
 from distill_system.learner.microbatches import Microbatches
 from distill_system.learner.optimizer import (
     build_optimizers,
@@ -125,6 +127,7 @@ class Learner:
             importance=self.importance,
         )
         self.wire = wire
+        self.version = 0
         self.publisher: WeightPublisher | None = None
         self.writer = CheckpointWriter(rank=rank, timeout=self.ranks.timeout)
         self.folded_adapters: dict[str, Tensor] = {}
@@ -181,23 +184,24 @@ class Learner:
         """
         started = time.perf_counter()
         batch = self._collate(chunks, targets, totals)
-        microbatches = Microbatches(self.policy, batch.sequences)
-        hidden_NH = microbatches.read()
-        on_policy = batch.stream_rows(Stream.ON_POLICY, hidden_NH)
-        with self.policy.precision():
-            output = self.objective.compute_loss(
-                self._heads(),
-                batch.stream_rows(Stream.OFF_POLICY, hidden_NH),
-                on_policy,
-                self.ranks.sum,
+        with self._acting(step):
+            microbatches = Microbatches(self.policy, batch.sequences)
+            hidden_NH = microbatches.read()
+            on_policy = batch.stream_rows(Stream.ON_POLICY, hidden_NH)
+            with self.policy.precision():
+                output = self.objective.compute_loss(
+                    self._heads(),
+                    batch.stream_rows(Stream.OFF_POLICY, hidden_NH),
+                    on_policy,
+                    self.ranks.sum,
+                )
+            # One transfer. Every rank then has the same loss, so that all refuse it, or none.
+            sums = self.ranks.sum_scalars(
+                {"loss": output.loss_share, **output.metric_shares, **rollout_shares(batch)}
             )
-        # One transfer. Every rank then has the same loss, so that all of them refuse it, or none.
-        sums = self.ranks.sum_scalars(
-            {"loss": output.loss_share, **output.metric_shares, **rollout_shares(batch)}
-        )
-        sampler = self._compare_with_sampler(batch, on_policy, output, step=step)
-        self._require_finite(sums["loss"], step)
-        microbatches.backward(output.loss_share)
+            sampler = self._compare_with_sampler(batch, on_policy, output, step=step)
+            self._require_finite(sums["loss"], step)
+            microbatches.backward(output.loss_share)
         gradient_norm, rate = self._update(step)
         num_tokens = sum(total.num_tokens for total in totals.values())
         metrics = {
@@ -217,6 +221,16 @@ class Learner:
             seconds=time.perf_counter() - started,
             peak_memory_bytes=read_peak_memory_bytes(self.device),
         )
+
+    def _acting(self, version: int) -> AbstractContextManager[None]:
+        """A block in which the student computes as this version of it writes.
+
+        Adapters are small, and follow small steps in bfloat16 too: they are read as they are.
+        """
+        rounds = self.config.compute_dtype == "bfloat16" and self.wire.is_stochastic
+        if not rounds or isinstance(self.source.update, LoraUpdate):
+            return nullcontext()
+        return acting_weights(self.model, self.wire, version=version, device=self.device)
 
     def _compare_with_sampler(
         self, batch: LearnerBatch, rows: TokenRows | None, output: ObjectiveOutput, *, step: int
@@ -253,6 +267,15 @@ class Learner:
         logprob_gap and max_logprob_gap of the student's text, which is to be sampled at
         temperature 1 without truncation under the weights that the learner holds.
         """
+        with self._acting(self.version):
+            return self._measure(chunks, totals, targets)
+
+    def _measure(
+        self,
+        chunks: Sequence[TrajectoryChunk],
+        totals: Mapping[Stream, StreamTotals],
+        targets: Sequence[Sequence[TeacherTargets] | None],
+    ) -> dict[str, float]:
         batch = self._collate(chunks, targets, totals)
         hidden_NH = Microbatches(self.policy, batch.sequences).read()
         heads = self._heads()
@@ -283,17 +306,19 @@ class Learner:
         """
         limit = self.config.max_tokens_per_microbatch
         sequences = SequenceBatch.collate(trajectories, self.device, max_tokens=limit)
-        hidden_NH = Microbatches(self.policy, sequences).read()
-        heads = self._heads()
-        with self.policy.precision():
-            rows = read_vocabulary(
-                hidden_NH,
-                sequences.token_ids_N,
-                heads.unembedding_VH,
-                heads.action_embeddings_VE[:, :0],  # no expected embedding is asked for
-                chunk_tokens=heads.chunk_tokens,
-            )
-        self.policy.release()
+        with self._acting(self.version):
+            hidden_NH = Microbatches(self.policy, sequences).read()
+            heads = self._heads()
+            with self.policy.precision():
+                rows = read_vocabulary(
+                    hidden_NH,
+                    sequences.token_ids_N,
+                    heads.unembedding_VH,
+                    heads.action_embeddings_VE[:, :0],  # no expected embedding is asked for
+                    chunk_tokens=heads.chunk_tokens,
+                    logit_cap=heads.logit_cap,
+                )
+            self.policy.release()
         ends = np.cumsum([trajectory.num_response_tokens for trajectory in trajectories])
         return np.split(rows.logprobs_N.cpu().numpy(), ends[:-1])
 
@@ -333,6 +358,7 @@ class Learner:
         worker's receive_weights, on other ranks with none.
         """
         assert self.publisher is not None, "connect_rollouts comes before publish"
+        self.version = version
         return self.publisher.start(version)
 
     def start_save(self, folder: str) -> None:
@@ -358,15 +384,18 @@ class Learner:
         )
 
     def round_weights(self, dtype: Literal["float32", "bfloat16"]) -> None:
-        """Give every weight the nearest value of this precision; it stays float32 in memory.
+        """Give every weight a value of this precision; it stays float32 in memory.
 
         For what is exported in it: what is published and measured from here on are the exported
-        weights. Adapters are folded into the weights, so that no step may follow.
+        weights. Engines whose weights are stochastically rounded hold them already, else they are
+        the nearest. Adapters are folded into the weights, so that no step may follow.
         """
         self.policy.release()
         if isinstance(self.source.update, LoraUpdate):
             self.folded_adapters = fold_adapters(self.model)
-        round_parameters(self.model, PRECISIONS[dtype])
+        nearest = WireFormat(dtype=PRECISIONS[dtype])
+        wire = self.wire if self.wire.dtype is nearest.dtype else nearest
+        round_parameters(self.model, wire, version=self.version, device=self.device)
 
     def export(self, folder: str, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
         """Write the model in Hugging Face form (safetensors, config, generation config); rank 0."""
@@ -406,6 +435,7 @@ class Learner:
         return self.teacher.build_heads(
             unembedding(self.model, self.source.vocabulary_size),
             chunk_tokens=self.config.chunk_tokens(on_gpu=self.device.type == "cuda"),
+            logit_cap=logit_cap(self.model.config),
         )
 
     def _require_finite(self, loss: float, step: int) -> None:

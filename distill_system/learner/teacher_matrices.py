@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distill_system.config.objective import ObjectiveConfig
-from distill_system.language_model import load_embedding
+from distill_system.language_model import load_embedding, load_logit_cap
 from distill_system.learner.sharding import gather, shard_rows
 from distill_system.learner.student import ModelSource
 from distill_system.objectives import PolicyHeads, make_action_embeddings
@@ -34,19 +34,32 @@ class TeacherMatrices:
     ) -> None:
         self.action_embeddings_VE = shard_rows(_load_actions(source, vocabulary_size), device, mesh)
         self.unembedding_VF: Tensor | None = None
+        self.logit_cap: float | None = None
         if objective is not None and objective.needs_teacher_distribution:
             self.unembedding_VF = shard_rows(_load_unembedding(source), device, mesh)
+            self.logit_cap = load_logit_cap(
+                str(source.teacher_path), trust_remote_code=source.trust_remote_code
+            )
 
     def build_heads(
-        self, unembedding_VH: Float[Tensor, "V H"], *, chunk_tokens: int
+        self,
+        unembedding_VH: Float[Tensor, "V H"],
+        *,
+        chunk_tokens: int,
+        logit_cap: float | None = None,
     ) -> PolicyHeads:
-        """Both policies' matrices, whole; every rank calls it. Drop it when the loss is made."""
+        """Both policies' matrices, whole; every rank calls it. Drop it when the loss is made.
+
+        logit_cap: the student's.
+        """
         unembedding_VF = None if self.unembedding_VF is None else gather(self.unembedding_VF)
         return PolicyHeads(
             unembedding_VH=unembedding_VH,
             action_embeddings_VE=gather(self.action_embeddings_VE),
             teacher_unembedding_VF=unembedding_VF,
             chunk_tokens=chunk_tokens,
+            logit_cap=logit_cap,
+            teacher_logit_cap=self.logit_cap,
         )
 
 

@@ -60,10 +60,30 @@ def _adds_in_float32(factor: Tensor) -> bool:
     return factor.device.type == "cuda" and factor.dtype in (torch.float16, torch.bfloat16)
 
 
+def cap_logits(logits_cV: Float32[Tensor, "c V"], cap: float | None) -> Float32[Tensor, "c V"]:
+    """cap tanh(z / cap) of logits z, in their own memory; None leaves them as they are."""
+    return logits_cV if cap is None else logits_cV.div_(cap).tanh_().mul_(cap)
+
+
+def uncap_gradient(
+    into_cV: Float32[Tensor, "c V"], capped_cV: Float32[Tensor, "c V"], cap: float | None
+) -> Float32[Tensor, "c V"]:
+    """The gradient of logits before their cap, in the memory of that of the capped ones.
+
+    d cap tanh(z / cap) / dz = 1 - (capped / cap)^2; capped_cV is not changed.
+    """
+    if cap is None:
+        return into_cV
+    for block in block_slices(into_cV):
+        into_cV[block] *= 1.0 - (capped_cV[block] / cap).square_()
+    return into_cV
+
+
 class UnembeddingGradients:
     """Logits from hidden states, and the gradients of both factors, added up over chunks.
 
-    needs: whether the hidden states and the unembedding need a gradient.
+    needs: whether the hidden states and the unembedding need a gradient. cap: of the logits; what
+    `add` takes is the gradient of the product before it (uncap_gradient).
     """
 
     def __init__(
@@ -73,10 +93,11 @@ class UnembeddingGradients:
         *,
         needs: tuple[bool, bool],
         dtype: torch.dtype,
+        cap: float | None = None,
     ) -> None:
         self.hidden_NH = hidden_NH.detach()
         self.weight_VH = unembedding_VH.detach().to(dtype)
-        self.dtype = dtype
+        self.dtype, self.cap = dtype, cap
         self.unembedding_dtype = unembedding_VH.dtype
         self.into_hidden_NH = torch.zeros_like(self.hidden_NH) if needs[0] else None
         self.into_unembedding_VH = (
@@ -89,11 +110,12 @@ class UnembeddingGradients:
         return self.into_hidden_NH is not None or self.into_unembedding_VH is not None
 
     def make_logits(self, rows: slice) -> Float32[Tensor, "c V"]:
-        """hidden @ unembedding^T of these rows, float32 [c, V]."""
-        return multiply(self.hidden_NH[rows].to(self.dtype), self.weight_VH.T)
+        """hidden @ unembedding^T of these rows, capped, float32 [c, V]."""
+        product_cV = multiply(self.hidden_NH[rows].to(self.dtype), self.weight_VH.T)
+        return cap_logits(product_cV, self.cap)
 
     def add(self, rows: slice, into_logits_cV: Float32[Tensor, "c V"]) -> None:
-        """Take in the gradient of these rows' logits."""
+        """Take in the gradient of these rows' products."""
         into_cV = into_logits_cV.to(self.dtype)  # as autocast would in a backward pass
         if self.into_hidden_NH is not None:
             self.into_hidden_NH[rows] = into_cV @ self.weight_VH

@@ -75,13 +75,16 @@ class PolicyHeads:
     """Both policies' unembeddings and the frozen action embeddings, read in chunks.
 
     unembedding_VH: the student's own, with gradient. action_embeddings_VE: float32, unit rows.
-    teacher_unembedding_VF: None where the objective needs no teacher distribution.
+    teacher_unembedding_VF: None where the objective needs no teacher distribution. logit_cap,
+        teacher_logit_cap: c where a model's logits z become c tanh(z / c), else None.
     """
 
     unembedding_VH: Float[Tensor, "V H"]
     action_embeddings_VE: Float[Tensor, "V E"]
     chunk_tokens: int
     teacher_unembedding_VF: Float[Tensor, "V F"] | None = None
+    logit_cap: float | None = None
+    teacher_logit_cap: float | None = None
 
     def read(self, rows: TokenRows) -> VocabularyRows:
         """Log-probabilities and expected embeddings of the student at each row, with graph."""
@@ -92,6 +95,7 @@ class PolicyHeads:
             self.action_embeddings_VE,
             chunk_tokens=self.chunk_tokens,
             behaviour_temperature=rows.behaviour_temperature,
+            logit_cap=self.logit_cap,
         )
 
     def sum(
@@ -117,6 +121,7 @@ class PolicyHeads:
             behaviour_temperature=rows.behaviour_temperature,
             tokens_together=tokens_together,
             chunk_tokens=self.chunk_tokens,
+            logit_cap=self.logit_cap,
         )
 
     def _teacher(self, rows: TokenRows) -> TeacherDistribution | None:
@@ -125,7 +130,9 @@ class PolicyHeads:
         if rows.teacher.features_NF is None:
             return None
         return TeacherDistribution(
-            features_NF=rows.teacher.features_NF, unembedding_VF=self.teacher_unembedding_VF
+            features_NF=rows.teacher.features_NF,
+            unembedding_VF=self.teacher_unembedding_VF,
+            logit_cap=self.teacher_logit_cap,
         )
 
 

@@ -19,6 +19,7 @@ from distill_system.objectives.chunked_products import (
     chunk_slices,
     multiply,
     probability_dtype,
+    uncap_gradient,
 )
 
 
@@ -35,12 +36,15 @@ class SoftmaxRead(torch.autograd.Function):
         chunk_tokens: int,
         dtype: torch.dtype,
         behaviour_temperature: float,
+        cap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """float32 [N], [N, E] and [N]; dtype is what to multiply in.
+        """float32 [N], [N, E] and [N]; dtype is what to multiply in, cap that of the logits.
 
         The third are the log-probabilities at behaviour_temperature, None where it is 1.
         """
-        student = UnembeddingGradients(hidden_NH, unembedding_VH, needs=(False, False), dtype=dtype)
+        student = UnembeddingGradients(
+            hidden_NH, unembedding_VH, needs=(False, False), dtype=dtype, cap=cap
+        )
         # Softmax and sums in float32, products of probabilities in the lower precision where that
         # has float32's range.
         actions_VE = action_embeddings_VE.to(probability_dtype(dtype))
@@ -58,7 +62,7 @@ class SoftmaxRead(torch.autograd.Function):
         )
         # No logits are kept: those of 1024 tokens and 152k words are 600 MB, and one product makes
         # them again.
-        context.chunk_tokens, context.dtype = chunk_tokens, dtype
+        context.chunk_tokens, context.dtype, context.cap = chunk_tokens, dtype, cap
         if tempered_N is not None:
             context.mark_non_differentiable(tempered_N)
         return logprobs_N, expected_NE, tempered_N
@@ -73,7 +77,11 @@ class SoftmaxRead(torch.autograd.Function):
         hidden_NH, unembedding_VH, token_ids_N, actions_VE, expected_NE = context.saved_tensors
         into_logprobs_N, into_expected_NE, _ = gradients
         sums = UnembeddingGradients(
-            hidden_NH, unembedding_VH, needs=context.needs_input_grad[:2], dtype=context.dtype
+            hidden_NH,
+            unembedding_VH,
+            needs=context.needs_input_grad[:2],
+            dtype=context.dtype,
+            cap=context.cap,
         )
         actions_VE = actions_VE.to(probability_dtype(context.dtype))
         # d ebar / d z = pi (e - ebar);  d log pi(y_t) / d z = 1[y = y_t] - pi
@@ -81,11 +89,14 @@ class SoftmaxRead(torch.autograd.Function):
         for rows in chunk_slices(hidden_NH.shape[0], context.chunk_tokens):
             into_expected_cE = into_expected_NE[rows].to(actions_VE.dtype)
             into_cV = multiply(into_expected_cE, actions_VE.T).sub_(centre_N[rows, None])
-            _multiply_by_softmax(into_cV, sums.make_logits(rows))
+            policy_cV = sums.make_logits(rows)
+            _multiply_by_softmax(into_cV, policy_cV)
             into_cV.scatter_add_(1, token_ids_N[rows, None], into_logprobs_N[rows, None])
+            uncap_gradient(into_cV, policy_cV, context.cap)
+            del policy_cV  # before the products of `add` are made
             sums.add(rows, into_cV)
             del into_cV  # before the next chunk's is made
-        return *sums.finish(), None, None, None, None, None
+        return *sums.finish(), None, None, None, None, None, None
 
 
 def temper(logits_cV: Float32[Tensor, "c V"], temperature: float) -> Float32[Tensor, "c V"]:

@@ -26,9 +26,11 @@ from torch.autograd.function import once_differentiable
 from distill_system.objectives.chunked_products import (
     UnembeddingGradients,
     block_slices,
+    cap_logits,
     chunk_slices,
     multiplication_dtype,
     multiply,
+    uncap_gradient,
 )
 from distill_system.objectives.softmax_read import SoftmaxRead, read_written, temper
 
@@ -90,16 +92,17 @@ class VocabularyChunk:
 class TeacherDistribution:
     """The teacher's distribution, rebuilt exactly from what travels.
 
-    features_NF: its final hidden states. unembedding_VF: its own, frozen.
+    features_NF: its final hidden states. unembedding_VF: its own, frozen. logit_cap: its own.
     """
 
     features_NF: Float[Tensor, "N F"]
     unembedding_VF: Float[Tensor, "V F"]
+    logit_cap: float | None = None
 
     def make_logits(self, rows: slice) -> Float32[Tensor, "c V"]:
         """Logits at these rows, float32 [c, V]."""
         features_cF = self.features_NF[rows].to(self.unembedding_VF.dtype)
-        return multiply(features_cF, self.unembedding_VF.T)
+        return cap_logits(multiply(features_cF, self.unembedding_VF.T), self.logit_cap)
 
 
 ChunkLoss = Callable[[VocabularyChunk], Tensor]
@@ -126,6 +129,7 @@ def read_vocabulary(
     *,
     chunk_tokens: int,
     behaviour_temperature: float = 1.0,
+    logit_cap: float | None = None,
 ) -> VocabularyRows:
     """Read a policy's softmax once: the written tokens' logprobs and the expected embedding.
 
@@ -133,7 +137,8 @@ def read_vocabulary(
     E_{y ~ pi} h^T phi e(y) = h^T phi (sum_y pi(y) e(y)), exact, not top-k.
 
     Shapes: hidden_NH [N, H]; token_ids_N int64 [N]; unembedding_VH [V, H];
-        action_embeddings_VE [V, E]. Gradients flow to hidden_NH and unembedding_VH.
+        action_embeddings_VE [V, E]. Gradients flow to hidden_NH and unembedding_VH. Logits z are
+        logit_cap tanh(z / logit_cap), before any temperature; None: z.
     Memory: one chunk_tokens x V float32 in forward, two in backward.
     """
     # Autocast does not see into an autograd.Function: its dtype is asked for here, then it is off.
@@ -147,6 +152,7 @@ def read_vocabulary(
             chunk_tokens,
             dtype,
             behaviour_temperature,
+            logit_cap,
         )
     behaviour_N = logprobs_N.detach() if tempered_N is None else tempered_N
     return VocabularyRows(logprobs_N, expected_NE, behaviour_N)
@@ -165,13 +171,14 @@ def sum_over_vocabulary(
     behaviour_temperature: float = 1.0,
     tokens_together: int = 1,
     chunk_tokens: int,
+    logit_cap: float | None = None,
 ) -> VocabularySum:
     """sum_t w_t loss_t, and the losses themselves; the gradient is made in the forward pass.
 
     Shapes: hidden_NH [N, H]; token_ids_N int64 [N]; unembedding_VH [V, H]; weights_N float32 [N],
         without graph. chunk_loss sees few tokens at a time, in whole multiples of tokens_together
         (but for the last ones): those whose losses depend on one another. chunk_weights multiplies
-        weights_N by what only the chunk's log-probabilities tell.
+        weights_N by what only the chunk's log-probabilities tell. logit_cap: as read_vocabulary's.
     Memory: one chunk_tokens x V float32, a second with a teacher, and one gradient of the
         unembedding. The scalar may be differentiated once.
     """
@@ -180,7 +187,9 @@ def sum_over_vocabulary(
     learns = torch.is_grad_enabled()
     needs = (learns and hidden_NH.requires_grad, learns and unembedding_VH.requires_grad)
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        sums = UnembeddingGradients(hidden_NH, unembedding_VH, needs=needs, dtype=dtype)
+        sums = UnembeddingGradients(
+            hidden_NH, unembedding_VH, needs=needs, dtype=dtype, cap=logit_cap
+        )
         losses = _TokenLosses(
             token_ids_N,
             weights_N,
@@ -190,6 +199,7 @@ def sum_over_vocabulary(
             temperature=temperature,
             behaviour_temperature=behaviour_temperature,
             tokens_together=tokens_together,
+            logit_cap=logit_cap,
         )
         total = _Sum.apply(  # type: ignore[no-untyped-call]  # torch types no Function
             hidden_NH, unembedding_VH, sums, losses, chunk_tokens
@@ -204,6 +214,7 @@ def read_top_k(
     *,
     k: int,
     chunk_tokens: int,
+    logit_cap: float | None = None,
 ) -> tuple[Int64[Tensor, "N K"], Float32[Tensor, "N K"]]:
     """The k most likely tokens at each row, int64 [N, K], and their logprobs, float32 [N, K].
 
@@ -211,7 +222,8 @@ def read_top_k(
     """
     ids, logprobs = [hidden_NH.new_zeros(0, k, dtype=torch.int64)], [hidden_NH.new_zeros(0, k)]
     for rows in chunk_slices(hidden_NH.shape[0], chunk_tokens):
-        logprobs_cV = (hidden_NH[rows] @ unembedding_VH.T).float().log_softmax(dim=-1)
+        logits_cV = cap_logits((hidden_NH[rows] @ unembedding_VH.T).float(), logit_cap)
+        logprobs_cV = logits_cV.log_softmax(dim=-1)
         best = logprobs_cV.topk(k, dim=-1)
         ids.append(best.indices)
         logprobs.append(best.values)
@@ -265,7 +277,9 @@ class _TokenLosses:
         temperature: float,
         behaviour_temperature: float,
         tokens_together: int,
+        logit_cap: float | None,
     ) -> None:
+        self.logit_cap = logit_cap
         self.token_ids_N, self.chunk_weights = token_ids_N, chunk_weights
         self.weights_N = weights_N if chunk_weights is None else weights_N.clone()
         self.tokens_together = tokens_together
@@ -290,7 +304,7 @@ class _TokenLosses:
                 # Inside a Function's forward, autograd records nothing but what it is told to: this
                 # graph is the block's own and ends at its logits, whose memory takes the gradient.
                 [into_bV] = torch.autograd.grad(values_b, logits_bV, self.weights_N[tokens])
-                logits_cV[block] = into_bV
+                logits_cV[block] = uncap_gradient(into_bV, logits_bV.detach(), self.logit_cap)
 
     def _losses(
         self, logits_bV: Tensor, tokens: slice, read_teacher: Callable[[], Tensor]

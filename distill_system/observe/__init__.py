@@ -8,7 +8,7 @@ from distill_system.observe.activity import (
     join_stretches,
     wire_metrics,
 )
-from distill_system.observe.bottleneck import find_bottleneck
+from distill_system.observe.bottleneck import find_bottleneck, shares_cores
 from distill_system.observe.environment import write_environment
 from distill_system.observe.live import LiveView
 from distill_system.observe.metrics import MetricLog
@@ -31,6 +31,7 @@ __all__ = [
     "activity_metrics",
     "find_bottleneck",
     "join_stretches",
+    "shares_cores",
     "staleness_metrics",
     "wire_metrics",
     "write_environment",

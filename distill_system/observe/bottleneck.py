@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from distill_system.records import PoolActivity
 
@@ -40,10 +41,12 @@ class Bottleneck:
     speedup: step time now over step time with one more worker of the pool.
     next_pool: the pool that bounds the run then; often the same one.
     spare: pool -> workers that it could do without; pools that need all are left out.
+    shares_cores: whether the workers have all cores of the machine between them already.
     """
 
     pool: str
     is_asynchronous: bool
+    shares_cores: bool = False
     is_bound: bool
     busy_share: float
     waiting_pool: str | None
@@ -74,6 +77,8 @@ class Bottleneck:
     def _advice(self) -> str:
         if not self.is_bound and self.waiting_pool is not None:
             return "raise max_staleness"
+        if self.shares_cores:
+            return "its workers share this machine's cores: faster with more of them, or with a GPU"
         unit = "rank at the next start" if self.pool == LEARNER else "worker"
         brings = f"one more {unit} would bring {self.speedup:.2f}x"
         if not self.is_asynchronous:
@@ -85,7 +90,7 @@ class Bottleneck:
 
 
 def find_bottleneck(
-    pools: Mapping[str, PoolActivity], *, is_asynchronous: bool
+    pools: Mapping[str, PoolActivity], *, is_asynchronous: bool, shares_cores: bool = False
 ) -> Bottleneck | None:
     """Which of the pools bounds the run; None if none of them has been busy.
 
@@ -93,6 +98,7 @@ def find_bottleneck(
         pools: student_rollout, teacher_rollout, teacher_scoring and learner, over the same whole
             steps; a pool that the run does not have may be missing.
         is_asynchronous: whether steps overlap, that is max_staleness > 0.
+        shares_cores: whether one worker more would only take cores from the others.
     """
     known = {name: pool for name, pool in pools.items() if pool.worker_seconds > 0}
     if not any(pool.busy_seconds > 0 for pool in known.values()):
@@ -108,6 +114,7 @@ def find_bottleneck(
     return Bottleneck(
         pool=pool,
         is_asynchronous=is_asynchronous,
+        shares_cores=shares_cores,
         is_bound=is_bound,
         busy_share=busy,
         waiting_pool=waiting_pool,
@@ -116,6 +123,29 @@ def find_bottleneck(
         next_pool=_largest(more) if is_asynchronous else pool,
         spare=model.count_spare(),
     )
+
+
+def shares_cores(config: Mapping[str, Any], cores: int | None) -> bool:
+    """Whether a run's workers without a GPU have all cores of one machine between them.
+
+    config: the resolved configuration as JSON.  cores: of the machine; None: unknown, as where the
+        workers may stand on several.
+    """
+    threads = {
+        "student_rollout": ("rollout", "student_engine"),
+        "evaluation": ("rollout", "student_engine"),
+        "teacher_rollout": ("rollout", "teacher_engine"),
+        "teacher_scoring": ("scoring",),
+        "learner": ("learner",),
+    }
+    wanted = 0
+    for name, pool in (config.get("pools") or {}).items():
+        if name in threads and pool and not pool.get("gpus"):
+            part: Any = config
+            for key in threads[name]:
+                part = part.get(key) or {}
+            wanted += int(pool.get("count", 1)) * int(part.get("threads", 1))
+    return cores is not None and wanted >= cores
 
 
 class _StepModel:

@@ -36,6 +36,18 @@ class Curve:
     lines: tuple[tuple[str, str], ...]
 
 
+HELD_OUT_CURVES = (
+    Curve(
+        title="Held-out cross-entropy",
+        note="nats per token of the teacher's responses; lower is closer to the teacher",
+        lines=(("cross-entropy", "held_out/cross_entropy"),),
+    ),
+    Curve(
+        title="Held-out KL to the teacher",
+        note="nats per token, on responses that the teacher sampled",
+        lines=(("KL(teacher || student)", "held_out/forward_kl"),),
+    ),
+)
 DISTANCE_CURVES = (
     Curve(
         title="On-policy distance",

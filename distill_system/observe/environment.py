@@ -40,6 +40,8 @@ def write_environment(run: RunDirectory, *, seeds: Mapping[str, int]) -> None:
 def describe_environment(*, seeds: Mapping[str, int]) -> dict[str, object]:
     """Versions, git commit, machine and seeds, as a value that json.dumps takes.
 
+    joined_cluster: whether workers may stand on other machines than this one.
+
     It holds no environment variable, host name, user name or address.
     """
     return {
@@ -47,6 +49,7 @@ def describe_environment(*, seeds: Mapping[str, int]) -> dict[str, object]:
         "git": find_git_commit(Path(distill_system.__file__).parent),
         "machine": describe_machine(),
         "seeds": dict(seeds),
+        "joined_cluster": bool(os.environ.get("RAY_ADDRESS")),
     }
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from distill_system.observe.curves import (
     DISTANCE_CURVES,
+    HELD_OUT_CURVES,
     LEARNER_CURVES,
     RESPONSE_CURVES,
     STALENESS_CURVES,
@@ -27,8 +28,13 @@ from distill_system.observe.pages import render_page
 from distill_system.observe.run_directory import RunDirectory, read_json_if_exists, write_text
 from distill_system.observe.summary import build_summary, read_evaluation
 
-DISTANCE_TITLES = {"on_policy": "On-policy distance", "off_policy": "Off-policy distance"}
-ROLES = {"teacher": "teacher", "before": "student, SFT", "after": "student, distilled"}
+DISTANCE_TITLES = {
+    "cross_entropy": "Held-out cross-entropy",
+    "forward_kl": "Held-out KL to the teacher",
+    "on_policy": "On-policy distance",
+    "off_policy": "Off-policy distance",
+}
+ROLES = {"teacher": "teacher", "before": "student, before", "after": "student, distilled"}
 POOL_PARTS = {"busy": "series-3", "blocked": "series-2", "starved": "grid"}
 """What a pool's workers do with their time -> its colour on the page."""
 CLEAR_STANDARD_ERRORS = 1.96
@@ -65,9 +71,20 @@ def _collect(run: RunDirectory) -> dict[str, Any]:
         "pool_parts": POOL_PARTS,
         "samples": collect_samples(run),
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
-        "roles": ROLES,
+        "roles": name_roles(config),
+        "is_tuned": is_tuned(config),
         "distance_titles": DISTANCE_TITLES,
     }
+
+
+def is_tuned(config: Mapping[str, Any]) -> bool:
+    """Whether the student was fine-tuned before it was distilled."""
+    return bool((config.get("student") or {}).get("sft"))
+
+
+def name_roles(config: Mapping[str, Any]) -> dict[str, str]:
+    """Each evaluated model with its name for people."""
+    return {**ROLES, "before": "student, SFT"} if is_tuned(config) else dict(ROLES)
 
 
 def find_headline_metric(
@@ -80,7 +97,7 @@ def find_headline_metric(
 
 
 def write_headline(summary: Mapping[str, Any], metric: str | None) -> str:
-    """One sentence: the main split's score and both distances, before and after."""
+    """One sentence: the main split's score, held-out losses and distances, before and after."""
     parts = []
     split = _find_main_split(summary["scores"], metric)
     if split is not None and metric is not None:
@@ -114,8 +131,9 @@ def _draw_sections(
 ) -> list[tuple[str, list[Chart]]]:
     """Title and charts of each section that is not empty."""
     sections = [
-        ("Distances to the teacher", draw_curves(rows, "distill", DISTANCE_CURVES)),
+        ("Held-out losses", draw_curves(rows, "distill", HELD_OUT_CURVES)),
         ("Scores during training", _draw_scores(run, metric)),
+        ("Distances to the teacher", draw_curves(rows, "distill", DISTANCE_CURVES)),
         ("Learner", draw_curves(rows, "distill", LEARNER_CURVES)),
         ("Responses", draw_curves(rows, "distill", RESPONSE_CURVES)),
         ("Supervised fine-tuning", draw_supervised_loss(rows)),

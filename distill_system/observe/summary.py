@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from distill_system.observe.bottleneck import find_bottleneck
+from distill_system.observe.bottleneck import find_bottleneck, shares_cores
 from distill_system.observe.metrics import read_metrics
 from distill_system.observe.run_directory import (
     RunDirectory,
@@ -19,7 +19,9 @@ from distill_system.observe.timings import read_pools
 from distill_system.records import PoolActivity
 from distill_system.standard_errors import paired_bootstrap_standard_error, paired_standard_error
 
-DISTANCES = ("on_policy", "off_policy")
+DISTANCES = ("cross_entropy", "forward_kl", "on_policy", "off_policy")
+"""How far the student is from the teacher on held-out data: losses in nats first, which every
+objective is after, then both moment-matching distances."""
 _POOL_FIGURES = (
     "num_workers",
     "busy_share",
@@ -56,7 +58,7 @@ def write_evaluation(
         weight_version: version of the student that was evaluated; None for the teacher.
         weights: dtype of the engine's weights, and rounding, how they became so; None: not known.
         splits: name -> the result of evaluate_splits.
-        distances: on_policy and off_policy on held-out data; None if they were not measured.
+        distances: those of DISTANCES, on held-out data; None if they were not measured.
     """
     form = {
         "label": label,
@@ -91,7 +93,8 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
         scores[split][metric]: before, after, teacher (means), num_examples, stderr (of after),
         stderr_before, stderr_teacher, gain (after - before), gain_stderr (paired: from differences
         on the same prompts; None if the two evaluations were of different ones).
-        distances[on_policy | off_policy]: before, after.
+        distances[cross_entropy | forward_kl | on_policy | off_policy]: before, after; None where a
+            run did not measure it.
         seconds[stage], tokens_per_second[phase], versions, git, machine, seeds.
         pools[pool]: num_workers, busy_share, starved_share, blocked_share, num_tokens,
         num_sequences, over the run; empty for a run that did not record them.
@@ -115,7 +118,7 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
         "seconds": timings.get("seconds", {}),
         "tokens_per_second": timings.get("tokens_per_second", {}),
         "pools": {name: _describe_pool(pool) for name, pool in pools.items()},
-        "bottleneck": _find_bottleneck(pools, config),
+        "bottleneck": _find_bottleneck(pools, config, environment),
         "staleness": summarise_staleness(read_metrics(run)),
         "versions": environment.get("versions", {}),
         "git": environment.get("git"),
@@ -129,9 +132,16 @@ def _describe_pool(pool: PoolActivity) -> dict[str, float]:
     return {name: getattr(pool, name) for name in _POOL_FIGURES}
 
 
-def _find_bottleneck(pools: Mapping[str, PoolActivity], config: Mapping[str, Any]) -> str | None:
+def _find_bottleneck(
+    pools: Mapping[str, PoolActivity], config: Mapping[str, Any], environment: Mapping[str, Any]
+) -> str | None:
     staleness = config.get("distill", {}).get("staleness", {})
-    found = find_bottleneck(pools, is_asynchronous=staleness.get("max_staleness", 0) > 0)
+    machine = {} if environment.get("joined_cluster") else environment.get("machine") or {}
+    found = find_bottleneck(
+        pools,
+        is_asynchronous=staleness.get("max_staleness", 0) > 0,
+        shares_cores=shares_cores(config, machine.get("usable_cores") or machine.get("cores")),
+    )
     return None if found is None else found.line
 
 

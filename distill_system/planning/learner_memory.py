@@ -26,6 +26,7 @@ from distill_system.config.model import LoraUpdate
 from distill_system.config.objective import TeacherNeeds
 from distill_system.language_model import LanguageModel, count_parts, unembedding
 from distill_system.learner import Learner, ModelSource
+from distill_system.learner.acting_weights import set_aside
 from distill_system.learner.adapters import add_adapters
 from distill_system.learner.collate import LearnerBatch, StreamTotals
 from distill_system.learner.optimizer import build_optimizers
@@ -56,6 +57,7 @@ CPU = torch.device("cpu")
 _SHARING = "learner.shard_ranks, learner.offload"
 LOWERED_BY = {
     "weights": _SHARING,
+    "weights set aside": f"{_SHARING}, learner.compute_dtype=float32",
     "optimizer state": f"{_SHARING}, an optimizer of type muon, distill.update.type=lora",
     "gradients": f"{_SHARING}, distill.update.type=lora",
     "optimizer's workspace": f"{_SHARING}, distill.update.type=lora",
@@ -67,7 +69,7 @@ LOWERED_BY = {
         "distill.student_prompts_per_step, distill.teacher_prompts_per_step, more ranks"
     ),
 }
-RESTING = frozenset({"weights", "optimizer state", "gradients"})
+RESTING = frozenset({"weights", "weights set aside", "optimizer state", "gradients"})
 """What learner.offload keeps in CPU memory."""
 FEW_PARTS = (2, 3)
 """Microbatches that are read of a step in more: each further one brings but its rows."""
@@ -282,6 +284,13 @@ class SizedLearner(Learner):
             ),
             top_k_logprobs_NK=torch.empty(num_tokens, needs.top_k) if needs.top_k else None,
         )
+
+    @contextmanager
+    def _acting(self, version: int) -> Iterator[None]:
+        with self.sizes.labelled("weights set aside"):
+            own = set_aside(self.model) if self.load_of.sets_aside else []
+        yield
+        del own
 
     def _heads(self) -> PolicyHeads:
         self.sizes.label = "loss"

@@ -33,6 +33,7 @@ class LearnerLoad:
 
     chunks: of the rank's step. objective, teacher: None in supervised fine-tuning.
     action_columns: of the action embeddings. teacher_dtype: in which the scorers multiply.
+    sets_aside: it computes with its engines' weights, and keeps its own beside them.
     """
 
     student: ModelShape
@@ -47,6 +48,7 @@ class LearnerLoad:
     teacher: ModelShape | None = None
     action_columns: int = 0
     teacher_dtype: str = "float32"
+    sets_aside: bool = False
 
 
 def longest_sequence(config: RunConfig) -> int:
@@ -115,6 +117,9 @@ def distillation_load(config: RunConfig, student: ModelShape, teacher: ModelShap
         teacher=teacher,
         action_columns=action_columns(config, teacher),
         teacher_dtype=config.scoring.dtype,
+        sets_aside=config.learner.compute_dtype == "bfloat16"
+        and config.rounding == "stochastic"
+        and isinstance(distill.update, FullUpdate),
     )
 
 

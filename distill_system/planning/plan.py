@@ -211,11 +211,16 @@ def _engine(
         room = device * engine.gpu_memory_utilization
         # At least one sequence must fit, or vLLM does not start.
         cache = max(room - PROCESS_BYTES["cuda"] - weights, sequence)
+    parts = {"weights": weights, "key-value cache": cache}
+    if role == "student" and not pool.gpus:
+        # What a publish brings stands beside the old weights, and its room is kept for the next.
+        parts["received weights"] = weights
     memory = Memory(
         moment="generating",
-        parts={"weights": weights, "key-value cache": cache},
+        parts=parts,
         lowered_by={
             "weights": f"{key}.dtype=bfloat16, more GPUs a worker",
+            "received weights": f"{key}.dtype=bfloat16",
             "key-value cache": f"{key}.kv_cache_mebibytes",
         },
     )

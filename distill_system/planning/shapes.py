@@ -16,7 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
-from distill_system.language_model import PACKED_ATTENTION, LanguageModel, is_gguf, unembedding
+from distill_system.language_model import (
+    LanguageModel,
+    choose_attention,
+    is_gguf,
+    unembedding,
+)
 from distill_system.learner.sharding import find_blocks
 
 
@@ -122,7 +127,7 @@ def _build(config: Any, *, trust_remote_code: bool) -> LanguageModel:
             config,
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
-            attn_implementation=PACKED_ATTENTION,
+            attn_implementation=choose_attention(config),
         )
     model.tie_weights()
     return model.eval()

@@ -18,6 +18,7 @@ from distill_system.config.model import LoraUpdate, ModelConfig
 from distill_system.data import RunData, longest_row
 from distill_system.errors import ConfigError, DataError, ModelError
 from distill_system.language_model import (
+    check_longest,
     check_quantised,
     check_settings,
     check_weight_files,
@@ -29,6 +30,7 @@ from distill_system.language_model import (
     read_configuration,
     read_headers,
     require_hub_model,
+    require_trainable,
 )
 from distill_system.records import Trajectory
 from distill_system.run.vocabulary import check_exportable, stop_token_ids, vocabulary_size
@@ -93,6 +95,12 @@ def check_models(config: RunConfig, tokenizer: Any) -> None:
             raise ConfigError(
                 f"distill.objective.{stream}.k must be at most the vocabulary of {size}, got {k}"
             )
+
+
+def find_untested(path: str, *, trust_remote_code: bool) -> str | None:
+    """The model_type of a model whose family is in no table; None where it is."""
+    config = read_configuration(path, trust_remote_code=trust_remote_code)
+    return None if find_family(config, repr(path)).is_listed else str(config.model_type)
 
 
 def check_data(config: RunConfig, data: RunData) -> None:
@@ -192,7 +200,9 @@ def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfi
             f"data.max_prompt_tokens + rollout.sampling.max_response_tokens = {longest}; lower one "
             "of the two, or choose a model of longer context"
         )
+    check_longest(shape, longest, f"{role}.path={model.path!r}")
     if role == "student" or model.sft is not None:  # models that the run will export
+        require_trainable(shape, f"{role}.path={model.path!r}")
         check_exportable(role, model)
 
 
@@ -253,7 +263,7 @@ def _context_limit(shape: Any) -> int | None:
 def _shape(role: str, model: ModelConfig) -> Any:
     """The model's transformers configuration.
 
-    Raises: ModelError for a model of an unsupported family.
+    Raises: ModelError for a setting that is not read alike by all.
     """
     if model.architecture is None:
         assert model.path is not None, "the configuration gives a path or an architecture"

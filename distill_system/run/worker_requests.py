@@ -25,6 +25,7 @@ from distill_system.run.worker_arguments import (
 from distill_system.scoring import TeacherScorer
 from distill_system.seeds import derive_seed
 from distill_system.weights import WireFormat
+from distill_system.weights.rounding import AS_THEY_ARE
 
 
 def rollout_request(context: RunContext, name: str, author: Author, path: str) -> WorkerRequest:
@@ -106,7 +107,8 @@ def learner_request(
         "uses_gpu": pool.gpus > 0,
         "timeout_seconds": config.deadlines.call_seconds,
         "staleness": config.distill.staleness,
-        "wire": wire_format(config),
+        # Fine-tuning has no engines to follow it.
+        "wire": AS_THEY_ARE if objective is None else wire_format(config),
     }
     return WorkerRequest(
         name=name,

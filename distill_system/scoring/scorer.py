@@ -22,6 +22,7 @@ from distill_system.language_model import (
     SequenceBatch,
     cut_rows,
     load_language_model,
+    logit_cap,
     read_hidden,
     unembedding,
 )
@@ -176,6 +177,7 @@ class TeacherScorer:
     ) -> dict[str, np.ndarray]:
         """Every signal that is needed, for all rows, by its name."""
         made: dict[str, Tensor] = {"features": hidden_NH}
+        cap = logit_cap(self.model.config)
         if needs.expected_embedding or needs.logprobs:
             actions_VE = self.action_embeddings_VE
             rows = read_vocabulary(
@@ -185,12 +187,17 @@ class TeacherScorer:
                 # no columns: the product is empty, the log-probabilities are made all the same
                 actions_VE if needs.expected_embedding else actions_VE[:, :0],
                 chunk_tokens=self.chunk_tokens,
+                logit_cap=cap,
             )
             made["expected_embedding"] = rows.expected_embedding_NE
             made["logprobs"] = rows.logprobs_N
         if needs.top_k:
             made["top_k_ids"], made["top_k_logprobs"] = read_top_k(
-                hidden_NH, self.unembedding_VH, k=needs.top_k, chunk_tokens=self.chunk_tokens
+                hidden_NH,
+                self.unembedding_VH,
+                k=needs.top_k,
+                chunk_tokens=self.chunk_tokens,
+                logit_cap=cap,
             )
         return {each.name: self._to_wire(made[each.name], each) for each in needs.signals}
 

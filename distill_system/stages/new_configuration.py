@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 
 from distill_system.cluster import machine_supply
 from distill_system.config import RunConfig, load_config
@@ -64,16 +64,15 @@ def new_configuration(teacher: str, student: str, data: Path, *, name: str) -> s
 
 
 def _read_rows(teacher: str, student: str, data: Path) -> Rows:
-    source = _find_source(data)
+    source = {"type": "files", "path": data.name}  # columns of the usual names are found
     config = _provisional(teacher, student, data, source, chat=False)
     check_folders(config)
     tokenizer = build_tokenizer(config, None)
-    is_chat = source["fields"]["format"] == "messages"
-    uses_chat_template = bool(tokenizer.chat_template) and not is_chat
+    uses_chat_template = bool(tokenizer.chat_template)
     config = _provisional(teacher, student, data, source, chat=uses_chat_template)
     prompts: Sequence[Prompt] = load_run_data(config, tokenizer, ["prompts"]).prompts
     answers: Sequence[Trajectory] = ()
-    if _has_answers(source):
+    with suppress(DataError):  # the file has prompts alone
         answers = load_run_data(config, tokenizer, ["student_sft"]).student_sft
     return Rows(
         source=source,
@@ -81,56 +80,6 @@ def _read_rows(teacher: str, student: str, data: Path) -> Rows:
         answers=[answer.num_response_tokens for answer in answers],
         uses_chat_template=uses_chat_template,
     )
-
-
-def _find_source(data: Path) -> dict[str, Any]:
-    """Type and fields of a file by its name and its first row.
-
-    Raises: DataError that says which files and columns are known.
-    """
-    if not data.is_file():
-        raise DataError(f"DATA={str(data)!r}: no such file (looked at {data.absolute()})")
-    kind = {".jsonl": "jsonl", ".parquet": "parquet"}.get(data.suffix)
-    if kind is None:
-        raise DataError(
-            f"DATA={str(data)!r}: expected a .jsonl or .parquet file; other forms are written into "
-            "a configuration by hand (docs/models-and-data.md)"
-        )
-    columns = _first_columns(data, kind)
-    return {"type": kind, "path": data.name, "fields": _find_fields(data, columns)}
-
-
-def _first_columns(data: Path, kind: str) -> list[str]:
-    try:
-        if kind == "parquet":
-            return list(pyarrow.parquet.read_schema(data).names)
-        with data.open(encoding="utf-8") as file:
-            row = json.loads(file.readline())
-    except (OSError, ValueError) as error:
-        raise DataError(f"DATA={str(data)!r} cannot be read: {error}") from error
-    return list(row) if isinstance(row, dict) else []
-
-
-def _find_fields(data: Path, columns: Sequence[str]) -> dict[str, Any]:
-    answers = ("response", "completion", "output", "answer")
-    answer = next((column for column in answers if column in columns), None)
-    if "messages" in columns:
-        return {"format": "messages"}
-    if "instruction" in columns:
-        has_input = "input" if "input" in columns else None
-        return {"format": "instruction", "input": has_input, "output": answer}
-    prompt = next((column for column in ("prompt", "question", "text") if column in columns), None)
-    if prompt is None:
-        raise DataError(
-            f"DATA={str(data)!r}: expected a column prompt, messages or instruction, got "
-            f"{list(columns)}; write data.prompts.fields by hand (docs/models-and-data.md#fields)"
-        )
-    return {"format": "prompt_response", "prompt": prompt, "response": answer}
-
-
-def _has_answers(source: Mapping[str, Any]) -> bool:
-    fields = source["fields"]
-    return fields["format"] == "messages" or bool(fields.get("response") or fields.get("output"))
 
 
 def _provisional(
@@ -145,7 +94,7 @@ def _provisional(
             "max_prompt_tokens": ANY_LENGTH,
             "use_chat_template": chat,
             "prompts": source,
-            "student_sft": source if _has_answers(source) else None,
+            "student_sft": source,
             "held_out": apart,
             "evaluation": {"test": apart},
         },

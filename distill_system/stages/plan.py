@@ -29,6 +29,7 @@ from distill_system.config.data import (
 from distill_system.data import build_tokenizer, load_run_data, tokenizer_texts
 from distill_system.data.run_data import SetName
 from distill_system.errors import DistillError
+from distill_system.evaluation import check_evaluation
 from distill_system.planning import Plan, make_plan
 from distill_system.run.model_checks import check_data, check_folders, check_models
 from distill_system.run.model_sources import find_gguf_files
@@ -101,7 +102,9 @@ def _problems_of_data(config: RunConfig, notes: list[str]) -> Iterator[str]:
             notes.append(f"data.{remote} is on the Hugging Face hub: it is read as the run starts")
             continue
         try:
-            check_data(alone, load_run_data(alone, tokenizer, sets))
+            data = load_run_data(alone, tokenizer, sets)
+            check_data(alone, data)
+            check_evaluation(config.evaluation, data.evaluation, data.places)
         except DistillError as error:
             found = True
             yield str(error)

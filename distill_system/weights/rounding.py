@@ -34,6 +34,11 @@ class WireFormat:
     dtype: torch.dtype = torch.float32
     seed: int | None = None
 
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether what is sent of float32 parameters is drawn."""
+        return self.seed is not None and self.dtype is torch.bfloat16
+
     def sent_dtype(self, own: torch.dtype) -> torch.dtype:
         """The dtype in which a tensor of this dtype is sent."""
         return self.dtype if own is torch.float32 else own
@@ -43,12 +48,15 @@ class WireFormat:
     ) -> Iterator[tuple[str, Tensor]]:
         """Each tensor as it is sent; its rounding depends on seed, version and name alone."""
         for name, tensor in named:
-            dtype = self.sent_dtype(tensor.dtype)
-            if self.seed is None or dtype is not torch.bfloat16:
-                yield name, tensor.to(dtype)
-            else:
-                seed = derive_seed(self.seed, "rounding", version, name)
-                yield name, round_stochastically(tensor, seed=seed)
+            yield name, self.round(name, tensor, version=version)
+
+    def round(self, name: str, tensor: Tensor, *, version: int, offset: int = 0) -> Tensor:
+        """A tensor, or the part of it behind `offset` numbers, as it is sent."""
+        dtype = self.sent_dtype(tensor.dtype)
+        if self.seed is None or dtype is not torch.bfloat16 or dtype is tensor.dtype:
+            return tensor.to(dtype)
+        seed = derive_seed(self.seed, "rounding", version, name)
+        return round_stochastically(tensor, seed=seed, offset=offset)
 
 
 AS_THEY_ARE = WireFormat()

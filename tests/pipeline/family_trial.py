@@ -86,6 +86,7 @@ def run_trial(variant: Variant, folder: Path) -> Seen:
     warm = Sampling(temperature=1.0, max_response_tokens=MAX_RESPONSE)
     worker = _build_worker(folder / "student", variant)
     try:
+        _start(worker, folder / "student")
         learner = _build_learner(folder, variant)
         written = worker.generate(_prompts(), warm, 0, "first")
         before = _error(learner.model, written)
@@ -114,6 +115,58 @@ def run_trial(variant: Variant, folder: Path) -> Seen:
         )
     finally:
         _shut_down(worker)
+
+
+def run_teacher_trial(family: str, folder: Path) -> float:
+    """A teacher's own engine against its scorer: the largest difference in nats."""
+    from tiny_families import save_family
+
+    from distill_system.rollout.sampling import Sampling
+
+    save_family(folder, family)
+    worker = _build_worker(folder, Variant(family=family))
+    try:
+        _start(worker, folder)
+        warm = Sampling(temperature=1.0, max_response_tokens=MAX_RESPONSE)
+        written = worker.generate(_prompts(), warm, 0, "first")
+        read = _build_scorer(folder).read_logprobs(written)
+        pairs = zip(written, read, strict=True)
+        return float(max(np.abs(t.behaviour_logprobs - logprobs).max() for t, logprobs in pairs))
+    finally:
+        _shut_down(worker)
+
+
+def _start(worker: Any, model: Path) -> None:
+    """Build the engine, and leave transformers' classes as they were.
+
+    Where vLLM has no code of its own for a family it takes the library's, and decorates its class
+    for its own compilation: no other instance of it could be made in this process.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        kind = type(AutoModel.from_config(AutoConfig.from_pretrained(model)))
+    before = {name: getattr(kind, name) for name in ("__init__", "__call__")}
+    bases = kind.__bases__
+    worker.ready()
+    if kind.__bases__ != bases:
+        kind.__bases__ = bases
+        for name, method in before.items():
+            setattr(kind, name, method)
+
+
+def _build_scorer(teacher: Path) -> Any:
+    from distill_system.config.rollout import ScoringConfig
+    from distill_system.scoring import TeacherScorer
+
+    return TeacherScorer(
+        model_path=str(teacher),
+        config=ScoringConfig(),
+        vocabulary_chunk_tokens=50,
+        uses_gpu=False,
+        vocabulary_size=NUM_TOKENS,
+    )
 
 
 def _build_worker(model: Path, variant: Variant) -> Any:
@@ -174,21 +227,12 @@ def _learn(learner: Any, teacher: Path, written: list[Any]) -> tuple[float, floa
     from dataclasses import replace
 
     import torch
-    from transformers import AutoModelForCausalLM
 
     from distill_system.config.objective import TeacherNeeds
-    from distill_system.config.rollout import ScoringConfig
     from distill_system.learner.collate import StreamTotals
     from distill_system.records import Author, Stream, TrajectoryChunk
-    from distill_system.scoring import TeacherScorer
 
-    scorer = TeacherScorer(
-        model_path=str(teacher),
-        config=ScoringConfig(),
-        vocabulary_chunk_tokens=50,
-        uses_gpu=False,
-        vocabulary_size=NUM_TOKENS,
-    )
+    scorer = _build_scorer(teacher)
     needs = TeacherNeeds(features=True, expected_embedding=True, logprobs=True)
     off = [replace(t, author=Author.TEACHER, weight_versions=()) for t in written]
     chunks = [
@@ -196,7 +240,7 @@ def _learn(learner: Any, teacher: Path, written: list[Any]) -> tuple[float, floa
         TrajectoryChunk(stream=Stream.ON_POLICY, trajectories=tuple(written)),
     ]
     targets = [scorer.score(chunk, needs) for chunk in chunks]
-    plain = AutoModelForCausalLM.from_pretrained(teacher).eval()
+    plain = _load_plain(teacher)
     truth = [_logprobs(plain, trajectory) for trajectory in written]
     said = [target.logprobs for target in targets[1]]
     trained = [p for p in learner.model.parameters() if p.requires_grad]
@@ -210,13 +254,20 @@ def _learn(learner: Any, teacher: Path, written: list[Any]) -> tuple[float, floa
 
 
 def _export(learner: Any, folder: Path, written: list[Any]) -> tuple[float, dict[str, Any]]:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     learner.export(str(folder))
-    reloaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    reloaded = _load_plain(folder)
     ends = GenerationConfig.from_pretrained(folder).eos_token_id
     rows = int(reloaded.get_output_embeddings().weight.shape[0])
     return _error(reloaded, written), {"ends": ends, "rows": rows}
+
+
+def _load_plain(folder: Path) -> Any:
+    """As transformers reads it, with its attention written out."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
 def _prompts(count: int = 16) -> list[Any]:

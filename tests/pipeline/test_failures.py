@@ -128,7 +128,8 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(
 def _assert_interrupted(run: Run, number: signal.Signals) -> None:
     assert run.code == 128 + number
     assert MESSAGE.findall(run.stderr) == ["Interrupted: "]
-    assert f"by {number.name}; --resume continues" in run.stderr
+    assert f"Interrupted: by {number.name}; " in run.stderr
+    assert run.stderr.rstrip().endswith(" --resume"), "how to go on"
     assert "Traceback" not in run.stderr
     assert run.orphans() == []
 

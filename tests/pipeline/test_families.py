@@ -1,7 +1,8 @@
 """Each supported family through a real vLLM engine, scoring, a step, publish and export.
 
 Padded vocabularies, lists of end-of-sequence tokens, tied and untied matrices, sliding windows and
-LoRA students are spread over the families, so that each engine starts once.
+LoRA students are spread over the families, so that each engine starts once. stablelm stands for the
+families that are in no table.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from pipeline.family_trial import (
     NUM_TOKENS,
     Variant,
     run_program,
+    run_teacher_trial,
     run_trial,
     set_environment,
 )
+from tiny_families import TEACHERS_ALONE
 
 from distill_system.config.model import LoraUpdate
 from distill_system.doctor import PROBE, Level, judge_import, read_probe
@@ -36,6 +39,20 @@ VARIANTS = [
     Variant(family="gpt2", update=LORA, ends=(2, 6)),
     Variant(family="opt", student_rows=80, teacher_rows=72),
     Variant(family="opt_350m"),
+    Variant(family="qwen3_windowed", student_rows=70),
+    Variant(family="gemma2", student_rows=96, teacher_rows=70, ends=(2, 5)),
+    Variant(family="gemma3_text", update=LORA),
+    Variant(family="phi3", update=LORA),
+    Variant(family="granite", student_rows=80),
+    Variant(family="cohere", teacher_rows=96),
+    Variant(family="cohere2", student_rows=70),
+    Variant(family="olmo2"),
+    Variant(family="olmo3", student_rows=70),
+    Variant(family="smollm3", update=LORA),
+    Variant(family="gpt_neox", update=LORA, student_rows=70),
+    Variant(family="falcon", student_rows=70),
+    Variant(family="falcon_40b"),
+    Variant(family="stablelm"),
 ]
 
 
@@ -68,6 +85,14 @@ def test_a_family_goes_all_the_way(
     assert seen.exported["rows"] == variant.student_rows, "padded rows stay"
     assert seen.exported["ends"] == list(variant.ends)
     _assert_ends(seen.responses, variant.all_ends)
+
+
+@pytest.mark.parametrize("family", TEACHERS_ALONE)
+def test_a_mixture_of_experts_writes_as_its_scorer_reads(
+    process: ProcessPoolExecutor, family: str, tmp_path: Path
+) -> None:
+    """What the learner takes of it, features and unembedding, is a dense teacher's."""
+    assert process.submit(run_teacher_trial, family, tmp_path).result(timeout=120) < 1e-4
 
 
 def test_doctors_probe_finds_torch_and_vllm_and_their_kernels(

@@ -24,6 +24,7 @@ from typer.main import get_command
 
 from distill_system.cli import app
 from distill_system.config import RunConfig, load_config
+from distill_system.config.foreign_keys import OURS
 from distill_system.config.schema import Slot, root_slot
 from distill_system.observe.metrics import to_gauge_name
 
@@ -48,6 +49,9 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 # ---- names of others -----------------------------------------------------------------------------
 
 OF_OTHERS = {
+    # TRL, transformers, Axolotl, LLaMA-Factory: the tables of docs/migrating.md
+    *OURS,
+    *("use_vllm", "learning_rate", "warmup_steps", "weight_decay"),
     # vLLM
     *("LLMEngine", "VLLM_TARGET_DEVICE"),
     # torch, Ray, Prometheus, transformers, glibc
@@ -260,7 +264,7 @@ def _is_a_file(text: str) -> bool:
     return (ROOT / wanted).exists() or any(path.endswith(f"/{wanted}") for path in _files())
 
 
-EXAMPLES = {"mine.yaml", "reuse.yaml", "OBJECTIVE/seed_K.json"}
+EXAMPLES = {"mine.yaml", "rows.jsonl", "reuse.yaml", "OBJECTIVE/seed_K.json"}
 """Files of the reader's own, and forms of names."""
 
 WRITTEN = {".json", ".jsonl", ".html", ".md", ".csv"}

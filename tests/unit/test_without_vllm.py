@@ -1,4 +1,4 @@
-"""What works where vLLM cannot be imported; tests/pipeline/test_second_engine.py has a whole run."""
+"""What works where vLLM cannot be imported; for a whole run see pipeline/test_second_engine.py."""
 
 from __future__ import annotations
 

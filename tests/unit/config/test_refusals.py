@@ -193,6 +193,11 @@ CASES = {
         ("distill.optimizer.warmup_steps=null", "distill.optimizer.warmup_ratio=0.1"),
         "expected warmup_steps or warmup_ratio, got both: 9 and 0.1",
     ),
+    "an end by what nobody measures": (
+        ("distill.early_stopping={metric: held_out/cross_entrop, mode: min, patience: 2}",),
+        ("distill.early_stopping={metric: held_out/cross_entropy, mode: min, patience: 2}",),
+        r"early_stopping\.metric: this run measures no 'held_out/cross_entrop'; did you mean 'held",
+    ),
     "the best by nothing": (
         ("export.weights=best",),
         ("export.weights=best", "distill.keep_best={metric: held_out/cross_entropy, mode: min}"),

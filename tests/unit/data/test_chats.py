@@ -560,3 +560,21 @@ def test_an_empty_turn_of_sharegpt_is_left_out_where_that_is_asked_for(bytes_tok
         source={"leave_out_empty": True},
     )
     assert bytes_tokenizer.decode(kept.response_ids) == "The cat</s>"
+
+
+@pytest.mark.parametrize("depth", [990, 30_000])
+def test_a_row_that_is_nested_too_deep_is_refused_with_its_place(
+    build_long_config, bytes_tokenizer, tmp_path, depth
+):
+    nested = "[" * depth + "]" * depth
+    for number, row in enumerate(
+        (f'{{"messages": {nested}}}', f'{{"messages": [], "tools": [{{"a": {nested}}}]}}')
+    ):
+        row = row.replace('"messages": []', f'"messages": {json.dumps(SHORT)}')
+        path = tmp_path / f"rows_{number}.jsonl"
+        path.write_text(row)
+        rows_of = {"type": "jsonl", "path": str(path), "fields": {"format": "messages"}}
+        config = build_long_config(student_sft=rows_of)
+        bytes_tokenizer.chat_template = TEMPLATES["qwen"]
+        with pytest.raises(DataError, match=rf"rows_{number}\.jsonl:1"):
+            load_run_data(config, bytes_tokenizer, ["student_sft"])

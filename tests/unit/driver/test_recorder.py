@@ -45,7 +45,7 @@ class _Streams:
 def live(configure, tmp_path):
     """One life: steps until `until`, checkpoints after `saves`; then it ends as if by signal 9."""
 
-    def run(*, until, saves=(), resume=False, overrides=(), failure=None):
+    def run(*, until, saves=(), resume=False, overrides=(), failure=None, leaves=False):
         config = configure("distill.keep_checkpoints=1", *overrides)
         run = RunDirectory(tmp_path / "books")
         learner = TextSaver("0", writing=True)
@@ -75,6 +75,9 @@ def live(configure, tmp_path):
                         recorder.checkpoint(done)
                 if failure is not None:
                     raise failure
+                if leaves:
+                    recorder.checkpoint(until)
+                    recorder.leave(until)
         return first, run
 
     return run
@@ -131,16 +134,16 @@ def test_a_checkpoint_is_best_by_what_was_measured_last_before_it(live):
     assert kept == {"step_000001", "step_000002", "step_000003.partial"}, "equals: the earlier"
 
 
+def test_a_person_who_ends_the_run_finds_its_last_step_whole(live):
+    with pytest.raises(KeyboardInterrupt):
+        live(until=6, saves=(3,), leaves=True)
+    assert live(until=8, resume=True)[0] == 6
+
+
 def test_a_metric_that_is_never_measured_is_refused_as_training_begins(live):
     unmeasured = "evaluation/test/rouge_l_greedy"  # where the split has no references
     with pytest.raises(ConfigError, match=rf"no '{unmeasured}'; choose one of held_out/on_policy"):
         live(until=1, overrides=(f"distill.keep_best={{metric: {unmeasured}, mode: max}}",))
-
-
-def test_early_stopping_by_a_metric_that_is_never_measured_is_refused_too(live):
-    stopping = "distill.early_stopping={metric: evaluation/x, mode: min, patience: 1}"
-    with pytest.raises(ConfigError, match=r"early_stopping\.metric: this run measures no 'eval"):
-        live(until=1, overrides=(stopping,))
 
 
 def test_the_best_may_be_asked_for_in_a_later_life(live):

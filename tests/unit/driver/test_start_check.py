@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig
 from distill_system.config.rollout import ScoringConfig
-from distill_system.driver import Driver
+from distill_system.driver import Driver, start_check
 from distill_system.driver.start_check import (
     LIMITS,
     MAX_RESPONSE_TOKENS,
@@ -156,6 +156,13 @@ def test_engines_that_read_as_torch_does_are_told_in_a_line_each(make_check):
     [student, teacher] = check.context.view.notes
     assert "engine and learner read the student alike" in student
     assert "engine and scorer read the teacher alike" in teacher
+
+
+def test_a_family_in_no_table_runs_on_its_agreement_and_is_told(make_check, monkeypatch):
+    monkeypatch.setattr(start_check, "find_untested", lambda path, **_: "stablelm")
+    check = make_check()
+    check.run()
+    assert all("model_type='stablelm' is in no table" in note for note in check.context.view.notes)
 
 
 def test_every_engine_of_every_pool_is_looked_at(make_check, folders):

@@ -21,6 +21,7 @@ from distill_system.evaluation.scores import (
     bleu_from_sums,
     bleu_statistics,
     exact_match,
+    longest_common_subsequence,
     rouge_l,
     rouge_l_stemmed,
     yes_no_answer,
@@ -75,6 +76,26 @@ def test_rouge_l_of_several_references_is_that_of_the_best_one() -> None:
     alone = [rouge_l(text, [reference]) for reference in references]
     assert rouge_l(text, references) == max(alone)
     assert len(set(alone)) == 3
+
+
+WORDS = st.lists(st.sampled_from(["cat", "cats", "dog", "the", "runs", "running"]), max_size=80)
+
+
+@given(WORDS, st.lists(WORDS, min_size=1, max_size=3))
+def test_rouge_l_is_rouge_scores_to_the_bit(words: list[str], answers: list[list[str]]) -> None:
+    text, references = " ".join(words), [" ".join(answer) for answer in answers]
+    for stems, ours in ((False, rouge_l), (True, rouge_l_stemmed)):
+        theirs = RougeScorer(["rougeL"], use_stemmer=stems).score_multi(references, text)
+        assert ours(text, references) == 100.0 * theirs["rougeL"].fmeasure
+
+
+def test_rouge_l_of_answers_of_thousands_of_words_by_construction() -> None:
+    """Every third word left out, another put in everywhere; a table would have 48 million cells."""
+    words = [f"w{index}" for index in range(6_000)]
+    kept = [word for index, word in enumerate(words) if index % 3]
+    noisy = [each for word in kept for each in (word, "noise")]
+    assert longest_common_subsequence(words, noisy) == len(kept) == 4_000
+    assert longest_common_subsequence(noisy, words) == len(kept)
 
 
 def test_stemmed_rouge_l_by_hand() -> None:

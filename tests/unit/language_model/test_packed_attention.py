@@ -270,6 +270,7 @@ def test_a_family_that_carries_something_from_token_to_token_is_refused(make_fam
 
 def test_a_family_with_attention_of_its_own_is_refused():
     config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
+    config._attn_implementation = PACKED_ATTENTION
     with pytest.raises(ModelError, match=r"'bloom' \(BloomForCausalLM\): .*cannot be read packed"):
         check_packed_read(BloomForCausalLM(config), "bloom")
 

@@ -8,6 +8,7 @@ from distill_system.objectives import chunked_products
 from distill_system.objectives.divergences import kl_divergence
 from distill_system.objectives.vocabulary import (
     TeacherDistribution,
+    read_top_k,
     read_vocabulary,
     sum_over_vocabulary,
     unit_rows,
@@ -341,3 +342,88 @@ def test_the_unembeddings_gradient_in_bfloat16_does_not_drift_over_4096_chunks(r
 
     exact, ours = gradient(torch.float32), gradient(torch.bfloat16)
     assert (ours - exact).norm() < 5e-3 * exact.norm()
+
+
+def _capped(hidden, unembedding, cap):
+    return cap * torch.tanh(hidden.double() @ unembedding.double().T / cap)
+
+
+@pytest.mark.parametrize("cap", [0.7, 3.0])
+def test_a_capped_read_and_its_gradients_are_those_of_the_capped_table(cap):
+    hidden, ids, unembedding, actions = _problem()
+    seen = torch.randn(13, 5, generator=torch.Generator().manual_seed(2))
+    leaves = hidden.clone().requires_grad_(), unembedding.clone().requires_grad_()
+    rows = read_vocabulary(
+        leaves[0],
+        ids,
+        leaves[1],
+        actions,
+        chunk_tokens=4,
+        behaviour_temperature=0.5,
+        logit_cap=cap,
+    )
+    (rows.logprobs_N.sum() + (rows.expected_embedding_NE * seen).sum()).backward()
+
+    plain = hidden.clone().requires_grad_(), unembedding.clone().requires_grad_()
+    logits = _capped(*plain, cap)
+    logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    expected = logits.softmax(-1) @ actions.double()
+    (logprobs.sum() + (expected * seen.double()).sum()).backward()
+    tempered = (logits / 0.5).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    for ours, theirs in (
+        (rows.logprobs_N, logprobs),
+        (rows.expected_embedding_NE, expected),
+        (rows.behaviour_logprobs_N, tempered),
+        (leaves[0].grad, plain[0].grad),
+        (leaves[1].grad, plain[1].grad),
+    ):
+        torch.testing.assert_close(ours.double(), theirs.double(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_capped_sum_and_its_gradients_are_those_of_the_capped_tables(temperature):
+    """Both policies are capped, each by its own."""
+    hidden, ids, unembedding, _ = _problem()
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(13, 3, generator=generator)
+    teacher_unembedding = torch.randn(17, 3, generator=generator)
+    weights = torch.linspace(0.5, 1.5, 13)
+    leaves = hidden.clone().requires_grad_(), unembedding.clone().requires_grad_()
+    result = sum_over_vocabulary(
+        leaves[0],
+        ids,
+        leaves[1],
+        weights,
+        _reverse_kl,
+        teacher=TeacherDistribution(
+            features_NF=features, unembedding_VF=teacher_unembedding, logit_cap=1.5
+        ),
+        temperature=temperature,
+        chunk_tokens=4,
+        logit_cap=0.9,
+    )
+    result.total.backward()
+
+    plain = hidden.clone().requires_grad_(), unembedding.clone().requires_grad_()
+    student = (_capped(*plain, 0.9) / temperature).log_softmax(-1)
+    teacher = (_capped(features, teacher_unembedding, 1.5) / temperature).log_softmax(-1)
+    values = (student.exp() * (student - teacher)).sum(-1)
+    total = (values * weights.double()).sum()
+    total.backward()
+    logprobs = _capped(*plain, 0.9).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    for ours, theirs in (
+        (result.total, total),
+        (result.values_N, values),
+        (result.logprobs_N, logprobs),
+        (leaves[0].grad, plain[0].grad),
+        (leaves[1].grad, plain[1].grad),
+    ):
+        torch.testing.assert_close(ours.double(), theirs.double(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_most_likely_tokens_of_capped_logits():
+    hidden, _, unembedding, _ = _problem()
+    ids, logprobs = read_top_k(hidden, unembedding, k=3, chunk_tokens=4, logit_cap=0.9)
+    best = _capped(hidden, unembedding, 0.9).log_softmax(-1).topk(3)
+    torch.testing.assert_close(logprobs.double(), best.values, atol=1e-5, rtol=1e-5)
+    assert torch.equal(ids, best.indices)

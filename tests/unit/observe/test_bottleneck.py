@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from distill_system.observe.activity import PoolClock, Wait
-from distill_system.observe.bottleneck import Bottleneck, find_bottleneck
+from distill_system.observe.bottleneck import Bottleneck, find_bottleneck, shares_cores
 from distill_system.records import PoolActivity
 
 BATCH = 24
@@ -275,3 +275,35 @@ def test_the_teachers_text_written_ahead_brings_nothing_to_a_synchronous_run():
 def test_a_run_that_has_not_worked_has_no_bottleneck():
     assert find_bottleneck({"learner": pool(1, 0.0, 1.0)}, is_asynchronous=True) is None
     assert find_bottleneck({}, is_asynchronous=True) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "shared"),
+    [
+        ({}, 2, True),
+        ({}, 4, True),
+        ({}, 8, False),
+        ({}, None, False),
+        ({"learner": {"threads": 5}}, 8, True),
+        ({"rollout": {"student_engine": {"threads": 6}}}, 8, True),
+    ],
+)
+def test_workers_that_have_all_cores_between_them_share_them(settings, cores, shared) -> None:
+    pools = {name: {"count": 1, "gpus": 0.0} for name in POOLS}
+    assert shares_cores({"pools": pools, **settings}, cores) is shared
+    on_gpus = {name: {"count": 4, "gpus": 1.0} for name in POOLS}
+    assert not shares_cores({"pools": {**on_gpus, "evaluation": None}}, 2)
+
+
+def test_no_worker_more_is_advised_where_cores_are_shared() -> None:
+    pools = {
+        name: PoolActivity(num_workers=1, seconds=10.0, busy_seconds=busy)
+        for name, busy in (("student_rollout", 2.0), ("teacher_scoring", 1.0), ("learner", 7.0))
+    }
+    alone = find_bottleneck(pools, is_asynchronous=False)
+    shared = find_bottleneck(pools, is_asynchronous=False, shares_cores=True)
+    assert alone is not None
+    assert shared is not None
+    assert "one more rank at the next start would bring" in alone.line
+    assert "one more" not in shared.line
+    assert shared.line.startswith("the pools take turns, learner has 70% of the step: its workers")

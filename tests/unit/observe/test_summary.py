@@ -46,8 +46,8 @@ def write_run(path: Path) -> RunDirectory:
     }
     distances = {
         "teacher": None,
-        "before": {"on_policy": 0.02, "off_policy": 0.01},
-        "after": {"on_policy": 0.015, "off_policy": 0.009},
+        "before": {"on_policy": 0.02, "off_policy": 0.01, "cross_entropy": 3.5, "forward_kl": 1.5},
+        "after": {"on_policy": 0.015, "off_policy": 0.009, "cross_entropy": 2.5},
     }
     for label, split in splits.items():
         write_evaluation(
@@ -78,9 +78,12 @@ def test_the_summary_has_the_shape_programs_read(tmp_path: Path) -> None:
         "gain_stderr": pytest.approx(25.0),  # differences 0, 100, 0, 0: deviation 50, over sqrt(4)
     }
     assert summary["distances"] == {
+        "cross_entropy": {"before": 3.5, "after": 2.5},
+        "forward_kl": {"before": 1.5, "after": None},
         "on_policy": {"before": 0.02, "after": 0.015},
         "off_policy": {"before": 0.01, "after": 0.009},
     }
+    assert next(iter(summary["distances"])) == "cross_entropy", "what every objective is after"
     assert summary["seconds"] == {"distill": 9.0}
     assert summary["tokens_per_second"] == {"learner": 5}
     assert summary["versions"] == {"torch": "2"}

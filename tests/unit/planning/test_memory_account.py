@@ -6,6 +6,7 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from trajectories import make_trajectory
 
@@ -24,6 +25,8 @@ from distill_system.planning.learner_memory import SizedLearner
 from distill_system.planning.shapes import build_empty
 from distill_system.planning.sizes import SizeTracker
 from distill_system.records import Author, Stream, TeacherTargets, TrajectoryChunk
+from distill_system.weights import WireFormat
+from distill_system.weights.rounding import AS_THEY_ARE
 
 STUDENT = ArchitectureConfig(hidden_size=64, intermediate_size=176, num_layers=4, num_heads=2)
 TEACHER = ArchitectureConfig(hidden_size=96, intermediate_size=176, num_layers=2, num_heads=3)
@@ -72,6 +75,7 @@ CASES = {
     "plain": LOAD,
     "checkpointing": _with(activation_checkpointing=True),
     "autocast": _with(compute_dtype="bfloat16"),
+    "weights set aside": replace(_with(compute_dtype="bfloat16"), sets_aside=True),
     "muon": replace(LOAD, optimizer=OptimizerConfig(type="muon", learning_rate=1e-3)),
     "token losses": replace(LOAD, objective=REVERSE_KL),
 }
@@ -105,6 +109,7 @@ def test_a_step_holds_what_is_predicted(tiny_model_folder, name: str) -> None:
         seed=0,
         uses_gpu=False,
         timeout_seconds=60.0,
+        wire=WireFormat(dtype=torch.bfloat16, seed=0) if load.sets_aside else AS_THEY_ARE,
     )
     totals = {chunk.stream: StreamTotals.of(chunk.trajectories) for chunk in load.chunks}
     targets = [_make_targets(chunk) for chunk in load.chunks]

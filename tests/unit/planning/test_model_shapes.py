@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_families import make_configuration
+from tiny_families import LISTED, make_configuration
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distill_system.config.model import ArchitectureConfig
@@ -10,10 +10,8 @@ from distill_system.errors import ModelError
 from distill_system.language_model import build_language_model
 from distill_system.planning import architecture_shape, measure_shape, read_shape
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "opt", "opt_350m")
 
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*LISTED, "stablelm"])
 def test_parameters_are_those_of_the_real_model(family: str) -> None:
     config = make_configuration(family, num_rows=72)
     model = AutoModelForCausalLM.from_config(config)

@@ -216,6 +216,14 @@ def test_bfloat16_halves_a_scorer_but_for_its_float32_rows(families: list[str]) 
     assert sum(half.values()) < sum(full.values())
 
 
+def test_a_student_that_receives_weights_on_a_cpu_holds_them_twice(families: list[str]) -> None:
+    plan = make_plan(load_config([QUICKSTART], families), vocabulary=None, device_gib=80)
+    parts = {worker.pool: worker.memory.parts for worker in plan.at_once}
+    student, teacher = parts["student_rollout"], parts["teacher_rollout"]
+    assert student["weights"] + student["received weights"] == 2 * 4 * plan.student.num_parameters
+    assert "received weights" not in teacher, "its weights never change"
+
+
 def test_tensor_parallelism_divides_an_engines_weights(families: list[str]) -> None:
     def weights(gpus: int) -> float:
         config = load_config([QUICKSTART], [*families, *GPUS, f"pools.student_rollout.gpus={gpus}"])

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from distill_system.config import RunConfig
 from distill_system.data import build_tokenizer
 from distill_system.errors import ConfigError, ModelError
-from distill_system.run.model_checks import check_models
+from distill_system.run.model_checks import check_models, find_untested
 from distill_system.run.vocabulary import stop_token_ids, vocabulary_size
 
 Configure = Callable[..., RunConfig]
@@ -82,18 +82,24 @@ def test_a_generation_config_that_could_not_be_exported_is_told_at_once(
         _stops(config)
 
 
-def test_a_family_that_nobody_tested_is_refused_with_those_that_are(
+def test_a_family_that_nobody_tested_is_let_through_to_the_start_check(
     configure: Configure, tmp_path: Path
 ) -> None:
-    config = _pair(configure, tmp_path, teacher={}, student={})
-    path = tmp_path / "student/config.json"
-    shape = json.loads(path.read_text())
-    path.write_text(json.dumps({**shape, "model_type": "gemma2"}))
-    with pytest.raises(ModelError) as caught:
-        _stops(config)
-    message = str(caught.value)
-    assert "student.path=" in message
-    assert "gemma, gpt2, llama, mistral, opt, qwen2, qwen3, got model_type='gemma2'" in message
+    pair = _pair(
+        configure, tmp_path, teacher={"family": "stablelm"}, student={"family": "stablelm"}
+    )
+    _stops(pair)
+    for role in ("teacher", "student"):
+        assert find_untested(str(tmp_path / role), trust_remote_code=False) == "stablelm"
+
+
+def test_a_mixture_of_experts_teaches_a_dense_student_and_is_no_student(
+    configure: Configure, tmp_path: Path
+) -> None:
+    _stops(_pair(configure, tmp_path / "teaches", teacher={"family": "mixtral"}, student={}))
+    pair = _pair(configure, tmp_path / "learns", teacher={}, student={"family": "mixtral"})
+    with pytest.raises(ModelError, match=r"student\.path=.*'mixtral' can teach and not be trained"):
+        _stops(pair)
 
 
 def test_a_setting_that_vllm_does_not_compute_is_refused(

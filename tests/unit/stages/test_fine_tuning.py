@@ -20,6 +20,7 @@ from distill_system.observe.metrics import read_metrics
 from distill_system.observe.prompt_log import read_prompts
 from distill_system.records import Author
 from distill_system.stages.supervised import FineTuning
+from distill_system.stopping import StopRequest
 
 ROWS = make_trajectories(20, Author.DATASET)
 CONFIG = SupervisedConfig(
@@ -31,20 +32,20 @@ CONFIG = SupervisedConfig(
 
 
 class _StoppingView(LiveView):
-    """Asks for the end once a step is done, as a failure elsewhere in the run would."""
+    """Asks for the end once a step is done, as a failure elsewhere in the run or a person would."""
 
     def __init__(self, stop, after):
         super().__init__("test", console=None)
         self.stop, self.after = stop, after
 
-    def start(self, stage, total_steps, *, first_step=0):
-        task: Any = super().start(stage, total_steps, first_step=first_step)
+    def start(self, stage, total_steps, **before):
+        task: Any = super().start(stage, total_steps, **before)
         update = task.update
 
         def update_and_stop(step, values):
             update(step, values)
             if step == self.after:
-                self.stop.set()
+                self.stop()
 
         task.update = update_and_stop
         return task
@@ -52,7 +53,7 @@ class _StoppingView(LiveView):
 
 @pytest.fixture
 def fine_tune(tiny_model_folder, tmp_path):
-    def run(name, *, resume=False, stop_after=None):
+    def run(name, *, resume=False, stop_after=None, by_signal=False):
         learner = Learner(
             rank=0,
             world_size=1,
@@ -67,16 +68,21 @@ def fine_tune(tiny_model_folder, tmp_path):
             timeout_seconds=60.0,
         )
         directory = RunDirectory(tmp_path / name)
-        stop = threading.Event()
-        with MetricLog(directory, run_name=name) as log, PromptLog(directory) as prompts:
+        stop, request = threading.Event(), StopRequest()
+        with (
+            request.heard(seconds=60.0),
+            MetricLog(directory, run_name=name) as log,
+            PromptLog(directory) as prompts,
+        ):
             context: Any = SimpleNamespace(
                 config=SimpleNamespace(seed=3),
                 run=directory,
                 log=log,
                 prompts=prompts,
                 timings=Timings(directory),
-                view=_StoppingView(stop, stop_after),
+                view=_StoppingView(request.make if by_signal else stop.set, stop_after),
                 resume=resume,
+                stop=request,
             )
             group = LearnerGroup(LocalWorkers([learner]))
             finished = FineTuning(context, "sft_student", CONFIG, group, ROWS).run(stop)
@@ -85,6 +91,21 @@ def fine_tune(tiny_model_folder, tmp_path):
         return finished, losses, weights, read_prompts(directory)
 
     return run
+
+
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_a_person_who_ends_it_loses_no_step(fine_tune, tmp_path, after):
+    """Updates in flight are finished, and a checkpoint of the last of them is left."""
+    _, losses, weights, _ = fine_tune("unbroken")
+    stopped, done, _, _ = fine_tune("stopped", stop_after=after, by_signal=True)
+    assert not stopped
+    assert after <= len(done) < CONFIG.steps
+    [checkpoint] = (tmp_path / "stopped/checkpoints/sft_student").iterdir()
+    assert checkpoint.name == f"step_{len(done):06d}"
+    finished, resumed, again, _ = fine_tune("stopped", resume=True)
+    assert finished
+    assert resumed == losses
+    assert torch.equal(again, weights)
 
 
 def test_a_stopped_fine_tuning_resumes_to_the_bit(fine_tune):

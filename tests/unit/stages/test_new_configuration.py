@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from distill_system.cli import app
 from distill_system.cluster import supply
 from distill_system.config import load_config
-from distill_system.config.data import InstructionFields, JsonlSource, PromptResponseFields
+from distill_system.config.data import FilesSource
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -61,7 +61,7 @@ def test_what_is_written_fits_its_rows_and_passes_the_plan(init, tmp_path, monke
         config.data.prompts,
     )
     for source in (test, held_out, prompts):
-        assert isinstance(source, JsonlSource)
+        assert isinstance(source, FilesSource)
     ranges = [(s.skip, s.num_examples) for s in (test, held_out, prompts)]
     assert ranges == [(0, 12), (12, 12), (24, None)]
     assert config.distill.sequences("on_policy") == 32
@@ -69,31 +69,30 @@ def test_what_is_written_fits_its_rows_and_passes_the_plan(init, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("rename", "fields"),
+    ("rename", "longest"),
     [
-        (
-            {"response": "completion"},
-            PromptResponseFields(response="completion"),
-        ),
-        (
-            {"prompt": "instruction", "response": "output"},
-            InstructionFields(input=None, output="output"),
-        ),
-        ({"response": None}, PromptResponseFields(response=None)),
+        ({"response": "completion"}, 8),
+        ({"prompt": "instruction", "response": "output"}, 8),
+        ({"response": None}, 64),
     ],
 )
-def test_columns_of_the_usual_names_are_found(init, tmp_path, rename, fields):
+def test_columns_of_the_usual_names_are_found(init, tmp_path, rename, longest):
+    """Without answers to measure a response gets half of the context, at most."""
     rows = [
         {rename.get(key, key): value for key, value in row.items() if rename.get(key, key)}
         for row in _rows(40)
     ]
     done, output = init(_write(tmp_path / "rows.jsonl", rows))
     assert done.exit_code == 0, done.output
-    config = load_config([output])
-    assert isinstance(config.data.held_out, JsonlSource)
-    assert config.data.held_out.fields == fields
-    longest = config.rollout.sampling.max_response_tokens
-    assert longest == (8 if any(name for name in rename.values()) else 64), "half of the context"
+    assert load_config([output]).rollout.sampling.max_response_tokens == longest
+
+
+def test_a_table_of_another_form_will_do(init, tmp_path):
+    lines = [f"{row['prompt']},{row['response']}" for row in _rows(40)]
+    (tmp_path / "rows.csv").write_text("\n".join(["prompt,response", *lines]) + "\n")
+    done, output = init(tmp_path / "rows.csv")
+    assert done.exit_code == 0, done.output
+    assert load_config([output]).data.held_out.path == "rows.csv"
 
 
 def test_rows_that_the_models_have_no_room_for_are_left_out_and_told(init, tmp_path):
@@ -108,8 +107,8 @@ def test_rows_that_the_models_have_no_room_for_are_left_out_and_told(init, tmp_p
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (("rows.txt", [{"prompt": "w4"}]), "expected a .jsonl or .parquet file"),
-        (("rows.jsonl", [{"title": "w4"}] * 20), "expected a column prompt, messages or instr"),
+        (("rows.txt", [{"prompt": "w4"}]), "rows.txt"),
+        (("rows.jsonl", [{"title": 4}] * 20), "title"),
         (("rows.jsonl", [{"prompt": "w4", "response": "w5"}] * 9), "expected at least 10 rows"),
         (("rows.jsonl", []), "rows.jsonl"),
     ],
