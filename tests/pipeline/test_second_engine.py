@@ -130,6 +130,7 @@ def _assert_greedy_answers_are_the_exported_models_own(run: Path) -> None:
         ids = tokenizer(example["prompt"], return_tensors="pt").input_ids
         assert ids[0, -1] == tokenizer.eos_token_id
         with torch.no_grad():
-            written = model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=1)
+            # Its own cache counts the encoder's layers, of which this model has fewer.
+            written = model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False)
         text = tokenizer.decode(written[0, 1:], skip_special_tokens=True)
         assert text.split() == example["greedy"].split()
