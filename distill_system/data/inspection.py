@@ -48,6 +48,7 @@ class SetInspection:
     name: below `data`.  rows: the first ones.  report: what was read, the refused rows included.
     prompt_lengths, response_lengths: tokens of each row; of responses that are learned, their end
     included, or of first references.
+    notes: what else a person should know of it.
     num_out_of_bounds: rows that the token bounds of the source leave out.  num_removed: rows whose
     prompts are in an evaluation split too.
     problem: why the set would end a run; None if it would not.
@@ -58,6 +59,7 @@ class SetInspection:
     rows: list[TokenisedRow] = field(default_factory=list)
     prompt_lengths: list[int] = field(default_factory=list)
     response_lengths: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     num_out_of_bounds: int = 0
     num_removed: int = 0
     problem: str | None = None
@@ -106,6 +108,10 @@ def inspect_sets(
         found = _SetInspector(reader, tokenizer, each, num_rows, check).inspect(blocked)
         if not names or _is_named(each, names):
             inspections.append(found)
+    for found in inspections:
+        beginning = f"data.{found.name}: "
+        notes = (note for note in reader.notes() if note.startswith(beginning))
+        found.notes = [note.removeprefix(beginning) for note in notes]
     return inspections
 
 

@@ -22,7 +22,7 @@ from distill_system.errors import ModelError
 from distill_system.records import Prompt, Trajectory
 from distill_system.rollout import PendingRollouts, RolloutPool, Sampling
 from distill_system.run.context import RunContext
-from distill_system.run.model_checks import find_untested
+from distill_system.run.model_checks import ModelFacts, read_facts
 from distill_system.run.pools import Pools
 
 LABEL = "start_check"
@@ -69,15 +69,14 @@ _ORDER = tuple(LIMITS)
 class EngineReading:
     """A pool's engines and the torch model that reads its text, on the same tokens.
 
-    role: student, evaluation or teacher. path: of the model. untested: its model_type, if that is
-    in no table of families. reader: learner or scorer, as a person
-    is told. precision: the coarser of the two, a key of LIMITS. torch_logprobs: float32 [T] for
-    each trajectory, nats, at temperature 1.
+    role: student, evaluation or teacher. path, facts: of the model. reader: learner or scorer, as a
+    person is told. precision: the coarser of the two, a key of LIMITS. torch_logprobs: float32 [T]
+    for each trajectory, nats, at temperature 1.
     """
 
     role: str
     path: str
-    untested: str | None
+    facts: ModelFacts
     reader: str
     precision: str
     trajectories: Sequence[Trajectory]
@@ -126,11 +125,11 @@ class EngineReading:
         )
 
     def _say_untested(self) -> str:
-        if self.untested is None:
+        if self.facts.untested is None:
             return ""
         return (
-            f"; model_type={self.untested!r} is in no table of tested families and runs on this "
-            "agreement, padded (docs/models-and-data.md)"
+            f"; model_type={self.facts.untested!r} is in no table of tested families and runs on "
+            "this agreement, padded (docs/models-and-data.md)"
         )
 
     @property
@@ -203,19 +202,25 @@ class StartCheck:
         path = self.context.teacher_path if is_teacher else self.context.student_path
         config = self.context.config
         trust = (config.teacher if is_teacher else config.student).trust_remote_code
+        facts = read_facts(path, trust_remote_code=trust)
         return EngineReading(
             role=role,
             path=path,
-            untested=find_untested(path, trust_remote_code=trust),
+            facts=facts,
             reader="scorer" if is_teacher else "learner",
-            precision=find_precision(config, role),
+            precision=find_precision(config, role, is_quantised=facts.is_quantised),
             trajectories=written,
             torch_logprobs=read.read_logprobs(written),
         )
 
 
-def find_precision(config: RunConfig, role: str) -> str:
-    """The coarser precision of a role's engine and of its torch reader, a key of LIMITS."""
+def find_precision(config: RunConfig, role: str, *, is_quantised: bool = False) -> str:
+    """The coarser precision of a role's engine and of its torch reader, a key of LIMITS.
+
+    is_quantised: each of the two unpacks the weights in its own way, to bfloat16 or finer.
+    """
+    if is_quantised:
+        return _ORDER[-1]
     if role == "teacher":
         engine, reader = config.rollout.teacher_engine.dtype, config.scoring.dtype
     else:

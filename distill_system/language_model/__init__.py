@@ -15,6 +15,7 @@ from distill_system.language_model.families import (
     check_longest,
     choose_linear_modules,
     find_family,
+    is_read_packed,
     logit_cap,
     require_trainable,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "find_family",
     "is_gguf",
     "is_quantised",
+    "is_read_packed",
     "load_embedding",
     "load_language_model",
     "load_logit_cap",

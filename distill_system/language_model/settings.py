@@ -133,6 +133,46 @@ FAMILIES: Mapping[str, Allowed] = {
 """Of each family that was read through: the same. Settings that stand nowhere are read alike
 whatever their value, or by nobody."""
 
+_COHERE: Allowed = {
+    "attention_bias": (None, False),
+    "hidden_act": ("silu",),
+    "tie_word_embeddings": (True,),
+}
+
+OTHER_FAMILIES: Mapping[str, Allowed] = {
+    "gemma2": {"tie_word_embeddings": (True,)},
+    "gemma3_text": {"attn_logit_softcapping": (None,)},
+    "phi3": {
+        "attention_bias": (None, False),
+        "bias": (None, False),
+        "layer_types": (None,),
+        "logit_scale": (1.0,),
+        "mlp_bias": (None, False),
+        "qkv_bias": (None, False),
+    },
+    "granite": {
+        "attention_sinks": (None, False),
+        "bias": (None, False),
+        "layer_rope_theta": (None,),
+        "layer_types": (None,),
+        "logit_scale": (1.0,),
+        "sliding_window": (None,),
+    },
+    "cohere": {**_COHERE, "layer_types": (None,), "sliding_window": (None,)},
+    "cohere2": {**_COHERE, "use_qk_norm": (None, False)},
+    "falcon": {"activation": ("gelu",)},
+    "mixtral": {"hidden_act": ("silu",)},
+    "qwen3_moe": {"shared_expert_intermediate_size": (0,)},
+    "gpt_oss": {
+        "attention_bias": (True,),
+        "hidden_act": ("silu",),
+        "rms_norm_eps": (1e-5,),
+        "tie_word_embeddings": (False,),
+    },
+}
+"""Of families whose windows and rotary embeddings this module does not look at. OLMo 2 and 3,
+SmolLM3 and GPT-NeoX are not among them: vLLM runs transformers' own code for these."""
+
 _OTHER_NAMES = {"LLaMAForCausalLM": "LlamaForCausalLM"}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ABSENT = object()
@@ -160,7 +200,8 @@ def check_settings(config: Any, model: str, *, longest: int) -> None:
 
 
 def _find_values(config: Any) -> Iterator[str]:
-    for key, allowed in {**EVERYWHERE, **FAMILIES.get(config.model_type, {})}.items():
+    own = FAMILIES.get(config.model_type) or OTHER_FAMILIES.get(config.model_type, {})
+    for key, allowed in {**EVERYWHERE, **own}.items():
         value = getattr(config, key, _ABSENT)
         if value is not _ABSENT and value not in allowed:
             names = " or ".join("null" if each is None else repr(each) for each in allowed)

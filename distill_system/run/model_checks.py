@@ -6,6 +6,7 @@ Reads the models' configurations and tokenizers, but no weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from distill_system.language_model import (
     find_family,
     is_gguf,
     is_quantised,
+    is_read_packed,
     one_line,
     read_configuration,
     read_headers,
@@ -103,10 +105,23 @@ def check_models(config: RunConfig, tokenizer: Any) -> None:
             )
 
 
-def find_untested(path: str, *, trust_remote_code: bool) -> str | None:
-    """The model_type of a model whose family is in no table; None where it is."""
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the start check must know of a model.
+
+    untested: its model_type, if that is in no table of families. is_quantised: whether its weights
+    are, which each reader unpacks in its own way.
+    """
+
+    untested: str | None
+    is_quantised: bool
+
+
+def read_facts(path: str, *, trust_remote_code: bool) -> ModelFacts:
+    """Of a folder or hub name, from its configuration."""
     config = read_configuration(path, trust_remote_code=trust_remote_code)
-    return None if find_family(config, repr(path)).is_listed else str(config.model_type)
+    is_listed = find_family(config, repr(path)).is_listed
+    return ModelFacts(None if is_listed else str(config.model_type), is_quantised(config))
 
 
 def check_data(config: RunConfig, data: RunData) -> None:
@@ -208,6 +223,12 @@ def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfi
             "of the two, or choose a model of longer context"
         )
     check_longest(shape, longest, f"{role}.path={model.path!r}")
+    if config.rollout.engine == "transformers" and _has_attention_of_its_own(shape):
+        raise ModelError(
+            f"{role}.path={model.path!r}: rollout.engine=transformers writes with plain attention, "
+            f"models of type {shape.model_type!r} have another (soft caps, sinks, or code of their "
+            "own). Set rollout.engine=vllm, or choose another model"
+        )
     if role == "student" or model.sft is not None:  # models that the run will export
         require_trainable(shape, f"{role}.path={model.path!r}")
         check_exportable(role, model)
@@ -234,6 +255,11 @@ def _check_kinds(config: RunConfig) -> None:
             "distill.off_policy_source=store: the trajectory store does not know the prompts of "
             "encoder-decoders yet; use teacher or dataset"
         )
+
+
+def _has_attention_of_its_own(shape: Any) -> bool:
+    """Of the families that were tested: of others the start check tells."""
+    return find_family(shape, "").is_listed and not is_read_packed(shape)
 
 
 def _check_update(config: RunConfig) -> None:

@@ -25,6 +25,8 @@ MAY_CHANGE = (
     "pools",
     "scaling",
     "cluster",
+    "data.cache_directory",
+    "data.max_memory_mebibytes",
     "evaluation",
     "learner.activation_checkpointing",
     "learner.max_tokens_per_microbatch",

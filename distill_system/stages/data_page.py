@@ -79,6 +79,7 @@ def _counts(found: SetInspection) -> Iterator[str]:
         yield f"{found.num_out_of_bounds} rows left out by the token bounds of the source"
     if found.num_removed:
         yield f"{found.num_removed} rows left out, their prompts are in an evaluation split"
+    yield from found.notes
 
 
 def _refusals(found: SetInspection) -> Iterator[Text]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 from distill_system.config import RunConfig
 from distill_system.data import build_tokenizer, tokenizer_texts
 from distill_system.data.inspection import SetInspection, inspect_sets
 from distill_system.data.set_reader import SetReader
 from distill_system.evaluation import check_evaluation
+from distill_system.observe import RunDirectory
 from distill_system.records import Prompt
+from distill_system.run.preparation import with_chat_date
 from distill_system.run.vocabulary import stop_token_ids
 
 
@@ -22,6 +25,8 @@ def show_data(
     num_rows: rows of each that are kept for showing.
     Raises: ModelError if the tokenizer cannot be loaded; DataError for an unknown name.
     """
+    run = RunDirectory(Path(config.runs_directory).absolute() / config.name)
+    config = with_chat_date(config, run)
     tokenizer = build_tokenizer(config, tokenizer_texts(config))
     reader = SetReader(config, tokenizer, stop_token_ids(config, tokenizer))
 

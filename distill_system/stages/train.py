@@ -171,7 +171,6 @@ def open_context(
 
     Models and data are checked before the cluster starts, so that mistakes show within seconds.
     """
-    require_room(config, None if "held_out" in sets else ["learner"])
     tokenizer = prepare_tokenizer(config, run)
     reads_store = "stored" in sets
     teacher = sample_origin(config, run, tokenizer, Author.TEACHER) if reads_store else None
@@ -184,6 +183,7 @@ def open_context(
     )
     check_data(config, data)
     check_evaluation(config.evaluation, data.evaluation, data.places)
+    require_room(config, None if "held_out" in sets else ["learner"])
     with ExitStack() as stack:
         view = stack.enter_context(LiveView(config.name))
         for line in settings_notes(config):

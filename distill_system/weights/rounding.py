@@ -82,7 +82,9 @@ def round_stochastically(tensor: Tensor, *, seed: int, offset: int = 0) -> Tenso
         end = place + size - before
         part_n = numbers_N[place:end]
         generator.manual_seed((seed + chunk) % 2**32)  # a CPU's generator takes 32 bits of it
-        bits_n = _random_bits(before + part_n.numel(), generator)[before:]
+        # What a GPU draws first depends on how many it is asked for: there always a whole chunk's.
+        count = size if numbers_N.is_cuda else before + part_n.numel()
+        bits_n = _random_bits(count, generator)[before : before + part_n.numel()]
         _round_chunk(part_n, rounded_N[place:end], bits_n)
         place = end
     return rounded_N.view(tensor.shape)
@@ -100,7 +102,7 @@ def _round_chunk(part_n: Tensor, place_n: Tensor, bits_n: Tensor) -> None:
 
 
 def _random_bits(count: int, generator: torch.Generator) -> Tensor:
-    """uint16 [count], uniform; the first so many of the generator's."""
+    """uint16 [count], uniform."""
     words = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device)
     words.random_(-(2**63), None, generator=generator)  # four numbers a draw: all 64 bits
     return words.view(torch.uint16)[:count]

@@ -77,18 +77,18 @@ def test_a_small_set_stays_in_memory(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_counts_and_the_longest_row_are_read_without_making_records(tmp_path, monkeypatch):
+def test_counts_and_the_longest_row_are_read_without_making_records(tmp_path):
     keeper = RecordKeeper(PROMPTS, most_bytes=0, folder=tmp_path)
     prompts = [prompt(number) for number in range(5000)]
     keeper.add(prompts)
     kept = keeper.finish()
     assert source_shares(kept, {"many": 2.0}) == source_shares(prompts, {"many": 2.0})
     rows = [row(number) for number in range(5000)]
-    keeper = RecordKeeper(TRAJECTORIES, most_bytes=0, folder=tmp_path)
-    keeper.add(rows)
+    other = RecordKeeper(TRAJECTORIES, most_bytes=0, folder=tmp_path)
+    other.add(rows)
     longest = longest_row(rows)
     assert longest is not None
-    assert longest_row(keeper.finish()).trajectory_id == longest.trajectory_id
+    assert longest_row(other.finish()).trajectory_id == longest.trajectory_id
     assert longest_row(()) is None
 
 
@@ -103,7 +103,10 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_keys(tmp_path):
 def test_a_run_reads_the_same_from_a_file_as_from_memory(build_config, tmp_path):
     """Prompts in their order, rows to learn from, what is left out, and the walk over them."""
     lines = [
-        {"prompt": f"list the letters of {'abc'[n % 3]}", "response": "a b c " * (1 + n % 4)}
+        {
+            "prompt": f"list the letters of {'abc'[n % 3]}",
+            "response": " ".join(["a b c"] * (1 + n % 4)),
+        }
         for n in range(6000)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

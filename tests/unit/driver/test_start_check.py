@@ -28,6 +28,7 @@ from distill_system.errors import ModelError
 from distill_system.learner import Learner, LearnerGroup, ModelSource
 from distill_system.records import Author, Finish, Trajectory, VersionSpan
 from distill_system.rollout import RolloutPool, RolloutWorker
+from distill_system.run.model_checks import ModelFacts
 from distill_system.run.pools import Pools
 from distill_system.scoring import ScoringPool, TeacherScorer
 
@@ -159,7 +160,8 @@ def test_engines_that_read_as_torch_does_are_told_in_a_line_each(make_check):
 
 
 def test_a_family_in_no_table_runs_on_its_agreement_and_is_told(make_check, monkeypatch):
-    monkeypatch.setattr(start_check, "find_untested", lambda path, **_: "stablelm")
+    facts = ModelFacts(untested="stablelm", is_quantised=False)
+    monkeypatch.setattr(start_check, "read_facts", lambda path, **_: facts)
     check = make_check()
     check.run()
     assert all("model_type='stablelm' is in no table" in note for note in check.context.view.notes)
@@ -269,6 +271,10 @@ def test_the_coarser_precision_counts(configure, overrides, student, teacher):
         student,
         teacher,
     )
+
+
+def test_quantised_weights_are_unpacked_by_each_in_its_own_way(configure):
+    assert find_precision(configure(), "teacher", is_quantised=True) == "bfloat16"
 
 
 def test_the_shortest_and_the_longest_prompt_are_among_the_chosen():

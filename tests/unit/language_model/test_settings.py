@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,7 @@ from distill_system.language_model.settings import (
     ACTIVATIONS,
     EVERYWHERE,
     FAMILIES,
+    OTHER_FAMILIES,
     ROPE_SETTINGS,
     ROPE_SETTINGS_OF_ONE,
     check_settings,
@@ -251,6 +253,46 @@ def test_what_is_read_differently_is_refused_by_its_name(
 )
 def test_what_both_compute_passes(family: str, settings: dict) -> None:
     _check(_configure(family, **settings))
+
+
+@pytest.mark.parametrize("family", sorted(OTHER_FAMILIES))
+def test_what_transformers_takes_without_a_word_passes_for_the_other_families(family: str) -> None:
+    """Their classes' defaults are settings of real models."""
+    _check(CONFIG_MAPPING[family]())
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gemma2", {"tie_word_embeddings": False}),
+        ("gemma2", {"use_bidirectional_attention": True}),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}),
+        ("phi3", {"attention_bias": True}),
+        ("phi3", {"logit_scale": 0.5}),
+        ("phi3", {"qkv_bias": True}),
+        ("phi3", {"layer_types": ["sliding_attention"] * 32}),
+        ("granite", {"attention_sinks": True}),
+        ("granite", {"layer_rope_theta": [1e4]}),
+        ("granite", {"logit_scale": 2.0}),
+        ("granite", {"sliding_window": 8}),
+        ("cohere", {"attention_bias": True}),
+        ("cohere", {"hidden_act": "gelu"}),
+        ("cohere", {"sliding_window": 8}),
+        ("cohere", {"tie_word_embeddings": False}),
+        ("cohere2", {"use_qk_norm": True}),
+        ("falcon", {"activation": "relu"}),
+        ("mixtral", {"hidden_act": "gelu"}),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 64}),
+        ("gpt_oss", {"rms_norm_eps": 1e-6}),
+        ("gpt_oss", {"attention_bias": False}),
+    ],
+)
+def test_what_the_other_families_are_read_differently_by_is_refused(
+    family: str, settings: dict
+) -> None:
+    key, value = next(iter(settings.items()))
+    with pytest.raises(ModelError, match=rf"{key}: expected .*, got {re.escape(repr(value))}"):
+        _check(CONFIG_MAPPING[family](**settings))
 
 
 def test_every_such_setting_is_told_at_once() -> None:

@@ -72,6 +72,8 @@ def test_what_changes_nothing_learned_may_change(tmp_path):
         "pools.student_rollout.cpus=0.5",
         "scaling.look_every_seconds=77",
         "cluster.dashboard=true",
+        "data.cache_directory=elsewhere",
+        "data.max_memory_mebibytes=7",
         "evaluation.num_examples_during=7",
         "learner.activation_checkpointing=true",
         "learner.max_tokens_per_microbatch=500",

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from distill_system.config import RunConfig
 from distill_system.data import build_tokenizer
 from distill_system.errors import ConfigError, ModelError
-from distill_system.run.model_checks import check_models, find_untested
+from distill_system.run.model_checks import check_models, read_facts
 from distill_system.run.vocabulary import stop_token_ids, vocabulary_size
 
 Configure = Callable[..., RunConfig]
@@ -90,7 +90,19 @@ def test_a_family_that_nobody_tested_is_let_through_to_the_start_check(
     )
     _stops(pair)
     for role in ("teacher", "student"):
-        assert find_untested(str(tmp_path / role), trust_remote_code=False) == "stablelm"
+        facts = read_facts(str(tmp_path / role), trust_remote_code=False)
+        assert (facts.untested, facts.is_quantised) == ("stablelm", False)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "falcon", "gpt_oss"])
+def test_attention_that_only_vllm_writes_with_is_told_of_the_other_engine(
+    configure: Configure, tmp_path: Path, family: str
+) -> None:
+    config = _pair(configure, tmp_path, teacher={"family": family}, student={})
+    _stops(config)
+    rollout = config.rollout.model_copy(update={"engine": "transformers"})
+    with pytest.raises(ModelError, match=r"teacher\.path=.* Set rollout\.engine=vllm"):
+        _stops(config.model_copy(update={"rollout": rollout}))
 
 
 def test_a_mixture_of_experts_teaches_a_dense_student_and_is_no_student(
