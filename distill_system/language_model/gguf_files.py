@@ -6,6 +6,7 @@ out. transformers reads the file; what it would pass over in silence is refused 
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,11 +71,19 @@ def convert_gguf(file: Path, folder: Path, *, dtype: torch.dtype = torch.float32
         )
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        _drop_tokens_without_rows(partial / "tokenizer.json", config.vocab_size)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _drop_tokens_without_rows(file: Path, num_rows: int) -> None:
+    """Take out the token that transformers adds where a file names no unknown one."""
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["id"] < num_rows]
+    file.write_text(json.dumps(tree, ensure_ascii=False), encoding="utf-8")
 
 
 def _require_readable(file: Path) -> None:

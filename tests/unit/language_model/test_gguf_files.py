@@ -128,6 +128,7 @@ def test_the_folder_holds_the_same_model_tokenizer_and_template(model, tmp_path:
     assert converted.config.tie_word_embeddings
     assert converted.generation_config.eos_token_id == 2
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == model.config.vocab_size, "no token without a row"
     assert tokenizer.decode(tokenizer("so ist es, ä")["input_ids"]) == "so ist es, ä"
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         "<s>",
