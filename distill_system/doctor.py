@@ -30,10 +30,7 @@ DISTRIBUTION = "distill-system"
 GIBIBYTE = 1 << 30
 INSTALL = "run `make environment`, or the lines of the README's section on installing"
 INSTALL_CUDA = 'in a new environment: pip install -e ".[cuda]"'
-NO_VLLM = (
-    "not installed: a run needs rollout.engine=transformers, which generates without it, on a CPU "
-    "more slowly"
-)
+NO_VLLM = "not installed: a run needs rollout.engine=transformers, which generates without it"
 NO_CPU_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 """Packages whose builds on PyPI need CUDA's torch; transformers and vLLM try to import them."""
 RAY_STORE_FRACTION = 0.3

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     Cohere2Config,
     CohereConfig,
     FalconConfig,
@@ -34,6 +36,7 @@ from transformers import (
     Qwen3MoeConfig,
     SmolLM3Config,
     StableLmConfig,
+    T5Config,
 )
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -46,6 +49,37 @@ _SHAPE = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+_T5 = {
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "initializer_factor": 1.0,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 128,
+    "init_std": 0.2,
+    "scale_embedding": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
 }
 _GATED = {**_SHAPE, "intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 32}
 
@@ -116,9 +150,14 @@ _CONFIGURATIONS: dict[str, Callable[..., Any]] = {
     ),
     "gpt_oss": partial(GptOssConfig, **_EXPERTS, **_MIXED, num_local_experts=4),
     "stablelm": partial(StableLmConfig, **_NARROW),
+    # T5 as it was first, scaled before its unembedding, and gated without that
+    "t5": partial(T5Config, **_T5),
+    "t5_gated": partial(T5Config, **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "bart": partial(BartConfig, **_BART),
 }
-LISTED = tuple(name for name in _CONFIGURATIONS if name != "stablelm")
-"""Variants of the families in the table; stablelm stands for all others."""
+ENCODER_DECODERS = ("t5", "t5_gated", "bart")
+LISTED = tuple(n for n in _CONFIGURATIONS if n not in ("stablelm", *ENCODER_DECODERS))
+"""Variants of the decoders in the table; stablelm stands for all others."""
 TEACHERS_ALONE = ("mixtral", "qwen3_moe", "gpt_oss")
 TRAINABLE = tuple(name for name in LISTED if name not in TEACHERS_ALONE)
 
@@ -144,7 +183,9 @@ def save_family(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(make_configuration(family, num_rows=num_rows))
+        configuration = make_configuration(family, num_rows=num_rows)
+        kind = AutoModelForSeq2SeqLM if configuration.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_config(configuration)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
@@ -156,12 +197,17 @@ def save_family(
     return folder
 
 
-def save_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Words w4 w5 ... separated by blanks, after the four special tokens."""
+def save_tokenizer(folder: Path, vocab_size: int, *, ends_texts: bool = False) -> None:
+    """Words w4 w5 ... separated by blanks, after the four special tokens.
+
+    ends_texts: an end of sequence is put behind a text, as T5's tokenizer does.
+    """
     words = [*SPECIAL_TOKENS, *(f"w{index}" for index in range(len(SPECIAL_TOKENS), vocab_size))]
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if ends_texts:
+        tokenizer.post_processor = processors.TemplateProcessing("$A <eos>", None, [("<eos>", 2)])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

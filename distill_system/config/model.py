@@ -169,7 +169,8 @@ class LearnerConfig(ConfigModel):
     max_tokens_per_microbatch: PositiveInt | None = None
     """Most tokens, prompts included, whose activations a rank holds at once; a longer sequence is a
     microbatch of its own. A step with more tokens is processed in microbatches, with two forward
-    passes and the same gradient. null: all tokens of a step at once."""
+    passes and the same gradient (gradient accumulation: the batch stays that of the step, whatever
+    this key says). null: all tokens of a step at once."""
     activation_checkpointing: bool = False
     """Keep only the inputs of transformer blocks, and compute each block again in the backward
     pass: less memory for about a third more computation."""

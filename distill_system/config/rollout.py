@@ -53,7 +53,7 @@ class RolloutConfig(ConfigModel):
 
     engine: EngineName = "vllm"
     """The library that generates, for student and teacher. transformers runs wherever torch does,
-    without vLLM, and reads a model by the code that the learner reads it by; it is slower."""
+    without vLLM, generates with encoder-decoders too, and may share the learner's GPU."""
     sampling: SamplingConfig
     student_engine: EngineConfig = EngineConfig()
     teacher_engine: EngineConfig = EngineConfig()

@@ -1,5 +1,6 @@
 """Data in, records out: sources, tokenizers, the order of prompts, the trajectory store."""
 
+from distill_system.data.encoder_prompts import end_prompts
 from distill_system.data.examples import Example
 from distill_system.data.fingerprints import fingerprint_model, fingerprint_tokenizer
 from distill_system.data.frontier import PromptFrontier, SourceShare, source_shares
@@ -27,6 +28,7 @@ __all__ = [
     "TargetStore",
     "TrajectoryStore",
     "build_tokenizer",
+    "end_prompts",
     "fingerprint_model",
     "fingerprint_tokenizer",
     "load_examples",

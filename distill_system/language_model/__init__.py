@@ -10,6 +10,7 @@ from distill_system.language_model.configuration_files import (
     read_generation_configuration,
 )
 from distill_system.language_model.embeddings import load_embedding, load_logit_cap
+from distill_system.language_model.encoder_decoder import find_decoder_start, model_class
 from distill_system.language_model.families import (
     check_longest,
     choose_linear_modules,
@@ -32,6 +33,7 @@ from distill_system.language_model.packed_attention import PACKED_ATTENTION, cho
 from distill_system.language_model.quantised import check_quantised, is_quantised
 from distill_system.language_model.sequences import (
     PackedPart,
+    Part,
     SequenceBatch,
     count_parts,
     read_hidden,
@@ -45,6 +47,7 @@ __all__ = [
     "PACKED_ATTENTION",
     "LanguageModel",
     "PackedPart",
+    "Part",
     "SequenceBatch",
     "build_empty_model",
     "build_language_model",
@@ -59,6 +62,7 @@ __all__ = [
     "convert_gguf",
     "count_parts",
     "cut_rows",
+    "find_decoder_start",
     "find_family",
     "is_gguf",
     "is_quantised",
@@ -66,6 +70,7 @@ __all__ = [
     "load_language_model",
     "load_logit_cap",
     "logit_cap",
+    "model_class",
     "one_line",
     "read_configuration",
     "read_generation_configuration",

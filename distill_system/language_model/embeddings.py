@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from distill_system.errors import ModelError
 from distill_system.language_model.configuration_files import read_configuration
+from distill_system.language_model.encoder_decoder import model_class
 from distill_system.language_model.families import logit_cap, name_in_files
 
 
@@ -34,7 +34,7 @@ def load_embedding(
     """
     with torch.device("meta"):
         config = read_configuration(path, trust_remote_code=trust_remote_code)
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        skeleton = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
         skeleton.tie_weights()
     inputs, outputs = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     wanted = inputs if which == "input" else outputs

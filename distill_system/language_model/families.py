@@ -28,6 +28,7 @@ class Family:
     renamed_in_files: how names of parameters begin in the model, and how instead in its files.
     teacher_only: why no student of it can be trained; empty where one can.
     is_listed: whether the family has been tested.
+    is_encoder_decoder: the prompt is an encoder's input; only the transformers engine generates.
     """
 
     linear_modules: tuple[str, ...] = ()
@@ -41,6 +42,7 @@ class Family:
     renamed_in_files: Mapping[str, str] = field(default_factory=dict)
     teacher_only: str = ""
     is_listed: bool = True
+    is_encoder_decoder: bool = False
 
 
 _GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -82,6 +84,13 @@ FAMILIES: dict[str, Family] = {
             "reorder_and_upcast_attn": (False,),
         },
     ),
+    "t5": Family(
+        linear_modules=("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"), is_encoder_decoder=True
+    ),
+    "bart": Family(
+        linear_modules=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        is_encoder_decoder=True,
+    ),
     "opt": Family(linear_modules=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")),
     "mixtral": _MIXTURE,
     "qwen3_moe": _MIXTURE,
@@ -100,6 +109,12 @@ def find_family(config: Any, model: str) -> Family:
     Raises: ModelError for a setting that vLLM does not compute.
     """
     family = FAMILIES.get(config.model_type, UNLISTED)
+    if bool(config.is_encoder_decoder) != family.is_encoder_decoder:
+        raise ModelError(
+            f"{model}: expected is_encoder_decoder={family.is_encoder_decoder} in the config.json "
+            f"of a model of type {config.model_type}, got {config.is_encoder_decoder}. The "
+            "encoder-decoders that this system knows are t5 and bart; choose another model"
+        )
     for setting, values in family.requires.items():
         actual = getattr(config, setting, values[0])
         if actual not in values:

@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
 from distill_system.language_model.configuration_files import read_configuration
+from distill_system.language_model.encoder_decoder import (
+    find_decoder_start,
+    model_class,
+    read_beside,
+    read_one,
+)
 from distill_system.language_model.families import find_family, logit_cap, logit_scale
 from distill_system.language_model.packed_attention import (
     PACKED_ATTENTION,
@@ -80,7 +86,7 @@ def build_language_model(
 def load_language_model(
     path: str, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> LanguageModel:
-    """Load a pretrained causal language model in evaluation mode (no dropout).
+    """Load a pretrained language model in evaluation mode (no dropout).
 
     Raises: ModelError if it cannot be loaded, lacks tensors, is read otherwise beside other
         sequences than alone, or is read otherwise than final hidden state times unembedding, with
@@ -89,7 +95,7 @@ def load_language_model(
     try:
         config = read_configuration(path, trust_remote_code=trust_remote_code)
         find_family(config, repr(path))
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = model_class(config).from_pretrained(
             path,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -102,7 +108,7 @@ def load_language_model(
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(
-            f"cannot load a causal language model from {path!r}: {error}. Give a folder with "
+            f"cannot load a language model from {path!r}: {error}. Give a folder with "
             "config.json and *.safetensors, or a model name of the Hugging Face hub"
         ) from error
     require_all_tensors(model, info, repr(path))
@@ -118,15 +124,13 @@ def check_linear_read(model: LanguageModel, path: str) -> None:
 
     Raises: ModelError, with the difference seen.
     """
-    device = unembedding(model).device
-    ids_BL = torch.arange(3, 11, device=device)[None] % unembedding(model).shape[0]
-    logits_LV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
+    logits_LV, hidden_LH = _read_both(model)
+    logits_LV = logits_LV.float()
     if not logits_LV.isfinite().all():
         raise ModelError(
             f"{path!r} ({type(model).__name__}): expected finite logits, got NaN or infinity. Its "
             "weights are damaged, or too large for the precision they are loaded in"
         )
-    hidden_LH = read_line(model, ids_BL, PackedLayout.build([8], device))
     read_LV, cap = (hidden_LH @ unembedding(model).T).float(), logit_cap(model.config)
     if cap is not None:
         read_LV = cap * torch.tanh(read_LV / cap)
@@ -141,6 +145,17 @@ def check_linear_read(model: LanguageModel, path: str) -> None:
         )
 
 
+def _read_both(model: LanguageModel) -> tuple[Tensor, Tensor]:
+    """The model's own logits and our final hidden states of a few tokens, [L, V] and [L, H]."""
+    if find_decoder_start(model) is not None:
+        tokens = [token % unembedding(model).shape[0] for token in range(3, 11)]
+        return read_one(model, tokens, tokens)
+    device = unembedding(model).device
+    ids_BL = torch.arange(3, 11, device=device)[None] % unembedding(model).shape[0]
+    logits_LV = model(input_ids=ids_BL, use_cache=False).logits[0]
+    return logits_LV, read_line(model, ids_BL, PackedLayout.build([8], device))
+
+
 @torch.no_grad()
 def check_packed_read(model: LanguageModel, path: str) -> None:
     """Refuse a model that reads a sequence otherwise beside others than alone.
@@ -148,6 +163,9 @@ def check_packed_read(model: LanguageModel, path: str) -> None:
     Raises: ModelError, with the difference seen.
     """
     name = f"{path!r} ({type(model).__name__})"
+    if find_decoder_start(model) is not None:
+        _require_near(*_read_two_ways(model), name, "below a longer one")
+        return
     packs = model.config._attn_implementation == PACKED_ATTENTION
     if packs and not getattr(model, "_supports_attention_backend", False):
         raise ModelError(
@@ -159,10 +177,23 @@ def check_packed_read(model: LanguageModel, path: str) -> None:
     hidden_TH = read_line(model, line_1T, PackedLayout.build([3, 8], device))
     alone_LH = model.base_model(input_ids=line_1T[:, 3:], use_cache=False).last_hidden_state[0]
     alone_LH = alone_LH * logit_scale(model.config)
-    difference = float((hidden_TH[3:] - alone_LH).abs().max() / alone_LH.abs().max())
+    _require_near(hidden_TH[3:], alone_LH, name, "in a packed line")
+
+
+def _read_two_ways(model: LanguageModel) -> tuple[Tensor, Tensor]:
+    """A sequence's hidden states below a longer one, and alone, [L, H] each."""
+    rows = unembedding(model).shape[0]
+    prompt, response = ([token % rows for token in tokens] for tokens in (range(3, 8), range(5, 9)))
+    longer = [token % rows for token in range(3, 14)]
+    beside_LH = read_beside(model, prompt, response, longer)
+    return beside_LH, read_one(model, prompt, response)[1]
+
+
+def _require_near(together_LH: Tensor, alone_LH: Tensor, name: str, where: str) -> None:
+    difference = float((together_LH - alone_LH).abs().max() / alone_LH.abs().max())
     if difference > PACKED_READ_TOLERANCE.get(alone_LH.dtype, 5e-2):
         raise ModelError(
-            f"{name}: expected a sequence's hidden states to be the same in a packed line as "
+            f"{name}: expected a sequence's hidden states to be the same {where} as "
             f"alone, got a relative difference of {difference:.2e}. Its family carries something "
             "from one sequence to the next (a recurrent state, positions of its own); choose a "
             "model of a supported family"

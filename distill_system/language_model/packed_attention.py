@@ -108,6 +108,8 @@ def choose_attention(config: Any) -> str:
 
     Not the library's fused ones: they leave out what they do not know, soft caps among it.
     """
+    if config.is_encoder_decoder:  # listed families alone, which ask for nothing else
+        return "sdpa"
     return PACKED_ATTENTION if is_read_packed(config) else "eager"
 
 

@@ -14,6 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill_system.language_model.encoder_decoder import (
+    EncodedPart,
+    encode_part,
+    read_encoded_part,
+)
 from distill_system.language_model.models import LanguageModel
 from distill_system.language_model.packed_attention import PackedLayout, read_line
 from distill_system.records import Trajectory, deal_by_cost
@@ -34,15 +39,19 @@ class PackedPart:
     rows_n: Tensor
 
 
+Part = PackedPart | EncodedPart
+"""What one forward pass reads, by the kind of model."""
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceBatch:
-    """Trajectories as packed parts, and their N response tokens as flat rows in order.
+    """Trajectories as parts, packed or encoded, and their N response tokens as flat rows in order.
 
     sequence_ids_N: which trajectory; positions_N: place in its response; token_ids_N: the token;
     order_N: which row of the parts, read one after another, is row n (all int64).
     """
 
-    parts: tuple[PackedPart, ...]
+    parts: tuple[Part, ...]
     sequence_ids_N: Tensor
     positions_N: Tensor
     token_ids_N: Tensor
@@ -56,12 +65,14 @@ class SequenceBatch:
         *,
         max_tokens: int | None = None,
         num_parts: int | None = None,
+        decoder_start: int | None = None,
     ) -> SequenceBatch:
         """Deal the trajectories to parts of near-equal tokens.
 
         max_tokens: most tokens of a part, prompts included; a longer sequence stands alone.
         num_parts: make exactly so many parts, whatever they hold (some may be empty); without it,
             as few as max_tokens allows, or one.
+        decoder_start: the first token of an encoder-decoder's decoder; None: the model has none.
         """
         lengths = [int(trajectory.token_ids.size) for trajectory in trajectories]
         if num_parts is None:
@@ -72,7 +83,7 @@ class SequenceBatch:
         positions = np.arange(responses.sum()) - first_rows[sequence_ids]
         token_ids = np.concatenate([t.response_ids for t in trajectories] or [positions])
         parts = tuple(
-            _pack([(trajectories[i], int(first_rows[i])) for i in hand], device)
+            _lay_out([(trajectories[i], int(first_rows[i])) for i in hand], device, decoder_start)
             for hand in deal_by_cost(lengths, num_parts)
         )
         order_N = torch.cat([part.rows_n for part in parts]).argsort()
@@ -102,8 +113,16 @@ def count_parts(lengths: Sequence[int], max_tokens: int | None) -> int:
     return candidates[bisect_left(candidates, True, key=fits)]
 
 
-def _pack(members: Sequence[tuple[Trajectory, int]], device: torch.device) -> PackedPart:
+def _lay_out(
+    members: Sequence[tuple[Trajectory, int]], device: torch.device, decoder_start: int | None
+) -> Part:
     """members: each trajectory with the batch's row of its first response token."""
+    if decoder_start is None:
+        return _pack(members, device)
+    return encode_part(members, device, decoder_start=decoder_start)
+
+
+def _pack(members: Sequence[tuple[Trajectory, int]], device: torch.device) -> PackedPart:
     if not members:
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
         token = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -124,12 +143,14 @@ def _pack(members: Sequence[tuple[Trajectory, int]], device: torch.device) -> Pa
     return PackedPart(input_ids_1T, PackedLayout.build(lengths, device), columns_n, rows_n)
 
 
-def read_part(model: LanguageModel, part: PackedPart) -> Tensor:
+def read_part(model: LanguageModel, part: Part) -> Tensor:
     """The final hidden state (after the last norm) before each response token of a part, [n, H].
 
     An empty part gives [0, H] that still hangs on the model: a rank without sequences runs the
     same forward and backward passes as the others.
     """
+    if isinstance(part, EncodedPart):
+        return read_encoded_part(model, part)
     return read_line(model, part.input_ids_1T, part.layout).index_select(0, part.columns_n)
 
 

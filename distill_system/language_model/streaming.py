@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from distill_system.errors import ModelError
 from distill_system.language_model.configuration_files import read_configuration
 from distill_system.language_model.embeddings import local_folder
+from distill_system.language_model.encoder_decoder import model_class
 from distill_system.language_model.families import find_family, name_in_files
 from distill_system.language_model.models import LanguageModel
 from distill_system.language_model.packed_attention import choose_attention
@@ -37,7 +38,7 @@ def build_empty_model(path: str, *, trust_remote_code: bool = False) -> Language
         config = read_configuration(path, trust_remote_code=trust_remote_code)
         find_family(config, repr(path))
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(config).from_config(
                 config,
                 dtype=torch.float32,
                 trust_remote_code=trust_remote_code,
@@ -47,7 +48,7 @@ def build_empty_model(path: str, *, trust_remote_code: bool = False) -> Language
         raise
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"cannot build a causal language model from {path!r}: {error}. Give a folder with "
+            f"cannot build a language model from {path!r}: {error}. Give a folder with "
             "config.json and *.safetensors, or a model name of the Hugging Face hub"
         ) from error
     model.tie_weights()

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from distill_system.errors import ModelError
 from distill_system.language_model.configuration_files import one_line, read_json_object
+from distill_system.language_model.encoder_decoder import model_class
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -237,7 +237,7 @@ def _judge(
     try:
         with _silence():
             with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(
+                skeleton = model_class(config).from_config(
                     config, trust_remote_code=trust_remote_code
                 )
             return type(skeleton).from_pretrained(

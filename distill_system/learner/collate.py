@@ -90,10 +90,11 @@ def collate(
     device: torch.device,
     *,
     num_parts: int = 1,
+    decoder_start: int | None = None,
 ) -> LearnerBatch:
     """Join this rank's chunks; targets[i] belongs to chunks[i], None where no teacher read.
 
-    num_parts: in how many parts the model reads them.
+    num_parts: in how many parts the model reads them.  decoder_start: see SequenceBatch.collate.
     Raises: RecordError if a trajectory and its targets disagree, or on-policy trajectories do not
         say which weights wrote them, or were sampled at different temperatures.
     """
@@ -110,7 +111,9 @@ def collate(
     every = [t for stream_trajectories in trajectories.values() for t in stream_trajectories]
     on_policy = trajectories.get(Stream.ON_POLICY)
     return LearnerBatch(
-        sequences=SequenceBatch.collate(every, device, num_parts=num_parts),
+        sequences=SequenceBatch.collate(
+            every, device, num_parts=num_parts, decoder_start=decoder_start
+        ),
         trajectories=trajectories,
         teacher=teacher,
         totals=totals,

@@ -20,7 +20,13 @@ from distill_system.config.distill import StalenessConfig
 from distill_system.config.model import LearnerConfig, LoraUpdate, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.errors import NonFiniteError
-from distill_system.language_model import SequenceBatch, count_parts, logit_cap, unembedding
+from distill_system.language_model import (
+    SequenceBatch,
+    count_parts,
+    find_decoder_start,
+    logit_cap,
+    unembedding,
+)
 from distill_system.learner.acting_weights import acting_weights, round_parameters
 from distill_system.learner.adapters import (
     MergedSource,
@@ -305,7 +311,12 @@ class Learner:
         Every rank reads all of them, since ranks that share a model go in step: for a few.
         """
         limit = self.config.max_tokens_per_microbatch
-        sequences = SequenceBatch.collate(trajectories, self.device, max_tokens=limit)
+        sequences = SequenceBatch.collate(
+            trajectories,
+            self.device,
+            max_tokens=limit,
+            decoder_start=find_decoder_start(self.model),
+        )
         with self._acting(self.version):
             hidden_NH = Microbatches(self.policy, sequences).read()
             heads = self._heads()
@@ -429,7 +440,14 @@ class Learner:
         if limit is not None:
             lengths = [int(t.token_ids.size) for chunk in chunks for t in chunk.trajectories]
             num_parts = self.ranks.max(count_parts(lengths, limit))
-        return collate(chunks, targets, totals, self.device, num_parts=num_parts)
+        return collate(
+            chunks,
+            targets,
+            totals,
+            self.device,
+            num_parts=num_parts,
+            decoder_start=find_decoder_start(self.model),
+        )
 
     def _heads(self) -> PolicyHeads:
         return self.teacher.build_heads(

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill_system.language_model import PackedPart, SequenceBatch, read_part
+from distill_system.language_model import Part, SequenceBatch, read_part
 from distill_system.learner.sharding import Policy
 
 
@@ -52,5 +52,5 @@ class Microbatches:
             assert read_nH.grad is not None, "the rows of every part stand in the loss"
             self._read(part).backward(read_nH.grad)
 
-    def _read(self, part: PackedPart) -> Tensor:
+    def _read(self, part: Part) -> Tensor:
         return self.policy(partial(read_part, part=part))

@@ -24,7 +24,7 @@ from distill_system.offline.cached_targets import CachedTargets
 from distill_system.offline.samples import SampleKeeper, cut_batches, plan_samples
 from distill_system.offline.workers import SampleWriter
 from distill_system.records import Author
-from distill_system.run.model_checks import check_engine
+from distill_system.run.model_checks import check_engine, has_encoder
 from distill_system.run.model_sources import with_folders
 from distill_system.run.preparation import (
     open_run,
@@ -78,6 +78,10 @@ def generate(request: GenerateRequest) -> Path:
         config = with_folders(config, run)
         request = replace(request, config=config)
         tokenizer = prepare_tokenizer(config, run)
+        if has_encoder(config):
+            raise ConfigError(
+                "generate: the trajectory store does not know the prompts of encoder-decoders yet"
+            )
         origin = sample_origin(config, run, tokenizer, request.author)
         store = TrajectoryStore(folder, origin.tokenizer_fingerprint)
         targets = CachedTargets(config, run, tokenizer, folder)

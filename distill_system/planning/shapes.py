@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
@@ -20,6 +20,7 @@ from distill_system.language_model import (
     LanguageModel,
     choose_attention,
     is_gguf,
+    model_class,
     unembedding,
 )
 from distill_system.learner.sharding import find_blocks
@@ -123,7 +124,7 @@ def build_empty(shape: ModelShape) -> LanguageModel:
 
 def _build(config: Any, *, trust_remote_code: bool) -> LanguageModel:
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model = model_class(config).from_config(
             config,
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 _SPARE_COLUMNS = 32
 """Room beyond what is needed, so that the buffers grow once in so many tokens and not with each."""
@@ -106,6 +106,11 @@ class RunningCache(Cache):  # type: ignore[misc]  # untyped base
             layer.select(rows_B, first_column)
         self.starts_B = self.starts_B[rows_B] - first_column
 
+    @property
+    def filled(self) -> list[Tensor]:
+        """Keys and values of every layer."""
+        return [states for layer in self.layers for states in (layer.keys, layer.values)]
+
     def join(self, other: RunningCache) -> None:
         """Put another's sequences below these."""
         length = max(self.length, other.length)
@@ -114,6 +119,46 @@ class RunningCache(Cache):  # type: ignore[misc]  # untyped base
         )
         for mine, others in zip(self.layers, other.layers, strict=True):
             mine.join(others)
+
+
+class RunningEncodedCache(EncoderDecoderCache):  # type: ignore[misc]  # untyped base
+    """The caches of a decoder whose sequences have an encoder's states beside their own tokens.
+
+    encoded_starts_B: int64, the first column of each sequence among the encoder's.
+    """
+
+    def __init__(self, starts_B: Tensor, encoded_starts_B: Tensor) -> None:
+        super().__init__(RunningCache(starts_B), RunningCache(encoded_starts_B))
+
+    @property
+    def length(self) -> int:
+        """Columns that are filled, of the decoder."""
+        return int(self.self_attention_cache.length)
+
+    @property
+    def filled(self) -> list[Tensor]:
+        """Keys and values of every layer, of the decoder's own tokens."""
+        return list(self.self_attention_cache.filled)
+
+    def see(self, num_new: int) -> tuple[Tensor, Tensor]:
+        """See RunningCache; of the decoder."""
+        seen: tuple[Tensor, Tensor] = self.self_attention_cache.see(num_new)
+        return seen
+
+    def see_encoded(self, num_new: int) -> Tensor:
+        """Which of the encoder's columns each sequence sees, bool [B, columns]."""
+        sees: Tensor = self.cross_attention_cache.see(num_new)[0]
+        return sees
+
+    def select(self, rows_B: Tensor, first_column: int) -> None:
+        """Keep these sequences, in this order; no kept one's own tokens begin before."""
+        self.self_attention_cache.select(rows_B, first_column)
+        self.cross_attention_cache.select(rows_B, 0)
+
+    def join(self, other: RunningEncodedCache) -> None:
+        """Put another's sequences below these."""
+        self.self_attention_cache.join(other.self_attention_cache)
+        self.cross_attention_cache.join(other.cross_attention_cache)
 
 
 def _grown(buffer: Tensor, states_BhTd: Tensor, length: int) -> Tensor:

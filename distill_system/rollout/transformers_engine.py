@@ -8,6 +8,8 @@ a sample than the rounding of its logits.
                                               v
     waiting --------------------> running: a token each, step by step --> finished
 
+Of an encoder-decoder the encoder reads the prompt, and the decoder begins with its start token.
+
 Axes: B sequences, T tokens read at once, L their longest, V vocabulary.
 """
 
@@ -22,7 +24,14 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from torch.nn.functional import embedding
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -30,7 +39,7 @@ from distill_system.errors import ModelError, ResourceError
 from distill_system.records import Int32Array
 from distill_system.rollout.drawing import draw_tokens, draw_uniforms
 from distill_system.rollout.engine import Completion, EngineSpecification, GenerationEngine
-from distill_system.rollout.running_cache import RunningCache
+from distill_system.rollout.running_cache import RunningCache, RunningEncodedCache
 from distill_system.rollout.sampling import Sampling
 from distill_system.weights.receiver import WeightReceiver
 
@@ -49,13 +58,15 @@ sequence that ended before it has written the rest for nothing."""
 class _Sequence:
     """One request, and what has been written of it.
 
-    uniforms: float64 [max_response_tokens].  spans: (version, start, end) of the response.
+    uniforms: float64 [max_response_tokens].  decoder_start: None without an encoder.
+    spans: (version, start, end) of the response.
     """
 
     name: str
     prompt: Int32Array
     sampling: Sampling
     uniforms: np.ndarray
+    decoder_start: int | None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     spans: list[tuple[int, int, int]] = field(default_factory=list)
@@ -67,8 +78,15 @@ class _Sequence:
         return self.sampling.max_response_tokens - len(self.tokens)
 
     def read_ids(self) -> np.ndarray:
-        """Prompt and response so far, int64 [L]."""
-        return np.concatenate([self.prompt, np.array(self.tokens, np.int32)]).astype(np.int64)
+        """What the decoder reads: prompt or start token, and the response so far, int64 [L]."""
+        first = self.prompt if self.decoder_start is None else [self.decoder_start]
+        return np.concatenate([first, self.tokens]).astype(np.int64)
+
+    @property
+    def num_cached(self) -> int:
+        """Columns of the cache, once it runs: its last token is written and not yet read."""
+        first = self.prompt.size if self.decoder_start is None else 1
+        return int(first) + len(self.tokens) - 1
 
     def write(self, token: int, logprob: float, version: int, stops: frozenset[int]) -> None:
         """Take one token in, unless an earlier one ended the response."""
@@ -111,13 +129,16 @@ class TransformersEngine(GenerationEngine):
         rows: int = self._model.get_output_embeddings().weight.shape[0]
         self.vocabulary_size = specification.vocabulary_size or rows
         self._stops = _stop_token_ids(self._model, specification)
-        self._most_at_once = _count_sequences(self._model, specification, self._device)
+        self._decoder_start = _find_decoder_start(self._model, specification)
+        self._places_BT: Tensor | None = None  # of the tokens that are being read
+        self._follow_places()
         self._keep_stale_cache = specification.keep_stale_cache
         self._receiver = WeightReceiver(self._model)
         self._version = 0
         self._waiting: list[_Sequence] = []
         self._running: list[_Sequence] = []
-        self._cache: RunningCache | None = None  # of the running sequences, in their order
+        self._cache: Any = None  # of the running sequences, in their order
+        self._most_at_once = self._count_sequences(specification)
         self.start_seconds = time.perf_counter() - began
 
     def add(self, name: str, prompt: Int32Array, sampling: Sampling, seed: int) -> None:
@@ -127,6 +148,7 @@ class TransformersEngine(GenerationEngine):
             prompt=prompt,
             sampling=sampling,
             uniforms=draw_uniforms(seed, sampling.max_response_tokens),
+            decoder_start=self._decoder_start,
         )
         self._waiting.append(sequence)
         self._under_way[name] = sequence
@@ -190,7 +212,7 @@ class TransformersEngine(GenerationEngine):
             self._running += groups.pop(0)
         self._retire()
 
-    def _read_whole(self, group: Sequence[_Sequence]) -> RunningCache:
+    def _read_whole(self, group: Sequence[_Sequence]) -> Any:
         """Read sequences from their first token on, and write one token of each."""
         rows = [sequence.read_ids() for sequence in group]
         longest = max(map(len, rows))
@@ -198,15 +220,18 @@ class TransformersEngine(GenerationEngine):
         for ids_L, row in zip(ids_BL, rows, strict=True):
             ids_L[longest - len(row) :] = row
         starts_B = self._to_device([longest - len(row) for row in rows])
-        cache = RunningCache(starts_B)
-        logits_BV = self._read(self._to_device(ids_BL), cache)
+        cache: Any = RunningCache(starts_B)
+        encoded_BPH = None
+        if self._decoder_start is not None:
+            encoded_BPH, encoded_starts_B = self._encode([s.prompt for s in group])
+            cache = RunningEncodedCache(starts_B, encoded_starts_B)
+        logits_BV = self._read(self._to_device(ids_BL), cache, encoded_BPH)
         drawn = _Draws(group, self._device, num_steps=1)
         self._take(group, *drawn.draw(logits_BV, 0))
         return cache
 
     def _write_on(self) -> None:
         """Some tokens of every running sequence, without waiting for the device between them."""
-        assert self._cache is not None, "what runs has a cache"
         most = _STEPS_BETWEEN_LOOKS[self._device.type]
         num_steps = min(most, *(sequence.num_left for sequence in self._running))
         draws = _Draws(self._running, self._device, num_steps=num_steps)
@@ -220,18 +245,96 @@ class TransformersEngine(GenerationEngine):
         self._take(self._running, tokens_BS, logprobs_BS)
         self._retire()
 
-    def _read(self, ids_BT: Tensor, cache: RunningCache) -> Tensor:
-        """Logits after the last of T further tokens of each sequence, [B, V]."""
-        sees_BC, places_BT = cache.see(ids_BT.shape[1])
+    def _encode(self, prompts: Sequence[Int32Array]) -> tuple[Tensor, Tensor]:
+        """The encoder's states of prompts, all ending in the last column [B, P, H], and where each
+        begins, int64 [B].
+        """
+        sizes = np.array([prompt.size for prompt in prompts])
+        columns = np.arange(sizes.max())
+        ids_BP = np.zeros((len(prompts), sizes.max()), np.int64)
+        for ids_P, prompt in zip(ids_BP, prompts, strict=True):
+            ids_P[: prompt.size] = prompt  # padded behind: some encoders count their places
+        is_prompt_BP = torch.from_numpy(columns < sizes[:, None]).to(self._device)
+        states_BPH = self._model.get_encoder()(
+            input_ids=self._to_device(ids_BP), attention_mask=is_prompt_BP
+        ).last_hidden_state
+        starts = sizes.max() - sizes
+        source_BP = self._to_device(np.maximum(columns - starts[:, None], 0))
+        rows_B1 = torch.arange(len(prompts), device=self._device)[:, None]
+        return states_BPH[rows_B1, source_BP], self._to_device(starts)
+
+    def _read(self, ids_BT: Tensor, cache: Any, encoded_BPH: Tensor | None = None) -> Tensor:
+        """Logits after the last of T further tokens of each sequence, [B, V].
+
+        encoded_BPH: the encoder's states, with a cache that does not have them yet.
+        """
+        sees_BC, self._places_BT = cache.see(ids_BT.shape[1])
+        if self._decoder_start is None:
+            output = self._model(
+                input_ids=ids_BT,
+                attention_mask=sees_BC,
+                position_ids=self._places_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            return output.logits[:, -1, : self.vocabulary_size]
+        sees_encoded_BP = cache.see_encoded(0 if encoded_BPH is None else encoded_BPH.shape[1])
+        if encoded_BPH is None:  # the cache has what is computed of them
+            encoded_BPH = sees_encoded_BP.new_empty((*sees_encoded_BP.shape, 0))
         output = self._model(
-            input_ids=ids_BT,
-            attention_mask=sees_BC,
-            position_ids=places_BT,
+            encoder_outputs=(encoded_BPH,),
+            attention_mask=sees_encoded_BP,
+            decoder_input_ids=ids_BT,
+            decoder_attention_mask=sees_BC,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
         )
         return output.logits[:, -1, : self.vocabulary_size]
+
+    def _follow_places(self) -> None:
+        """Where a decoder embeds places by columns (BART), let it embed each sequence's own."""
+        if self._decoder_start is None:
+            return
+        places = getattr(self._model.get_decoder(), "embed_positions", None)
+        if places is None:
+            return
+
+        def embed(module: Any, arguments: Any, columns: Tensor) -> Tensor:
+            assert self._places_BT is not None, "set before the model is called"
+            return embedding(self._places_BT + module.offset, module.weight)
+
+        places.register_forward_hook(embed)
+
+    @torch.no_grad()
+    def _count_sequences(self, specification: EngineSpecification) -> int:
+        """How many sequences of full length run at once: as configured, and as the cache has room.
+
+        Of an encoder-decoder a prompt's token takes as much room as a response's.
+        Raises: ResourceError if there is no room for one.
+        """
+        config = specification.config
+        if config.kv_cache_mebibytes is None:
+            return config.max_num_sequences
+        probe = _Sequence(
+            name="probe",
+            prompt=np.zeros(1, np.int32),
+            sampling=Sampling(temperature=0.0, max_response_tokens=2),
+            uniforms=np.zeros(2),
+            decoder_start=self._decoder_start,
+        )
+        filled = self._read_whole([probe]).filled
+        bytes_of_one = specification.max_model_length * sum(states.nbytes for states in filled)
+        room = (config.kv_cache_mebibytes << 20) // bytes_of_one
+        if room < 1:
+            raise ResourceError(
+                f"the key-value cache of {specification.model_path!r} is too small for one "
+                f"sequence of {specification.max_model_length} tokens (data.max_prompt_tokens + "
+                "rollout.sampling.max_response_tokens), which takes "
+                f"{bytes_of_one / 2**20:.1f} MiB: raise {specification.config_key}"
+                f".kv_cache_mebibytes, now {config.kv_cache_mebibytes}, or shorten the sequences"
+            )
+        return min(config.max_num_sequences, room)
 
     def _take(self, group: Sequence[_Sequence], tokens: Tensor, logprobs: Tensor) -> None:
         """Bring what was drawn, [B] or [B, S], to the sequences."""
@@ -258,10 +361,7 @@ class TransformersEngine(GenerationEngine):
         if not kept:
             self._cache = None
             return
-        assert self._cache is not None, "what runs has a cache"
-        # The last token of each is written and not yet read.
-        lengths = [s.prompt.size + len(s.tokens) - 1 for s in self._running]
-        first_column = self._cache.length - max(lengths)
+        first_column = self._cache.length - max(s.num_cached for s in self._running)
         self._cache.select(self._to_device(kept), first_column)
 
     def _to_device(self, numbers: Any) -> Tensor:
@@ -313,7 +413,9 @@ def _load_model(specification: EngineSpecification, device: torch.device) -> Any
             "install torch for CUDA, or set the pool's gpus to 0"
         )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        shape = AutoConfig.from_pretrained(path, trust_remote_code=specification.trust_remote_code)
+        kind = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
+        model, info = kind.from_pretrained(
             path,
             dtype=getattr(torch, specification.config.dtype),
             trust_remote_code=specification.trust_remote_code,
@@ -341,41 +443,32 @@ def _stop_token_ids(model: Any, specification: EngineSpecification) -> frozenset
     return frozenset((*own, *specification.stop_token_ids))
 
 
-@torch.no_grad()
-def _count_sequences(model: Any, specification: EngineSpecification, device: torch.device) -> int:
-    """How many sequences of full length run at once: as configured, and as the cache has room.
-
-    Raises: ResourceError if there is no room for one.
-    """
-    config = specification.config
-    if config.kv_cache_mebibytes is None:
-        return config.max_num_sequences
-    cache = RunningCache(torch.zeros(1, dtype=torch.int64, device=device))
-    sees, places = cache.see(1)
-    token = torch.zeros_like(places)
-    model(input_ids=token, attention_mask=sees, position_ids=places, past_key_values=cache)
-    filled = (states for layer in cache.layers for states in (layer.keys, layer.values))
-    bytes_of_one = specification.max_model_length * sum(states.nbytes for states in filled)
-    room = (config.kv_cache_mebibytes << 20) // bytes_of_one
-    if room < 1:
-        raise ResourceError(
-            f"the key-value cache of {specification.model_path!r} is too small for one sequence of "
-            f"{specification.max_model_length} tokens (data.max_prompt_tokens + "
-            "rollout.sampling.max_response_tokens), which takes "
-            f"{bytes_of_one / 2**20:.1f} MiB: raise {specification.config_key}"
-            f".kv_cache_mebibytes, now {config.kv_cache_mebibytes}, or shorten the sequences"
+def _find_decoder_start(model: Any, specification: EngineSpecification) -> int | None:
+    """The token that a decoder begins with; None of a model without an encoder."""
+    if not model.config.is_encoder_decoder:
+        return None
+    said = (model.config, model.generation_config)
+    starts = [getattr(config, "decoder_start_token_id", None) for config in said]
+    start = next((token for token in starts if token is not None), None)
+    if start is None:
+        raise ModelError(
+            f"{specification.model_path!r}: expected the token that its decoder begins with, found "
+            "none. Give decoder_start_token_id in its config.json"
         )
-    return min(config.max_num_sequences, room)
+    return int(start)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor:
     """transformers' own mask, always made: whether it may be left out is asked of the device.
 
-    A column before a sequence's first one sees itself, or its attention would be over nothing.
+    A column before a sequence's first one sees itself, or its attention would be over nothing; what
+    is no causal mask leaves every token a prompt to see.
     """
-    sees_B1TC = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    is_causal = not kwargs.get("allow_is_bidirectional_skip", False)
+    always = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    sees_B1TC = sdpa_mask(*args, **{**kwargs, **always})
     num_queries, num_columns = sees_B1TC.shape[-2:]
-    if num_queries == 1:
+    if num_queries == 1 or not is_causal:
         return sees_B1TC
     own = torch.ones(num_queries, num_columns, dtype=torch.bool, device=sees_B1TC.device)
     first = num_columns - num_queries

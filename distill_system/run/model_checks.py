@@ -74,8 +74,13 @@ def check_engine(config: RunConfig) -> None:
         raise ConfigError(
             "rollout.engine=vllm: vLLM is not installed here. Install it (`make environment` on a "
             'CPU, pip install -e ".[cuda]" with GPUs), or set rollout.engine=transformers, which '
-            "needs nothing more and is slower"
+            "needs nothing more"
         )
+
+
+def has_encoder(config: RunConfig) -> bool:
+    """Whether teacher and student are encoder-decoders; check_models has refused one of each."""
+    return bool(_shape("student", config.student).is_encoder_decoder)
 
 
 def check_models(config: RunConfig, tokenizer: Any) -> None:
@@ -84,6 +89,7 @@ def check_models(config: RunConfig, tokenizer: Any) -> None:
     Refuses also what transformers and vLLM would read differently in one config.json.
     Raises: ModelError or ConfigError, naming the model and the key to change.
     """
+    _check_kinds(config)
     for role, model in _models(config):
         _check_model(role, model, tokenizer, config)
     _check_update(config)
@@ -191,7 +197,8 @@ def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfi
     _check_head_size(role, model, shape, config)
     if model.path is None:
         return  # a model of random weights takes vocabulary and length from the run
-    check_settings(shape, f"{role}.path={model.path!r}", longest=config.max_model_length)
+    if config.rollout.engine == "vllm":  # the other engine reads a model as the learner does
+        check_settings(shape, f"{role}.path={model.path!r}", longest=config.max_model_length)
     _check_vocabulary(role, model, shape.vocab_size, tokenizer)
     limit, longest = _context_limit(shape), config.max_model_length
     if limit is not None and limit < longest:
@@ -204,6 +211,29 @@ def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfi
     if role == "student" or model.sft is not None:  # models that the run will export
         require_trainable(shape, f"{role}.path={model.path!r}")
         check_exportable(role, model)
+
+
+def _check_kinds(config: RunConfig) -> None:
+    """Check that both models are of one kind, and that everything the run uses knows it."""
+    kinds = {role: _shape(role, model).is_encoder_decoder for role, model in _models(config)}
+    if kinds["teacher"] != kinds["student"]:
+        role = "teacher" if kinds["teacher"] else "student"
+        raise ModelError(
+            f"the {role} is an encoder-decoder and the other model is not: they would read a "
+            "prompt in two ways. Choose two encoder-decoders (t5, bart) or two decoders"
+        )
+    if not kinds["student"]:
+        return
+    if config.rollout.engine == "vllm":
+        raise ConfigError(
+            "rollout.engine=vllm: vLLM does not generate with encoder-decoders, which teacher and "
+            "student are; set rollout.engine=transformers"
+        )
+    if "store" in config.distill.off_policy_mixture:
+        raise ConfigError(
+            "distill.off_policy_source=store: the trajectory store does not know the prompts of "
+            "encoder-decoders yet; use teacher or dataset"
+        )
 
 
 def _check_update(config: RunConfig) -> None:

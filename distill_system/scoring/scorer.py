@@ -21,6 +21,7 @@ from distill_system.errors import NonFiniteError
 from distill_system.language_model import (
     SequenceBatch,
     cut_rows,
+    find_decoder_start,
     load_language_model,
     logit_cap,
     read_hidden,
@@ -153,7 +154,10 @@ class TeacherScorer:
     ) -> list[TeacherTargets]:
         """What the teacher says now."""
         batch = SequenceBatch.collate(
-            trajectories, self.device, max_tokens=self.config.max_tokens_per_batch
+            trajectories,
+            self.device,
+            max_tokens=self.config.max_tokens_per_batch,
+            decoder_start=find_decoder_start(self.model),
         )
         hidden_NH = read_hidden(self.model, batch)
         self._require_finite(hidden_NH, trajectories)

@@ -142,7 +142,8 @@ def _load_objectives(request: ComparisonRequest) -> dict[str, RunConfig]:
                 f"--objectives: expected names that differ from one another and from 'shared' and "
                 f"'pilot', got {label!r} in {list(request.objectives)}"
             )
-        configs[label] = load_config([*request.paths, recipe_path(name)], request.overrides)
+        config = load_config([*request.paths, recipe_path(name)], request.overrides)
+        configs[label] = config.model_copy(update={"hub": None})  # no run of many is the student
     return configs
 
 

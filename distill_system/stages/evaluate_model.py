@@ -20,13 +20,14 @@ from distill_system.config import RunConfig
 from distill_system.config.data import PretrainedTokenizer
 from distill_system.config.distill import DistillConfig
 from distill_system.config.model import ModelConfig
-from distill_system.data import build_tokenizer, load_run_data
+from distill_system.data import build_tokenizer
 from distill_system.driver.measuring import score_splits
 from distill_system.evaluation import SplitEvaluation, check_evaluation
 from distill_system.observe import LiveView
 from distill_system.observe.formats import format_metric, format_value
 from distill_system.observe.run_directory import RunDirectory, write_json
 from distill_system.run.model_checks import check_folders, check_models
+from distill_system.run.model_data import load_model_data
 from distill_system.run.pools import open_evaluation_pool
 
 
@@ -57,7 +58,7 @@ def evaluate_model(
     check_folders(config)
     tokenizer = build_tokenizer(config, None)
     check_models(config, tokenizer)
-    data = load_run_data(config, tokenizer, ["evaluation"])
+    data = load_model_data(config, tokenizer, ["evaluation"])
     check_evaluation(config.evaluation, data.evaluation, data.places)
     path = _default_path(config, model) if out is None else out
     with LiveView(f"{config.name}: {model}") as view:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from distill_system.cluster import machine_supply
 from distill_system.config import RunConfig, load_config
 from distill_system.data import build_tokenizer, load_run_data
+from distill_system.data.layouts import PROMPT_COLUMNS, TEXT_COLUMN
 from distill_system.errors import ConfigError, DataError
 from distill_system.planning import ModelShape, read_shape
 from distill_system.records import Prompt, Trajectory
@@ -72,14 +72,38 @@ def _read_rows(teacher: str, student: str, data: Path) -> Rows:
     config = _provisional(teacher, student, data, source, chat=uses_chat_template)
     prompts: Sequence[Prompt] = load_run_data(config, tokenizer, ["prompts"]).prompts
     answers: Sequence[Trajectory] = ()
-    with suppress(DataError):  # the file has prompts alone
+    try:
         answers = load_run_data(config, tokenizer, ["student_sft"]).student_sft
+    except DataError:  # prompts alone, which the test set must be told
+        source = _without_answers(teacher, student, data, source, tokenizer)
     return Rows(
         source=source,
         lengths=[int(prompt.token_ids.size) for prompt in prompts],
         answers=[answer.num_response_tokens for answer in answers],
         uses_chat_template=uses_chat_template,
     )
+
+
+def _without_answers(
+    teacher: str, student: str, data: Path, source: Mapping[str, Any], tokenizer: Any
+) -> dict[str, Any]:
+    """The source with the column of its prompts named, and none of answers.
+
+    Raises: DataError if no column of a usual name can be read.
+    """
+    problem = None
+    for column in (*PROMPT_COLUMNS, "instruction", TEXT_COLUMN):
+        fields = {"format": "prompt_response", "prompt": column, "response": None}
+        named = {**source, "fields": fields}
+        try:
+            config = _provisional(teacher, student, data, named, chat=False)
+            load_run_data(config, tokenizer, ["prompts"])
+        except DataError as error:
+            problem = problem or error
+        else:
+            return named
+    assert problem is not None, "there are usual names"
+    raise problem
 
 
 def _provisional(

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from distill_system.cluster import ClusterSession, require_room
 from distill_system.config import RunConfig
-from distill_system.data import RunData, load_run_data
+from distill_system.data import RunData
 from distill_system.data.run_data import SetName
 from distill_system.driver import Driver
 from distill_system.driver.measuring import Measuring
@@ -26,6 +26,7 @@ from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
 from distill_system.run.model_checks import check_data, check_engine
+from distill_system.run.model_data import load_model_data
 from distill_system.run.model_sources import with_folders
 from distill_system.run.pools import open_pools
 from distill_system.run.preparation import (
@@ -170,11 +171,10 @@ def open_context(
 
     Models and data are checked before the cluster starts, so that mistakes show within seconds.
     """
-    require_room(config, None if "held_out" in sets else ["learner"])
     tokenizer = prepare_tokenizer(config, run)
     reads_store = "stored" in sets
     teacher = sample_origin(config, run, tokenizer, Author.TEACHER) if reads_store else None
-    data = load_run_data(
+    data = load_model_data(
         config,
         tokenizer,
         sets,
@@ -183,6 +183,7 @@ def open_context(
     )
     check_data(config, data)
     check_evaluation(config.evaluation, data.evaluation, data.places)
+    require_room(config, None if "held_out" in sets else ["learner"])
     with ExitStack() as stack:
         view = stack.enter_context(LiveView(config.name))
         for line in settings_notes(config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 
 import distill_system
-from distill_system import configure, distill
+from distill_system import DistillResult, configure, distill
 from distill_system.errors import ConfigError
 from distill_system.observe import RunDirectory
 
-QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs/quickstart.yaml"
 
 
 def test_importing_the_package_imports_nothing_else() -> None:
@@ -88,3 +90,35 @@ def test_a_run_comes_back_as_an_object(tmp_path: Path, monkeypatch: pytest.Monke
         {"step": 0, "held_out/x": None},
         {"step": 1, "learner/loss": 1.0},
     ]
+
+
+def test_the_example_script_runs_on_two_models_and_a_file_of_rows(
+    tiny_model_folder: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All of it but the training: the configuration is checked, the student is a real model."""
+    rows = [{"prompt": f"w{4 + at} w9", "response": "w7"} for at in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    student = tiny_model_folder(seed=2, num_layers=1)
+    asked: list[Any] = []
+
+    def instead(settings: Any, *overrides: str, resume: bool) -> DistillResult:
+        asked.append(configure(settings, *overrides))
+        return DistillResult(
+            run=tmp_path,
+            student=student,
+            summary={"scores": {"test": {"rouge_l_greedy": {"after": 12.34}}}},
+            metrics={"distill": [{"step": 5, "held_out/cross_entropy": 3.5}, {"step": 6}]},
+        )
+
+    monkeypatch.setattr("distill_system.api.distill", instead)
+    monkeypatch.chdir(tmp_path)
+    script = runpy.run_path(str(ROOT / "configs/distill_from_python.py"))
+    script["main"](str(tiny_model_folder(seed=1)), str(student), "rows.jsonl")
+    assert asked[0].distill.steps == 20
+    assert asked[0].distill.optimizer.learning_rate == 1e-4
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["rouge_l_greedy: 12.3", "step 5: held-out cross-entropy 3.500"]
+    assert said[2].startswith("Say something. -> ")

@@ -57,7 +57,8 @@ def _gradients(model, logits_TV):
 
 def test_every_family_of_the_table_has_a_tiny_model():
     tried = {make_configuration(variant, num_rows=64).model_type for variant in LISTED}
-    assert tried == FAMILIES.keys()
+    decoders = {name for name, family in FAMILIES.items() if not family.is_encoder_decoder}
+    assert tried == decoders, "the others are in test_encoder_decoder.py"
 
 
 @pytest.mark.parametrize("variant", [*LISTED, "stablelm"])

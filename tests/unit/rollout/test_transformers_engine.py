@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_families import save_family
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from distill_system.config.rollout import EngineConfig
 from distill_system.errors import ModelError, ResourceError
@@ -22,7 +22,8 @@ from distill_system.rollout.transformers_engine import TransformersEngine
 NUM_TOKENS, MAX_RESPONSE = 64, 24
 WARM = Sampling(temperature=0.8, max_response_tokens=MAX_RESPONSE)
 COLD = Sampling(temperature=0.0, max_response_tokens=MAX_RESPONSE)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "opt", "opt_350m")
+ENCODER_DECODERS = ("t5", "t5_gated", "bart")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "opt", "opt_350m")
 Build = Callable[..., TransformersEngine]
 
 
@@ -68,6 +69,10 @@ def _prompts(count: int = 12, seed: int = 0) -> list[np.ndarray]:
 
 def _logits(model: Any, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
     """Before each response token, of the tokens alone; the sequence is read by itself."""
+    if model.config.is_encoder_decoder:
+        ids, labels = (torch.from_numpy(each.astype(np.int64))[None] for each in (prompt, response))
+        with torch.no_grad():
+            return model(input_ids=ids, labels=labels).logits[0, :, :NUM_TOKENS].float()
     ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))
     with torch.no_grad():
         return model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1, :NUM_TOKENS].float()
@@ -80,11 +85,17 @@ def _error(model: Any, prompt: np.ndarray, completion: Completion, temperature: 
     return float((truth - torch.from_numpy(completion.logprobs)).abs().max())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def _plain(folder: Path) -> Any:
+    is_encoder_decoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
+    kind = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("family", [*DECODERS, *ENCODER_DECODERS])
 def test_a_family_is_written_as_its_own_model_reads(build: Build, folder: Any, family: str) -> None:
     """Twelve prompts over five places: sequences join and leave while others go on."""
     engine = build(family)
-    truth = AutoModelForCausalLM.from_pretrained(folder(family)).eval()
+    truth = _plain(folder(family))
     prompts = _prompts()
     for sampling, temperature in ((WARM, 0.8), (COLD, 1.0)):
         completions = engine.complete(prompts, sampling, range(12))
@@ -174,17 +185,19 @@ def test_what_is_dropped_is_forgotten_wherever_it_is(build: Build) -> None:
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_weights_that_come_between_two_tokens(build: Build, keeps: bool) -> None:
+@pytest.mark.parametrize("family", ["llama", "t5", "bart"])
+def test_weights_that_come_between_two_tokens(build: Build, family: str, keeps: bool) -> None:
     """Read again, the tokens to come are the new weights' own; a stale cache is of no one model."""
-    engine, prompts = build(keep_stale_cache=keeps), _prompts(5)
+    engine, prompts = build(family, keep_stale_cache=keeps), _prompts(5)
     for at, prompt in enumerate(prompts):
         engine.add(f"n{at}", prompt, WARM, at)
-    for _ in range(4):
+    for _ in range(2):
         engine._step()
     torch.manual_seed(0)
-    old = build()._model
+    old, new = (_plain(Path(engine._model.config.name_or_path)) for _ in range(2))
     for parameter in engine._model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.2)
+    new.load_state_dict(engine._model.state_dict())
     engine.commit_version(6)
     finished: dict[str, Completion] = {}
     while engine._under_way:
@@ -200,7 +213,7 @@ def test_weights_that_come_between_two_tokens(build: Build, keeps: bool) -> None
         (first, start, middle), (second, again, end) = completion.version_spans
         assert (first, start, again, second) == (0, 0, middle, 6)
         assert end == completion.token_ids.size
-        for model, part in ((old, slice(0, middle)), (engine._model, slice(middle, end))):
+        for model, part in ((old, slice(0, middle)), (new, slice(middle, end))):
             logits = _logits(model, prompt, completion.token_ids)[part] / 0.8
             ids = torch.from_numpy(completion.token_ids[part].astype(np.int64))[:, None]
             truth = logits.log_softmax(-1).gather(-1, ids)[:, 0].numpy()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_families import save_tokenizer
+from tiny_families import save_family, save_tokenizer
 from transformers import AutoTokenizer
 
 from distill_system.config import RunConfig
@@ -23,6 +23,7 @@ from distill_system.run.model_checks import (
     check_data,
     check_folders,
     check_models,
+    has_encoder,
     is_local_path,
 )
 
@@ -223,3 +224,50 @@ def test_a_setting_that_one_library_passes_over_is_told_with_the_key(
     path.write_text(json.dumps({**json.loads(path.read_text()), "logit_scale": 0.25}))
     with pytest.raises(ModelError, match=r"teacher\.path=.*logit_scale: expected 1\.0, got 0\.25"):
         _check(configure(f"teacher.path={tmp_path / 'model'}"))
+
+
+@pytest.fixture
+def encoder_decoder(tmp_path: Path) -> str:
+    return str(save_family(tmp_path / "t5", "t5"))
+
+
+def test_two_encoder_decoders_pass_with_the_engine_that_generates_with_them(
+    configure: Configure, encoder_decoder: str
+) -> None:
+    both = (f"teacher.path={encoder_decoder}", f"student.path={encoder_decoder}")
+    config = configure(*both, "rollout.engine=transformers")
+    _check(config)
+    assert has_encoder(config)
+    assert not has_encoder(configure())
+    with pytest.raises(
+        ConfigError, match=r"vLLM does not generate .* rollout\.engine=transformers"
+    ):
+        _check(configure(*both))
+    store = ("distill.off_policy_source=store", "data.trajectory_store=somewhere")
+    with pytest.raises(ConfigError, match=r"off_policy_source=store: .* use teacher or dataset"):
+        _check(configure(*both, "rollout.engine=transformers", *store))
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_an_encoder_decoder_beside_a_decoder_is_refused(
+    configure: Configure, encoder_decoder: str, role: str
+) -> None:
+    config = configure(f"{role}.path={encoder_decoder}", "rollout.engine=transformers")
+    with pytest.raises(ModelError, match=f"the {role} is an encoder-decoder and the other model"):
+        _check(config)
+
+
+def test_a_decoder_cut_from_an_encoder_decoder_is_refused(
+    configure: Configure, encoder_decoder: str
+) -> None:
+    file = Path(encoder_decoder) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "is_encoder_decoder": False}))
+    with pytest.raises(ModelError, match=r"expected is_encoder_decoder=True .* got False"):
+        _check(configure(f"student.path={encoder_decoder}", "rollout.engine=transformers"))
+
+
+def test_heads_that_vllm_does_not_compute_pass_with_the_other_engine(
+    configure: Configure, tiny_model_folder: MakeFolder
+) -> None:
+    folder = tiny_model_folder(num_heads=4)
+    _check(configure(f"student.path={folder}", "rollout.engine=transformers"))

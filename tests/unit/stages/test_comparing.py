@@ -16,7 +16,7 @@ from distill_system.config.recipes import recipe_path
 from distill_system.errors import ConfigError, RunStateError
 from distill_system.observe import RunDirectory
 from distill_system.observe.run_directory import write_json, write_text
-from distill_system.stages.compare import ComparisonRequest, compare
+from distill_system.stages.compare import ComparisonRequest, _load_objectives, compare
 from distill_system.stages.pilot import PILOT_STEPS, plan_steps
 from distill_system.stages.processes import TRAIN, Job, run_jobs
 
@@ -96,6 +96,13 @@ def test_names_are_checked_before_anything_runs(tmp_path):
         with pytest.raises(ConfigError, match=said):
             compare(request, notify=print)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_run_of_a_comparison_is_pushed_to_the_hub(tmp_path):
+    request = ComparisonRequest(
+        paths=[QUICKSTART], overrides=["hub={repository: a/b}"], objectives=["sft", "gkd"]
+    )
+    assert [config.hub for config in _load_objectives(request).values()] == [None, None]
 
 
 @pytest.mark.parametrize(
