@@ -50,7 +50,6 @@ from distill_system.records import (
     VersionSpan,
 )
 from distill_system.weights.digest import Digest
-from distill_system.weights.rounding import AS_THEY_ARE, WireFormat
 
 FORK = multiprocessing.get_context("fork")
 CPU = torch.device("cpu")
@@ -127,7 +126,6 @@ class Variant:
     config: LearnerConfig = field(default_factory=LearnerConfig)
     optimizer: str = "adamw"
     update: FullUpdate | LoraUpdate = field(default_factory=FullUpdate)
-    wire: WireFormat = AS_THEY_ARE
 
 
 def prove_steps(findings: Findings) -> None:
@@ -162,11 +160,6 @@ def make_variants(shape: Shape, findings: Findings) -> list[Variant]:
     variants = [
         Variant(name="reverse KL", objective=REVERSE_KL, config=low),
         Variant(name="ammd", config=low),
-        Variant(
-            name="ammd, engines' weights",
-            config=low,
-            wire=WireFormat(dtype=torch.bfloat16, seed=SEED),
-        ),
         Variant(name="ammd, chunks of 512", config=changed(vocabulary_chunk_tokens=512)),
         Variant(name="ammd, microbatches", config=changed(**parts)),
         Variant(name="ammd, checkpointing", config=changed(activation_checkpointing=True)),
@@ -353,7 +346,6 @@ def _predict(shape: Shape, variant: Variant, on_gpu: bool, pipe: Connection) -> 
         teacher=architecture_shape(shape.teacher, vocabulary=shape.vocabulary),
         action_columns=min(shape.actions, shape.teacher_hidden),
         teacher_dtype="bfloat16",
-        sets_aside=variant.wire.is_stochastic,
     )
     try:
         memory = learner_memory(load)
@@ -405,7 +397,6 @@ def build_learner(
             seed=SEED,
             uses_gpu=device.type == "cuda",
             timeout_seconds=120.0,
-            wire=variant.wire,
         )
 
 
