@@ -48,8 +48,8 @@ class Rank:
     def load(self, folder):
         self.log.append(("load", folder))
 
-    def export(self, folder):
-        self.log.append(("export", folder))
+    def export(self, folder, dtype):
+        self.log.append(("export", folder, dtype))
 
     def close(self):
         self.log.append(("close",))
@@ -155,13 +155,13 @@ def test_the_ranks_share_the_reading_of_a_checkpoint_the_largest_files_first(gro
 def test_every_rank_is_asked_for_what_concerns_all(group, ranks):
     group.connect()
     group.load(Path("/a"))
-    group.export(Path("/b"))
+    group.export(Path("/b"), "bfloat16")
     group.close()
     for rank in ranks:
         assert rank.log == [
             ("ready",),
             ("connect", "host_0", 100),
             ("load", "/a"),
-            ("export", "/b"),
+            ("export", "/b", "bfloat16"),
             ("close",),
         ]
