@@ -68,7 +68,8 @@ def compare(request: ComparisonRequest, *, notify: Callable[[str], None]) -> Pat
     base = on_day(base, day)
     configs = {name: on_day(config, day) for name, config in _load_objectives(request).items()}
     shared = base.model_copy(update={"name": "shared", "runs_directory": str(folder)})
-    start = train(shared, resume=True, stages=("sft",))
+    runs = ("distill", "evaluate")
+    start = train(shared, resume=True, stages=("sft",), followed_by=runs)
     configs = {name: _from_shared(config, shared, start) for name, config in configs.items()}
     seeds = tuple(range(request.seeds))
     steps, value, failed = plan_steps(

@@ -57,12 +57,15 @@ def train(
     *,
     resume: bool = False,
     stages: Collection[str] = STAGES,
+    followed_by: Collection[str] = (),
     notify: Callable[[str], None] = print,
     stop: StopRequest | None = None,
 ) -> RunDirectory:
     """Run these stages; a stage whose output exists is skipped.
 
     resume: continue unfinished stages from their newest checkpoints.
+    followed_by: stages of other runs that begin where this one ends. Their data is read before
+        these stages start, so that no fine-tuning is spent on runs that could not begin.
     notify: takes lines for the person.
     stop: made by a signal handler when a person wants the run to end: it then writes a checkpoint
         after the step under way and raises KeyboardInterrupt.
@@ -85,7 +88,7 @@ def train(
     if work:
         with refusal_leaves_nothing(run) as begin:
             record_start(config, run)
-            models, sets = with_folders(config, run), _sets(config, run, work)
+            models, sets = with_folders(config, run), _sets(config, run, {*work, *followed_by})
             with open_context(models, run, resume=resume, sets=sets, stop=stop) as context:
                 begin()
                 for stage in work:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from distill_system.cli import app
 from distill_system.config import load_config
 from distill_system.config.recipes import recipe_path
-from distill_system.errors import ConfigError, RunStateError
+from distill_system.errors import ConfigError, DataError, RunStateError
 from distill_system.observe import RunDirectory
 from distill_system.observe.run_directory import write_json, write_text
 from distill_system.stages.compare import ComparisonRequest, _load_objectives, compare
@@ -216,3 +216,15 @@ def test_all_runs_tell_chats_the_day_on_which_the_comparison_began(tmp_path, mon
     with pytest.raises(RunStateError):
         compare(request, notify=print)
     assert [job.config.data.chat_date for job in jobs] == [date(2001, 2, 3)] * 2
+
+
+def test_what_the_runs_will_read_is_read_before_they_are_given_a_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("a cluster was asked for"))
+    request = ComparisonRequest(
+        paths=(QUICKSTART,),
+        overrides=(f"runs_directory={tmp_path}", BROKEN),
+        objectives=("ammd",),
+        seeds=1,
+    )
+    with pytest.raises(DataError, match=r"data\.held_out\.path='/no/where\.jsonl'"):
+        compare(request, notify=print)

@@ -88,6 +88,17 @@ def test_the_sft_stage_alone_does_not_read_the_prompts(configure, tmp_path):
         train(config, stages=STAGES)
 
 
+def test_fine_tuning_that_other_runs_follow_reads_what_they_will_read(configure):
+    """A comparison of runs whose prompts are refused must not spend an hour on their start."""
+    config = configure(
+        f"data.student_sft={ROWS}",
+        f"student.sft={SFT}",
+        "data.prompts={type: jsonl, path: not_there.jsonl}",
+    )
+    with pytest.raises(DataError, match=r"data\.prompts\.path='not_there\.jsonl'"):
+        train(config, stages=("sft",), followed_by=("distill", "evaluate"))
+
+
 def test_a_finished_run_asks_for_no_worker_and_writes_its_report_anew(configure):
     config = configure()
     run = _made(config, "student", "evaluations")
