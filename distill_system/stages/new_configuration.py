@@ -34,6 +34,8 @@ COVERED = 0.95
 """Share of the answers that the longest response leaves whole."""
 ANY_LENGTH = 1_000_000
 MIB = 2**20
+ENGINE_ON_A_SHARED_GPU = ", gpu_memory_utilization: 0.2, enforce_eager: true"
+"""vLLM wants this share of the GPU free when it starts, whatever the size of the cache."""
 CACHE_MEBIBYTES = (64, 4096)
 
 
@@ -155,6 +157,8 @@ def _render(
         for role, shape in zip(("teacher", "student"), shapes, strict=True)
     }
     pools, dtype, remark = _choose_pools()
+    shares_gpu = any(0.0 < pool.get("gpus", 0.0) < 1.0 for pool in pools.values())
+    sharing = ENGINE_ON_A_SHARED_GPU if shares_gpu else ""
     left_out = sum(length > prompt_tokens for length in rows.lengths)
 
     def part(skip: int, count: int | None) -> str:
@@ -189,8 +193,8 @@ data:
 rollout:
   # {_say_answers(rows, response_tokens)}
   sampling: {{max_response_tokens: {response_tokens}, temperature: 1.0}}
-  student_engine: {{dtype: {dtype}, kv_cache_mebibytes: {caches["student"]}}}
-  teacher_engine: {{dtype: {dtype}, kv_cache_mebibytes: {caches["teacher"]}}}
+  student_engine: {{dtype: {dtype}, kv_cache_mebibytes: {caches["student"]}{sharing}}}
+  teacher_engine: {{dtype: {dtype}, kv_cache_mebibytes: {caches["teacher"]}{sharing}}}
 scoring: {{dtype: {dtype}}}
 distill:
   steps: {steps}
@@ -245,10 +249,12 @@ def _choose_pools() -> tuple[dict[str, dict[str, float]], str, str]:
     if gpus >= len(names):
         pools = {name: {"cpus": each, "gpus": 1.0} for name in names}
         return pools, "bfloat16", f"Four workers on four of this machine's {gpus} GPUs."
-    remark = f"Four workers share this machine's {cpus:g} CPUs"
     if gpus:
-        remark += f"; how to share its {gpus} GPUs: docs/gpu.md"
-    return {name: {"cpus": each} for name in names}, "float32", f"{remark}."
+        share = 0.25 if gpus == 1 else 0.5
+        pools = {name: {"cpus": each, "gpus": share} for name in names}
+        return pools, "bfloat16", f"Four workers share GPUs of this machine's {gpus} (docs/gpu.md)."
+    pools = {name: {"cpus": each} for name in names}
+    return pools, "float32", f"Four workers share this machine's {cpus:g} CPUs."
 
 
 def _render_pools(pools: Mapping[str, Mapping[str, float]]) -> str:

@@ -67,6 +67,21 @@ def test_what_is_written_fits_its_rows_and_passes_the_plan(init, tmp_path, monke
     assert output.read_text().count("# ") > 8, "commented"
 
 
+@pytest.mark.parametrize(("gpus", "share"), [(1, 0.25), (2, 0.5), (3, 0.5), (4, 1.0)])
+def test_workers_share_the_gpus_that_there_are(init, tmp_path, monkeypatch, gpus, share):
+    manager = supply.NvidiaGPUAcceleratorManager
+    monkeypatch.setattr(manager, "get_current_node_num_accelerators", lambda: gpus)
+    done, output = init(_write(tmp_path / "rows.jsonl", _rows(40)))
+    assert done.exit_code == 0, done.output
+    config = load_config([output])
+    assert [pool.gpus for pool in config.pools.by_name.values()] == [share] * 4
+    engines = (config.rollout.student_engine, config.rollout.teacher_engine)
+    assert {engine.dtype for engine in engines} == {"bfloat16"}
+    workers_a_gpu = round(1 / share)
+    assert all(engine.gpu_memory_utilization * workers_a_gpu <= 0.9 for engine in engines)
+    assert config.transfer_backend == ("gloo" if share < 1 else "nccl")
+
+
 @pytest.mark.parametrize(
     ("rename", "longest"),
     [
