@@ -34,8 +34,9 @@ class RougeConfig(ConfigModel):
 class BleuConfig(ConfigModel):
     """Settings of sacrebleu's BLEU."""
 
-    tokenizer: Literal["13a", "intl", "zh", "char", "ja-mecab", "ko-mecab", "none"] = "13a"
-    """sacrebleu's tokenizer of that name. 13a and intl are for languages with spaces; zh cuts
+    tokenizer: Literal["auto", "13a", "intl", "zh", "char", "ja-mecab", "ko-mecab", "none"] = "auto"
+    """sacrebleu's tokenizer of that name; auto: char for a split whose references are mostly in
+    scripts written without spaces, else 13a. 13a and intl are for languages with spaces; zh cuts
     Chinese, char everything into characters; ja-mecab and ko-mecab need MeCab (sacrebleu[ja],
     sacrebleu[ko])."""
     lowercase: bool = False

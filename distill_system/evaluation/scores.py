@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -217,7 +218,7 @@ def build_bleu(config: BleuConfig) -> BLEU:
         return BLEU(
             lowercase=config.lowercase,
             force=True,  # only silences a warning about text that looks tokenised
-            tokenize=config.tokenizer,
+            tokenize="13a" if config.tokenizer == "auto" else config.tokenizer,
             smooth_method=config.smoothing,
             smooth_value=config.smoothing_value,
         )
@@ -237,15 +238,16 @@ def bleu_statistics(
     Args:
         texts: N hypotheses.
         references: for each its accepted answers, one or more; their number may vary.
-        config: tokenizer and case.
+        config: tokenizer and case; auto looks at all references together.
 
     Returns:
         float64 [N, 10] of whole numbers.
     """
+    tokenizer = config.tokenizer
+    if tokenizer == "auto" and _is_spaceless("".join(chain.from_iterable(references))):
+        tokenizer = "char"
     # Smoothing writes into the counts; it is done once, over the sums.
-    bleu = build_bleu(
-        BleuConfig(tokenizer=config.tokenizer, lowercase=config.lowercase, smoothing="none")
-    )
+    bleu = build_bleu(BleuConfig(tokenizer=tokenizer, lowercase=config.lowercase, smoothing="none"))
     rows = []
     for text, accepted in zip(texts, references, strict=True):
         # A corpus of one sentence: sacrebleu's reference streams then need no padding with None.
@@ -254,10 +256,16 @@ def bleu_statistics(
     return np.array(rows, dtype=np.float64)
 
 
+def _is_spaceless(text: str) -> bool:
+    """Whether most letters of a text belong to scripts written without spaces."""
+    letters = sum(map(str.isalpha, text))
+    return 2 * len(_SPACELESS_CHARACTER.findall(text)) > letters
+
+
 def bleu_from_sums(sums_K: FloatArray, config: BleuConfig = _DEFAULT_BLEU) -> float:
     """Corpus BLEU in percent from the float64 [10] sums of bleu_statistics over its examples.
 
-    Source: sacrebleu (orders 1..4; by default 13a words and exponential smoothing of empty orders).
+    Source: sacrebleu (orders 1..4; by default exponential smoothing of empty orders).
     """
     sums = [round(value) for value in sums_K.tolist()]
     score = BLEU.compute_bleu(

@@ -261,6 +261,17 @@ def test_texts_with_spaces_are_cut_as_before(text: str) -> None:
     assert StemTokenizer().tokenize(text) == stems or not stems
 
 
+CHINESE = (["今天天气非常好。", "我们明天去学校。"], ["今天天气很好。", "我们明天去上学。"])
+MIXED = (["the 好 day", "a cat"], ["the 好 days are long", "a cat sat"])
+
+
+@pytest.mark.parametrize(("texts", "tokenizer"), [(CHINESE, "char"), (MIXED, "13a")])
+def test_bleu_cuts_into_characters_where_most_references_have_no_spaces(texts, tokenizer) -> None:
+    said, right = texts
+    ours = bleu_from_sums(bleu_statistics(said, [[text] for text in right]).sum(axis=0))
+    assert ours == pytest.approx(sacrebleu.corpus_bleu(said, [right], tokenize=tokenizer).score)
+
+
 def test_bleu_by_each_tokenizer_is_sacrebleus() -> None:
     for name in ("13a", "intl", "zh", "char", "none"):
         config = BleuConfig(tokenizer=name)
