@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 from typer.testing import CliRunner
 
 from distill_system.cli import app
@@ -69,8 +70,9 @@ def test_what_is_written_fits_its_rows_and_passes_the_plan(init, tmp_path, monke
 
 @pytest.mark.parametrize(("gpus", "share"), [(1, 0.25), (2, 0.5), (3, 0.5), (4, 1.0)])
 def test_workers_share_the_gpus_that_there_are(init, tmp_path, monkeypatch, gpus, share):
-    manager = supply.NvidiaGPUAcceleratorManager
-    monkeypatch.setattr(manager, "get_current_node_num_accelerators", lambda: gpus)
+    monkeypatch.setattr(
+        NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", lambda: gpus
+    )
     done, output = init(_write(tmp_path / "rows.jsonl", _rows(40)))
     assert done.exit_code == 0, done.output
     config = load_config([output])
