@@ -151,14 +151,18 @@ def test_sigterm_to_every_process_ends_the_run(launch: Launch, configuration: Pa
 def test_a_run_survives_ctrl_c_and_a_killed_worker_and_is_then_done(
     launch: Launch, configuration: Path
 ) -> None:
-    setting = ("train", configuration, "distill.steps=60")
+    setting = ("train", configuration, "distill.steps=40")
     run = launch(*setting)
     wait_until(lambda: _last_step(configuration) > 0, run)
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
-    _assert_interrupted(run.finish(seconds=60), signal.SIGINT)
-
-    assert "add --resume" in _refused(configuration, "distill.steps=60")
+    _assert_interrupted(run.finish(seconds=120), signal.SIGINT)
+    line = f"distill-system train {configuration} distill.steps=40 --resume"
+    assert run.stderr.rstrip().endswith(line)
     interrupted_at = _last_step(configuration)
+    last_row = (configuration.parent / "run/metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last_row)["step"] == interrupted_at, "nothing that was learned is lost"
+
+    assert "add --resume" in _refused(configuration, "distill.steps=40")
     run = launch(*setting, "--resume")
     wait_until(lambda: _last_step(configuration) > interrupted_at, run)
     title, name = random.choice(WORKERS)
@@ -173,7 +177,7 @@ def test_a_run_survives_ctrl_c_and_a_killed_worker_and_is_then_done(
     folder = configuration.parent / "run"
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
-    assert steps == list(range(61)), "every step once"
+    assert steps == list(range(41)), "every step once"
 
     before = _files(folder)
     assert "student/model.safetensors" in before

@@ -1,17 +1,15 @@
-"""What a person does around a run: stops it, takes its best student, evaluates it again."""
+"""What a person does after a run: takes its best student, evaluates it again."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pipeline.command_line import Run, wait_until, write_configuration, write_rows
+from pipeline.command_line import Run, write_configuration, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,43 +20,6 @@ Launch = Callable[..., Run]
 def configuration(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
     teacher, student = tiny_model_folder(seed=1), tiny_model_folder(seed=2, num_layers=1)
     return write_configuration(tmp_path, teacher, student)
-
-
-def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(
-    configuration: Path, launch: Launch
-) -> None:
-    """As a terminal sends it, to every process; the only checkpoints are those of Ctrl-C."""
-    settings = ("train", configuration, "distill.steps=400", "distill.checkpoint_every=1000")
-    run = launch(*settings)
-    folder = configuration.parent / "run"
-    wait_until(lambda: _last_step(folder) > 2, run)
-    os.killpg(run.process.pid, signal.SIGINT)
-    run.finish(seconds=120)
-    assert run.code == 128 + signal.SIGINT, run.stderr
-    assert "SIGINT: a checkpoint is written after this step, within 60 s" in run.stderr
-    assert "Interrupted: by SIGINT; go on from the newest checkpoint" in run.stderr
-    line = f"distill-system train {configuration} distill.steps=400"
-    assert run.stderr.rstrip().endswith(f"{line} distill.checkpoint_every=1000 --resume")
-    assert run.orphans() == []
-    [checkpoint] = (folder / "checkpoints/distill").glob("step_*")
-    done = int(checkpoint.name.removeprefix("step_"))
-    assert done == _last_step(folder), "nothing that was learned is lost"
-    assert (checkpoint / "manifest.json").exists()
-
-    again = launch(*settings, "--resume")
-    wait_until(lambda: _last_step(folder) > done, again)
-    again.process.send_signal(signal.SIGINT)
-    again.process.send_signal(signal.SIGINT)
-    again.finish(seconds=60)
-    assert again.code != 0, "the second one does not wait"
-
-
-def _last_step(folder: Path) -> int:
-    """The newest whole row of metrics.jsonl; -1 without one."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    return int(json.loads(whole[-1])["step"]) if whole else -1
 
 
 def _read(path: Path) -> Any:
