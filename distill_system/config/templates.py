@@ -49,11 +49,6 @@ def fill_pieces(template: str, values: Mapping[str, str]) -> tuple[Piece, ...]:
     return tuple(piece for piece in pieces if piece.text)
 
 
-def fill_template(template: str, values: Mapping[str, str]) -> str:
-    """What `fill_pieces` gives, as one text."""
-    return joined(fill_pieces(template, values))
-
-
 def joined(pieces: Iterable[Piece]) -> str:
     """The text that the pieces make."""
     return "".join(piece.text for piece in pieces)

@@ -6,23 +6,17 @@ In: a configured source.  Out: a memory-mapped table, whose rows are read a few 
 from __future__ import annotations
 
 import re
-import socket
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from distill_system.config.data import DatasetsSource
 from distill_system.data.row_files import ROWS_PER_READ, NamedRows
 from distill_system.data.row_values import without_padding
 from distill_system.errors import DataError
-
-NETWORK_SECONDS = 3.0
-"""Longest wait for an answer of the hub before it counts as out of reach."""
+from distill_system.hub import is_hub_reachable
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -97,7 +91,7 @@ def load_dataset(source: DatasetsSource, directory: Path, key: str) -> LoadedTab
     is_local = folder.is_dir()
     if not is_local and not _HUB_NAME.fullmatch(source.name):
         raise DataError(f"{asked}: there is no such folder, and it is no name of the hub")
-    without_network = not is_local and not _reaches_hub()
+    without_network = not is_local and not is_hub_reachable()
     if without_network:
         asked += (
             f": it is no folder ({folder.absolute()}), the hub does not answer, and the cache "
@@ -155,28 +149,3 @@ def _offline(wanted: bool) -> Iterator[None]:
     finally:
         for (module, name), value in zip(switched, before, strict=True):
             setattr(module, name, value)
-
-
-def _reaches_hub() -> bool:
-    """Whether the hub, or the proxy before it, takes a connection within NETWORK_SECONDS."""
-    import huggingface_hub
-
-    if huggingface_hub.constants.is_offline_mode():
-        return False
-    endpoint = huggingface_hub.constants.ENDPOINT
-    address = urlsplit(getproxies().get(urlsplit(endpoint).scheme) or endpoint)
-    reached = threading.Event()
-
-    def connect() -> None:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        try:
-            with socket.create_connection((address.hostname or "", port), NETWORK_SECONDS):
-                reached.set()
-        except OSError:
-            pass
-
-    # In a thread of its own: looking up a name cannot be given a time limit.
-    probe = threading.Thread(target=connect, daemon=True)
-    probe.start()
-    probe.join(NETWORK_SECONDS)
-    return reached.is_set()

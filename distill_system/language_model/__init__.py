@@ -20,7 +20,6 @@ from distill_system.language_model.families import (
     require_trainable,
 )
 from distill_system.language_model.gguf_files import convert_gguf, is_gguf
-from distill_system.language_model.hub import require_hub_model
 from distill_system.language_model.models import (
     LanguageModel,
     build_language_model,
@@ -42,7 +41,11 @@ from distill_system.language_model.sequences import (
 )
 from distill_system.language_model.settings import check_settings
 from distill_system.language_model.streaming import build_empty_model, read_weights
-from distill_system.language_model.weight_files import check_weight_files, read_headers
+from distill_system.language_model.weight_files import (
+    check_weight_files,
+    read_headers,
+    require_all_tensors,
+)
 
 __all__ = [
     "PACKED_ATTENTION",
@@ -80,7 +83,7 @@ __all__ = [
     "read_hidden",
     "read_part",
     "read_weights",
-    "require_hub_model",
+    "require_all_tensors",
     "require_trainable",
     "unembedding",
 ]

@@ -29,13 +29,12 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from distill_system.errors import ModelError, ResourceError
+from distill_system.language_model import find_decoder_start, model_class, require_all_tensors
 from distill_system.records import Int32Array
 from distill_system.rollout.drawing import draw_tokens, draw_uniforms
 from distill_system.rollout.engine import Completion, EngineSpecification, GenerationEngine
@@ -129,7 +128,7 @@ class TransformersEngine(GenerationEngine):
         rows: int = self._model.get_output_embeddings().weight.shape[0]
         self.vocabulary_size = specification.vocabulary_size or rows
         self._stops = _stop_token_ids(self._model, specification)
-        self._decoder_start = _find_decoder_start(self._model, specification)
+        self._decoder_start = find_decoder_start(self._model)
         self._places_BT: Tensor | None = None  # of the tokens that are being read
         self._follow_places()
         self._keep_stale_cache = specification.keep_stale_cache
@@ -414,17 +413,17 @@ def _load_model(specification: EngineSpecification, device: torch.device) -> Any
         )
     try:
         shape = AutoConfig.from_pretrained(path, trust_remote_code=specification.trust_remote_code)
-        kind = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
-        model, info = kind.from_pretrained(
+        model, info = model_class(shape).from_pretrained(
             path,
             dtype=getattr(torch, specification.config.dtype),
             trust_remote_code=specification.trust_remote_code,
             attn_implementation=_ATTENTION,
             output_loading_info=True,
         )
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"its weights lack {missing[0]} ({len(missing)} in all)")
+        require_all_tensors(model, info, repr(path))
         return model.to(device).eval().requires_grad_(False)
+    except ModelError:
+        raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(
             f"the weights of {path!r} do not fit into memory: set {key}.dtype=bfloat16, or give "
@@ -441,21 +440,6 @@ def _stop_token_ids(model: Any, specification: EngineSpecification) -> frozenset
     listed = model.generation_config.eos_token_id
     own = [listed] if isinstance(listed, int) else (listed or [])
     return frozenset((*own, *specification.stop_token_ids))
-
-
-def _find_decoder_start(model: Any, specification: EngineSpecification) -> int | None:
-    """The token that a decoder begins with; None of a model without an encoder."""
-    if not model.config.is_encoder_decoder:
-        return None
-    said = (model.config, model.generation_config)
-    starts = [getattr(config, "decoder_start_token_id", None) for config in said]
-    start = next((token for token in starts if token is not None), None)
-    if start is None:
-        raise ModelError(
-            f"{specification.model_path!r}: expected the token that its decoder begins with, found "
-            "none. Give decoder_start_token_id in its config.json"
-        )
-    return int(start)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor:

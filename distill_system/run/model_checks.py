@@ -18,6 +18,7 @@ from distill_system.config.data import PretrainedTokenizer
 from distill_system.config.model import LoraUpdate, ModelConfig
 from distill_system.data import RunData, longest_row
 from distill_system.errors import ConfigError, DataError, ModelError
+from distill_system.hub import require_hub_model
 from distill_system.language_model import (
     check_longest,
     check_quantised,
@@ -31,7 +32,6 @@ from distill_system.language_model import (
     one_line,
     read_configuration,
     read_headers,
-    require_hub_model,
     require_trainable,
 )
 from distill_system.records import Trajectory

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from distill_system.config.data import DataConfig, FieldMap
-from distill_system.config.templates import fill_template, template_fields
+from distill_system.config.templates import fill_pieces, joined, template_fields
 
 VALUES = {"question": "why {x}?", "answer": "{answer} }{"}
 
@@ -18,11 +18,11 @@ def test_a_template_names_its_fields_in_order_and_each_once() -> None:
 @given(st.lists(st.sampled_from(["{question}", "{answer}", "{{", "}}", "text", "\n"])))
 def test_filling_is_str_format_and_values_are_taken_as_they_are(parts: list[str]) -> None:
     template = "".join(parts)
-    assert fill_template(template, VALUES) == template.format(**VALUES)
+    assert joined(fill_pieces(template, VALUES)) == template.format(**VALUES)
 
 
 def test_a_dotted_name_is_one_name_and_not_an_attribute() -> None:
-    assert fill_template("<{a.b}>", {"a.b": "x"}) == "<x>"
+    assert joined(fill_pieces("<{a.b}>", {"a.b": "x"})) == "<x>"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A model of the Hugging Face hub without a network: found in the cache, or told within seconds."""
+"""The Hugging Face hub without a network: what the cache holds is used, the rest told at once."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ def require_hub_model(name: str) -> Path | None:
     Returns the model's folder in the cache if there is no network; None if there is one.
     Raises: ModelError, with what was looked for and where, if it cannot be had.
     """
-    is_offline = constants.is_offline_mode()
-    if not is_offline and is_hub_reachable():
+    if is_hub_reachable():
         return None
     folder = find_in_cache(name)
     if folder is None:
         network = (
             "HF_HUB_OFFLINE is set, so the hub is not asked"
-            if is_offline
+            if constants.is_offline_mode()
             else f"{constants.ENDPOINT} does not answer within {REACH_SECONDS:g} s: there is no "
             "network, or a proxy is not set"
         )
@@ -43,7 +42,9 @@ def require_hub_model(name: str) -> Path | None:
 
 
 def is_hub_reachable() -> bool:
-    """Whether the hub, or the mirror that HF_ENDPOINT names, answers at all."""
+    """Whether the hub, or the mirror that HF_ENDPOINT names, may be asked and answers at all."""
+    if constants.is_offline_mode():
+        return False
     answers: list[int] = []
 
     def ask() -> None:
