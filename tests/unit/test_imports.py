@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     # what everyone reads, and what travels
     "errors": set(),
     "seeds": set(),
-    "workers": set(),
+    "workers": {"errors"},
     "stopping": set(),
     "hub": {"errors"},
     "config": {"errors"},
@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED_FROM_OUTSIDE = {
     "errors": set(),
     "seeds": set(),
-    "workers": set(),
+    "workers": {"errors"},
     "stopping": set(),
     "records": {"numpy"},
     "config": {"pydantic", "yaml"},
