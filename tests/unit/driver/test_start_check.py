@@ -125,6 +125,7 @@ def make_check(configure, folders, readers):
             engines = engines or [Engine(folders[author], author)]
             return RolloutPool(LocalWorkers(engines, stands_for=RolloutWorker))
 
+        nothing: Any = None
         student_pool = pool(students, Author.STUDENT)
         pools = Pools(
             students=student_pool,
@@ -132,8 +133,9 @@ def make_check(configure, folders, readers):
             scorers=readers[1],
             learner=readers[0],
             evaluation=student_pool if evaluation is None else pool(evaluation, Author.STUDENT),
-            elastic={},
-            connect_rollouts=lambda: None,
+            ranks=nothing,
+            weights=nothing,
+            placed={},
         )
         notes: list[str] = []
         context: Any = SimpleNamespace(
