@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distill_system.config.pools import PoolConfig
 from distill_system.errors import DistillError
+from distill_system.network import use_node_address
 from distill_system.workers import ElasticWorkers
 
 
@@ -154,6 +155,8 @@ def _visible(resources: Mapping[str, float]) -> dict[str, float]:
 def _failing_when_ready(worker_class: type) -> type:
     """The class with a constructor that holds back a DistillError until `ready` is called.
 
+    The constructor first says which address the worker's node has.
+
     When a constructor raises, Ray only reports that the worker died: the error's type is lost.
     """
 
@@ -162,6 +165,7 @@ def _failing_when_ready(worker_class: type) -> type:
 
         def __init__(self, **arguments: Any) -> None:
             try:
+                use_node_address(ray.util.get_node_ip_address())
                 super().__init__(**arguments)
             except DistillError as error:
                 self._start_error = error

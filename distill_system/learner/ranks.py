@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill_system.weights.meeting import MEETING_SECONDS, meet
+
 Number = TypeVar("Number", int, float)
 
 
@@ -35,13 +37,25 @@ class Ranks:
         self.alone = alone
 
     def connect(self, address: str, port: int) -> None:
-        """Rendezvous with the other ranks at rank 0's address; gloo on CPU, NCCL on CUDA."""
+        """Rendezvous with the other ranks at rank 0's address; gloo on CPU, NCCL on CUDA.
+
+        Raises: ResourceError if the ranks do not reach one another.
+        """
         if self.alone:
             return
+        store = meet(
+            address,
+            port,
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout_seconds=min(MEETING_SECONDS, self.timeout.total_seconds()),
+            group="the learner's ranks",
+        )
+        store.set_timeout(self.timeout)
         dist.init_process_group(
             # What is offloaded is summed on the CPU, on machines with GPUs too.
             backend="cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-            init_method=f"tcp://{address}:{port}",
+            store=store,
             rank=self.rank,
             world_size=self.world_size,
             timeout=self.timeout,

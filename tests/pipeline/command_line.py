@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from machines import Machine
 
 DEADLINE_SECONDS = 150
 MARK = "DISTILL_SYSTEM_TEST_MARK"
@@ -115,15 +116,24 @@ class Run:
             return False
 
 
-def start(command: str, *arguments: object) -> Run:
-    """Begin `distill-system <command> ...` in a process group of its own."""
+def start(
+    command: str,
+    *arguments: object,
+    machine: Machine | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Run:
+    """Begin `distill-system <command> ...` in a process group of its own.
+
+    machine: where it runs, if not here.  environment: variables beside this process's own.
+    """
     mark = uuid.uuid4().hex
+    line = [sys.executable, "-m", "distill_system", command, *map(str, arguments)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "distill_system", command, *map(str, arguments)],
+        line if machine is None else machine.command(*line),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **(environment or {}), MARK: mark, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
     return Run(process, mark)
