@@ -8,7 +8,7 @@ autoscaler counts a group that is requested and not yet placed as demand.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -76,6 +76,15 @@ class Placement:
         """Whether the cluster has reserved the place by now; does not wait."""
         return bool(ray.wait([self.placed], timeout=0)[0])
 
+    def is_same(self, other: Placement) -> bool:
+        """Whether both are one bundle of one group, asked for now or before."""
+        return (self.group, self.bundle_index) == (other.group, other.bundle_index)
+
+    def again(self) -> Placement:
+        """The same place for another process. Where its node is lost, Ray looks for another node,
+        and `placed` is ready once it has found one."""
+        return replace(self, placed=self.group.ready())
+
 
 def request_placements(
     request: WorkerRequest, *, beside: Sequence[WorkerRequest] = ()
@@ -107,7 +116,7 @@ def start_process(
     remote_class = ray.remote(_failing_when_ready(request.worker_class))
     return remote_class.options(
         # Ray's names are unique in a session, and a session may start a pool of one name twice.
-        name=f"{request.name}-{worker_id}-{placement.group.id.hex()[:6]}",
+        name=f"{request.name}-{worker_id}-{placement.placed.hex()[:6]}",
         num_cpus=request.pool.cpus,
         num_gpus=request.pool.gpus,
         resources=dict(request.pool.custom_resources),

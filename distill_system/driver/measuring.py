@@ -157,7 +157,7 @@ class Measuring:
 
     def _score(self, trajectories: Sequence[Trajectory], stream: Stream) -> list[ScoredChunk]:
         ranks = self.context.config.pools.learner.count
-        return self.pools.scorers.start(trajectories, stream, needs=MOMENTS, num_shares=ranks)
+        return self.pools.scorers.score(trajectories, stream, needs=MOMENTS, num_shares=ranks)
 
     def _write(
         self,

@@ -10,6 +10,7 @@ from distill_system.observe.activity import (
 )
 from distill_system.observe.bottleneck import find_bottleneck, shares_cores
 from distill_system.observe.environment import write_environment
+from distill_system.observe.fault_log import FaultLog
 from distill_system.observe.live import LiveView
 from distill_system.observe.metrics import MetricLog
 from distill_system.observe.prompt_log import PromptLog
@@ -20,6 +21,7 @@ from distill_system.observe.summary import write_evaluation, write_summary
 from distill_system.observe.timings import Timings
 
 __all__ = [
+    "FaultLog",
     "LiveView",
     "MetricLog",
     "PoolClock",

@@ -22,6 +22,7 @@ from distill_system.run.model_checks import check_folders, check_models
 
 MAY_CHANGE = (
     "deadlines",
+    "faults",
     "pools",
     "scaling",
     "cluster",

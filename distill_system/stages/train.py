@@ -235,7 +235,7 @@ def _run_evaluate(context: RunContext) -> None:
         with context.timings.stage("evaluate"):
             pools = open_pools(context, student_path=students[label])
             measuring = Measuring(context, pools, context.data, metrics=metrics)
-            pools.learner.publish(steps[label])
+            pools.weights.publish(steps[label])
             measuring.evaluate_teacher(again="teacher" in find_lacking(config, run))
             if label in lacking:
                 measuring.evaluate_student(label, step=steps[label])

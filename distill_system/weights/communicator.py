@@ -9,14 +9,15 @@ import torch
 from torch.distributed import BroadcastOptions  # type: ignore[attr-defined]  # it is there
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
-from distill_system.weights.meeting import meet
+from distill_system.weights.meeting import join_store
 
 
 class GlooCommunicator:
     """The part of vLLM's PyNcclCommunicator that weight transfer uses, over torch's gloo.
 
     It stands outside torch.distributed's default process group, which belongs to the learner's
-    ranks. Rank 0 listens at address:port, there alone; every call fails after timeout_seconds.
+    ranks. A store listens at address:port (meeting.open_store); every call fails after
+    timeout_seconds, or at once when the store closes before all have joined.
 
     Raises: ResourceError if a rank does not come, or some do not reach one another.
     """
@@ -24,8 +25,7 @@ class GlooCommunicator:
     def __init__(
         self, *, address: str, port: int, rank: int, world_size: int, timeout_seconds: float
     ) -> None:
-        timeout = timedelta(seconds=timeout_seconds)
-        store = meet(
+        store = join_store(
             address,
             port,
             rank=rank,
@@ -33,6 +33,7 @@ class GlooCommunicator:
             timeout_seconds=timeout_seconds,
             group="the weight-transfer group",
         )
+        timeout = timedelta(seconds=timeout_seconds)
         self._group: Any = ProcessGroupGloo(store, rank, world_size, timeout)
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> Any:

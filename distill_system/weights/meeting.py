@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is there
@@ -21,65 +22,58 @@ from distill_system.network import (
     transport_address,
 )
 
-FIRST = 0
-"""The rank whose process holds the store."""
-
-MEETING_SECONDS = 60.0
-"""For ranks that are all there to come to one address: a connection each."""
-
 PATH_SECONDS = 10.0
 """For one connection between two ranks."""
 
 
-def meet(
-    address: str, port: int, *, rank: int, world_size: int, timeout_seconds: float, group: str
-) -> TCPStore:
-    """A store that all ranks share; returns when all are there and each has reached each.
+def open_store(address: str, port: int, *, timeout_seconds: float) -> TCPStore:
+    """What the members of a group find one another by; it listens at this address alone.
 
-    Rank 0 listens at address:port, there alone.
-    group: what meets, for messages.
-    timeout_seconds: for all to come; also what later waits for a key of the store may take.
+    It ends when the result is dropped. If some still join, their wait ends with it: one of them may
+    be gone for ever.
 
-    Raises: ResourceError if a rank does not come, or some do not reach one another.
+    Raises: ResourceError if this host cannot listen there.
     """
-    store = _open_store(
-        address, port, rank=rank, world_size=world_size, seconds=timeout_seconds, group=group
-    )
     try:
-        _prove_paths(store, rank=rank, world_size=world_size, group=group)
-    except RuntimeError as error:  # torch's own: a rank has left, or took too long
-        raise ResourceError(
-            f"{group}: rank {rank} on {node_address()} met the others at {address}:{port} and then "
-            f"lost one: {_first_line(error)}. Look for a process of the group that died"
-        ) from error
-    return store
-
-
-def _open_store(
-    address: str, port: int, *, rank: int, world_size: int, seconds: float, group: str
-) -> TCPStore:
-    timeout = timedelta(seconds=seconds)
-    try:
-        if rank != FIRST:
-            return TCPStore(address, port, world_size, is_master=False, timeout=timeout)
         # torch would listen on every address of the host.
         listening = _listen(address, port)
-        return TCPStore(
+    except OSError as error:
+        raise ResourceError(
+            f"a learner rank could not listen at {address}:{port}: {error}; its host has "
+            f"{describe_interfaces()}. Start Ray with the --node-ip-address of one of these"
+        ) from error
+    return TCPStore(
+        address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_seconds),
+        master_listen_fd=listening.detach(),  # the store closes it
+    )
+
+
+def join_store(
+    address: str, port: int, *, rank: int, world_size: int, timeout_seconds: float, group: str
+) -> TCPStore:
+    """The store at address:port; returns when all ranks are there and each has reached each.
+
+    group: what meets, for messages.
+    timeout_seconds: for each rank to come; also what later waits for a key of the store may take.
+
+    Raises: ResourceError if a rank does not come or leaves again, or some do not reach one another.
+    """
+    here = f"{group}: rank {rank} on {node_address()}"
+    with _said_of(f"{here} could not join the others at {address}:{port}: "):
+        store = TCPStore(
             address,
             port,
-            world_size,
-            is_master=True,
-            timeout=timeout,
-            master_listen_fd=listening.detach(),  # the store closes it
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_seconds),
         )
-    except (RuntimeError, OSError) as error:  # torch's DistError is a RuntimeError
-        what = f"listen at {address}:{port} and be joined by {world_size - 1} others"
-        if rank != FIRST:
-            what = f"join rank {FIRST} at {address}:{port}"
-        raise ResourceError(
-            f"{group}: rank {rank} on {node_address()} could not {what} within {seconds:g} s: "
-            f"{_first_line(error)}. {_remedy()}"
-        ) from error
+    with _said_of(f"{here} joined the others at {address}:{port}, and one did not come or left: "):
+        _prove_paths(store, rank=rank, world_size=world_size, group=group)
+    return store
 
 
 def _prove_paths(store: TCPStore, *, rank: int, world_size: int, group: str) -> None:
@@ -96,11 +90,10 @@ def _prove_paths(store: TCPStore, *, rank: int, world_size: int, group: str) -> 
     if not any(tried):
         return
     store.set(f"read/{rank}", "")
-    if rank == FIRST:  # the others have read it before the store goes with this process
-        store.wait([f"read/{other}" for other in range(world_size)])
+    # The others have read it, too, before the store goes with the process that holds it.
+    store.wait([f"read/{other}" for other in range(world_size)])
     raise ResourceError(
-        f"{group}: its ranks do not reach one another: {'; '.join(filter(None, tried))}. "
-        f"{_remedy()}"
+        f"{group}: its ranks do not reach one another: {'; '.join(filter(None, tried))}. {_remedy()}"
     )
 
 
@@ -116,6 +109,16 @@ def _find_unreached(store: TCPStore, rank: int, world_size: int) -> str:
     return ""
 
 
+@contextmanager
+def _said_of(what: str) -> Iterator[None]:
+    """Say what torch's own error is of."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's DistError is one
+        first_line = str(error).split("\n", 1)[0]
+        raise ResourceError(f"{what}{first_line}. {_remedy()}") from error
+
+
 def _listen(address: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family, backlog=socket.SOMAXCONN)
@@ -124,10 +127,7 @@ def _listen(address: str, port: int) -> socket.socket:
 def _remedy() -> str:
     chosen = os.environ.get(INTERFACE_VARIABLES[0], "no interface by name")
     return (
-        f"This host uses {chosen} and has {describe_interfaces()}. Set cluster.network_interface "
-        "to the one that connects the nodes, and let their firewalls pass connections among them"
+        "If no process of the group died, look at the network: this host uses "
+        f"{chosen} and has {describe_interfaces()}. Set cluster.network_interface to the one that "
+        "connects the nodes, and let their firewalls pass connections among them"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n", 1)[0] or type(error).__name__

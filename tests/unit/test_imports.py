@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     # what everyone reads, and what travels
     "errors": set(),
     "seeds": set(),
-    "workers": set(),
+    "workers": {"errors"},
     "stopping": set(),
     "network": {"errors"},
     "hub": {"errors"},
@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED_FROM_OUTSIDE = {
     "errors": set(),
     "seeds": set(),
-    "workers": set(),
+    "workers": {"errors"},
     "stopping": set(),
     "network": {"psutil"},
     "records": {"numpy"},

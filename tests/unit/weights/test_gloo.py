@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from distill_system.weights import backends, gloo
 from distill_system.weights.communicator import GlooCommunicator
+from distill_system.weights.meeting import open_store
 from distill_system.weights.sealed import SealedWeightTransferEngine
 
 CPU = torch.device("cpu")
@@ -33,6 +34,8 @@ def _exchange(corrupt: Any, *, receivers: int = 2) -> list[Any]:
     """Three buckets from rank 0 to the others; corrupt(at, bucket) is what travels instead."""
     port = _free_port()
     sent = [torch.arange(size, dtype=torch.uint8) for size in (70_000, 16_384, 9)]
+
+    store = open_store("127.0.0.1", port, timeout_seconds=20.0)
 
     def run(rank: int) -> Any:
         group = GlooCommunicator(
@@ -58,7 +61,9 @@ def _exchange(corrupt: Any, *, receivers: int = 2) -> list[Any]:
         return received
 
     with ThreadPoolExecutor(1 + receivers) as executor:
-        return list(executor.map(run, range(1 + receivers)))[1:]
+        ended = list(executor.map(run, range(1 + receivers)))[1:]
+    del store  # it stood until all had joined
+    return ended
 
 
 def test_buckets_reach_every_rank_and_every_rank_verifies_them() -> None:
@@ -83,10 +88,13 @@ def test_a_byte_that_flips_on_the_way_is_seen_by_every_receiver(bucket: int) -> 
 
 def test_a_receiver_that_never_joins_is_not_waited_for_longer_than_asked() -> None:
     begin = time.perf_counter()
-    with pytest.raises(ResourceError, match="be joined by 1 others"):
+    port = _free_port()
+    store = open_store("127.0.0.1", port, timeout_seconds=1.0)
+    with pytest.raises(ResourceError, match="one did not come or left"):
         GlooCommunicator(
-            address="127.0.0.1", port=_free_port(), rank=0, world_size=2, timeout_seconds=1.0
+            address="127.0.0.1", port=port, rank=0, world_size=2, timeout_seconds=1.0
         )
+    del store
     assert time.perf_counter() - begin < 10.0
 
 

@@ -23,6 +23,7 @@ from distill_system.weights import meeting
 from distill_system.weights.communicator import GlooCommunicator
 
 meeting.PATH_SECONDS = 1.0
+stores = []
 rank, first, own, port = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 
 
@@ -32,6 +33,7 @@ def join(interface, port):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     try:
         use_node_address(own)
+        stores.append(rank == 0 and meeting.open_store(first, port, timeout_seconds=30.0))
         return GlooCommunicator(
             address=first, port=port, rank=rank, world_size=2, timeout_seconds=30.0
         )
