@@ -79,8 +79,11 @@ class Machine:
 
     def processes(self) -> list[psutil.Process]:
         """Every process on this machine."""
-        own = os.readlink(f"/proc/{self.first}/ns/pid")
-        return [p for p in psutil.process_iter() if _namespace(p.pid) == own]
+        return [p for p in psutil.process_iter() if self.holds(p.pid)]
+
+    def holds(self, pid: int) -> bool:
+        """Whether a process, by its id outside, is on this machine."""
+        return _namespace(pid) == self._namespace
 
     def unplug(self) -> None:
         """Nothing reaches this machine, and nothing leaves it."""
@@ -96,6 +99,10 @@ class Machine:
             psutil.Process(self.first).kill()  # a namespace's process 1 takes all with it
         self.init.kill()
         self.init.communicate()
+
+    @cached_property
+    def _namespace(self) -> str:
+        return os.readlink(f"/proc/{self.first}/ns/pid")
 
     @cached_property
     def first(self) -> int:
@@ -185,6 +192,7 @@ class RayNodes:
     def __init__(self, network: Network) -> None:
         self.network = network
         self.nodes: list[Machine] = []
+        self._kinds: list[tuple[float, Mapping[str, float]]] = []
 
     @property
     def head(self) -> Machine:
@@ -208,7 +216,16 @@ class RayNodes:
             *("--object-store-memory=100000000", "--disable-usage-stats"),
         )
         self.nodes.append(machine)
+        self._kinds.append((cpus, dict(resources or {})))
         return machine
+
+    def replace(self, machine: Machine) -> Machine:
+        """End a node with its machine, and start another of its kind."""
+        at = next(at for at, node in enumerate(self.nodes) if node is machine)
+        machine.power_off()
+        del self.nodes[at]
+        cpus, resources = self._kinds.pop(at)
+        return self.add(cpus=cpus, resources=resources)
 
     def status(self) -> str:
         """What `ray status` prints."""

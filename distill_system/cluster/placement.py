@@ -20,6 +20,9 @@ from distill_system.errors import DistillError
 from distill_system.network import use_node_address
 from distill_system.workers import ElasticWorkers
 
+WORKER_VARIABLE = "DISTILL_SYSTEM_WORKER"
+"""Holds the worker's name, pool-id, in its process: what a person on its node knows it by."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerRequest:
@@ -123,7 +126,13 @@ def start_process(
         scheduling_strategy=PlacementGroupSchedulingStrategy(
             placement_group=placement.group, placement_group_bundle_index=placement.bundle_index
         ),
-        runtime_env={"env_vars": {**_hidden_gpus(request.pool), **request.environment}},
+        runtime_env={
+            "env_vars": {
+                **_hidden_gpus(request.pool),
+                **request.environment,
+                WORKER_VARIABLE: f"{request.name}-{worker_id}",
+            }
+        },
     ).remote(**arguments)
 
 

@@ -93,7 +93,8 @@ def _prove_paths(store: TCPStore, *, rank: int, world_size: int, group: str) -> 
     # The others have read it, too, before the store goes with the process that holds it.
     store.wait([f"read/{other}" for other in range(world_size)])
     raise ResourceError(
-        f"{group}: its ranks do not reach one another: {'; '.join(filter(None, tried))}. {_remedy()}"
+        f"{group}: its ranks do not reach one another: {'; '.join(filter(None, tried))}. "
+        f"{_remedy()}"
     )
 
 

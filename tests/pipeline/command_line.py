@@ -70,10 +70,14 @@ def write_configuration(folder: Path, teacher: Path, student: Path) -> Path:
 
 @dataclass
 class Run:
-    """One call of the command line, under way or done; its processes carry a mark."""
+    """One call of the command line, under way or done; its processes carry a mark.
+
+    log: where its output goes, both kinds; None keeps it until finish, 64 KiB of each at most.
+    """
 
     process: subprocess.Popen[str]
     mark: str
+    log: Path | None = None
     stdout: str = ""
     stderr: str = ""
 
@@ -84,7 +88,10 @@ class Run:
 
     def finish(self, seconds: float = DEADLINE_SECONDS) -> Run:
         """Wait for the end."""
-        self.stdout, self.stderr = self.process.communicate(timeout=seconds)
+        stdout, stderr = self.process.communicate(timeout=seconds)
+        if self.log is not None:
+            stderr = self.log.read_text()
+        self.stdout, self.stderr = stdout or "", stderr or ""
         return self
 
     def end(self) -> None:
@@ -121,22 +128,27 @@ def start(
     *arguments: object,
     machine: Machine | None = None,
     environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> Run:
     """Begin `distill-system <command> ...` in a process group of its own.
 
     machine: where it runs, if not here.  environment: variables beside this process's own.
+    log: a file for its output, for a run whose output nobody reads while it goes on.
     """
     mark = uuid.uuid4().hex
     line = [sys.executable, "-m", "distill_system", command, *map(str, arguments)]
+    file = None if log is None else log.open("w")
     process = subprocess.Popen(
         line if machine is None else machine.command(*line),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=file or subprocess.PIPE,
+        stderr=file or subprocess.PIPE,
         text=True,
         env={**os.environ, **(environment or {}), MARK: mark, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
-    return Run(process, mark)
+    if file is not None:
+        file.close()
+    return Run(process, mark, log)
 
 
 def wait_until(condition: Callable[[], Any], run: Run, seconds: float = DEADLINE_SECONDS) -> None:

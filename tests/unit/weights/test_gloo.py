@@ -91,9 +91,7 @@ def test_a_receiver_that_never_joins_is_not_waited_for_longer_than_asked() -> No
     port = _free_port()
     store = open_store("127.0.0.1", port, timeout_seconds=1.0)
     with pytest.raises(ResourceError, match="one did not come or left"):
-        GlooCommunicator(
-            address="127.0.0.1", port=port, rank=0, world_size=2, timeout_seconds=1.0
-        )
+        GlooCommunicator(address="127.0.0.1", port=port, rank=0, world_size=2, timeout_seconds=1.0)
     del store
     assert time.perf_counter() - begin < 10.0
 
