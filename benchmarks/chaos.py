@@ -141,7 +141,7 @@ class Trial:
             seed=self.options.seed,
             distill={
                 "steps": self.options.steps,
-                "evaluate_every": max(1, self.options.steps // 4),
+                "evaluate_every": 5 * max(1, self.options.steps // 20),
                 "staleness": {"max_staleness": staleness},
             },
             pools=POOLS,

@@ -15,7 +15,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 TESTS = Path(__file__).parents[1] / "tests"
 # Not `pipeline.command_line`: benchmarks/ has a pipeline of its own.
 sys.path += [str(TESTS), str(TESTS / "pipeline")]
-from command_line import start
+from command_line import start  # noqa: E402  # found by that path
 
 START_SECONDS = 900
 
@@ -47,7 +47,7 @@ def write_configuration(folder: Path, *, name: str, seed: int, **sections: Any) 
                 "teacher_prompts_per_step": 8,
                 "objective": {"type": "ammd", "critic": {"type": "gradient_ascent"}},
                 "optimizer": {"type": "muon", "learning_rate": 1e-3, "warmup_steps": 5},
-                "measure_every": 10,
+                "measure_every": 5,
                 "checkpoint_every": 5,
             },
             "pools": {
@@ -87,7 +87,12 @@ def _make_models(folder: Path, seed: int) -> None:
             "sft": sft | {"steps": 30},
         },
         "rollout": {"sampling": {"max_response_tokens": 16}},
-        "distill": {"steps": 1, "student_prompts_per_step": 8, "teacher_prompts_per_step": 8},
+        "distill": {
+            "steps": 1,
+            "student_prompts_per_step": 8,
+            "teacher_prompts_per_step": 8,
+            "optimizer": {"learning_rate": 1e-3},
+        },
         "pools": {
             pool: {"cpus": 0.2}
             for pool in ("student_rollout", "teacher_rollout", "teacher_scoring", "learner")

@@ -35,12 +35,12 @@ def use_node_address(address: str) -> None:
     """
     os.environ[_ADDRESS_VARIABLE] = address
     named = os.environ.get(INTERFACE_VARIABLES[0])
-    if named is None:
+    if not named:
         holder = _interface_of(address)
         if holder is not None:  # behind address translation no interface holds it: gloo's own way
             os.environ[INTERFACE_VARIABLES[0]] = holder
         return
-    # gloo takes a list, NCCL's pattern syntax is NCCL's own to refuse.
+    # gloo takes a list of names; what NCCL takes beyond that is NCCL's own to refuse.
     for name in named.split(","):
         if name not in _addresses():
             raise ResourceError(
@@ -69,7 +69,7 @@ def node_address() -> str:
 def transport_address() -> str:
     """The address that this process's gloo connections have: of the interface that it was told."""
     named = os.environ.get(INTERFACE_VARIABLES[0])
-    if named is None:
+    if not named:
         return node_address()
     held = _addresses().get(named.split(",")[0], [])
     # An interface may hold several addresses; the node's own says more than the first.

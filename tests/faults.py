@@ -83,14 +83,17 @@ def plan_faults(
     ways: Sequence[Way],
     seed: int,
 ) -> list[Planned]:
-    """So many faults over a run of so many steps, each pool and each way as often as any other."""
+    """So many faults over a run of so many steps; no kind, a pool and a way, comes a second time
+    before every other has come once."""
     draw = random.Random(seed)
-    kinds = [(pools[at % len(pools)], ways[at // len(pools) % len(ways)]) for at in range(count)]
-    draw.shuffle(kinds)
+    every = [(pool, way) for pool in pools for way in ways]
+    kinds: list[tuple[str, Way]] = []
+    while len(kinds) < count:
+        kinds += draw.sample(every, len(every))
     moments = sorted(draw.randrange(1, steps - 1) for _ in range(count))
     return [
         Planned(step=step, pool=pool, way=way, moment=draw.random())
-        for step, (pool, way) in zip(moments, kinds, strict=True)
+        for step, (pool, way) in zip(moments, kinds, strict=False)
     ]
 
 

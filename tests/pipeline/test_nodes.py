@@ -18,12 +18,12 @@ Launch = Callable[..., Run]
 
 pytestmark = pytest.mark.skipif(not are_allowed(), reason="needs to make network namespaces")
 
-# A rank takes more than half of a node, and so does no other worker: one rank and one of the
-# student's workers stand on each node, so that weights travel between nodes whoever is rank 0.
+# A rank takes more than half of a node, and a node has one seat: one rank and one of the student's
+# workers stand on each, so that weights travel between nodes whoever is rank 0.
 POOLS = {
-    "student_rollout": {"count": 2, "cpus": 0.3},
-    "teacher_rollout": {"cpus": 0.05, "custom_resources": {"far": 1}},
-    "teacher_scoring": {"cpus": 0.05, "custom_resources": {"near": 1}},
+    "student_rollout": {"count": 2, "cpus": 0.1, "custom_resources": {"seat": 1}},
+    "teacher_rollout": {"cpus": 0.1, "custom_resources": {"far": 1}},
+    "teacher_scoring": {"cpus": 0.1, "custom_resources": {"near": 1}},
     "learner": {"count": 2, "cpus": 0.6},
 }
 
@@ -36,11 +36,11 @@ def test_a_run_waits_for_a_node_and_spreads_over_both(
     )
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pools": POOLS}))
     folder = RunDirectory(tmp_path / "run")
-    with ray_nodes({"cpus": 1, "resources": {"near": 1}}) as nodes:
+    with ray_nodes({"cpus": 1, "resources": {"near": 1, "seat": 1}}) as nodes:
         run = launch("train", path, machine=nodes.head, environment=nodes.environment)
         wait_until(lambda: "'far': 1.0" in nodes.status(), run)  # what an autoscaler would see
         assert not _rows(folder)
-        second = nodes.add(cpus=1, resources={"far": 1})
+        second = nodes.add(cpus=1, resources={"far": 1, "seat": 1})
         wait_until(lambda: _rows(folder), run)
         assert _workers(nodes.head) == {"Learner": 1, "RolloutWorker": 1, "TeacherScorer": 1}
         assert _workers(second) == {"Learner": 1, "RolloutWorker": 2}
