@@ -65,11 +65,13 @@ class WorkerLostError(WorkerError):
     """A worker died, cannot be reached, failed beyond use, or missed a deadline.
 
     worker: its name, pool-id; empty where even that is not known.
+    brief: what happened in a line, for a run that goes on; None takes the message's first line.
     """
 
-    def __init__(self, message: str, worker: str = "") -> None:
+    def __init__(self, message: str, worker: str = "", brief: str | None = None) -> None:
         super().__init__(message)
         self.worker = worker
+        self.brief = message.partition("\n")[0] if brief is None else brief
 
     @property
     def pool(self) -> str:

@@ -183,11 +183,12 @@ def death_error(name: str, error: RayError, *, waiting_for: str) -> WorkerLostEr
     cause = text.splitlines()[-1].partition(" Some common causes include")[0]
     place = _describe_place(fields.get("pid"), fields.get("ip"))
     happened = "died" if isinstance(error, ActorDiedError) else "could not be reached"
+    brief = f"{name}{place} {happened} while the run waited for {waiting_for}"
     return WorkerLostError(
-        f"{name}{place} {happened} while the run waited for {waiting_for}: {cause} Look whether "
-        "its machine ran out of memory, and what its log in the logs folder of the Ray session "
-        "says last; --resume continues from the newest checkpoint",
+        f"{brief}: {cause} Look whether its machine ran out of memory, and what its log in the "
+        "logs folder of the Ray session says last; --resume continues from the newest checkpoint",
         name,
+        brief,
     )
 
 

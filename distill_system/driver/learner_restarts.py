@@ -49,8 +49,7 @@ class LearnerRestarts:
         if self._steps[-MOST_AT_ONE_STEP:] == [self._faults.step] * MOST_AT_ONE_STEP:
             raise error
         self._context.view.note(
-            f"{str(lost).splitlines()[0]} All ranks start anew from the newest checkpoint, and the "
-            "run goes on"
+            f"{lost.brief}; all ranks start anew from the newest checkpoint, and the run goes on"
         )
 
     def restart(self) -> None:

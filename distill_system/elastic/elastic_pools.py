@@ -257,7 +257,7 @@ class ElasticPools:
         if self._leaving[name].pop(worker_id, None) is not None:
             workers.close(place)
             return
-        self._notify(f"{str(lost).splitlines()[0]} It is replaced, and the run goes on")
+        self._notify(f"{lost.brief}; it is replaced, and the run goes on")
         self._replace(name, place, lost)
 
     def notice(self) -> None:
