@@ -40,14 +40,15 @@ from command_line import Run, start  # isort: skip
 from run_comparison import Verdict, judge  # isort: skip
 
 POOLS = {
-    "student_rollout": {"count": 2, "cpus": 0.25},
-    "teacher_rollout": {"count": 1, "cpus": 0.25},
-    "teacher_scoring": {"count": 1, "cpus": 0.25},
-    "evaluation": {"count": 1, "cpus": 0.25},
-    "learner": {"count": 2, "cpus": 0.25},
+    "student_rollout": {"count": 2, "cpus": 0.3},
+    "teacher_rollout": {"count": 1, "cpus": 0.3},
+    "teacher_scoring": {"count": 1, "cpus": 0.3},
+    "evaluation": {"count": 1, "cpus": 0.3},
+    "learner": {"count": 2, "cpus": 0.3},
 }
-NODES = ({"cpus": 0.5}, {"cpus": 0.75}, {"cpus": 0.75})
-"""The head holds two workers, which no cable takes away; whoever starts where is Ray's choice."""
+NODES = ({"cpus": 1}, {"cpus": 1}, {"cpus": 1})
+"""Three workers fit a node, and seven do not fit two: what a node takes with it waits for another.
+The head keeps its cable."""
 
 DEADLINES = {"call_seconds": 40, "publish_seconds": 30, "start_seconds": 240}
 MODES = ("lockstep", "asynchronous")

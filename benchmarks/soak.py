@@ -44,7 +44,7 @@ from command_line import Run, start  # isort: skip
 MIB = 2**20
 HOUR = 3600.0
 KEEP_CHECKPOINTS = 2
-LEAST_RISE = {"MiB": 1.0, "fds": 1.0, "threads": 1.0, "files": 1.0}
+LEAST_RISE = {"MiB": 1.0, "fds": 1.0, "threads": 1.0, "files": 1.0, "processes": 1.0}
 BY_STEP = ("metrics.jsonl", "prompts.jsonl", "tensorboard", "log")
 
 
@@ -148,19 +148,20 @@ def look(run: Run, folder: RunDirectory, place: Place) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, process in {"driver": _driver(run), **find_workers(run), **_ray(run)}.items():
         with suppress(psutil.NoSuchProcess):
-            found[f"{name} MiB"] = process.memory_full_info().uss / MIB
-            found[f"{name} fds"] = process.num_fds()
-            found[f"{name} threads"] = process.num_threads()
-    found["/dev/shm MiB"] = shutil.disk_usage(place.shared_memory).used / MIB
-    found["/dev/shm files"] = _count(place.shared_memory)
-    found["Ray's files files"] = _count(place.ray_files)
-    found["Ray's files MiB"] = _num_bytes(place.ray_files) / MIB
-    found["temporary files"] = _count(folder.path.parent / "temporary")
-    found["processes files"] = len(run.processes())
-    found["log MiB"] = _num_bytes(folder.path.parent / "soak.log") / MIB
+            found[f"{name}: MiB"] = process.memory_full_info().uss / MIB
+            found[f"{name}: fds"] = process.num_fds()
+            found[f"{name}: threads"] = process.num_threads()
+    found["/dev/shm: MiB"] = shutil.disk_usage(place.shared_memory).used / MIB
+    found["/dev/shm: files"] = _count(place.shared_memory)
+    found["Ray's folder: files"] = _count(place.ray_files)
+    found["Ray's folder: MiB"] = _num_bytes(place.ray_files) / MIB
+    found["temporary folder: files"] = _count(folder.path.parent / "temporary")
+    found["the run: processes"] = len(run.processes())
+    found["log: MiB"] = _num_bytes(folder.path.parent / "soak.log") / MIB
     for part in ("metrics.jsonl", "prompts.jsonl", "tensorboard"):
-        found[f"{part} MiB"] = _num_bytes(folder.path / part) / MIB
-    found["the run's files files"] = _count(folder.path)
+        found[f"{part}: MiB"] = _num_bytes(folder.path / part) / MIB
+    evaluations = _count(folder.evaluation_path("x").parent)  # a file each, kept
+    found["run folder: files"] = _count(folder.path) - evaluations
     whole = folder.checkpoints_directory.glob("distill/step_??????")
     found["checkpoints"] = len(list(whole))
     found["steps"] = newest_step(folder)
@@ -174,7 +175,7 @@ def describe(
     late = [(at, value) for at, value in series if at >= options.warm_up] or series
     seconds, values = np.array(late, dtype=float).T
     slope, error = _fit(seconds, values)
-    unit = name.rpartition(" ")[2]
+    unit = name.rpartition(": ")[2]
     rise = slope * (seconds[-1] - seconds[0])
     least = max(LEAST_RISE.get(unit, 0.0), 0.01 * abs(values[0]))
     is_flat = rise < least or slope < 3.0 * error

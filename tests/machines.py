@@ -192,7 +192,7 @@ class RayNodes:
     def __init__(self, network: Network) -> None:
         self.network = network
         self.nodes: list[Machine] = []
-        self._kinds: list[tuple[float, Mapping[str, float]]] = []
+        self._kinds: list[tuple[int, Mapping[str, float]]] = []
 
     @property
     def head(self) -> Machine:
@@ -204,7 +204,7 @@ class RayNodes:
         """What a driver on the head needs to join."""
         return {"RAY_ADDRESS": f"{self.head.address}:{RAY_PORT}"}
 
-    def add(self, *, cpus: float, resources: Mapping[str, float] | None = None) -> Machine:
+    def add(self, *, cpus: int, resources: Mapping[str, float] | None = None) -> Machine:
         """Start a node on a new machine."""
         machine = self.network.add_machine()
         where = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
@@ -212,7 +212,7 @@ class RayNodes:
             where = [f"--address={self.head.address}:{RAY_PORT}"]
         machine.run(
             *(sys.executable, "-m", "ray.scripts.scripts", "start", *where),
-            *(f"--num-cpus={cpus:g}", f"--resources={json.dumps(dict(resources or {}))}"),
+            *(f"--num-cpus={cpus}", f"--resources={json.dumps(dict(resources or {}))}"),
             *("--object-store-memory=100000000", "--disable-usage-stats"),
         )
         self.nodes.append(machine)

@@ -31,13 +31,14 @@ from distill_system.cluster import ElasticPool, WorkerRequest
 from distill_system.config import RunConfig
 from distill_system.data import PromptFrontier
 from distill_system.elastic import ElasticPools
-from distill_system.errors import TransferError, WorkerLostError
+from distill_system.errors import DeadlineError, TransferError, WorkerLostError
 from distill_system.observe import FaultLog, RunDirectory
 from distill_system.records import Author
 from distill_system.streams.asynchronous import AsynchronousStreams
 from distill_system.workers import StartedWorker
 
-HOUR = 3600.0
+SECONDS = 10.0
+"""For one version to reach every worker."""
 
 
 class LossyWorkers(SimulatedWorkers):
@@ -224,7 +225,25 @@ class Transfer:
         self._receiving = {}
 
     def publish(self, version: int) -> None:
-        raise AssertionError("before the first step no worker is lost here")
+        """Returns once every worker holds the version; those that are lost on the way are lost."""
+        self.version = version
+        while self.students.members:
+            members = self.students.members
+            calls = [self.students.start(worker, "receive", version, 0.1) for worker in members]
+            self._receiving = dict(zip(calls, members, strict=True))
+            try:
+                self._receive(calls)
+                break
+            except (TransferError, DeadlineError, WorkerLostError) as error:
+                self.recover(error)
+        self._receiving = {}
+
+    def _receive(self, calls: Sequence[Call]) -> None:
+        clock = self.learner.clock
+        clock.run_until(lambda: all(call.is_done for call in calls), clock.now + SECONDS)
+        self.students.finish([call for call in calls if call.is_done], what="weights")
+        if not all(call.is_done for call in calls):
+            raise DeadlineError("some say nothing")
 
 
 class RestartedLearner(SimulatedLearner):
@@ -341,8 +360,17 @@ class LossyRun:
         )
         self.transfer.supervision = self.streams.supervision = self.elastic
 
-    def play(self, steps: int, *, mean_seconds: float, checkpoint_every: int = 10) -> None:
+    def play(
+        self,
+        steps: int,
+        *,
+        mean_seconds: float,
+        checkpoint_every: int = 10,
+        after_step: Callable[[int], None] = lambda step: None,
+    ) -> None:
         """Run, with a loss every so many seconds of the clock; every step is checked.
+
+        after_step: called with the steps done.
 
         Raises: AssertionError if a step learns from other prompts than the walk says, or more is
             in flight than may be.
@@ -364,6 +392,7 @@ class LossyRun:
                 assert fed == expected, f"step {step}"
                 self.learner.trained[-1].clear()
                 step += 1
+                after_step(step)
                 if step % checkpoint_every == 0:
                     saved = (step, self.streams.state())
                 if self.rank_is_lost:
@@ -424,8 +453,7 @@ class LossyRun:
     def _begin(self, step: int, state: Any) -> None:
         if state is not None:
             self.streams.restore(state)
-        for writer in self.workers["student_rollout"].objects.values():
-            writer.version = step
+        self.transfer.publish(step)
         self.streams.begin(step)
 
     def _begin_again(self, step: int, state: Any) -> None:
