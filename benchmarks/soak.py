@@ -38,7 +38,7 @@ from distill_system.observe import RunDirectory
 
 # small_runs has put tests/ on the path
 from faults import find_workers, newest_step  # isort: skip
-from machines import are_allowed, ray_nodes  # isort: skip
+from machines import RayNodes, are_allowed, ray_nodes  # isort: skip
 from command_line import Run, start  # isort: skip
 
 MIB = 2**20
@@ -50,10 +50,14 @@ BY_STEP = ("metrics.jsonl", "prompts.jsonl", "tensorboard", "log")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run's shared memory and Ray's files are, seen from here."""
+    """Where a run's shared memory and Ray's files are, seen from here.
+
+    nodes: the cluster that it has joined; None: it started its own.
+    """
 
     shared_memory: Path
     ray_files: Path
+    nodes: RayNodes | None = None
 
 
 def main() -> None:
@@ -120,7 +124,7 @@ def going_run(folder: Path, seed: int) -> Iterator[tuple[Run, Place]]:
         run = start("train", configuration, machine=nodes.head, environment=environment, **options)
         root = Path(f"/proc/{nodes.head.first}/root")
         try:
-            yield run, Place(root / "dev/shm", root / "tmp/ray")
+            yield run, Place(root / "dev/shm", root / "tmp/ray", nodes)
         finally:
             run.end()
 
@@ -146,7 +150,11 @@ def sample(run: Run, folder: RunDirectory, place: Place, options: argparse.Names
 def look(run: Run, folder: RunDirectory, place: Place) -> dict[str, float]:
     """Everything that is watched, as it is now."""
     found: dict[str, float] = {}
-    for name, process in {"driver": _driver(run), **find_workers(run), **_ray(run)}.items():
+    for name, process in {
+        "driver": _driver(run),
+        **find_workers(run, place.nodes),
+        **_ray(run),
+    }.items():
         with suppress(psutil.NoSuchProcess):
             found[f"{name}: MiB"] = process.memory_full_info().uss / MIB
             found[f"{name}: fds"] = process.num_fds()
@@ -156,7 +164,7 @@ def look(run: Run, folder: RunDirectory, place: Place) -> dict[str, float]:
     found["Ray's folder: files"] = _count(place.ray_files)
     found["Ray's folder: MiB"] = _num_bytes(place.ray_files) / MIB
     found["temporary folder: files"] = _count(folder.path.parent / "temporary")
-    found["the run: processes"] = len(run.processes())
+    found["the run: processes"] = len((place.nodes or run).processes())
     found["log: MiB"] = _num_bytes(folder.path.parent / "soak.log") / MIB
     for part in ("metrics.jsonl", "prompts.jsonl", "tensorboard"):
         found[f"{part}: MiB"] = _num_bytes(folder.path / part) / MIB

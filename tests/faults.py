@@ -97,10 +97,13 @@ def plan_faults(
     ]
 
 
-def find_workers(run: Run) -> dict[str, psutil.Process]:
-    """The processes of a run's workers by name, pool-id; those that are stopped left out."""
+def find_workers(run: Run, nodes: RayNodes | None = None) -> dict[str, psutil.Process]:
+    """The processes of a run's workers by name, pool-id; those that are stopped left out.
+
+    nodes: the cluster that it has joined; None: it started its own.
+    """
     found: dict[str, psutil.Process] = {}
-    for process in run.processes():
+    for process in run.processes() if nodes is None else nodes.processes():
         try:
             name = process.environ().get(WORKER_VARIABLE)
             is_worker = "".join(process.cmdline()[:1]).startswith("ray::")
@@ -156,7 +159,7 @@ class Injector:
 
     def inject(self, pool: str, way: Way) -> bool:
         """Let a worker of a pool be lost; False if it has none that can be."""
-        workers = find_workers(self.run)
+        workers = find_workers(self.run, self.nodes)
         of_pool = sorted(name for name in workers if name.rpartition("-")[0] == pool)
         if way is Way.CUT:
             of_pool = [name for name in of_pool if self._machine_of(workers[name]) is not None]

@@ -227,6 +227,10 @@ class RayNodes:
         cpus, resources = self._kinds.pop(at)
         return self.add(cpus=cpus, resources=resources)
 
+    def processes(self) -> list[psutil.Process]:
+        """Every process on the nodes' machines."""
+        return [process for machine in self.nodes for process in machine.processes()]
+
     def status(self) -> str:
         """What `ray status` prints."""
         ray = [sys.executable, "-m", "ray.scripts.scripts", "status"]
