@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -42,8 +43,10 @@ while true; do sleep 3600 & wait $!; done
 @cache
 def are_allowed() -> bool:
     """Whether this process may make namespaces."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "nsenter", "setpriv", "unshare"))):
+        return False
     tried = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "true"]
-    return os.geteuid() == 0 and subprocess.run(tried, capture_output=True).returncode == 0
+    return subprocess.run(tried, capture_output=True).returncode == 0
 
 
 @dataclass
@@ -146,7 +149,9 @@ class Network:
         _ip("-n", namespace, "link", "set", "apart", "up")
         init = subprocess.Popen(
             [
-                *("ip", "netns", "exec", namespace, "unshare", "--mount", "--uts", "--ipc"),
+                # Ends with this process, however that ends.
+                *("setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", namespace),
+                *("unshare", "--mount", "--uts", "--ipc"),
                 *("--pid", "--fork", "--mount-proc", "--kill-child"),
                 *("bash", "-c", INIT.format(name=name)),
             ],
