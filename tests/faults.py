@@ -149,8 +149,7 @@ class Injector:
     def carry_out(self, planned: Iterable[Planned]) -> None:
         """Inject each fault when its step is done; returns after the last, or at the run's end."""
         for each in planned:
-            for _ in self._until(lambda step=each.step: self.last_step() >= step):
-                pass
+            self.wait_for_step(each.step)
             self._sleep(each.moment)
             while self._is_going_on() and not self.inject(each.pool, each.way):
                 self._sleep(0.5)  # the pool has nobody just now
@@ -187,6 +186,11 @@ class Injector:
                 self._dark.remove((dark_since, machine))
                 self.nodes.replace(machine)
 
+    def wait_for_step(self, step: int) -> None:
+        """Return once so many steps are done, or the run has ended."""
+        for _ in self._until(lambda: self.last_step() >= step):
+            pass
+
     def wait_for_end(self) -> None:
         """Return once the run has ended; machines are brought meanwhile."""
         for _ in self._until(lambda: False):
@@ -213,7 +217,8 @@ class Injector:
     def _until(self, condition: Callable[[], bool]) -> Iterator[None]:
         while self._is_going_on() and not condition():
             self.tend()
-            yield time.sleep(LOOK_SECONDS)
+            time.sleep(LOOK_SECONDS)
+            yield
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -33,7 +33,7 @@ from distill_system.data import PromptFrontier
 from distill_system.elastic import ElasticPools
 from distill_system.errors import DeadlineError, TransferError, WorkerLostError
 from distill_system.observe import FaultLog, RunDirectory
-from distill_system.records import Author
+from distill_system.records import Author, Stream
 from distill_system.streams.asynchronous import AsynchronousStreams
 from distill_system.workers import StartedWorker
 
@@ -184,7 +184,7 @@ class Transfer:
 
     pools = ("student_rollout",)
 
-    def __init__(self, learner: SimulatedLearner, students: LossyWorkers) -> None:
+    def __init__(self, learner: RestartedLearner, students: LossyWorkers) -> None:
         self.learner, self.students = learner, students
         self.supervision: Any = None
         self.version = 0
@@ -485,13 +485,13 @@ class LossyRun:
         """What each step of each stream should learn from."""
         distill, count = self.config.distill, len(self.data.prompts)
         return {
-            stream: [
-                Counter(f"p{at}" for at in walk.take(distill.sequences(stream)))
+            stream.value: [
+                Counter(f"p{at}" for at in walk.take(distill.sequences(stream.value)))
                 for _ in range(distill.steps)
             ]
             for stream, walk in {
-                "on_policy": PromptFrontier(count, self.config.seed, "student_prompts"),
-                "off_policy": PromptFrontier(count, self.config.seed, "teacher_prompts"),
+                Stream.ON_POLICY: PromptFrontier(count, self.config.seed, "student_prompts"),
+                Stream.OFF_POLICY: PromptFrontier(count, self.config.seed, "teacher_prompts"),
             }.items()
         }
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import BroadcastOptions  # type: ignore[attr-defined]  # it is there
+from torch.distributed import BroadcastOptions
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from distill_system.weights.meeting import join_store
