@@ -163,7 +163,7 @@ class RawLink:
 
         self.receiver, self.buffer = receiver, torch.ones(num_bytes, dtype=torch.uint8)
         address, port = find_rendezvous()
-        self.store = open_store(address, port, timeout_seconds=SECONDS)
+        self.store = open_store(address=address, port=port, timeout_seconds=SECONDS)
         joining = receiver.join_link.remote(address, port, num_bytes)
         self.group = GlooCommunicator(
             address=address, port=port, rank=0, world_size=2, timeout_seconds=SECONDS

@@ -24,7 +24,6 @@ from distill_system.elastic.replacement_budget import ReplacementBudget
 from distill_system.elastic.scale_requests import PoolStatus, ScaleRequests, ScaleStatus
 from distill_system.elastic.scaling import AutoScaler, ScalingObservation
 from distill_system.errors import DeadlineError, DistillError, ResourceError, WorkerLostError
-from distill_system.observe import FaultLog
 from distill_system.workers import StartedWorker
 
 LOOK_SECONDS = 0.2
@@ -100,6 +99,16 @@ class Weights(Protocol):
         """A member has come, gone or been lost."""
 
 
+class FaultRecord(Protocol):
+    """Where losses are written down; see observe.FaultLog."""
+
+    def lose(self, worker: str, cause: str) -> None:
+        """A worker is lost."""
+
+    def replace(self, worker: str, successor: str, seconds: float) -> None:
+        """Another worker has taken its place."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Replacement:
     """A worker that starts in the place of one that is lost.
@@ -137,7 +146,7 @@ class ElasticPools:
         crew: Crew,
         weights: Weights,
         faults: FaultsConfig,
-        fault_log: FaultLog,
+        fault_log: FaultRecord,
         notify: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,

@@ -49,7 +49,7 @@ class Ranks:
             return
         seconds = min(MEETING_SECONDS, self.timeout.total_seconds())
         if self.rank == 0:
-            self._store = open_store(address, port, timeout_seconds=seconds)
+            self._store = open_store(address=address, port=port, timeout_seconds=seconds)
         store = join_store(
             address,
             port,

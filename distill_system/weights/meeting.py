@@ -26,7 +26,7 @@ PATH_SECONDS = 10.0
 """For one connection between two ranks."""
 
 
-def open_store(address: str, port: int, *, timeout_seconds: float) -> TCPStore:
+def open_store(*, address: str, port: int, timeout_seconds: float) -> TCPStore:
     """What the members of a group find one another by; it listens at this address alone.
 
     It ends when the result is dropped. If some still join, their wait ends with it: one of them may

@@ -36,7 +36,7 @@ class GlooSender:
         # Opening a group blocks until every rank is there, and the receivers join only when they
         # are called: so rank 0 opens it in the background and then calls them. If a call fails, the
         # store is dropped on the way out, and with it the wait of all others.
-        store = open_store(address, port, timeout_seconds=timeout_seconds)
+        store = open_store(address=address, port=port, timeout_seconds=timeout_seconds)
         opening: Future[GlooCommunicator] = run_in_background(
             lambda: GlooCommunicator(
                 address=address,

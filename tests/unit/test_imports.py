@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "streams": RECORDS | {"data", "observe", "rollout", "scoring", "run"},
     "elastic": RECORDS | {"cluster", "observe"},
     "driver": RECORDS
-    | {"data", "rollout", "scoring", "weights", "observe", "evaluation"}
+    | {"data", "rollout", "weights", "observe", "evaluation"}
     | {"run", "streams", "elastic"},
     # several runs, and what goes before and after them
     "planning": RECORDS | {"language_model", "learner", "objectives", "scoring"},
