@@ -33,7 +33,8 @@ def join(interface, port):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     try:
         use_node_address(own)
-        stores.append(rank == 0 and meeting.open_store(address=first, port=port, timeout_seconds=30.0))
+        if rank == 0:
+            stores.append(meeting.open_store(address=first, port=port, timeout_seconds=30.0))
         return GlooCommunicator(
             address=first, port=port, rank=rank, world_size=2, timeout_seconds=30.0
         )
