@@ -56,7 +56,6 @@ class LossyWorkers(SimulatedWorkers):
         self._failed: dict[Call, Exception] = {}
         self._under_way: dict[int, list[Call]] = {worker: [] for worker in self.objects}
         self._hangs: set[int] = set()
-        self._results: dict[Call, Call] = {}
         self.dead: dict[int, WorkerLostError] = {}
 
     @property
@@ -80,14 +79,6 @@ class LossyWorkers(SimulatedWorkers):
         else:
             self._under_way[worker_id].append(call)
         return call
-
-    def start_with_receipt(self, worker_id: int, method: str, *arguments: Any) -> tuple[Call, Call]:
-        receipt = self.start(worker_id, method.removesuffix("_with_receipt"), *arguments)
-        result = self._results[receipt] = Call(method, arguments)
-        return receipt, result
-
-    def current(self, result: Call) -> Call:
-        return result
 
     def finish(
         self, references: Sequence[Call], *, what: str, fetch: bool = True, seconds: Any = None
@@ -146,9 +137,9 @@ class LossyWorkers(SimulatedWorkers):
         if not call.is_done:  # the transfer that it took part in has failed
             self._under_way[worker].remove(call)
             call.is_done = True
-        if call in self._results:
-            result = self._results.pop(call)
-            result.result, result.is_done = call.result, True
+            if call.second is not None:
+                call.result, call.second.result = call.result
+                call.second.is_done = True
         self._run(worker)
 
     def fail(self, worker: int, call: Call, error: Exception) -> None:
@@ -165,7 +156,6 @@ class LossyWorkers(SimulatedWorkers):
     def _fail(self, call: Call, error: Exception) -> None:
         call.is_done = True
         self._failed[call] = error
-        self._results.pop(call, None)
 
 
 class LossyWriter(SimulatedWriter):
