@@ -158,7 +158,8 @@ class RawLink:
         import torch
 
         from distill_system.learner.rendezvous import find_rendezvous
-        from distill_system.weights.communicator import GlooCommunicator, open_store
+        from distill_system.weights.communicator import GlooCommunicator
+        from distill_system.weights.meeting import open_store
 
         self.receiver, self.buffer = receiver, torch.ones(num_bytes, dtype=torch.uint8)
         address, port = find_rendezvous()

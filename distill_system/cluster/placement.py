@@ -17,7 +17,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distill_system.config.pools import PoolConfig
 from distill_system.errors import DistillError
+from distill_system.network import use_node_address
 from distill_system.workers import ElasticWorkers
+
+WORKER_VARIABLE = "DISTILL_SYSTEM_WORKER"
+"""Holds the worker's name, pool-id, in its process: what a person on its node knows it by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +126,13 @@ def start_process(
         scheduling_strategy=PlacementGroupSchedulingStrategy(
             placement_group=placement.group, placement_group_bundle_index=placement.bundle_index
         ),
-        runtime_env={"env_vars": {**_hidden_gpus(request.pool), **request.environment}},
+        runtime_env={
+            "env_vars": {
+                **_hidden_gpus(request.pool),
+                **request.environment,
+                WORKER_VARIABLE: f"{request.name}-{worker_id}",
+            }
+        },
     ).remote(**arguments)
 
 
@@ -163,6 +173,8 @@ def _visible(resources: Mapping[str, float]) -> dict[str, float]:
 def _failing_when_ready(worker_class: type) -> type:
     """The class with a constructor that holds back a DistillError until `ready` is called.
 
+    The constructor first says which address the worker's node has.
+
     When a constructor raises, Ray only reports that the worker died: the error's type is lost.
     """
 
@@ -171,6 +183,7 @@ def _failing_when_ready(worker_class: type) -> type:
 
         def __init__(self, **arguments: Any) -> None:
             try:
+                use_node_address(ray.util.get_node_ip_address())
                 super().__init__(**arguments)
             except DistillError as error:
                 self._start_error = error

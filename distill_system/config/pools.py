@@ -205,3 +205,7 @@ class ClusterConfig(ConfigModel):
 
     dashboard: bool = True
     """Start the Ray dashboard of a local cluster, on localhost."""
+    network_interface: Annotated[str, Field(min_length=1)] | None = None
+    """Network interface over which learner ranks and rollout workers connect, such as eth0 or ib0:
+    gloo and NCCL are told it on every node. Null: gloo takes the one that holds the node's address
+    as Ray knows it, NCCL chooses by itself."""

@@ -75,7 +75,7 @@ def scoring_request(context: RunContext) -> WorkerRequest:
         worker_class=TeacherScorer,
         arguments=[arguments] * pool.count,
         pool=pool,
-        environment=torch_environment(pool, config.scoring.threads),
+        environment=torch_environment(config, pool, config.scoring.threads),
         colocate_with=pool.colocate_with,
     )
 
@@ -115,7 +115,7 @@ def learner_request(
         worker_class=Learner,
         arguments=[{"rank": rank, **shared} for rank in range(pool.count)],
         pool=pool,
-        environment=torch_environment(pool, config.learner.threads),
+        environment=torch_environment(config, pool, config.learner.threads),
         gang=True,
     )
 

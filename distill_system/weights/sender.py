@@ -6,7 +6,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from distill_system.weights.client import WeightSyncClient
-from distill_system.weights.communicator import GlooCommunicator, open_store
+from distill_system.weights.communicator import GlooCommunicator
+from distill_system.weights.meeting import open_store
 from distill_system.weights.transport import SENDER, run_in_background
 
 

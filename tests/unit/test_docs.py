@@ -54,7 +54,8 @@ OF_OTHERS = {
     *("use_vllm", "learning_rate", "warmup_steps", "weight_decay"),
     # vLLM
     *("LLMEngine", "VLLM_TARGET_DEVICE"),
-    # torch, Ray, Prometheus, transformers, glibc
+    # torch, Ray, Prometheus, transformers, glibc, gloo, NCCL
+    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
     *("async_save", "varlen_attn", "AttentionInterface", "use_deterministic_algorithms"),
     *("PlacementGroup", "prom_metrics_service_discovery", "file_sd_configs"),
     *("MALLOC_MMAP_THRESHOLD_", "getsignal"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill_system.errors import TransferError
+from distill_system.errors import ResourceError, TransferError
 from distill_system.weights import FanOutClient, WeightPublisher
 from distill_system.weights.transport import broadcast_buckets, check_seal, send_seal
 
@@ -17,7 +17,8 @@ pytest.importorskip("vllm")
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from distill_system.weights import backends, gloo
-from distill_system.weights.communicator import GlooCommunicator, open_store
+from distill_system.weights.communicator import GlooCommunicator
+from distill_system.weights.meeting import open_store
 from distill_system.weights.sealed import SealedWeightTransferEngine
 
 CPU = torch.device("cpu")
@@ -87,7 +88,7 @@ def test_a_byte_that_flips_on_the_way_is_seen_by_every_receiver(bucket: int) -> 
 def test_a_receiver_that_never_joins_is_not_waited_for_longer_than_asked() -> None:
     begin, port = time.perf_counter(), _free_port()
     store = open_store(address="127.0.0.1", port=port, timeout_seconds=1.0)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ResourceError, match="one did not come or left"):
         GlooCommunicator(address="127.0.0.1", port=port, rank=0, world_size=2, timeout_seconds=1.0)
     assert time.perf_counter() - begin < 10.0
     del store
