@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from distill_system.cluster.placement import (
     request_placements,
     start_process,
 )
+from distill_system.cluster.reach import require_cluster
 from distill_system.cluster.starting import StartingWorker
 from distill_system.cluster.workers import RayWorkers
 from distill_system.config import RunConfig
@@ -37,8 +37,6 @@ PLACED_SECONDS = 1.0
 
 POLL_SECONDS = 5.0
 """Time between two reports of what is not placed yet."""
-
-CONNECT_SECONDS = 10.0
 
 
 class ClusterSession:
@@ -54,7 +52,7 @@ class ClusterSession:
     def __enter__(self) -> Self:
         address = os.environ.get("RAY_ADDRESS")
         if address:
-            _require_answer(address)
+            require_cluster(address)
         assert not ray.is_initialized(), "a process has one session at a time"
         try:
             with _signal_handlers_kept():
@@ -227,21 +225,9 @@ def _connect(address: str | None, config: RunConfig) -> None:
         )
     except Exception as error:  # Ray raises bare Exception where a cluster does not start in time
         what = f"join the cluster of RAY_ADDRESS={address}" if address else "start a local cluster"
-        raise ResourceError(f"Ray could not {what}: {error}") from error
-
-
-def _require_answer(address: str) -> None:
-    """Fail within CONNECT_SECONDS where nothing listens; ray.init would retry for minutes."""
-    host, _, port = address.rpartition(":")
-    if "/" in address or not port.isdigit():
-        return  # "auto", "local" or a ray:// address: only Ray can resolve those
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ResourceError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset "
-            "RAY_ADDRESS to start a local one"
-        ) from error
+        causes = [str(cause) for cause in (error, error.__cause__) if cause is not None]
+        why = ": ".join(" ".join(cause.split()) for cause in causes)
+        raise ResourceError(f"Ray could not {what}: {why}") from error
 
 
 def _shut_down() -> None:

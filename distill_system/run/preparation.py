@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from distill_system.config import RunConfig, dump_config, load_config
 from distill_system.data import build_tokenizer, tokenizer_texts
 from distill_system.errors import ConfigError, RunStateError
+from distill_system.job_process import is_job
 from distill_system.language_model import one_line
 from distill_system.observe import RunDirectory, write_environment
 from distill_system.observe.run_directory import read_json, remove_half_written, write_text
@@ -51,13 +52,35 @@ _DAY = "data.chat_date"
 def open_run(config: RunConfig) -> RunDirectory:
     """Find the run's folder, which need not exist yet.
 
-    Raises: RunStateError if the folder holds work of another configuration.
+    Raises: RunStateError if the folder holds work of another configuration; ConfigError for a
+        relative runs_directory in a job.
     """
+    require_lasting_in_job(config)
     # Absolute, because Ray may start workers in another working directory.
     run = RunDirectory(Path(config.runs_directory).absolute() / config.name)
     if run.config_path.exists():
         _require_same(run, config)
     return run
+
+
+def require_lasting_in_job(config: RunConfig) -> None:
+    """In a submitted job, require_lasting_folder."""
+    if is_job():
+        require_lasting_folder(config)
+
+
+def require_lasting_folder(config: RunConfig) -> None:
+    """Refuse a runs_directory that starts from a job's own folder.
+
+    Raises: ConfigError.
+    """
+    if not Path(config.runs_directory).is_absolute():
+        raise ConfigError(
+            f"runs_directory={config.runs_directory!r}: a job runs in a folder that Ray makes for "
+            "it and removes, and checkpoints, student and report would go with it. Give an "
+            "absolute path that every node of the cluster reaches, such as "
+            "runs_directory=/shared/runs"
+        )
 
 
 def with_chat_date(config: RunConfig, run: RunDirectory) -> RunConfig:

@@ -24,7 +24,7 @@ from distill_system.errors import ConfigError, RunStateError
 from distill_system.observe import RunDirectory
 from distill_system.run.context import model_path
 from distill_system.run.model_checks import check_engine
-from distill_system.run.preparation import on_day
+from distill_system.run.preparation import on_day, require_lasting_in_job
 from distill_system.stages.pilot import plan_steps
 from distill_system.stages.processes import Job, run_jobs
 from distill_system.stages.train import train
@@ -62,6 +62,7 @@ def compare(request: ComparisonRequest, *, notify: Callable[[str], None]) -> Pat
     """
     _check(request)
     base = load_config(request.paths, request.overrides)
+    require_lasting_in_job(base)
     check_engine(base)
     folder = Path(base.runs_directory).absolute() / base.name
     day = _first_day(folder)
@@ -69,7 +70,7 @@ def compare(request: ComparisonRequest, *, notify: Callable[[str], None]) -> Pat
     configs = {name: on_day(config, day) for name, config in _load_objectives(request).items()}
     shared = base.model_copy(update={"name": "shared", "runs_directory": str(folder)})
     runs = ("distill", "evaluate")
-    start = train(shared, resume=True, stages=("sft",), followed_by=runs)
+    start = train(shared, resume="auto", stages=("sft",), followed_by=runs)
     configs = {name: _from_shared(config, shared, start) for name, config in configs.items()}
     seeds = tuple(range(request.seeds))
     steps, value, failed = plan_steps(

@@ -97,7 +97,7 @@ class Processes:
         """Run a job from its newest checkpoint to its end; its seconds, and its failure or ""."""
         _copy_teacher_evaluation(job)
         write_text(job.config_path, dump_config(job.config))
-        command = [*self._command, str(job.config_path), "--resume"]
+        command = [*self._command, str(job.config_path), "--resume", "auto"]
         started = time.perf_counter()
         with job.log_path.open("wb") as log:
             with self._lock:

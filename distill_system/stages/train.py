@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 from distill_system.cluster import ClusterSession, require_room
 from distill_system.config import RunConfig
@@ -55,7 +56,7 @@ STAGES = ("sft", "distill", "evaluate", "report", "push")
 def train(
     config: RunConfig,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     stages: Collection[str] = STAGES,
     followed_by: Collection[str] = (),
     notify: Callable[[str], None] = print,
@@ -63,7 +64,7 @@ def train(
 ) -> RunDirectory:
     """Run these stages; a stage whose output exists is skipped.
 
-    resume: continue unfinished stages from their newest checkpoints.
+    resume: continue unfinished stages from their newest checkpoints; "auto": or begin the run.
     followed_by: stages of other runs that begin where this one ends. Their data is read before
         these stages start, so that no fine-tuning is spent on runs that could not begin.
     notify: takes lines for the person.
@@ -75,6 +76,8 @@ def train(
     if "push" in stages:
         require_token(config)
     run = open_run(config)
+    if resume is True:
+        _require_begun(run)
     config = with_chat_date(config, run)
     # A stage that is done already is not in `work`; a run whose work is done starts no cluster.
     work = [stage for stage in _due(config, run) if stage in stages]
@@ -82,14 +85,15 @@ def train(
     for stage in _checkpointed(config, run, work):
         store = CheckpointStore(run.checkpoints_directory / stage, keep=1)
         # Refuse a missing --resume now, before workers have been started for nothing.
-        resume_point(store, resume=resume, stage=stage)
+        if resume_point(store, resume=bool(resume), stage=stage) is None and resume is True:
+            notify(f"{stage}: no checkpoint in {store.folder}, it begins anew")
     if {"distill", "evaluate"} & {*work}:
         check_engine(config)
     if work:
         with refusal_leaves_nothing(run) as begin:
             record_start(config, run)
             models, sets = with_folders(config, run), _sets(config, run, {*work, *followed_by})
-            with open_context(models, run, resume=resume, sets=sets, stop=stop) as context:
+            with open_context(models, run, resume=bool(resume), sets=sets, stop=stop) as context:
                 begin()
                 for stage in work:
                     _RUNNERS[stage](context)
@@ -138,6 +142,14 @@ def _checkpointed(config: RunConfig, run: RunDirectory, work: Collection[str]) -
     """The folder names under which the stages of `work` keep their checkpoints."""
     tuned = [f"sft_{role}" for role in _untuned_roles(config, run)] if "sft" in work else []
     return [*tuned, *(["distill"] if "distill" in work else [])]
+
+
+def _require_begun(run: RunDirectory) -> None:
+    if not run.config_path.exists():
+        raise RunStateError(
+            f"--resume: nothing to go on from, {run.path} holds no run. Check name and "
+            "runs_directory; `--resume auto` begins a run where there is none"
+        )
 
 
 def _require_a_run(run: RunDirectory) -> None:
