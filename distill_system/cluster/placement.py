@@ -7,6 +7,7 @@ autoscaler counts a group that is requested and not yet placed as demand.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distill_system.config.pools import PoolConfig
 from distill_system.errors import DistillError
+from distill_system.logs import logged_start
 from distill_system.workers import ElasticWorkers
+
+_NAME_VARIABLE = "DISTILL_SYSTEM_WORKER"
+"""By it a worker's process knows its name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +118,13 @@ def start_process(
         scheduling_strategy=PlacementGroupSchedulingStrategy(
             placement_group=placement.group, placement_group_bundle_index=placement.bundle_index
         ),
-        runtime_env={"env_vars": {**_hidden_gpus(request.pool), **request.environment}},
+        runtime_env={
+            "env_vars": {
+                _NAME_VARIABLE: f"{request.name}-{worker_id}",
+                **_hidden_gpus(request.pool),
+                **request.environment,
+            }
+        },
     ).remote(**arguments)
 
 
@@ -151,6 +162,14 @@ def _visible(resources: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def _describe_process() -> str:
+    """This worker's process, and the files in which Ray keeps what it writes to its streams."""
+    context, node = ray.get_runtime_context(), ray.util.get_node_ip_address()
+    name = f"worker-{context.get_worker_id()}-*"  # then a job, which may be none, and the process
+    folder = ray._private.worker.global_worker.node.get_logs_dir_path()
+    return f"process {os.getpid()} on {node}, whose streams are {folder}/{name}"
+
+
 def _failing_when_ready(worker_class: type) -> type:
     """The class with a constructor that holds back a DistillError until `ready` is called.
 
@@ -162,7 +181,8 @@ def _failing_when_ready(worker_class: type) -> type:
 
         def __init__(self, **arguments: Any) -> None:
             try:
-                super().__init__(**arguments)
+                with logged_start(os.environ[_NAME_VARIABLE], _describe_process()):
+                    super().__init__(**arguments)
             except DistillError as error:
                 self._start_error = error
 

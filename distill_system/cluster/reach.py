@@ -26,11 +26,16 @@ from ray.exceptions import AuthenticationError, RpcError
 from distill_system.errors import ResourceError
 
 CONNECT_SECONDS = 5.0
-"""For a connection to be accepted, and again for the first bytes of an answer."""
+"""For a connection to be accepted."""
+
+ANSWER_SECONDS = 2.0
+"""For the first bytes of an answer."""
 
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 """How every gRPC client begins (RFC 9113, 3.4): a preface and an empty SETTINGS frame. A gRPC
 server answers with SETTINGS of its own, an HTTP/1 server with a status line."""
+
+_HTTP1_GREETING = b"GET / HTTP/1.0\r\n\r\n"
 
 _SETTINGS = 4
 
@@ -53,16 +58,24 @@ def listen_at(host: str, port: int) -> Speech:
 
     Raises: OSError if nobody accepts a connection within CONNECT_SECONDS.
     """
-    with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connection:
-        try:
-            connection.sendall(_HTTP2_GREETING)
-            answer = connection.recv(9)
-        except OSError:  # accepted, and then silent or closed
-            return Speech.OTHER
-    if answer.startswith(b"HTTP/"):
-        return Speech.HTTP
+    answer = _say(host, port, _HTTP2_GREETING)
     # A frame's header: three bytes of length, then its type.
-    return Speech.GRPC if len(answer) > 3 and answer[3] == _SETTINGS else Speech.OTHER
+    if len(answer) > 3 and answer[3] == _SETTINGS:
+        return Speech.GRPC
+    if not answer.startswith(b"HTTP/"):  # some web servers answer HTTP/2 without a status line
+        answer = _say(host, port, _HTTP1_GREETING)
+    return Speech.HTTP if answer.startswith(b"HTTP/") else Speech.OTHER
+
+
+def _say(host: str, port: int, greeting: bytes) -> bytes:
+    """The first bytes of an answer; none if the other side stays silent or closes."""
+    with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connection:
+        connection.settimeout(ANSWER_SECONDS)
+        try:
+            connection.sendall(greeting)
+            return connection.recv(9)
+        except OSError:
+            return b""
 
 
 def require_cluster(address: str) -> None:

@@ -9,8 +9,10 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Self
 
 import ray
@@ -25,6 +27,7 @@ from distill_system.cluster.placement import (
     request_placements,
     start_process,
 )
+from distill_system.cluster.predecessors import wait_until_gone
 from distill_system.cluster.reach import require_cluster
 from distill_system.cluster.starting import StartingWorker
 from distill_system.cluster.workers import RayWorkers
@@ -57,6 +60,8 @@ class ClusterSession:
         try:
             with _signal_handlers_kept():
                 _connect(address, self.config)
+            if address:
+                wait_until_gone(_namespace(self.config), notify=self.notify)
         except BaseException:
             _shut_down()  # a local cluster may have started in part
             raise
@@ -87,6 +92,8 @@ class ClusterSession:
                 release_placements(placements[name])
             raise
         started = [self._start(request, placements) for request in requests]
+        loading = ", ".join(f"{request.name} x{len(request.arguments)}" for request in requests)
+        self.notify(f"placed, and loading their models: {loading}")
         self.groups += started
         return started
 
@@ -214,11 +221,17 @@ def _describe_demand(
     return ", ".join(parts)
 
 
+def _namespace(config: RunConfig) -> str:
+    """Of this run's workers in a cluster: by its folder, since runs of one name may have others."""
+    folder = str(Path(config.runs_directory).absolute() / config.name)
+    return f"distill-{config.name}-{zlib.crc32(folder.encode()):08x}"
+
+
 def _connect(address: str | None, config: RunConfig) -> None:
     try:
         ray.init(
             address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
-            namespace=f"distill-{config.name}",
+            namespace=_namespace(config),
             log_to_driver=False,
             logging_level="ERROR",
             **({} if address else {"include_dashboard": config.cluster.dashboard}),

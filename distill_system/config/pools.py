@@ -189,3 +189,12 @@ class ClusterConfig(ConfigModel):
 
     dashboard: bool = True
     """Start the Ray dashboard of a local cluster, on localhost."""
+
+
+class LoggingConfig(ConfigModel):
+    """The log files in the run's folder: one for the driver, one for each worker."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lines below this level are left out."""
+    json_lines: bool = False
+    """Write each line as a JSON object: time, level, logger, message, traceback."""

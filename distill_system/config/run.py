@@ -19,6 +19,7 @@ from distill_system.config.pools import (
     ELASTIC_POOLS,
     ClusterConfig,
     DeadlinesConfig,
+    LoggingConfig,
     PoolConfig,
     PoolsConfig,
     ScalingConfig,
@@ -52,6 +53,7 @@ class RunConfig(ConfigModel):
     pools: PoolsConfig = PoolsConfig()
     scaling: ScalingConfig = ScalingConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     @property
     def max_model_length(self) -> int:

@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "distill.early_stopping",
     "export",
     "hub",
+    "logging",
 )
 """Keys that may differ when a run is continued: they do not change what a step learns, apart from
 rounding (another number of ranks or another microbatch size adds up in another order)."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
@@ -12,8 +15,9 @@ from distill_system.data import RunData
 from distill_system.data.run_data import SetName
 from distill_system.driver import Driver
 from distill_system.driver.measuring import Measuring
-from distill_system.errors import RunStateError
+from distill_system.errors import DistillError, RunStateError
 from distill_system.evaluation import check_evaluation
+from distill_system.logs import DRIVER, LOGGER_NAME, close_log, log_path, open_log
 from distill_system.observe import (
     LiveView,
     MetricLog,
@@ -200,6 +204,7 @@ def open_context(
     check_evaluation(config.evaluation, data.evaluation, data.places)
     require_room(config, None if "held_out" in sets else ["learner"])
     with ExitStack() as stack:
+        stack.enter_context(_driver_log(config, run))
         view = stack.enter_context(LiveView(config.name))
         for line in settings_notes(config):
             view.note(line)
@@ -220,6 +225,28 @@ def open_context(
             resume=resume,
             stop=stop or StopRequest(),
         )
+
+
+@contextmanager
+def _driver_log(config: RunConfig, run: RunDirectory) -> Iterator[None]:
+    """For the length of a block what is noted stands in the driver's log too, and how it failed."""
+    logger, own = logging.getLogger(LOGGER_NAME), config.logging
+    path = log_path(run.logs_directory, DRIVER)
+    handler = open_log(path, level=own.level, json_lines=own.json_lines)
+    try:
+        logger.info("process %d begins on %s", os.getpid(), socket.gethostname())
+        yield
+    except KeyboardInterrupt:
+        logger.warning("ended by a person")
+        raise
+    except DistillError as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        raise
+    except Exception:
+        logger.exception("ended by an error of its own")
+        raise
+    finally:
+        close_log(handler)
 
 
 def _run_sft(context: RunContext) -> None:

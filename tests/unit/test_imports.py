@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "distill_system"
 
-RECORDS = {"config", "errors", "job_process", "records", "seeds", "stopping", "workers"}
+RECORDS = {"config", "errors", "job_process", "logs", "records", "seeds", "stopping", "workers"}
 TORCH_ROOMS = {"language_model", "weights", "rollout", "scoring", "learner"}
 
 # Part of the house -> parts it may import, in the order in which they build on one another. A part
@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "workers": set(),
     "stopping": set(),
     "job_process": set(),
+    "logs": set(),
     "hub": {"errors"},
     "config": {"errors"},
     "records": {"config.objective", "errors", "workers"},
@@ -68,6 +69,7 @@ ALLOWED_FROM_OUTSIDE = {
     "workers": set(),
     "stopping": set(),
     "job_process": set(),
+    "logs": set(),
     "records": {"numpy"},
     "config": {"pydantic", "yaml"},
     "objectives": {"jaxtyping", "torch"},

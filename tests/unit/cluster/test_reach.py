@@ -32,9 +32,11 @@ def _web_server(code: int, body: str) -> Iterator[int]:
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield server.server_port
-        server.shutdown()
-        thread.join()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def _refusal(ask: Callable[[str], object], address: str) -> str:
@@ -70,7 +72,7 @@ def test_another_ray_is_named_beside_ours() -> None:
 
 
 def test_nobody_and_a_server_that_is_silent_are_told_apart(monkeypatch) -> None:
-    monkeypatch.setattr(reach, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(reach, "ANSWER_SECONDS", 0.2)
     with create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         assert "neither gRPC nor HTTP" in _refusal(require_cluster, address)

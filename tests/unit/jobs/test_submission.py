@@ -236,7 +236,9 @@ def test_paths_that_are_here_are_written_in_full(configure, tmp_path, monkeypatc
 
 def test_names_of_a_hub_and_sets_of_the_package_stay_as_they_are() -> None:
     quickstart = Path(__file__).parents[3] / "configs/quickstart.yaml"
-    config = load_config([quickstart], ["runs_directory=/shared/runs"])
+    sets = ("teacher_sft", "student_sft", "prompts", "held_out")
+    few = [f"data.{name}.num_examples=64" for name in sets]
+    config = load_config([quickstart], ["runs_directory=/shared/runs", *few])
     assert check(SubmitRequest(config=config), notify=print).config == config
 
 
