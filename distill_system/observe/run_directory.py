@@ -22,6 +22,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.lock_path = self.path / "lock"  # while a command writes here: see run_lock
         self.config_path = self.path / "config.json"  # the resolved configuration
         self.environment_path = self.path / "environment.json"  # versions, commit, machine, seeds
         self.metrics_path = self.path / "metrics.jsonl"  # every metric of every step, a row a line

@@ -50,24 +50,27 @@ rounding (another number of ranks or another microbatch size adds up in another 
 _DAY = "data.chat_date"
 
 
+def run_directory(config: RunConfig) -> RunDirectory:
+    """The run's folder, which need not exist yet.
+
+    Raises: ConfigError for a relative runs_directory in a submitted job.
+    """
+    if is_job():
+        require_lasting_folder(config)
+    # Absolute, because Ray may start workers in another working directory.
+    return RunDirectory(Path(config.runs_directory).absolute() / config.name)
+
+
 def open_run(config: RunConfig) -> RunDirectory:
     """Find the run's folder, which need not exist yet.
 
-    Raises: RunStateError if the folder holds work of another configuration; ConfigError for a
-        relative runs_directory in a job.
+    The caller holds the folder's lock: the tokenizer of another configuration is removed.
+    Raises: RunStateError if the folder holds work of another configuration.
     """
-    require_lasting_in_job(config)
-    # Absolute, because Ray may start workers in another working directory.
-    run = RunDirectory(Path(config.runs_directory).absolute() / config.name)
+    run = run_directory(config)
     if run.config_path.exists():
         _require_same(run, config)
     return run
-
-
-def require_lasting_in_job(config: RunConfig) -> None:
-    """In a submitted job, require_lasting_folder."""
-    if is_job():
-        require_lasting_folder(config)
 
 
 def require_lasting_folder(config: RunConfig) -> None:
