@@ -326,35 +326,56 @@ def _amount(text: str) -> tuple[str, float]:
         raise ConfigError(f"--driver-resource {text}: expected NAME=AMOUNT") from None
 
 
+RunsDirectory = Annotated[str, typer.Option(help="Where a run's name is looked for.")]
+
+
 @app.command()
 def status(
     run: Annotated[
         str | None, typer.Argument(help="The run's name, its folder, or its job's id.")
     ] = None,
     address: Address = None,
-    runs_directory: Annotated[str, typer.Option(help="Where runs are looked for.")] = "runs",
+    runs_directory: RunsDirectory = "runs",
 ) -> None:
-    """Say how jobs of a cluster stand (--address), or runs of a folder, without a cluster."""
+    """Say how jobs of a cluster stand; without an address, how runs do, by their folders alone."""
     with _reporting_errors():
-        from distill_system.cluster.job_client import JobClient
-        from distill_system.jobs import watching
+        from distill_system.jobs import folders
 
-        jobs = JobClient(address)
-        known = jobs.jobs() if run is None else [jobs.find(run)]
-        for line in watching.describe(known, now=time.time()):
-            print(line)
+        if _asks_a_cluster(address):
+            from distill_system.cluster.job_client import JobClient
+            from distill_system.jobs import watching
+
+            jobs = JobClient(address)
+            known = jobs.jobs() if run is None else [jobs.find(run)]
+            lines = list(watching.describe(known, now=time.time()))
+            if run is not None:
+                lines += folders.describe_if_here(known[0].metadata.get("folder"))
+        else:
+            lines = list(folders.describe(run, runs_directory))
+    print("\n".join(lines))
 
 
 @app.command()
 def logs(
-    run: Annotated[str, typer.Argument(help="The run's name, or its job's id.")],
+    run: Annotated[str, typer.Argument(help="The run's name, its folder, or its job's id.")],
     address: Address = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Go on until the job has ended; its exit code.")
     ] = False,
+    worker: Annotated[
+        str, typer.Option(help="Whose log of the run's folder, such as student_rollout-0.")
+    ] = "driver",
+    runs_directory: RunsDirectory = "runs",
 ) -> None:
-    """Show what the driver of a job has written."""
+    """Show what a job's driver has written; without an address, a log of the run's folder."""
     with _reporting_errors():
+        if not _asks_a_cluster(address):
+            from distill_system.jobs import folders
+
+            if follow:
+                raise ConfigError("--follow is for the job of a cluster: give --address")
+            _write_out(folders.read_log(run, worker, runs_directory))
+            return
         from distill_system.cluster.job_client import JobClient
 
         jobs = JobClient(address)
@@ -366,12 +387,21 @@ def logs(
 
 @app.command()
 def stop(
-    run: Annotated[str, typer.Argument(help="The run's name, or its job's id.")],
+    run: Annotated[str, typer.Argument(help="The run's name, its folder, or its job's id.")],
     address: Address = None,
     wait: Annotated[float, typer.Option(min=0.0, help="Longest wait for it, in seconds.")] = 120.0,
+    runs_directory: RunsDirectory = "runs",
 ) -> None:
-    """End a job: the step under way and a checkpoint of it, then its workers."""
+    """End a run by SIGTERM: the step under way, a checkpoint of it, then its workers.
+
+    With an address the job of that run; without one the process of this machine that trains it.
+    """
     with _reporting_errors():
+        if not _asks_a_cluster(address):
+            from distill_system.jobs import folders
+
+            print(folders.stop(run, runs_directory, seconds=wait))
+            return
         from distill_system.cluster.job_client import JobClient
         from distill_system.jobs import watching
 
@@ -381,6 +411,11 @@ def stop(
             jobs.stop(job.submission_id)
             job = watching.wait_until_ended(jobs, job.submission_id, notify=print, seconds=wait)
         print(f"{job.submission_id} is {job.status}")
+
+
+def _asks_a_cluster(address: str | None) -> bool:
+    """Whether a command about a run asks the jobs of a cluster, and not the run's folder."""
+    return bool(address or os.environ.get("RAY_API_SERVER_ADDRESS"))
 
 
 @app.command()
@@ -394,7 +429,7 @@ def scale(
         ),
     ],
     wait: Annotated[float, typer.Option(min=0.0, help="Longest wait for it, in seconds.")] = 120.0,
-    runs_directory: Annotated[str, typer.Option(help="Where a run's name is looked for.")] = "runs",
+    runs_directory: RunsDirectory = "runs",
 ) -> None:
     """Change the number of a run's workers while it distils; waits until they are there."""
     with _reporting_errors():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from distill_system.config import load_config
 from distill_system.config.pools import ELASTIC_POOLS
 from distill_system.elastic.scale_requests import PoolStatus, ScaleRequests, ScaleStatus
 from distill_system.errors import ConfigError, DeadlineError, ResourceError, RunStateError
 from distill_system.observe import RunDirectory
+from distill_system.observe.run_status import find_run
 
 POLL_SECONDS = 0.5
 NOTIFY_SECONDS = 5.0
@@ -54,18 +54,6 @@ def scale(
             notified_at = now
             notify(_describe_wait(status, request_id, wanted))
         sleep(min(POLL_SECONDS, deadline - now))
-
-
-def find_run(name: str, runs_directory: str) -> RunDirectory:
-    """The folder of a run, by path or name.  Raises: RunStateError if there is no such run."""
-    for path in (Path(name), Path(runs_directory) / name):
-        run = RunDirectory(path)
-        if run.config_path.exists():
-            return run
-    raise RunStateError(
-        f"no run {name!r}: expected a run's folder, or the name of one below {runs_directory}/ "
-        "(--runs-directory); a run has a config.json"
-    )
 
 
 def parse_sizes(sizes: Sequence[str]) -> dict[str, int]:

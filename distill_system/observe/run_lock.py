@@ -49,6 +49,12 @@ class Holder:
     started: int
     since: float
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its number is one of this process's own table of processes."""
+        ours = _this_process()
+        return (self.boot, self.processes) == (ours.boot, ours.processes)
+
     def describe(self) -> str:
         """Process, host, and since when it holds the lock."""
         since = datetime.fromtimestamp(self.since).strftime("%Y-%m-%d %H:%M:%S")
@@ -103,8 +109,7 @@ def find_holder(run: RunDirectory) -> Holder | None:
     path, holder = run.lock_path, _read_holder(run.lock_path)
     if holder is None:
         return None
-    ours = _this_process()
-    if (holder.boot, holder.processes) == (ours.boot, ours.processes):
+    if holder.is_here:
         lives = _start_of(holder.process) == holder.started
     else:
         lives = time.time() - path.stat().st_mtime < WATCH_SECONDS

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from distill_system.errors import RunStateError
 from distill_system.logs import DRIVER, last_message, log_path
 from distill_system.observe.live import format_duration, format_number
 from distill_system.observe.metrics import MetricRow, read_metrics
@@ -64,6 +65,18 @@ def find_runs(runs_directory: Path) -> list[RunDirectory]:
     """The runs below a folder, the newest work first."""
     runs = [RunDirectory(path.parent) for path in runs_directory.glob("*/config.json")]
     return sorted(runs, key=_last_change, reverse=True)
+
+
+def find_run(name: str, runs_directory: str) -> RunDirectory:
+    """The folder of a run, by path or name.  Raises: RunStateError if there is no such run."""
+    for path in (Path(name), Path(runs_directory) / name):
+        run = RunDirectory(path)
+        if run.config_path.exists():
+            return run
+    raise RunStateError(
+        f"no run {name!r}: expected a run's folder, or the name of one below {runs_directory}/ "
+        "(--runs-directory); a run has a config.json"
+    )
 
 
 def read_status(run: RunDirectory, *, is_alive: bool, now: float | None = None) -> RunStatus:
