@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -143,10 +144,32 @@ def bundle_of(*pools: PoolConfig) -> dict[str, float]:
     return bundle or {"CPU": 0.001}  # Ray refuses an empty bundle
 
 
+NODES_SHOWN = 6
+
+
 def describe_supply() -> str:
-    """Free and total resources of the cluster, for a message."""
-    free, whole = _visible(ray.available_resources()), _visible(ray.cluster_resources())
-    return f"free {free} of {whole}"
+    """What each node has free, those with most first, for a message.
+
+    By node, since a worker needs one that holds all of it: a sum over nodes may be no place at all.
+    """
+    free = available_resources_per_node()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    rows = [
+        (_visible(free.get(node["NodeID"], {})), _visible(node["Resources"]), node["NodeName"])
+        for node in alive
+    ]
+    rows.sort(key=lambda row: (sum(row[0].values()), sum(row[1].values())), reverse=True)
+    shown = [
+        f"free {_whole(have, whole)} of {whole} on {name}"
+        for have, whole, name in rows[:NODES_SHOWN]
+    ]
+    more = len(rows) - len(shown)
+    return "; ".join([*shown, f"and {more} nodes with less" if more else ""]).rstrip("; ")
+
+
+def _whole(have: Mapping[str, float], of: Mapping[str, float]) -> dict[str, float]:
+    """What is free, with 0 for what is all taken: Ray leaves that out."""
+    return {name: have.get(name, 0.0) for name in of}
 
 
 def _visible(resources: Mapping[str, float]) -> dict[str, float]:
