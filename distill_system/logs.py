@@ -88,6 +88,15 @@ def close_log(handler: logging.Handler | None) -> None:
         handler.close()
 
 
+def name_logs(error: Exception, folder: Path) -> None:
+    """Let a message name the logs of the workers that it speaks of, where there are any."""
+    text = str(error)
+    names = dict.fromkeys(re.findall(r"\b[a-z_]+-\d+\b", text))
+    paths = [str(path) for name in names if (path := log_path(folder, name)).is_file()]
+    if paths:
+        error.args = (f"{text.rstrip('. ')}. Log: {', '.join(paths)}", *error.args[1:])
+
+
 def last_message(path: Path) -> str:
     """The last line's message, of either form; "" if there is none."""
     try:

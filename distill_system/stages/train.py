@@ -17,7 +17,14 @@ from distill_system.driver import Driver
 from distill_system.driver.measuring import Measuring
 from distill_system.errors import DistillError, RunStateError
 from distill_system.evaluation import check_evaluation
-from distill_system.logs import DRIVER, LOGGER_NAME, close_log, log_path, open_log
+from distill_system.logs import (
+    DRIVER,
+    LOGGER_NAME,
+    close_log,
+    log_path,
+    name_logs,
+    open_log,
+)
 from distill_system.observe import (
     LiveView,
     MetricLog,
@@ -265,6 +272,7 @@ def _driver_log(config: RunConfig, run: RunDirectory) -> Iterator[None]:
         logger.warning("ended by a person")
         raise
     except DistillError as error:
+        name_logs(error, run.logs_directory)
         logger.error("%s: %s", type(error).__name__, error)
         raise
     except Exception:
