@@ -13,11 +13,14 @@ import json
 import logging
 import os
 import re
+import socket
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from distill_system.errors import RunStateError
 
 LOGGER_NAME = "distill_system"
 
@@ -47,8 +50,10 @@ def logged_start(
 
     The log stays open until the process ends.
     name: the worker's.  place: where its process is, and what else it writes.
+    Raises: RunStateError if the run's folder is not to be seen from here.
     """
     if _FOLDER in environment:
+        _require_folder(name, Path(environment[_FOLDER]).parent)
         path = log_path(Path(environment[_FOLDER]), name)
         as_json = environment.get(_FORM) == "json"
         open_log(path, level=environment.get(_LEVEL, "info"), json_lines=as_json)
@@ -79,6 +84,15 @@ def open_log(path: Path, *, level: str, json_lines: bool) -> logging.Handler | N
     logger.setLevel(min(logger.level or handler.level, handler.level))
     logger.addHandler(handler)
     return handler
+
+
+def _require_folder(name: str, folder: Path) -> None:
+    """Ranks write checkpoints there and workers read models: told now, and not in hours."""
+    if not folder.is_dir():
+        raise RunStateError(
+            f"{name} on {socket.gethostname()}: the run's folder {folder} is not there. Workers on "
+            "several nodes need a runs_directory on storage that every node has under one path"
+        )
 
 
 def close_log(handler: logging.Handler | None) -> None:

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "workers": set(),
     "stopping": set(),
     "job_process": set(),
-    "logs": set(),
+    "logs": {"errors"},
     "hub": {"errors"},
     "config": {"errors"},
     "records": {"config.objective", "errors", "workers"},

@@ -200,3 +200,12 @@ def test_a_worker_that_cannot_start_says_so_in_its_log(workers: Start, tmp_path:
     row = json.loads(line)
     assert (row["level"], row["message"]) == ("error", "breaker-0 could not start")
     assert row["traceback"].endswith("ResourceError: no memory for it\n")
+
+
+def test_a_node_without_the_runs_folder_is_told_before_anything_is_learned(
+    workers: Start, tmp_path: Path
+) -> None:
+    environment = log_environment(tmp_path / "runs/mine/logs", level="info", json_lines=False)
+    with pytest.raises(RunStateError, match=rf"sitter-0 on .*{tmp_path}/runs/mine is not there"):
+        _pids(workers(Sitter, environment=environment))
+    assert not (tmp_path / "runs").exists()

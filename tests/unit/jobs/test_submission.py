@@ -76,7 +76,7 @@ def test_a_run_travels_as_one_file_and_the_sources_of_the_package(configure) -> 
     assert re.fullmatch(r"run-[0-9a-f]{8}", submission_id)
     assert order.runtime_environment["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "51"}
     folder = f"{request.config.runs_directory}/run"
-    assert order.metadata | {"distill_system": ""} == {
+    assert {**order.metadata} | {"distill_system": ""} == {
         "job_name": "run",
         "run": "run",
         "folder": folder,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ import pytest
 from distill_system.errors import RunStateError
 from distill_system.logs import close_log, log_path, open_log
 from distill_system.observe import MetricLog, RunDirectory
-from distill_system.observe import metrics as metrics_module
 from distill_system.observe.run_directory import write_json
 from distill_system.observe.run_status import describe_status, find_runs, read_status
 
@@ -31,7 +31,7 @@ def _log(run: RunDirectory, monkeypatch, rows) -> None:
     """Rows of (seconds, stage, step, metrics)."""
     with MetricLog(run, run_name="mine") as log:
         for seconds, stage, step, metrics in rows:
-            monkeypatch.setattr(metrics_module.time, "time", lambda now=seconds: now)
+            monkeypatch.setattr(time, "time", lambda now=seconds: now)
             log.log(stage, step, metrics)
     monkeypatch.undo()
 
