@@ -7,16 +7,19 @@ autoscaler counts a group that is requested and not yet placed as demand.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distill_system.config.pools import PoolConfig
 from distill_system.errors import DistillError
+from distill_system.logs import logged_start
 from distill_system.network import use_node_address
 from distill_system.workers import ElasticWorkers
 
@@ -151,10 +154,32 @@ def bundle_of(*pools: PoolConfig) -> dict[str, float]:
     return bundle or {"CPU": 0.001}  # Ray refuses an empty bundle
 
 
+NODES_SHOWN = 6
+
+
 def describe_supply() -> str:
-    """Free and total resources of the cluster, for a message."""
-    free, whole = _visible(ray.available_resources()), _visible(ray.cluster_resources())
-    return f"free {free} of {whole}"
+    """What each node has free, those with most first, for a message.
+
+    By node, since a worker needs one that holds all of it: a sum over nodes may be no place at all.
+    """
+    free = available_resources_per_node()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    rows = [
+        (_visible(free.get(node["NodeID"], {})), _visible(node["Resources"]), node["NodeName"])
+        for node in alive
+    ]
+    rows.sort(key=lambda row: (sum(row[0].values()), sum(row[1].values())), reverse=True)
+    shown = [
+        f"free {_whole(have, whole)} of {whole} on {name}"
+        for have, whole, name in rows[:NODES_SHOWN]
+    ]
+    more = len(rows) - len(shown)
+    return "; ".join([*shown, f"and {more} nodes with less" if more else ""]).rstrip("; ")
+
+
+def _whole(have: Mapping[str, float], of: Mapping[str, float]) -> dict[str, float]:
+    """What is free, with 0 for what is all taken: Ray leaves that out."""
+    return {name: have.get(name, 0.0) for name in of}
 
 
 def _visible(resources: Mapping[str, float]) -> dict[str, float]:
@@ -168,6 +193,14 @@ def _visible(resources: Mapping[str, float]) -> dict[str, float]:
         for name, amount in resources.items()
         if not name.startswith(hidden) and "_group_" not in name
     }
+
+
+def _describe_process() -> str:
+    """This worker's process, and the files in which Ray keeps what it writes to its streams."""
+    context, node = ray.get_runtime_context(), ray.util.get_node_ip_address()
+    name = f"worker-{context.get_worker_id()}-*"  # then a job, which may be none, and the process
+    folder = ray._private.worker.global_worker.node.get_logs_dir_path()
+    return f"process {os.getpid()} on {node}, whose streams are {folder}/{name}"
 
 
 def _failing_when_ready(worker_class: type) -> type:
@@ -184,7 +217,8 @@ def _failing_when_ready(worker_class: type) -> type:
         def __init__(self, **arguments: Any) -> None:
             try:
                 use_node_address(ray.util.get_node_ip_address())
-                super().__init__(**arguments)
+                with logged_start(os.environ[WORKER_VARIABLE], _describe_process()):
+                    super().__init__(**arguments)
             except DistillError as error:
                 self._start_error = error
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Self
 
 import ray
@@ -26,6 +27,8 @@ from distill_system.cluster.placement import (
     request_placements,
     start_process,
 )
+from distill_system.cluster.predecessors import wait_until_gone
+from distill_system.cluster.reach import require_cluster
 from distill_system.cluster.starting import StartingWorker
 from distill_system.cluster.workers import RayWorkers
 from distill_system.config import RunConfig
@@ -37,8 +40,6 @@ PLACED_SECONDS = 1.0
 
 POLL_SECONDS = 5.0
 """Time between two reports of what is not placed yet."""
-
-CONNECT_SECONDS = 10.0
 
 
 class ClusterSession:
@@ -55,11 +56,13 @@ class ClusterSession:
     def __enter__(self) -> Self:
         address = os.environ.get("RAY_ADDRESS")
         if address:
-            _require_answer(address)
+            require_cluster(address)
         assert not ray.is_initialized(), "a process has one session at a time"
         try:
             with _signal_handlers_kept():
                 _connect(address, self.config)
+            if address:
+                wait_until_gone(_namespace(self.config), notify=self.notify)
         except BaseException:
             _shut_down()  # a local cluster may have started in part
             raise
@@ -91,6 +94,8 @@ class ClusterSession:
             raise
         self._requests |= {request.name: request for request in requests}
         started = [self._start(request, placements) for request in requests]
+        loading = ", ".join(f"{request.name} x{len(request.arguments)}" for request in requests)
+        self.notify(f"placed, and loading their models: {loading}")
         self.groups += started
         return started
 
@@ -241,32 +246,26 @@ def _describe_demand(
     return ", ".join(parts)
 
 
+def _namespace(config: RunConfig) -> str:
+    """Of this run's workers in a cluster: by its folder, since runs of one name may have others."""
+    folder = str(Path(config.runs_directory).absolute() / config.name)
+    return f"distill-{config.name}-{zlib.crc32(folder.encode()):08x}"
+
+
 def _connect(address: str | None, config: RunConfig) -> None:
     try:
         ray.init(
             address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
-            namespace=f"distill-{config.name}",
+            namespace=_namespace(config),
             log_to_driver=False,
             logging_level="ERROR",
             **({} if address else {"include_dashboard": config.cluster.dashboard}),
         )
     except Exception as error:  # Ray raises bare Exception where a cluster does not start in time
         what = f"join the cluster of RAY_ADDRESS={address}" if address else "start a local cluster"
-        raise ResourceError(f"Ray could not {what}: {error}") from error
-
-
-def _require_answer(address: str) -> None:
-    """Fail within CONNECT_SECONDS where nothing listens; ray.init would retry for minutes."""
-    host, _, port = address.rpartition(":")
-    if "/" in address or not port.isdigit():
-        return  # "auto", "local" or a ray:// address: only Ray can resolve those
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ResourceError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset "
-            "RAY_ADDRESS to start a local one"
-        ) from error
+        causes = [str(cause) for cause in (error, error.__cause__) if cause is not None]
+        why = ": ".join(" ".join(cause.split()) for cause in causes)
+        raise ResourceError(f"Ray could not {what}: {why}") from error
 
 
 def _shut_down() -> None:

@@ -30,6 +30,9 @@ from distill_system.config.pools import DeadlinesConfig
 from distill_system.errors import DeadlineError, DistillError, ResourceError
 from distill_system.workers import StartedWorker
 
+NO_PLACE_SECONDS = 1.0
+"""Where the cluster has room, it gives a place within less than this."""
+
 
 class StartStage(StrEnum):
     """The states of a worker that starts; the module's picture shows how they follow."""
@@ -67,6 +70,7 @@ class StartingWorker:
         if place is None:
             [place] = request_placements(_single_worker(request, self._arguments))
         self._placement = place.again() if self._takes_over else place
+        self.no_place = ""  # what the cluster has instead, once it has shown to have none
         self._handle: Any = None
         self._loaded: Any = None  # the reference of the worker's first call, `ready`
 
@@ -123,7 +127,9 @@ class StartingWorker:
             )
             self._loaded = self._handle.ready.remote()
             # Each state has a deadline of its own: loading is timed from here.
-            self.stage, self._stage_since = StartStage.LOADING, now
+            self.stage, self._stage_since, self.no_place = StartStage.LOADING, now, ""
+        elif not self.no_place and now - self._stage_since > NO_PLACE_SECONDS:
+            self.no_place = f"no place for {bundle_of(self._request.pool)}: {describe_supply()}"
         elif now - self._stage_since > limit:
             raise ResourceError(
                 f"the cluster did not place {bundle_of(self._request.pool)} for {self.name} within "

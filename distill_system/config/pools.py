@@ -209,3 +209,12 @@ class ClusterConfig(ConfigModel):
     """Network interface over which learner ranks and rollout workers connect, such as eth0 or ib0:
     gloo and NCCL are told it on every node. Null: gloo takes the one that holds the node's address
     as Ray knows it, NCCL chooses by itself."""
+
+
+class LoggingConfig(ConfigModel):
+    """The log files in the run's folder: one for the driver, one for each worker."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lines below this level are left out."""
+    json_lines: bool = False
+    """Write each line as a JSON object: time, level, logger, message, traceback."""

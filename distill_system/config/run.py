@@ -20,6 +20,7 @@ from distill_system.config.pools import (
     ClusterConfig,
     DeadlinesConfig,
     FaultsConfig,
+    LoggingConfig,
     PoolConfig,
     PoolsConfig,
     ScalingConfig,
@@ -54,6 +55,7 @@ class RunConfig(ConfigModel):
     scaling: ScalingConfig = ScalingConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
     faults: FaultsConfig = FaultsConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     @property
     def max_model_length(self) -> int:

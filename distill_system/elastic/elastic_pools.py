@@ -43,6 +43,10 @@ class Starting(Protocol):
     def is_unplaced(self) -> bool:
         """Whether the cluster has not placed it yet."""
 
+    @property
+    def no_place(self) -> str:
+        """What the cluster has, once it has found no place for this worker; else ""."""
+
     def poll(self) -> StartedWorker | None:
         """The worker once it is ready.  Raises: DistillError if it is given up."""
 
@@ -437,6 +441,7 @@ class ElasticPools:
             leaving=len(self._leaving[name]),
             since=self._since[name],
             problem=self._problems[name],
+            no_place=next((s.no_place for s in self._starting[name] if s.no_place), ""),
         )
 
     def _write_status(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import threading
@@ -153,7 +154,8 @@ class LiveView:
         return task
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line that stays, and log it."""
+        logging.getLogger(__name__).info(text)
         if self._live is not None:
             self._live.console.print(Text(text))
         else:

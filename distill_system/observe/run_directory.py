@@ -36,6 +36,7 @@ class RunDirectory:
         self.student_directory = self.path / "student"  # the distilled student
         self.checkpoints_directory = self.path / "checkpoints"  # a folder per stage
         self.evaluations_directory = self.path / "evaluations"  # a file per evaluation
+        self.logs_directory = self.path / "logs"  # a file for the driver and for each worker
         self.timings_path = self.path / "timings.json"  # seconds and tokens per stage and phase
         self.summary_path = self.path / "summary.json"  # the run's figures for programs
         self.report_path = self.path / "report.html"  # the run's figures for people

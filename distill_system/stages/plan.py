@@ -58,10 +58,11 @@ class PlannedRun:
         return self.plan is not None and self.plan.fits and not self.problems
 
 
-def plan_run(config: RunConfig, *, device_gib: float) -> PlannedRun:
+def plan_run(config: RunConfig, *, device_gib: float, on_this_machine: bool = True) -> PlannedRun:
     """What the run's workers will hold, and what would stop it; nothing is started or fetched.
 
     device_gib: memory of each GPU.
+    on_this_machine: the run is for this machine, or for the cluster of RAY_ADDRESS.
     """
     problems: list[str] = []
     notes = settings_notes(config)
@@ -71,7 +72,8 @@ def plan_run(config: RunConfig, *, device_gib: float) -> PlannedRun:
         problems += _problems_of_data(config, notes)
     except DistillError as error:
         problems.append(str(error))
-    problems += _problems_of_size(config, notes)
+    if on_this_machine:
+        problems += _problems_of_size(config, notes)
     return PlannedRun(plan=plan, problems=tuple(dict.fromkeys(problems)), notes=tuple(notes))
 
 

@@ -30,6 +30,7 @@ class LateStart:
         self.arguments = arguments
         self.is_ready = False
         self.error: Exception | None = None
+        self.no_place = ""
         self.is_over = False
 
     @property

@@ -98,7 +98,7 @@ class _Lives:
     def begin(self) -> Run:
         self.born = time.monotonic()
         name = f"name={self.run_folder.path.name}"
-        return self.launch("train", self.folder / "run.yaml", name, "--resume")
+        return self.launch("train", self.folder / "run.yaml", name, "--resume", "auto")
 
     def end(self) -> None:
         self.wall_seconds += time.monotonic() - self.born
