@@ -52,7 +52,8 @@ class Driver:
         checked = self.start_check.run()
         self.measuring.evaluate_teacher()
         if first == 0:
-            self.recorder.write(0, checked | self.measuring.evaluate_student("before", step=0))
+            before = checked | self.measuring.evaluate_student("before", step=0)
+            self.recorder.write(0, before | self.recorder.watch_text(before))
         self.streams.begin(first)
         seconds = self.context.config.deadlines.stop_seconds
         with (
@@ -72,8 +73,9 @@ class Driver:
                 self.streams.on_metrics(measured)
                 if self.recorder.stops_after(measured) and done < self.config.steps:
                     measured |= self._measure_last(done)
-                self.recorder.write(done, metrics | measured)
-                is_last = self.context.stop.is_made
+                judged = self.recorder.watch_text(metrics | measured)
+                self.recorder.write(done, metrics | measured | judged)
+                is_last = self.context.stop.is_made or self.recorder.collapse.ends_run
                 if is_last or self._is_due(done, self.config.checkpoint_every):
                     self.recorder.checkpoint(done)
                 if is_last:
