@@ -15,9 +15,11 @@ from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import ray
+from ray.job_config import JobConfig
 
 from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.placement import (
+    NAMESPACE,
     Placement,
     WorkerRequest,
     bundle_of,
@@ -220,7 +222,8 @@ def _connect(address: str | None, config: RunConfig) -> None:
     try:
         ray.init(
             address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
-            namespace=f"distill-{config.name}",
+            namespace=f"{NAMESPACE}{config.name}",
+            job_config=JobConfig(metadata={"run": config.name}),
             log_to_driver=False,
             logging_level="ERROR",
             **({} if address else {"include_dashboard": config.cluster.dashboard}),

@@ -59,7 +59,8 @@ class StartingWorker:
         self._arguments = dict(arguments)
         self._deadlines = deadlines
         self._stage_since = time.monotonic()
-        [self._placement] = request_placements(_single_worker(request, self._arguments))
+        single = _single_worker(request, self._arguments)
+        [self._placement] = request_placements(single, first_id=worker_id)
         self._handle: Any = None
         self._loaded: Any = None  # the reference of the worker's first call, `ready`
 

@@ -52,8 +52,7 @@ class Driver:
         checked = self.start_check.run()
         self.measuring.evaluate_teacher()
         if first == 0:
-            before = checked | self.measuring.evaluate_student("before", step=0)
-            self.recorder.write(0, before | self.recorder.watch_text(before))
+            self.recorder.write(0, checked | self.measuring.evaluate_student("before", step=0))
         self.streams.begin(first)
         seconds = self.context.config.deadlines.stop_seconds
         with (

@@ -102,6 +102,7 @@ class RunRecorder:
         self._last |= metrics
         if done == 0:
             self.stopping.observe(metrics)  # what later measurements must beat
+            self.collapse.observe(metrics)  # what they are held against
         self._require_best_metric()
         self._save_timings()
         self.store.finish(self.pools.learner, wait=False)

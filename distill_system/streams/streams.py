@@ -139,7 +139,8 @@ class Streams(ABC):
         the last step looks like, as metrics."""
         counts, self._sampled = self._sampled, {"student": 0, "teacher": 0}
         sampled = {f"sampled_tokens/{author}": float(count) for author, count in counts.items()}
-        return sampled | self._text
+        text, self._text = self._text, {}
+        return sampled | text
 
     def pop_prompts(self) -> dict[str, list[str]]:
         """Prompt ids of each stream that was fed since this was last asked: one step's."""

@@ -60,6 +60,9 @@ OF_OTHERS = {
     *("async_save", "varlen_attn", "AttentionInterface", "use_deterministic_algorithms"),
     *("PlacementGroup", "prom_metrics_service_discovery", "file_sd_configs"),
     *("RAY_PROMETHEUS_HOST", "RAY_PROMETHEUS_NAME", "RAY_GRAFANA_HOST", "RAY_GRAFANA_IFRAME_HOST"),
+    *("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_PROJECT"),
+    *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "MLFLOW_EXPERIMENT_NAME"),
+    *("TRACKIO_PROJECT", "TRACKIO_SPACE_ID", "HF_TOKEN"),
     *("MALLOC_MMAP_THRESHOLD_", "getsignal"),
     # TRL
     *("SFTTrainer", "DistillationTrainer", "AsyncDistillationTrainer", "batch_rebalance"),

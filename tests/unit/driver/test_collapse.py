@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from distill_system.config.distill import CollapseConfig
 from distill_system.driver.collapse import SIGNALS, CollapseWatch
 
 LENGTH = "learner/mean_student_response_tokens"
+CURVES = Path(__file__).with_name("quickstart_curves.json")
 
 
 def _watch(**changes):
@@ -102,6 +104,23 @@ def test_what_is_no_collapse_is_not_told(columns):
     rows = _rows(**columns)
     assert _lines(watch, rows) == []
     assert not any(watch.observe(rows[-1])[0].values())
+
+
+def test_nothing_is_said_of_the_curves_of_a_real_run():
+    """Those of the quickstart's distillation, by the defaults."""
+    curves = json.loads(CURVES.read_text("utf-8"))
+    length = len(curves[LENGTH])
+    assert length >= 60
+    rows = [
+        {name: values[at] for name, values in curves.items() if values[at] is not None}
+        for at in range(length)
+    ]
+    watch = CollapseWatch(CollapseConfig())
+    assert _lines(watch, rows) == []
+    judged = watch.observe(rows[-1])[0]
+    steps = [signal for signal in SIGNALS if signal.metric in rows[-1]]
+    assert set(judged) == {f"collapse/{signal.name}" for signal in steps}
+    assert len(judged) >= 6
 
 
 def test_a_collapse_that_passes_is_told_of_again_when_it_comes_back():
