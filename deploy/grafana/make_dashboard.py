@@ -165,6 +165,11 @@ HEALTHY = [
         (newest("learner_max_staleness"), "{{run}} most"),
         note="Age of the student's tokens; asynchronous runs alone.",
     ),
+    chart(
+        "Workers lost and replaced",
+        (newest("pool_faults", "pool"), "{{run}} {{pool}}"),
+        note="Since the run's process began; faults.jsonl in its folder says why.",
+    ),
 ]
 
 POOLS = [

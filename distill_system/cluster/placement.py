@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -78,6 +78,15 @@ class Placement:
     def is_placed(self) -> bool:
         """Whether the cluster has reserved the place by now; does not wait."""
         return bool(ray.wait([self.placed], timeout=0)[0])
+
+    def is_same(self, other: Placement) -> bool:
+        """Whether both are one bundle of one group, asked for now or before."""
+        return (self.group, self.bundle_index) == (other.group, other.bundle_index)
+
+    def again(self) -> Placement:
+        """The same place for another process. Where its node is lost, Ray looks for another node,
+        and `placed` is ready once it has found one."""
+        return replace(self, placed=self.group.ready())
 
 
 def request_placements(

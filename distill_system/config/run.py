@@ -19,6 +19,7 @@ from distill_system.config.pools import (
     ELASTIC_POOLS,
     ClusterConfig,
     DeadlinesConfig,
+    FaultsConfig,
     PoolConfig,
     PoolsConfig,
     ScalingConfig,
@@ -58,6 +59,7 @@ class RunConfig(ConfigModel):
     pools: PoolsConfig = PoolsConfig()
     scaling: ScalingConfig = ScalingConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
+    faults: FaultsConfig = FaultsConfig()
 
     @property
     def max_model_length(self) -> int:

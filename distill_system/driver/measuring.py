@@ -158,7 +158,7 @@ class Measuring:
     def _score(self, trajectories: Sequence[Trajectory], stream: Stream) -> list[ScoredChunk]:
         ranks = self.context.config.pools.learner.count
         needs = HELD_OUT if stream is Stream.ON_POLICY else MOMENTS
-        return self.pools.scorers.start(trajectories, stream, needs=needs, num_shares=ranks)
+        return self.pools.scorers.score(trajectories, stream, needs=needs, num_shares=ranks)
 
     def _write(
         self,

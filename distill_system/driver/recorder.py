@@ -15,6 +15,7 @@ from distill_system.driver.early_stopping import EarlyStopping
 from distill_system.elastic.scaling import ScalingObservation
 from distill_system.errors import CollapseError, ConfigError
 from distill_system.observe import (
+    FaultLog,
     RecentActivity,
     activity_metrics,
     find_bottleneck,
@@ -27,7 +28,6 @@ from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext
 from distill_system.run.export import export_model
 from distill_system.run.pools import Pools
-from distill_system.scoring import Shipped
 from distill_system.streams.streams import Streams
 
 STAGE = "distill"
@@ -51,10 +51,13 @@ TIMINGS_SECONDS = 2.0
 class RunRecorder:
     """Writes metrics, timings, checkpoints and the final student, so that the driver need not."""
 
-    def __init__(self, context: RunContext, pools: Pools, streams: Streams) -> None:
+    def __init__(
+        self, context: RunContext, pools: Pools, streams: Streams, fault_log: FaultLog
+    ) -> None:
         self.context = context
         self.pools = pools
         self.streams = streams
+        self.fault_log = fault_log
         config = context.config.distill
         folder = context.run.checkpoints_directory / STAGE
         self.store = CheckpointStore(folder, keep=config.keep_checkpoints, best=config.keep_best)
@@ -66,7 +69,6 @@ class RunRecorder:
         self._recent = RecentActivity()
         self._since_observed: dict[str, PoolActivity] = {}
         self._waited: dict[str, float] = {}
-        self._shipped = Shipped()
         self._timings_saved = 0.0
 
     def open(self) -> int:
@@ -96,6 +98,7 @@ class RunRecorder:
 
     def write(self, done: int, metrics: Mapping[str, float]) -> None:
         """Metrics of `done` steps, to every place where somebody looks; what they trained on."""
+        self.fault_log.step = done
         self.context.log.log(STAGE, done, metrics)
         if prompt_ids := self.streams.pop_prompts():
             self.context.prompts.log(STAGE, done, prompt_ids)
@@ -120,6 +123,7 @@ class RunRecorder:
             "learner/peak_memory_bytes": float(result.peak_memory_bytes),
             **self.streams.pop_counts(),
             **self._describe_pools(),
+            **self.fault_log.metrics(),
             **{f"seconds/{name}": value for name, value in clock.items()},
             "tokens_per_second/step": result.num_response_tokens / seconds,
             "tokens_per_second/learner": result.num_response_tokens / result.seconds,
@@ -128,8 +132,7 @@ class RunRecorder:
     def describe_measured(self) -> dict[str, float]:
         """What is asked of the scorers themselves, and so only where a step is measured: bytes
         that they shipped for each response token since this was last asked."""
-        total = self.pools.scorers.shipped()
-        since, self._shipped = total - self._shipped, total
+        since = self.pools.scorers.pop_shipped()
         return wire_metrics(since.num_bytes, since.num_response_tokens)
 
     def _describe_pools(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ from distill_system.observe.activity import (
 )
 from distill_system.observe.bottleneck import find_bottleneck, shares_cores
 from distill_system.observe.environment import write_environment
+from distill_system.observe.fault_log import FaultLog
 from distill_system.observe.job_page import JobPage
 from distill_system.observe.live import LiveView
 from distill_system.observe.metrics import MetricLog
@@ -25,6 +26,7 @@ from distill_system.observe.trackers import require_trackers
 
 __all__ = [
     "EngineGauges",
+    "FaultLog",
     "JobPage",
     "LiveView",
     "MetricLog",

@@ -62,7 +62,7 @@ _LABELLED: tuple[tuple[str, str], ...] = (
         r"evaluation/(?P<split>[^/]+)/(?P<score>\w+)_(?P<decoding>greedy|sampled)",
         "evaluation_score",
     ),
-    (rf"faults/(?P<kind>\w+)/{_POOL}", "pool_faults"),
+    (rf"faults/{_POOL}", "pool_faults"),
 )
 """Patterns of metric names, the first that fits; the groups become labels."""
 

@@ -195,6 +195,11 @@ class RolloutWorker:
             busy_seconds=time.perf_counter() - started,
         )
 
+    def abandon(self) -> None:
+        """Forget every request that `advance` took in and has not answered."""
+        self._engine.drop(list(self._requests))
+        self._requests.clear()
+
     def _make_trajectory(self, request: GenerationRequest, completion: Completion) -> Trajectory:
         return make_trajectory(
             request.prompt,
@@ -217,16 +222,18 @@ class RolloutWorker:
 
         update_info: names, dtypes and shapes. What older weights cached is dropped.
 
-        Raises: TransferError if they do not arrive as they were sent; nothing is loaded then, and
-        this worker generates nothing until a later version arrives.
+        Raises: TransferError if they do not arrive as they were sent; this worker then goes on with
+        the version that it held. If loading them fails half-way, it generates nothing until a later
+        version arrives.
         """
         started = time.perf_counter()
-        self._holds_whole_weights = False
-        self._call_transfer("start_weight_update")
-        self._call_transfer("update_weights", update_info=update_info)
-        self._call_transfer("finish_weight_update")
+        try:
+            self._call_transfer("start_weight_update")
+            self._call_transfer("update_weights", update_info=update_info)
+            self._call_transfer("finish_weight_update")
+        finally:
+            self._holds_whole_weights = all(self._call_transfer("holds_whole_weights"))
         num_bytes, digest = self._call_transfer("received_seal")[0]
-        self._holds_whole_weights = True
         self._engine.commit_version(version)
         return WeightVersion(
             version=version,

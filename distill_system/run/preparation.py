@@ -22,6 +22,7 @@ from distill_system.run.model_checks import check_folders, check_models
 
 MAY_CHANGE = (
     "deadlines",
+    "faults",
     "pools",
     "scaling",
     "cluster",
@@ -50,13 +51,19 @@ rounding (another number of ranks or another microbatch size adds up in another 
 _DAY = "data.chat_date"
 
 
+def run_directory(config: RunConfig) -> RunDirectory:
+    """The run's folder, which need not exist yet."""
+    # Absolute, because Ray may start workers in another working directory.
+    return RunDirectory(Path(config.runs_directory).absolute() / config.name)
+
+
 def open_run(config: RunConfig) -> RunDirectory:
     """Find the run's folder, which need not exist yet.
 
+    The caller holds the folder's lock: the tokenizer of another configuration is removed.
     Raises: RunStateError if the folder holds work of another configuration.
     """
-    # Absolute, because Ray may start workers in another working directory.
-    run = RunDirectory(Path(config.runs_directory).absolute() / config.name)
+    run = run_directory(config)
     if run.config_path.exists():
         _require_same(run, config)
     return run

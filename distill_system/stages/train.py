@@ -25,6 +25,7 @@ from distill_system.observe import (
     write_report,
     write_summary,
 )
+from distill_system.observe.run_lock import locked
 from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
@@ -37,6 +38,7 @@ from distill_system.run.preparation import (
     prepare_tokenizer,
     record_start,
     refusal_leaves_nothing,
+    run_directory,
     with_chat_date,
 )
 from distill_system.run.sample_origin import sample_origin
@@ -77,8 +79,36 @@ def train(
     """
     if "push" in stages:
         require_token(config)
-    run = open_run(config)
-    config = with_chat_date(config, run)
+    with locked(run_directory(config), notify=notify):
+        run = open_run(config)
+        config = with_chat_date(config, run)
+        _make(
+            config,
+            run,
+            resume=resume,
+            stages=stages,
+            followed_by=followed_by,
+            notify=notify,
+            stop=stop,
+        )
+        if "push" in stages:
+            address = push_student(config, run, notify=notify)
+            if address is not None:
+                notify(f"pushed: {address}")
+    return run
+
+
+def _make(
+    config: RunConfig,
+    run: RunDirectory,
+    *,
+    resume: bool,
+    stages: Collection[str],
+    followed_by: Collection[str],
+    notify: Callable[[str], None],
+    stop: StopRequest | None,
+) -> None:
+    """Everything of these stages that the folder lacks, then the report."""
     # A stage that is done already is not in `work`; a run whose work is done starts no cluster.
     work = [stage for stage in _due(config, run) if stage in stages]
     _require_inputs(config, run, work)
@@ -103,11 +133,6 @@ def train(
         _require_a_run(run)
         write_summary(run)
         write_report(run)
-    if "push" in stages:
-        address = push_student(config, run, notify=notify)
-        if address is not None:
-            notify(f"pushed: {address}")
-    return run
 
 
 def _due(config: RunConfig, run: RunDirectory) -> Iterator[str]:
@@ -245,7 +270,7 @@ def _run_evaluate(context: RunContext) -> None:
         with context.timings.stage("evaluate"):
             pools = open_pools(context, student_path=students[label])
             measuring = Measuring(context, pools, context.data, metrics=metrics)
-            pools.learner.publish(steps[label])
+            pools.weights.publish(steps[label])
             measuring.evaluate_teacher(again="teacher" in find_lacking(config, run))
             if label in lacking:
                 measuring.evaluate_student(label, step=steps[label])

@@ -9,28 +9,34 @@ import torch
 from torch.distributed import BroadcastOptions, TCPStore  # type: ignore[attr-defined]  # is there
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
-from distill_system.weights.transport import SENDER
+
+def open_store(*, address: str, port: int, timeout_seconds: float) -> TCPStore:
+    """Where the members of a group find one another, until the result is dropped.
+
+    Dropping it while some still join ends their wait: one of them may be gone for ever.
+    """
+    return TCPStore(
+        address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
 
 
 class GlooCommunicator:
     """The part of vLLM's PyNcclCommunicator that weight transfer uses, over torch's gloo.
 
     It stands outside torch.distributed's default process group, which belongs to the learner's
-    ranks. Rank 0 listens at address:port; every call fails after timeout_seconds.
+    ranks. A store listens at address:port; every call fails after timeout_seconds, or at once when
+    the store closes before all have joined.
     """
 
     def __init__(
         self, *, address: str, port: int, rank: int, world_size: int, timeout_seconds: float
     ) -> None:
         timeout = timedelta(seconds=timeout_seconds)
-        store = TCPStore(
-            address,
-            port,
-            world_size,
-            is_master=rank == SENDER,
-            timeout=timeout,
-            multi_tenant=True,  # an earlier group of this process may not have let the port go yet
-        )
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
         self._group: Any = ProcessGroupGloo(store, rank, world_size, timeout)
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> Any:

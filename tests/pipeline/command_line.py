@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 150
 MARK = "DISTILL_SYSTEM_TEST_MARK"
+MESSAGE = re.compile(r"^(?:[A-Z]\w*Error|Interrupted): ", re.MULTILINE)
 
 
 def write_rows(path: Path, count: int, *, first: int, num_words: int = 3) -> None:
@@ -115,7 +118,14 @@ class Run:
             return False
 
 
-def start(command: str, *arguments: object) -> Run:
+def without_vllm(folder: Path) -> dict[str, str]:
+    """Variables under which vLLM cannot be imported, by a command and by all its workers."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text('import sys\nsys.modules["vllm"] = None\n')
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
+def start(command: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Run:
     """Begin `distill-system <command> ...` in a process group of its own."""
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
@@ -123,10 +133,18 @@ def start(command: str, *arguments: object) -> Run:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **(environment or {}), MARK: mark, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
     return Run(process, mark)
+
+
+def assert_one_message(printed: str, *said: str) -> None:
+    """What a command that could not go on printed: one clear message, and no traceback."""
+    assert len(MESSAGE.findall(printed)) == 1, printed
+    assert "Traceback" not in printed
+    for part in said:
+        assert part in printed
 
 
 def wait_until(condition: Callable[[], Any], run: Run, seconds: float = DEADLINE_SECONDS) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 from pipeline.command_line import Run, start
@@ -13,8 +13,10 @@ def launch() -> Iterator[Callable[..., Run]]:
     """command_line.start; whatever still runs when the test is over is ended."""
     runs: list[Run] = []
 
-    def begin(command: str, *arguments: object) -> Run:
-        runs.append(start(command, *arguments))
+    def begin(
+        command: str, *arguments: object, environment: Mapping[str, str] | None = None
+    ) -> Run:
+        runs.append(start(command, *arguments, environment=environment))
         return runs[-1]
 
     yield begin

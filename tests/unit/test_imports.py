@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     # what everyone reads, and what travels
     "errors": set(),
     "seeds": set(),
-    "workers": set(),
+    "workers": {"errors"},
     "stopping": set(),
     "hub": {"errors"},
     "config": {"errors"},
@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "streams": RECORDS | {"data", "observe", "rollout", "scoring", "run"},
     "elastic": RECORDS | {"cluster", "observe"},
     "driver": RECORDS
-    | {"data", "rollout", "scoring", "weights", "observe", "evaluation"}
+    | {"data", "rollout", "weights", "observe", "evaluation"}
     | {"run", "streams", "elastic"},
     # several runs, and what goes before and after them
     "planning": RECORDS | {"language_model", "learner", "objectives", "scoring"},
@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED_FROM_OUTSIDE = {
     "errors": set(),
     "seeds": set(),
-    "workers": set(),
+    "workers": {"errors"},
     "stopping": set(),
     "records": {"numpy"},
     "config": {"pydantic", "yaml"},

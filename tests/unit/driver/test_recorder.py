@@ -42,6 +42,9 @@ class _Streams:
         self.position = state["position"]
 
 
+NO_FAULTS: Any = SimpleNamespace(step=0, metrics=dict)
+
+
 @pytest.fixture
 def live(configure, tmp_path):
     """One life: steps until `until`, checkpoints after `saves`; then it ends as if by signal 9."""
@@ -64,7 +67,7 @@ def live(configure, tmp_path):
                 resume=resume,
             )
             pools: Any = SimpleNamespace(learner=learner)
-            recorder = RunRecorder(context, pools, streams)
+            recorder = RunRecorder(context, pools, streams, NO_FAULTS)
             first = recorder.open()
             assert (int(learner.text), streams.position) == (first, first)
             if first == 0:
@@ -175,7 +178,7 @@ def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tm
     streams: Any = SimpleNamespace(
         is_asynchronous=True, pop_activity=lambda: pools, pop_counts=dict
     )
-    recorder = RunRecorder(context, no_pools, streams)
+    recorder = RunRecorder(context, no_pools, streams, NO_FAULTS)
     assert recorder.observe_scaling().waited_for is None
     for phase, seconds in (
         ("student_rollout", 0.001),
@@ -208,7 +211,7 @@ def test_a_second_look_forgets_the_waits_and_the_work_of_the_first(configure, tm
             for name in ("student_rollout", "teacher_rollout", "learner")
         },
     )
-    recorder = RunRecorder(context, no_pools, streams)
+    recorder = RunRecorder(context, no_pools, streams, NO_FAULTS)
     result = StepResult(step=0, metrics={}, num_response_tokens=1, seconds=1.0)
     recorder.describe_step(result, 6.0)
     first = recorder.observe_scaling()
