@@ -12,6 +12,7 @@ DistillError
 │       └── RepeatedLossError  the same call has cost a worker again
 ├── NonFiniteError     NaN or infinity in a loss, gradient or weight (also an ArithmeticError)
 ├── TransferError      weights did not arrive at a rollout worker as they were sent
+├── CollapseError      the student's text collapses, and the configuration ends such a run
 └── RunStateError      a run directory or checkpoint that does not fit what is asked of it
 
 Each message says what was expected, what came, which key, file or id, and what to do.
@@ -95,6 +96,10 @@ class NonFiniteError(DistillError, ArithmeticError):
 
 class TransferError(DistillError):
     """Weights did not arrive at a rollout worker as they were sent."""
+
+
+class CollapseError(DistillError):
+    """The student's text collapses, and the configuration ends such a run."""
 
 
 class RunStateError(DistillError):

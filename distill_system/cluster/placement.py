@@ -8,6 +8,7 @@ autoscaler counts a group that is requested and not yet placed as demand.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +26,8 @@ from distill_system.workers import ElasticWorkers
 
 WORKER_VARIABLE = "DISTILL_SYSTEM_WORKER"
 """Holds the worker's name, pool-id, in its process: what a person on its node knows it by."""
+NAMESPACE = "distill-"
+"""Beginning of a session's namespace in Ray; the run's name and a number of its folder follow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,20 +96,30 @@ class Placement:
 
 
 def request_placements(
-    request: WorkerRequest, *, beside: Sequence[WorkerRequest] = ()
+    request: WorkerRequest, *, beside: Sequence[WorkerRequest] = (), first_id: int = 0
 ) -> list[Placement]:
     """Request a place for each worker of a pool; returns at once.
 
-    beside: the requests whose workers are colocated with these.
+    beside: the requests whose workers are colocated with these.  first_id: of the first worker.
     """
     bundle = bundle_of(request.pool, *(other.pool for other in beside))
     count = len(request.arguments)
     if request.gang:
-        group = placement_group([bundle] * count, strategy="PACK")
+        group = placement_group([bundle] * count, strategy="PACK", name=ray_name(request.name))
         placed = group.ready()
         return [Placement(group, index, placed) for index in range(count)]
-    groups = [placement_group([bundle]) for _ in range(count)]
+    names = [ray_name(f"{request.name}-{first_id + index}") for index in range(count)]
+    groups = [placement_group([bundle], name=name) for name in names]
     return [Placement(group, 0, group.ready()) for group in groups]
+
+
+def ray_name(worker: str) -> str:
+    """What Ray's dashboard calls a worker or its place: after the run, the pool and the index.
+
+    The end makes it unique: a session may start a pool of one name twice.
+    """
+    run = ray.get_runtime_context().namespace.removeprefix(NAMESPACE).rpartition("-")[0]
+    return f"{run} {worker} {secrets.token_hex(3)}"
 
 
 def release_placements(placements: Sequence[Placement]) -> None:
@@ -121,8 +134,7 @@ def start_process(
     """Start a worker's process in its place; returns its handle at once."""
     remote_class = ray.remote(_failing_when_ready(request.worker_class))
     return remote_class.options(
-        # Ray's names are unique in a session, and a session may start a pool of one name twice.
-        name=f"{request.name}-{worker_id}-{placement.placed.hex()[:6]}",
+        name=ray_name(f"{request.name}-{worker_id}"),
         num_cpus=request.pool.cpus,
         num_gpus=request.pool.gpus,
         resources=dict(request.pool.custom_resources),

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import ray
+from ray.job_config import JobConfig
 
 from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.placement import (
+    NAMESPACE,
     Placement,
     WorkerRequest,
     bundle_of,
@@ -249,7 +251,7 @@ def _describe_demand(
 def _namespace(config: RunConfig) -> str:
     """Of this run's workers in a cluster: by its folder, since runs of one name may have others."""
     folder = str(Path(config.runs_directory).absolute() / config.name)
-    return f"distill-{config.name}-{zlib.crc32(folder.encode()):08x}"
+    return f"{NAMESPACE}{config.name}-{zlib.crc32(folder.encode()):08x}"
 
 
 def _connect(address: str | None, config: RunConfig) -> None:
@@ -257,6 +259,7 @@ def _connect(address: str | None, config: RunConfig) -> None:
         ray.init(
             address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
             namespace=_namespace(config),
+            job_config=JobConfig(metadata={"run": config.name}),
             log_to_driver=False,
             logging_level="ERROR",
             **({} if address else {"include_dashboard": config.cluster.dashboard}),

@@ -68,7 +68,8 @@ class StartingWorker:
         self._stage_since = time.monotonic()
         self._takes_over = place is not None
         if place is None:
-            [place] = request_placements(_single_worker(request, self._arguments))
+            single = _single_worker(request, self._arguments)
+            [place] = request_placements(single, first_id=worker_id)
         self._placement = place.again() if self._takes_over else place
         self.no_place = ""  # what the cluster has instead, once it has shown to have none
         self._handle: Any = None

@@ -27,6 +27,8 @@ from distill_system.config.pools import (
 )
 from distill_system.config.rollout import RolloutConfig, ScoringConfig
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
 
 class RunConfig(ConfigModel):
     """A whole run: data, two models, rollouts, scoring, learning, evaluation."""
@@ -50,6 +52,10 @@ class RunConfig(ConfigModel):
     export: ExportConfig = ExportConfig()
     hub: HubConfig | None = None
     """Where the student is pushed when the run is done; null pushes nothing."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Who is told of every metric, beside metrics.jsonl. Address and secret of wandb, mlflow and
+    trackio are read from their own environment variables; without any they write locally or say
+    what they lack."""
     cluster: ClusterConfig = ClusterConfig()
     pools: PoolsConfig = PoolsConfig()
     scaling: ScalingConfig = ScalingConfig()

@@ -104,8 +104,9 @@ class Driver:
                 self.streams.on_metrics(measured)
                 if self.recorder.stops_after(measured) and done < self.config.steps:
                     measured |= self._measure_last(done)
-                self.recorder.write(done, metrics | measured)
-                is_last = self.context.stop.is_made
+                judged = self.recorder.watch_text(metrics | measured)
+                self.recorder.write(done, metrics | measured | judged)
+                is_last = self.context.stop.is_made or self.recorder.collapse.ends_run
                 if is_last or self._is_due(done, self.config.checkpoint_every):
                     self.recorder.checkpoint(done)
                 if is_last:

@@ -10,9 +10,10 @@ from typing import NoReturn
 
 from distill_system.config import RunConfig
 from distill_system.config.distill import DistillConfig
+from distill_system.driver.collapse import CollapseWatch
 from distill_system.driver.early_stopping import EarlyStopping
 from distill_system.elastic.scaling import ScalingObservation
-from distill_system.errors import ConfigError
+from distill_system.errors import CollapseError, ConfigError
 from distill_system.observe import (
     FaultLog,
     RecentActivity,
@@ -62,6 +63,7 @@ class RunRecorder:
         self.store = CheckpointStore(folder, keep=config.keep_checkpoints, best=config.keep_best)
         self._shares_cores = _shares_cores(context.config)
         self.stopping = EarlyStopping(config.early_stopping)
+        self.collapse = CollapseWatch(config.collapse)
         self._last: dict[str, float | None] = {}
         self._shown: dict[str, float] = {}
         self._recent = RecentActivity()
@@ -80,6 +82,7 @@ class RunRecorder:
             self.streams.restore(checkpoint.state["streams"])
             self._last = dict(checkpoint.metrics)
             self.stopping.restore(checkpoint.state.get("early_stopping", {}))
+            self.collapse.restore(checkpoint.state.get("collapse", {}))
             self.context.view.note(f"resuming {STAGE} after step {done}")
         elif not self.context.resume:
             self.context.timings.restart(STAGE)
@@ -102,6 +105,7 @@ class RunRecorder:
         self._last |= metrics
         if done == 0:
             self.stopping.observe(metrics)  # what later measurements must beat
+            self.collapse.observe(metrics)  # what they are held against
         self._require_best_metric()
         self._save_timings()
         self.store.finish(self.pools.learner, wait=False)
@@ -145,7 +149,9 @@ class RunRecorder:
             shares_cores=self._shares_cores,
         )
         self.context.view.show_pools(recent, "" if found is None else found.line)
-        return activity_metrics(activity)
+        speedups = {} if found is None else found.speedups
+        gains = {f"speedup/{pool}": speedup for pool, speedup in speedups.items()}
+        return activity_metrics(activity) | gains
 
     def observe_scaling(self) -> ScalingObservation:
         """What the automatic mode goes by: every pool, and whom the learner waited for, since the
@@ -167,17 +173,32 @@ class RunRecorder:
             "streams": self.streams.state(),
             "weight_version": done,
             "early_stopping": self.stopping.state(),
+            "collapse": self.collapse.state(),
         }
         self.store.start(done, state, self.pools.learner, metrics=self._last)
+
+    def watch_text(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Judge whether the student's text collapses, and say so; returns it as metrics."""
+        judged, lines = self.collapse.observe(metrics)
+        for line in lines:
+            self.context.view.note(line)
+        return judged
 
     def leave(self, done: int) -> NoReturn:
         """End because a person asked for it, once the checkpoint of this step is whole.
 
-        Raises: KeyboardInterrupt, always.
+        Raises: KeyboardInterrupt; CollapseError where the student's text is the reason.
         """
         self.store.finish(self.pools.learner, wait=True)
         self.context.timings.save()
         self.context.view.note(f"{STAGE}: the checkpoint after step {done} is complete")
+        if self.collapse.ends_run:
+            raise CollapseError(
+                f"{self.collapse.reason}. distill.collapse.action=stop ends such a run; the "
+                f"checkpoint after step {done} is complete. Look at the texts in the report, then "
+                "start again with a lower learning rate or more weight on the teacher's text, or "
+                "go on with --resume distill.collapse.action=note"
+            )
         raise KeyboardInterrupt
 
     def finished_on_failure(self) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,9 @@ class Pools:
 def open_pools(context: RunContext, *, student_path: str) -> Pools:
     """Start all pools at once, wait until all are ready, connect learner and student rollouts."""
     requests = _distillation_requests(context, student_path)
+    counts = ", ".join(f"{request.name} x{len(request.arguments)}" for request in requests)
+    context.view.note(f"starting workers: {counts}")
+    began = time.monotonic()
     # All workers load at the same time from here on; the waits below only collect them.
     placed = context.cluster.start_pools(requests)
     started = {request.name: workers for request, workers in zip(requests, placed, strict=True)}
@@ -72,6 +76,7 @@ def open_pools(context: RunContext, *, student_path: str) -> Pools:
     learner = connect_learner(context, ranks)
     for workers in started.values():
         wait_until_ready(context, workers)
+    context.view.note(f"all workers are ready, after {time.monotonic() - began:.0f} s")
     supervised = {name: SupervisedWorkers(name, workers) for name, workers in started.items()}
     students = RolloutPool(supervised["student_rollout"])
     separate = supervised.get("evaluation")

@@ -13,6 +13,7 @@ from distill_system.config.objective import ObjectiveConfig
 from distill_system.config.pools import PoolConfig
 from distill_system.learner import Learner, ModelSource
 from distill_system.logs import log_environment
+from distill_system.observe import EngineGauges
 from distill_system.records import Author
 from distill_system.rollout import RolloutWorker
 from distill_system.run.context import RunContext
@@ -37,6 +38,7 @@ def rollout_request(context: RunContext, name: str, author: Author, path: str) -
     config, pool = context.config, context.config.pools.by_name[name]
     shared = {
         **rollout_arguments(config, context.tokenizer, author, path, pool),
+        "load_report": EngineGauges(run=config.name, pool=name),
         "weight_transfer_backend": transfer_backend(context) if author is Author.STUDENT else None,
     }
     return WorkerRequest(
@@ -53,7 +55,10 @@ def evaluation_request(config: RunConfig, tokenizer: Any, path: str) -> WorkerRe
     """The workers that generate for evaluations, of the model in `path`, which stays as it is."""
     name = "student_rollout" if config.pools.evaluation is None else "evaluation"
     pool = config.pools.by_name[name]
-    shared = rollout_arguments(config, tokenizer, Author.STUDENT, path, pool)
+    shared = {
+        **rollout_arguments(config, tokenizer, Author.STUDENT, path, pool),
+        "load_report": EngineGauges(run=config.name, pool=name),
+    }
     return WorkerRequest(
         name=name,
         worker_class=RolloutWorker,

@@ -30,6 +30,7 @@ from distill_system.data import build_tokenizer, load_run_data, tokenizer_texts
 from distill_system.data.run_data import SetName
 from distill_system.errors import DistillError
 from distill_system.evaluation import check_evaluation
+from distill_system.observe import require_trackers
 from distill_system.planning import Plan, make_plan
 from distill_system.run.model_checks import check_data, check_folders, check_models
 from distill_system.run.model_sources import find_gguf_files
@@ -67,6 +68,10 @@ def plan_run(config: RunConfig, *, device_gib: float, on_this_machine: bool = Tr
     problems: list[str] = []
     notes = settings_notes(config)
     plan = None
+    try:
+        require_trackers(config.trackers)
+    except DistillError as error:
+        problems.append(str(error))
     try:
         plan = make_plan(config, vocabulary=_vocabulary(config), device_gib=device_gib)
         problems += _problems_of_data(config, notes)

@@ -26,11 +26,14 @@ from distill_system.logs import (
     open_log,
 )
 from distill_system.observe import (
+    JobPage,
     LiveView,
     MetricLog,
     PromptLog,
     RunDirectory,
+    RunGauges,
     Timings,
+    require_trackers,
     write_report,
     write_summary,
 )
@@ -130,6 +133,7 @@ def _make(
             notify(f"{stage}: no checkpoint in {store.folder}, it begins anew")
     if {"distill", "evaluate"} & {*work}:
         check_engine(config)
+    require_trackers(config.trackers)
     if work:
         with refusal_leaves_nothing(run) as begin:
             record_start(config, run)
@@ -241,9 +245,15 @@ def open_context(
         for line in settings_notes(config):
             view.note(line)
         _note_rows(view, data)
-        log = stack.enter_context(MetricLog(run, run_name=config.name))
+        log = stack.enter_context(
+            MetricLog(run, run_name=config.name, trackers=config.trackers, notify=view.note)
+        )
         prompts = stack.enter_context(PromptLog(run))
         cluster = stack.enter_context(ClusterSession(config, notify=view.note))
+        gauges = stack.enter_context(RunGauges(config, report=run.report_path))
+        log.add_tracker("Prometheus", gauges)
+        view.listen(gauges.show_progress)
+        view.listen(JobPage(config.name, run.report_path, notify=view.note).show_progress)
         yield RunContext(
             config=config,
             run=run,

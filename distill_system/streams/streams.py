@@ -14,7 +14,7 @@ from typing import Any
 
 from distill_system.data import PromptFrontier, RunData, source_shares
 from distill_system.errors import DeadlineError, WorkerLostError
-from distill_system.observe import PoolClock
+from distill_system.observe import PoolClock, text_metrics
 from distill_system.records import PoolActivity, ScoredChunk, StepResult, Stream, Trajectory
 from distill_system.rollout import Sampling
 from distill_system.run.context import RunContext
@@ -60,6 +60,7 @@ class Streams(ABC):
         self._watched: dict[str, WatchedWorkers] = {}
         self._sampled = {"student": 0, "teacher": 0}
         self._fed: dict[str, list[str]] = {}
+        self._text: dict[str, float] = {}
 
     def begin(self, step: int) -> None:
         """Let the pools work towards this step; every student worker holds version `step`."""
@@ -84,6 +85,8 @@ class Streams(ABC):
         with self.context.timings.phase("learner"):
             self._learner_clock.begin(LEARNER, self._clock())
             references = self.pools.learner.start_step(step, scored)
+            # The learner is at work: looking at the text costs no time now.
+            self._text = text_metrics(t for part in scored for t in part.chunk.trajectories)
             self._wait(references, what="the learner's step")
             result = self.pools.learner.finish_step(step, references)
             self._learner_clock.end(LEARNER, self._clock(), busy_seconds=result.seconds)
@@ -150,9 +153,12 @@ class Streams(ABC):
         return activity | {"learner": self._learner_clock.pop(self._clock())}
 
     def pop_counts(self) -> dict[str, float]:
-        """Response tokens that each model sampled since this was last asked, as metrics."""
+        """Response tokens that each model sampled since this was last asked, and what the text of
+        the last step looks like, as metrics."""
         counts, self._sampled = self._sampled, {"student": 0, "teacher": 0}
-        return {f"sampled_tokens/{author}": float(count) for author, count in counts.items()}
+        sampled = {f"sampled_tokens/{author}": float(count) for author, count in counts.items()}
+        text, self._text = self._text, {}
+        return sampled | text
 
     def pop_prompts(self) -> dict[str, list[str]]:
         """Prompt ids of each stream that was fed since this was last asked: one step's."""
