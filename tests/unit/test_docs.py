@@ -58,6 +58,8 @@ OF_OTHERS = {
     *("async_save", "varlen_attn", "AttentionInterface", "use_deterministic_algorithms"),
     *("PlacementGroup", "prom_metrics_service_discovery", "file_sd_configs"),
     *("MALLOC_MMAP_THRESHOLD_", "getsignal"),
+    # Kubernetes
+    "ReadWriteMany",
     # TRL
     *("SFTTrainer", "DistillationTrainer", "AsyncDistillationTrainer", "batch_rebalance"),
     *("group_by_length", "padding_free", "ChunkedDivergenceFunction"),
