@@ -87,7 +87,16 @@ class WorkerLostError(WorkerError):
 
 
 class RepeatedLossError(WorkerLostError):
-    """The same call has lost a worker again: its arguments may be the cause."""
+    """The same call has lost a worker again: its arguments may be the cause.
+
+    call: the reference under which it began.
+    """
+
+    def __init__(
+        self, message: str, worker: str = "", brief: str | None = None, call: object = None
+    ) -> None:
+        super().__init__(message, worker, brief)
+        self.call = call
 
 
 class NonFiniteError(DistillError, ArithmeticError):

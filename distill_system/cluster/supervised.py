@@ -144,16 +144,18 @@ class SupervisedWorkers:
             raise error
         for lost in found:
             self.supervision.lose(lost)
-        for began, call in self._calls.items():
+        for began, call in list(self._calls.items()):
             if call.worker not in self.group.members:
                 self._make_again(began, call, error)
 
     def _make_again(self, began: Reference, call: _Call, error: Exception) -> None:
         call.losses += 1
         if call.losses >= MOST_LOSSES:
+            del self._calls[began]
             raise RepeatedLossError(
                 f"{call.method} has lost {call.losses} workers, the last of them so: {error}",
                 getattr(error, "worker", ""),
+                call=began,
             ) from error
         members = self.members
         # By what is under way there, so that one worker's calls go to all that are left.

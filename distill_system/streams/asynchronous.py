@@ -158,7 +158,7 @@ class AsynchronousStreams(Streams):
             self._scorers.lose(worker)
         for stream, flow in self._flows.items():
             if POOL_OF[stream] == pool and worker in flow.writers.members:
-                flow.writers.leave(worker)
+                flow.writers.leave(worker, is_lost=True)
 
     def admit_workers(self) -> None:
         """See Streams; a student worker gets prompts once it holds published weights."""
@@ -206,6 +206,7 @@ class AsynchronousStreams(Streams):
             look_up=look_up,
             sampling=self._sampling(),
             seed=self.config.seed,
+            leave_out=self._leave_out if self.config.faults.fatal_prompts == "leave_out" else None,
             clock=self._clock,
         )
 
