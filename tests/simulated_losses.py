@@ -179,6 +179,7 @@ class Transfer:
         self.supervision: Any = None
         self.version = 0
         self._receiving: dict[Call, int] = {}
+        self._sent_to: tuple[int, ...] = ()
 
     def break_up(self) -> None:
         """The group is opened anew before the next publish, which costs no time here."""
@@ -187,11 +188,11 @@ class Transfer:
         self.version = version
         if not self.students.members:
             return []
+        self._sent_to = self.students.members
         return self.learner.start_publish(version)
 
     def receiving(self) -> dict[Call, str]:
-        members = self.students.members
-        self._receiving = dict(zip(self.learner.receiving(), members, strict=True))
+        self._receiving = dict(zip(self.learner.receiving(), self._sent_to, strict=True))
         return {call: f"student_rollout-{worker}" for call, worker in self._receiving.items()}
 
     def finish_publish(self) -> None:

@@ -43,9 +43,9 @@ class State(Enum):
     DROPPED = auto()
 
 
-SUSPECT = 2
-"""An entry that was written by so many lost workers may be the cause: it is written alone then, and
-one loss more is its own."""
+SUSPECT, FATAL = 2, 4
+"""An entry that was written by so many lost workers may be the cause, and is written alone from then
+on; after so many, it is."""
 
 PROMISED = (State.GIVEN, State.WRITING)
 ARRIVED = (State.WRITTEN, State.SCORING, State.SCORED)

@@ -10,7 +10,7 @@ from distill_system.data import PromptFrontier
 from distill_system.errors import WorkerLostError
 from distill_system.records import Author, Prompt, Stream, Trajectory
 from distill_system.rollout import GenerationRequest, LeaveOut, Sampling, fatal_prompt
-from distill_system.streams.in_flight import SUSPECT, Entry, InFlight
+from distill_system.streams.in_flight import FATAL, SUSPECT, Entry, InFlight
 from distill_system.streams.writers import Writers
 
 LookUp = Callable[[int], Prompt | Trajectory]
@@ -92,7 +92,7 @@ class StreamFlow:
             idle = self.writers.find_idle(suits)
             if idle is None:
                 return False
-            if entry.num_losses > SUSPECT:  # it was alone
+            if entry.num_losses >= FATAL:
                 self._replace_prompt(entry, idle)
             else:
                 self.writers.write(idle, entry)
@@ -105,7 +105,7 @@ class StreamFlow:
         """
         assert entry.request is not None, "it was written before"
         prompt = entry.request.prompt
-        said = f"{entry.num_losses} workers were lost while they answered it, the last one alone"
+        said = f"{entry.num_losses} workers were lost while they answered it, the last two with nothing else"
         lost = WorkerLostError(said)
         if self._leave_out is None:
             raise fatal_prompt(prompt, lost)
