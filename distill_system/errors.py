@@ -24,7 +24,17 @@ from collections.abc import Sequence
 
 
 class DistillError(Exception):
-    """Root of the tree: catch this to catch everything the system raises on purpose."""
+    """Root of the tree: catch this to catch everything the system raises on purpose.
+
+    worker: name of the worker in which it arose, pool-id; empty in this process.
+    """
+
+    worker = ""
+
+    @property
+    def pool(self) -> str:
+        """The pool of that worker."""
+        return self.worker.rpartition("-")[0]
 
 
 class ConfigError(DistillError, ValueError):
@@ -73,11 +83,6 @@ class WorkerLostError(WorkerError):
         super().__init__(message)
         self.worker = worker
         self.brief = message.partition("\n")[0] if brief is None else brief
-
-    @property
-    def pool(self) -> str:
-        """The pool that it belonged to."""
-        return self.worker.rpartition("-")[0]
 
     @property
     def worker_id(self) -> int:

@@ -44,8 +44,8 @@ class State(Enum):
 
 
 SUSPECT, FATAL = 2, 4
-"""An entry that was written by so many lost workers may be the cause, and is written alone from then
-on; after so many, it is."""
+"""An entry that was written by so many lost workers may be the cause, and is written alone from
+then on; after so many, it is."""
 
 PROMISED = (State.GIVEN, State.WRITING)
 ARRIVED = (State.WRITTEN, State.SCORING, State.SCORED)

@@ -105,8 +105,10 @@ class StreamFlow:
         """
         assert entry.request is not None, "it was written before"
         prompt = entry.request.prompt
-        said = f"{entry.num_losses} workers were lost while they answered it, the last two with nothing else"
-        lost = WorkerLostError(said)
+        lost = WorkerLostError(
+            f"{entry.num_losses} workers were lost while they answered it, the last two with "
+            "nothing else"
+        )
         if self._leave_out is None:
             raise fatal_prompt(prompt, lost)
         self._leave_out(prompt, lost)
