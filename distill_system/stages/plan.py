@@ -30,6 +30,7 @@ from distill_system.data import build_tokenizer, load_run_data, tokenizer_texts
 from distill_system.data.run_data import SetName
 from distill_system.errors import DistillError
 from distill_system.evaluation import check_evaluation
+from distill_system.observe import require_trackers
 from distill_system.planning import Plan, make_plan
 from distill_system.run.model_checks import check_data, check_folders, check_models
 from distill_system.run.model_sources import find_gguf_files
@@ -58,20 +59,26 @@ class PlannedRun:
         return self.plan is not None and self.plan.fits and not self.problems
 
 
-def plan_run(config: RunConfig, *, device_gib: float) -> PlannedRun:
+def plan_run(config: RunConfig, *, device_gib: float, on_this_machine: bool = True) -> PlannedRun:
     """What the run's workers will hold, and what would stop it; nothing is started or fetched.
 
     device_gib: memory of each GPU.
+    on_this_machine: the run is for this machine, or for the cluster of RAY_ADDRESS.
     """
     problems: list[str] = []
     notes = settings_notes(config)
     plan = None
     try:
+        require_trackers(config.trackers)
+    except DistillError as error:
+        problems.append(str(error))
+    try:
         plan = make_plan(config, vocabulary=_vocabulary(config), device_gib=device_gib)
         problems += _problems_of_data(config, notes)
     except DistillError as error:
         problems.append(str(error))
-    problems += _problems_of_size(config, notes)
+    if on_this_machine:
+        problems += _problems_of_size(config, notes)
     return PlannedRun(plan=plan, problems=tuple(dict.fromkeys(problems)), notes=tuple(notes))
 
 

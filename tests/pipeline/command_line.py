@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from machines import Machine
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 150
@@ -72,10 +73,14 @@ def write_configuration(folder: Path, teacher: Path, student: Path) -> Path:
 
 @dataclass
 class Run:
-    """One call of the command line, under way or done; its processes carry a mark."""
+    """One call of the command line, under way or done; its processes carry a mark.
+
+    log: where its output goes, both kinds; None keeps it until finish, 64 KiB of each at most.
+    """
 
     process: subprocess.Popen[str]
     mark: str
+    log: Path | None = None
     stdout: str = ""
     stderr: str = ""
 
@@ -86,7 +91,10 @@ class Run:
 
     def finish(self, seconds: float = DEADLINE_SECONDS) -> Run:
         """Wait for the end."""
-        self.stdout, self.stderr = self.process.communicate(timeout=seconds)
+        stdout, stderr = self.process.communicate(timeout=seconds)
+        if self.log is not None:
+            stderr = self.log.read_text()
+        self.stdout, self.stderr = stdout or "", stderr or ""
         return self
 
     def end(self) -> None:
@@ -125,18 +133,32 @@ def without_vllm(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
-def start(command: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Run:
-    """Begin `distill-system <command> ...` in a process group of its own."""
+def start(
+    command: str,
+    *arguments: object,
+    machine: Machine | None = None,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+) -> Run:
+    """Begin `distill-system <command> ...` in a process group of its own.
+
+    machine: where it runs, if not here.  environment: variables beside this process's own.
+    log: a file for its output, for a run whose output nobody reads while it goes on.
+    """
     mark = uuid.uuid4().hex
+    line = [sys.executable, "-m", "distill_system", command, *map(str, arguments)]
+    file = None if log is None else log.open("w")
     process = subprocess.Popen(
-        [sys.executable, "-m", "distill_system", command, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        line if machine is None else machine.command(*line),
+        stdout=file or subprocess.PIPE,
+        stderr=file or subprocess.PIPE,
         text=True,
         env={**os.environ, **(environment or {}), MARK: mark, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
-    return Run(process, mark)
+    if file is not None:
+        file.close()
+    return Run(process, mark, log)
 
 
 def assert_one_message(printed: str, *said: str) -> None:

@@ -124,7 +124,7 @@ def _assert_interrupted(run: Run, number: signal.Signals) -> None:
     assert run.code == 128 + number
     assert MESSAGE.findall(run.stderr) == ["Interrupted: "]
     assert f"Interrupted: by {number.name}; " in run.stderr
-    assert run.stderr.rstrip().endswith(" --resume"), "how to go on"
+    assert run.stderr.rstrip().endswith(" --resume auto"), "how to go on"
     assert "Traceback" not in run.stderr
     assert run.orphans() == []
 
@@ -151,7 +151,7 @@ def test_a_run_survives_ctrl_c_and_a_killed_worker_and_is_then_done(
     wait_until(lambda: _last_step(configuration) > 0, run)
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
     _assert_interrupted(run.finish(seconds=120), signal.SIGINT)
-    line = f"distill-system train {configuration} distill.steps=40 --resume"
+    line = f"distill-system train {configuration} distill.steps=40 --resume auto"
     assert run.stderr.rstrip().endswith(line)
     interrupted_at = _last_step(configuration)
     last_row = (configuration.parent / "run/metrics.jsonl").read_text().splitlines()[-1]
