@@ -62,7 +62,7 @@ def test_a_run_stops_early_and_exports_its_best_student_as_it_was_evaluated(
     _assert_engine_and_learner_read_alike(rows)
     losses = [row["held_out/cross_entropy"] for row in rows]
     best_step = max(range(len(losses)), key=losses.__getitem__)
-    assert 0 < best_step, "there is no checkpoint of step 0"
+    assert best_step > 0, "there is no checkpoint of step 0"
     assert len(losses) == best_step + 3 < 31, "two measurements without a gain after the best"
     assert "distill.early_stopping: held_out/cross_entropy was not better" in train.stderr
 
