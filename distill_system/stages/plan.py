@@ -73,7 +73,7 @@ def plan_run(config: RunConfig, *, device_gib: float, on_this_machine: bool = Tr
     except DistillError as error:
         problems.append(str(error))
     try:
-        plan = make_plan(config, vocabulary=_vocabulary(config), device_gib=device_gib)
+        plan = make_plan(config, vocabulary=find_vocabulary(config), device_gib=device_gib)
         problems += _problems_of_data(config, notes)
     except DistillError as error:
         problems.append(str(error))
@@ -82,7 +82,7 @@ def plan_run(config: RunConfig, *, device_gib: float, on_this_machine: bool = Tr
     return PlannedRun(plan=plan, problems=tuple(dict.fromkeys(problems)), notes=tuple(notes))
 
 
-def _vocabulary(config: RunConfig) -> int | None:
+def find_vocabulary(config: RunConfig) -> int | None:
     """The tokenizer's size if a model of random weights takes it over; None if none does."""
     if config.teacher.architecture is None and config.student.architecture is None:
         return None

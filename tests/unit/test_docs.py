@@ -65,6 +65,8 @@ OF_OTHERS = {
     *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "MLFLOW_EXPERIMENT_NAME"),
     *("TRACKIO_PROJECT", "TRACKIO_SPACE_ID", "HF_TOKEN"),
     *("MALLOC_MMAP_THRESHOLD_", "getsignal"),
+    # Kubernetes
+    "ReadWriteMany",
     # TRL
     *("SFTTrainer", "DistillationTrainer", "AsyncDistillationTrainer", "batch_rebalance"),
     *("group_by_length", "padding_free", "ChunkedDivergenceFunction"),

@@ -61,15 +61,17 @@ ALLOWED: dict[str, set[str]] = {
     | {"run", "streams", "elastic"},
     # several runs, and what goes before and after them
     "planning": RECORDS | {"language_model", "learner", "objectives", "scoring"},
+    "manifests": RECORDS | {"planning"},
     "comparison": RECORDS | {"evaluation", "observe", "standard_errors"},
     "stages": RECORDS
     | {"data", "learner", "cluster", "observe", "run", "driver", "planning", "comparison"}
-    | {"evaluation"},
+    | {"evaluation", "manifests"},
     "offline": RECORDS | {"data", "rollout", "scoring", "cluster", "observe", "run", "planning"},
     "jobs": RECORDS | {"cluster", "data", "observe", "run", "stages"},
     "doctor": {"observe"},
     "api": RECORDS | {"observe", "stages"},
-    "cli": RECORDS | {"cluster", "jobs", "stages", "offline", "elastic", "planning", "doctor"},
+    "cli": RECORDS
+    | {"cluster", "jobs", "stages", "offline", "elastic", "planning", "manifests", "doctor"},
     "__main__": {"cli"},
 }
 
