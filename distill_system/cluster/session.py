@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import ray
 
+from distill_system.cluster.listening import listening_on, local_arguments
 from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.placement import (
     Placement,
@@ -217,14 +218,16 @@ def _describe_demand(
 
 
 def _connect(address: str | None, config: RunConfig) -> None:
+    local = {} if address else local_arguments(config.cluster)
     try:
-        ray.init(
-            address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
-            namespace=f"distill-{config.name}",
-            log_to_driver=False,
-            logging_level="ERROR",
-            **({} if address else {"include_dashboard": config.cluster.dashboard}),
-        )
+        with listening_on("network" if address else config.cluster.listen_on):
+            ray.init(
+                address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
+                namespace=f"distill-{config.name}",
+                log_to_driver=False,
+                logging_level="ERROR",
+                **local,
+            )
     except Exception as error:  # Ray raises bare Exception where a cluster does not start in time
         what = f"join the cluster of RAY_ADDRESS={address}" if address else "start a local cluster"
         raise ResourceError(f"Ray could not {what}: {error}") from error

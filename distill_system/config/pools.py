@@ -188,4 +188,8 @@ class ClusterConfig(ConfigModel):
     """The Ray cluster: the one of RAY_ADDRESS is joined, or a local one is started."""
 
     dashboard: bool = True
-    """Start the Ray dashboard of a local cluster, on localhost."""
+    """Start the Ray dashboard of a local cluster."""
+    listen_on: Literal["localhost", "network"] = "localhost"
+    """Who reaches a local cluster, its metrics and its dashboard: this machine alone, or every
+    machine that reaches this one (docs/security.md). A cluster that is joined listens as it was
+    started."""

@@ -6,10 +6,19 @@ import json
 import signal
 from collections import Counter
 from collections.abc import Callable
+from itertools import filterfalse
 from pathlib import Path
 
 import pytest
 from pipeline.command_line import Run, wait_until, write_configuration
+from pipeline.exposure import (
+    SECRETS,
+    files_with_secrets,
+    is_loopback,
+    listening,
+    planted,
+    session_folders,
+)
 
 from distill_system.data import PromptFrontier
 from distill_system.observe import RunDirectory
@@ -78,7 +87,12 @@ def test_a_killed_run_feeds_every_step_its_own_prompts_within_the_bound(
     assert max(_column(run, "in_flight/sequences")) <= 2 * (BOUND + 1) * 4
 
 
-def test_a_worker_that_joins_writes_with_the_newest_weights(launch: Launch, folder: Path) -> None:
+def test_a_worker_that_joins_writes_with_the_newest_weights(
+    launch: Launch, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And while all stand there: nobody else reaches them, and no secret is in what they write."""
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
     run = RunDirectory(folder / "run")
     running = launch("train", folder / "run.yaml", "distill.steps=100000")
     wait_until(lambda: _last_step(run) > 2, running)
@@ -87,6 +101,7 @@ def test_a_worker_that_joins_writes_with_the_newest_weights(launch: Launch, fold
     joined = _last_step(run)
     wait_until(lambda: _last_step(run) > joined + 30, running)
     assert _column(run, "workers/student_rollout")[-1] == pytest.approx(2.0)
+    sockets, sessions = listening(running), session_folders(running)
     asked = launch("scale", run.path, "student_rollout=1").finish()
     assert asked.code == 0, asked.stderr
     left = _last_step(run)
@@ -94,5 +109,21 @@ def test_a_worker_that_joins_writes_with_the_newest_weights(launch: Launch, fold
     running.process.send_signal(signal.SIGTERM)
     running.finish()
     assert "Interrupted" in running.stderr, running.stderr
+    _assert_no_door_is_open(sockets)
+    assert sessions, "Ray's own folder was looked for where it is not"
+    assert [*files_with_secrets([folder, *sessions])] == []
+    (folder / "leak").write_text(f"token={SECRETS['HF_TOKEN']}")
+    assert [*files_with_secrets([folder])] == [f"{folder / 'leak'}: HF_TOKEN"]
+    assert not [name for name in planted() if planted()[name] in running.stdout + running.stderr]
     assert max(_column(run, "learner/max_staleness")) <= BOUND
     assert max(_column(run, "held_out/max_logprob_gap")) < 1e-4
+
+
+def _assert_no_door_is_open(sockets: dict[str, set[str]]) -> None:
+    """Every process that must listen was seen, and other machines reach none of them."""
+    expected = {"ray::RolloutWorker", "ray::TeacherScorer", "ray::Learner", "gcs_server", "raylet"}
+    assert expected <= {title.split(".")[0] for title in sockets}
+    reached = {title: {*filterfalse(is_loopback, found)} for title, found in sockets.items()}
+    # Where the learner's ranks and the engines meet torch listens on every address.
+    meeting = {title for title in reached if title.startswith("ray::Learner")}
+    assert {title for title, found in reached.items() if found} <= meeting

@@ -33,7 +33,8 @@ PACKAGE = ROOT / "distill_system"
 README = ROOT / "README.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
 PAGES = [
-    *(README, CHANGELOG, ROOT / "configs/README.md", ROOT / "deploy/README.md"),
+    *(README, CHANGELOG, ROOT / "SECURITY.md"),
+    *(ROOT / "configs/README.md", ROOT / "deploy/README.md"),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 OF_TODAY = [page for page in PAGES if page != CHANGELOG]
@@ -58,8 +59,8 @@ OF_OTHERS = {
     *("async_save", "varlen_attn", "AttentionInterface", "use_deterministic_algorithms"),
     *("PlacementGroup", "prom_metrics_service_discovery", "file_sd_configs"),
     *("MALLOC_MMAP_THRESHOLD_", "getsignal"),
-    # Kubernetes
-    "ReadWriteMany",
+    # Kubernetes, Ray
+    *("ReadWriteMany", "RAY_USE_TLS"),
     # TRL
     *("SFTTrainer", "DistillationTrainer", "AsyncDistillationTrainer", "batch_rebalance"),
     *("group_by_length", "padding_free", "ChunkedDivergenceFunction"),
