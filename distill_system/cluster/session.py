@@ -18,6 +18,7 @@ from typing import Any, Self
 import ray
 from ray.job_config import JobConfig
 
+from distill_system.cluster.listening import listening_on, local_arguments
 from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.placement import (
     NAMESPACE,
@@ -255,15 +256,17 @@ def _namespace(config: RunConfig) -> str:
 
 
 def _connect(address: str | None, config: RunConfig) -> None:
+    local = {} if address else local_arguments(config.cluster)
     try:
-        ray.init(
-            address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
-            namespace=_namespace(config),
-            job_config=JobConfig(metadata={"run": config.name}),
-            log_to_driver=False,
-            logging_level="ERROR",
-            **({} if address else {"include_dashboard": config.cluster.dashboard}),
-        )
+        with listening_on("network" if address else config.cluster.listen_on):
+            ray.init(
+                address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
+                namespace=_namespace(config),
+                job_config=JobConfig(metadata={"run": config.name}),
+                log_to_driver=False,
+                logging_level="ERROR",
+                **local,
+            )
     except Exception as error:  # Ray raises bare Exception where a cluster does not start in time
         what = f"join the cluster of RAY_ADDRESS={address}" if address else "start a local cluster"
         causes = [str(cause) for cause in (error, error.__cause__) if cause is not None]

@@ -6,10 +6,19 @@ import json
 import signal
 from collections import Counter
 from collections.abc import Callable
+from itertools import filterfalse
 from pathlib import Path
 
 import pytest
 from pipeline.command_line import Run, wait_until, write_configuration
+from pipeline.exposure import (
+    SECRETS,
+    files_with_secrets,
+    is_loopback,
+    listening,
+    planted,
+    session_folders,
+)
 
 from distill_system.data import PromptFrontier
 from distill_system.observe import RunDirectory
@@ -58,14 +67,22 @@ def _scale(launch: Launch, run: RunDirectory, count: int, running: Run) -> None:
 
 
 def test_a_scaled_and_killed_run_feeds_every_step_its_own_prompts_within_the_bound(
-    launch: Launch, folder: Path
+    launch: Launch, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One writer, then two, then one again; killed as a whole, resumed, and ended by SIGTERM."""
+    """One writer, then two, then one again; killed as a whole, resumed, and ended by SIGTERM.
+
+    And while all stand there: nobody else reaches them, and no secret is in what they write.
+    """
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
     run = RunDirectory(folder / "run")
     first = launch("train", folder / "run.yaml")
     wait_until(lambda: _last_step(run) > 2, first)
+    sockets: dict[str, set[str]] = {}
     for count in (2, 1):
         _scale(launch, run, count, first)
+        sockets = sockets or listening(first)
+    sessions = session_folders(first)
     for process in first.processes():
         process.send_signal(signal.SIGKILL)
     first.finish()
@@ -75,6 +92,13 @@ def test_a_scaled_and_killed_run_feeds_every_step_its_own_prompts_within_the_bou
     second.process.send_signal(signal.SIGTERM)
     second.finish()
     assert "Interrupted" in second.stderr, second.stderr
+
+    _assert_no_door_is_open(sockets)
+    assert sessions, "Ray's own folder was looked for where it is not"
+    assert [*files_with_secrets([folder, *sessions])] == []
+    (folder / "leak").write_text(f"token={SECRETS['HF_TOKEN']}")
+    assert [*files_with_secrets([folder])] == [f"{folder / 'leak'}: HF_TOKEN"]
+    assert not [name for name in planted() if planted()[name] in second.stdout + second.stderr]
 
     walks = {
         "on_policy": PromptFrontier(60, 0, "student_prompts"),
@@ -92,3 +116,13 @@ def test_a_scaled_and_killed_run_feeds_every_step_its_own_prompts_within_the_bou
     assert 0 < max(oldest) <= BOUND
     assert max(_column(run, "held_out/max_logprob_gap")) < 1e-4, "the newest weights, joined or not"
     assert max(_column(run, "in_flight/sequences")) <= 2 * (BOUND + 1) * 4
+
+
+def _assert_no_door_is_open(sockets: dict[str, set[str]]) -> None:
+    """Every process that must listen was seen, and other machines reach none of them."""
+    expected = {"ray::RolloutWorker", "ray::TeacherScorer", "ray::Learner", "gcs_server", "raylet"}
+    assert expected <= {title.split(".")[0] for title in sockets}
+    reached = {title: {*filterfalse(is_loopback, found)} for title, found in sockets.items()}
+    # Where the learner's ranks and the engines meet torch listens on every address.
+    meeting = {title for title in reached if title.startswith("ray::Learner")}
+    assert {title for title, found in reached.items() if found} <= meeting
