@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from distill_system.config import load_config
@@ -58,10 +59,11 @@ def scale(
 
 def find_run(name: str, runs_directory: str) -> RunDirectory:
     """The folder of a run, by path or name.  Raises: RunStateError if there is no such run."""
-    for path in (Path(name), Path(runs_directory) / name):
-        run = RunDirectory(path)
-        if run.config_path.exists():
-            return run
+    with suppress(OSError, ValueError):  # a name that no file could have
+        for path in (Path(name), Path(runs_directory) / name):
+            run = RunDirectory(path)
+            if run.config_path.exists():
+                return run
     raise RunStateError(
         f"no run {name!r}: expected a run's folder, or the name of one below {runs_directory}/ "
         "(--runs-directory); a run has a config.json"

@@ -12,6 +12,7 @@ from distill_system.observe.bottleneck import find_bottleneck, shares_cores
 from distill_system.observe.environment import write_environment
 from distill_system.observe.live import LiveView
 from distill_system.observe.metrics import MetricLog
+from distill_system.observe.optional_writes import OptionalWrites
 from distill_system.observe.prompt_log import PromptLog
 from distill_system.observe.report import write_report
 from distill_system.observe.run_directory import RunDirectory
@@ -22,6 +23,7 @@ from distill_system.observe.timings import Timings
 __all__ = [
     "LiveView",
     "MetricLog",
+    "OptionalWrites",
     "PoolClock",
     "PromptLog",
     "RecentActivity",

@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from distill_system.observe.json_lines import JsonLinesLog, read_rows
+from distill_system.observe.optional_writes import OptionalWrites
 from distill_system.observe.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -32,14 +34,19 @@ class MetricRow:
 class MetricLog:
     """Writes one row per call; safe to share among threads; see JsonLinesLog for resume."""
 
-    def __init__(self, run: RunDirectory, *, run_name: str) -> None:
+    def __init__(
+        self, run: RunDirectory, *, run_name: str, writes: OptionalWrites | None = None
+    ) -> None:
         self._run = run
         self._run_name = run_name
+        self._writes = writes or OptionalWrites()
         self._lock = threading.Lock()
         self._writers: dict[str, SummaryWriter] = {}
         self._purge_steps: dict[str, int] = {}
         self._gauges: dict[str, Any] = {}
-        self._rows = JsonLinesLog(run.metrics_path, MetricRow, expected=_FIELDS)
+        self._rows = JsonLinesLog(
+            run.metrics_path, MetricRow, expected=_FIELDS, writes=self._writes
+        )
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step of one stage everywhere.
@@ -55,7 +62,9 @@ class MetricLog:
             self._rows.append(
                 MetricRow(time=time.time(), stage=stage, step=step, metrics={**values})
             )
-            self._log_to_tensorboard(stage, step, values)
+            told = partial(self._log_to_tensorboard, stage, step, values)
+            if not self._writes.attempt("tensorboard/", told):
+                self._writers.pop(stage, None)  # another file is begun once the disk takes it
             self._log_to_ray(stage, values)
 
     def truncate_after(self, stage: str, step: int) -> None:
@@ -72,7 +81,7 @@ class MetricLog:
         with self._lock:
             self._rows.close()
             for writer in self._writers.values():
-                writer.close()
+                self._writes.attempt("tensorboard/", writer.close)
             self._writers.clear()
 
     def __enter__(self) -> Self:
