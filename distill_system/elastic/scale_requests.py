@@ -44,6 +44,8 @@ class PoolStatus:
 
     since: seconds since the epoch at which the pending change was asked for; None if there is none.
     problem: why the last change was not made, or "".
+    no_place: what the cluster has, where a worker of the pending change finds no place in it, else
+        "".
     """
 
     wanted: int
@@ -52,6 +54,7 @@ class PoolStatus:
     leaving: int = 0
     since: float | None = None
     problem: str = ""
+    no_place: str = ""
 
     @property
     def is_settled(self) -> bool:

@@ -10,7 +10,7 @@ import os
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -111,6 +111,12 @@ class JsonLinesLog(Generic[Row]):
                 left = left[file.write(left) :]
         self._waiting.clear()
         self._whole_bytes = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 def read_rows(path: Path, kind: type[Row], *, expected: str) -> list[Row]:

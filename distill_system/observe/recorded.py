@@ -45,13 +45,19 @@ class _Staleness(TypedDict, total=False):
 
 
 @with_config(_OPEN)
+class _Supervised(TypedDict, total=False):
+    steps: int
+
+
+@with_config(_OPEN)
 class _Distill(TypedDict, total=False):
+    steps: int
     staleness: _Staleness
 
 
 @with_config(_OPEN)
 class _Model(TypedDict, total=False):
-    sft: dict[str, Any] | None
+    sft: _Supervised | None
 
 
 @with_config(_OPEN)
@@ -59,6 +65,7 @@ class _Config(TypedDict, total=False):
     """The keys of config.json that summary and report read."""
 
     name: str
+    teacher: _Model
     student: _Model
     rollout: _Rollout
     scoring: _Threads
@@ -83,6 +90,19 @@ class _Environment(TypedDict, total=False):
     machine: _Machine
     seeds: dict[str, int]
     joined_cluster: bool
+
+
+@with_config(_OPEN)
+class _PoolSize(TypedDict):
+    present: int
+    wanted: int
+
+
+@with_config(_OPEN)
+class _Scaling(TypedDict):
+    """scaling/status.json, as far as no request of `scale` is asked for; see elastic."""
+
+    pools: dict[str, _PoolSize]
 
 
 class _Estimate(TypedDict):
@@ -129,6 +149,7 @@ class _Evaluation(TypedDict):
 
 EVALUATION_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Evaluation)
 _CONFIG_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Config)
+_SCALING_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Scaling)
 _ENVIRONMENT_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Environment)
 
 
@@ -148,3 +169,13 @@ def read_environment(run: RunDirectory) -> dict[str, Any]:
     """
     way_out = "Remove the file: the run writes it anew when it is continued"
     return read_form_if_exists(run.environment_path, _ENVIRONMENT_FORM, way_out=way_out) or {}
+
+
+def read_pool_sizes(run: RunDirectory) -> dict[str, dict[str, int]]:
+    """Workers present and wanted of each pool; empty for a run that has not distilled.
+
+    Raises: RunStateError if the file holds something else.
+    """
+    path = run.path / "scaling" / "status.json"
+    found = read_form_if_exists(path, _SCALING_FORM, way_out="Remove it: the run writes another")
+    return {} if found is None else dict(found["pools"])

@@ -49,6 +49,12 @@ class Holder:
     started: int
     since: float
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its number is one of this process's own table of processes."""
+        ours = _this_process()
+        return (self.boot, self.processes) == (ours.boot, ours.processes)
+
     def describe(self) -> str:
         """Process, host, and since when it holds the lock."""
         since = datetime.fromtimestamp(self.since).strftime("%Y-%m-%d %H:%M:%S")
@@ -92,6 +98,22 @@ def locked(
         ended.set()
         _remove([run.lock_path], absent)  # before it is closed: from then on it may be another's
         file.close()
+
+
+def find_holder(run: RunDirectory) -> Holder | None:
+    """Who holds the lock of a run's folder now; None if nobody is known to.
+
+    Asks in a moment: a holder on another machine counts as alive while its last sign of life is
+    younger than WATCH_SECONDS.
+    """
+    path, holder = run.lock_path, _read_holder(run.lock_path)
+    if holder is None:
+        return None
+    if holder.is_here:
+        lives = _start_of(holder.process) == holder.started
+    else:
+        lives = time.time() - path.stat().st_mtime < WATCH_SECONDS
+    return holder if lives else None
 
 
 def try_to_lock(descriptor: int, kind: int) -> bool | None:

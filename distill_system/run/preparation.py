@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from distill_system.config import RunConfig, dump_config, load_config
 from distill_system.data import build_tokenizer, tokenizer_texts
 from distill_system.errors import ConfigError, RunStateError
+from distill_system.job_process import is_job
 from distill_system.language_model import one_line
 from distill_system.observe import RunDirectory, write_environment
 from distill_system.observe.recorded import read_config
@@ -23,6 +24,7 @@ from distill_system.run.model_checks import check_folders, check_models
 
 MAY_CHANGE = (
     "deadlines",
+    "faults",
     "pools",
     "scaling",
     "cluster",
@@ -34,14 +36,17 @@ MAY_CHANGE = (
     "learner.offload",
     "learner.shard_ranks",
     "runs_directory",
+    "trackers",
     "distill.measure_every",
     "distill.evaluate_every",
     "distill.checkpoint_every",
     "distill.keep_checkpoints",
     "distill.keep_best",
     "distill.early_stopping",
+    "distill.collapse",
     "export",
     "hub",
+    "logging",
 )
 """Keys that may differ when a run is continued: they do not change what a step learns, apart from
 rounding (another number of ranks or another microbatch size adds up in another order)."""
@@ -50,7 +55,12 @@ _DAY = "data.chat_date"
 
 
 def run_directory(config: RunConfig) -> RunDirectory:
-    """The run's folder, which need not exist yet."""
+    """The run's folder, which need not exist yet.
+
+    Raises: ConfigError for a relative runs_directory in a submitted job.
+    """
+    if is_job():
+        require_lasting_folder(config)
     # Absolute, because Ray may start workers in another working directory.
     return RunDirectory(Path(config.runs_directory).absolute() / config.name)
 
@@ -70,6 +80,20 @@ def open_run(config: RunConfig) -> RunDirectory:
             "which configuration. Put that file back, or give the run another name (name=...)"
         )
     return run
+
+
+def require_lasting_folder(config: RunConfig) -> None:
+    """Refuse a runs_directory that starts from a job's own folder.
+
+    Raises: ConfigError.
+    """
+    if not Path(config.runs_directory).is_absolute():
+        raise ConfigError(
+            f"runs_directory={config.runs_directory!r}: a job runs in a folder that Ray makes for "
+            "it and removes, and checkpoints, student and report would go with it. Give an "
+            "absolute path that every node of the cluster reaches, such as "
+            "runs_directory=/shared/runs"
+        )
 
 
 def with_chat_date(config: RunConfig, run: RunDirectory) -> RunConfig:

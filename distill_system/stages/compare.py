@@ -80,7 +80,7 @@ def _compare(
     configs = {name: on_day(config, day) for name, config in _load_objectives(request).items()}
     shared = base.model_copy(update={"name": "shared", "runs_directory": str(folder)})
     runs = ("distill", "evaluate")
-    start = train(shared, resume=True, stages=("sft",), followed_by=runs)
+    start = train(shared, resume="auto", stages=("sft",), followed_by=runs)
     configs = {name: _from_shared(config, shared, start) for name, config in configs.items()}
     seeds = tuple(range(request.seeds))
     steps, value, failed = plan_steps(

@@ -101,7 +101,7 @@ class Processes:
         write_text(job.config_path, dump_config(job.config))
         # Whatever ends this process, kill -9 too, ends the run, or its workers would go on alone.
         launcher = [sys.executable, "-I", "-S", with_parent.__file__, str(os.getpid())]
-        command = [*launcher, *self._command, str(job.config_path), "--resume"]
+        command = [*launcher, *self._command, str(job.config_path), "--resume", "auto"]
         started = time.perf_counter()
         with job.log_path.open("wb") as log:
             with self._lock:

@@ -150,9 +150,9 @@ def test_a_comparison_of_which_every_run_failed_writes_its_tables_and_is_no_succ
 
 FAILING = """
 import json, pathlib, sys
-path, resume = sys.argv[1:]
+path, *resume = sys.argv[1:]
 held_out = json.loads(pathlib.Path(path).read_text())["data"]["held_out"]["path"]
-print("begun with", resume, flush=True)
+print("begun with", *resume, flush=True)
 sys.exit(f"DataError: {held_out}: no such file")
 """
 
@@ -172,7 +172,7 @@ def test_a_run_that_fails_is_told_and_what_is_done_is_skipped(tmp_path):
     assert said[0] == "2 runs, 1 of them done"
     assert said[1] == "[1/1] a/broken: failed: DataError: /no/where.jsonl: no such file"
     log = tmp_path / "broken.log"
-    lines = ["begun with --resume", "DataError: /no/where.jsonl: no such file"]
+    lines = ["begun with --resume auto", "DataError: /no/where.jsonl: no such file"]
     assert log.read_text().splitlines() == lines
     told = "\n".join([f"exit code 1; {log} ends with:", *lines])
     assert failures == {"a/broken": told}
@@ -190,7 +190,7 @@ def test_a_teachers_evaluation_is_taken_from_a_run_of_the_same_seed(tmp_path):
 
 def test_the_command_of_a_run_is_one_that_the_command_line_knows(tmp_path):
     assert TRAIN[1:3] == ("-m", "distill_system")
-    said = CliRunner().invoke(app, [TRAIN[3], str(tmp_path / "none.json"), "--resume"])
+    said = CliRunner().invoke(app, [TRAIN[3], str(tmp_path / "none.json"), "--resume", "auto"])
     assert said.exit_code == 1
     assert "none.json" in said.output
 
