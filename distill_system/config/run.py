@@ -28,6 +28,8 @@ from distill_system.config.pools import (
 from distill_system.config.rollout import RolloutConfig, ScoringConfig
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+LONGEST_RUN_NAME = 200
+"""A folder's name, and with an ending that of files beside it."""
 
 
 class RunConfig(ConfigModel):
@@ -107,6 +109,10 @@ class RunConfig(ConfigModel):
     def _check_name(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(f"name must be letters, digits, '.', '_' and '-', got {name!r}")
+        if len(name) > LONGEST_RUN_NAME:
+            raise ValueError(
+                f"name must have at most {LONGEST_RUN_NAME} characters, got {len(name)}"
+            )
         return name
 
     @model_validator(mode="after")

@@ -42,7 +42,8 @@ class Driver:
         self.config = context.config.distill
         self.pools = pools
         self.data = data
-        self.faults = FaultLog(context.run, STAGE, [*pools.placed, pools.ranks.name])
+        lost_from = [*pools.placed, pools.ranks.name]
+        self.faults = FaultLog(context.run, STAGE, lost_from, writes=context.writes)
         self.streams = open_streams(context, pools, data)
         self.elastic = ElasticPools(
             pools.placed,

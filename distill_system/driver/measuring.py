@@ -200,6 +200,7 @@ class Measuring:
             weights=self._describe_weights(is_student=version is not None),
             splits=splits,
             distances=distances,
+            writes=self.context.writes,
         )
 
     def _describe_weights(self, *, is_student: bool) -> dict[str, str]:

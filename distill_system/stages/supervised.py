@@ -135,7 +135,7 @@ class FineTuning:
         self.frontier = PromptFrontier(len(rows), context.config.seed, stage)
         self.clock = PoolClock([LEARNER], time.perf_counter())
         folder = context.run.checkpoints_directory / stage
-        self.store = CheckpointStore(folder, keep=1)
+        self.store = CheckpointStore(folder, keep=1, writes=context.writes)
 
     def run(self, stop: threading.Event, restarts: LearnerRestarts, faults: FaultLog) -> bool:
         """Train, from the newest checkpoint if the run is resumed; returns False if stopped early.
@@ -216,7 +216,12 @@ class FineTuning:
         return result, prompt_ids
 
     def _resume(self) -> int:
-        checkpoint = resume_point(self.store, resume=self.context.resume, stage=self.stage)
+        checkpoint = resume_point(
+            self.store,
+            resume=self.context.resume,
+            stage=self.stage,
+            steps=self.config.steps,
+        )
         done = 0 if checkpoint is None else checkpoint.step
         self.context.log.truncate_after(self.stage, done - 1)
         self.context.prompts.truncate_after(self.stage, done - 1)

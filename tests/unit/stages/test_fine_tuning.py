@@ -15,7 +15,14 @@ from trajectories import make_trajectories
 from distill_system.config.model import LearnerConfig, OptimizerConfig, SupervisedConfig
 from distill_system.errors import RunStateError
 from distill_system.learner import Learner, LearnerGroup, ModelSource
-from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
+from distill_system.observe import (
+    LiveView,
+    MetricLog,
+    OptionalWrites,
+    PromptLog,
+    RunDirectory,
+    Timings,
+)
 from distill_system.observe.metrics import read_metrics
 from distill_system.observe.prompt_log import read_prompts
 from distill_system.records import Author
@@ -83,6 +90,7 @@ def fine_tune(tiny_model_folder, tmp_path):
                 view=_StoppingView(request.make if by_signal else stop.set, stop_after),
                 resume=resume,
                 stop=request,
+                writes=OptionalWrites(),
             )
             group = LearnerGroup(LocalWorkers([learner]))
             restarts: Any = SimpleNamespace(goes_on_after=lambda first: None)
