@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "learner.offload",
     "learner.shard_ranks",
     "runs_directory",
+    "runs_mirror",
     "distill.measure_every",
     "distill.evaluate_every",
     "distill.checkpoint_every",

@@ -38,6 +38,7 @@ from distill_system.observe.run_lock import locked
 from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
+from distill_system.run.mirror import mirrored
 from distill_system.run.model_checks import check_data, check_engine
 from distill_system.run.model_data import load_model_data
 from distill_system.run.model_sources import with_folders
@@ -88,7 +89,8 @@ def train(
     """
     if "push" in stages:
         require_token(config)
-    with locked(run_directory(config), notify=notify):
+    folder = run_directory(config)
+    with locked(folder, notify=notify), mirrored(config, folder, notify=notify):
         run = open_run(config)
         if resume is True:
             _require_begun(run)
