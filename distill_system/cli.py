@@ -6,6 +6,7 @@ which `--help` and a mistake in a configuration should not cost.
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -496,6 +497,84 @@ def plan(
 
 
 @app.command()
+def manifests(
+    settings: Settings,
+    image: Annotated[
+        str, typer.Option(help="Image that deploy/Dockerfile builds, as the cluster pulls it.")
+    ],
+    storage_claim: Annotated[
+        str, typer.Option(help="PersistentVolumeClaim that all pods may write (ReadWriteMany).")
+    ],
+    mount_path: Annotated[str, typer.Option(help="Where pods see it.")] = "/shared",
+    namespace: Annotated[str, typer.Option(help="Kubernetes namespace.")] = "default",
+    kind: Annotated[
+        Literal["job", "cluster"],
+        typer.Option(help="A cluster for this run that ends with it, or one that stays."),
+    ] = "job",
+    retries: Annotated[
+        int, typer.Option(min=0, help="New clusters for a run that failed; each resumes.")
+    ] = 2,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(help="Secret whose keys every worker has in its environment; may repeat."),
+    ] = None,
+    token_secret: Annotated[
+        str | None, typer.Option(help="Secret with the cluster's token; else KubeRay makes one.")
+    ] = None,
+    redis: Annotated[
+        str | None, typer.Option(help="Address of a Redis that outlives Ray's head: HOST:PORT.")
+    ] = None,
+    redis_secret: Annotated[
+        str | None, typer.Option(help="Secret with its password, under the key password.")
+    ] = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(metavar="POOL=GIB", help="Memory of a pool's pods; else the plan's."),
+    ] = None,
+    workers_per_pod: Annotated[
+        list[str] | None,
+        typer.Option(metavar="POOL=COUNT", help="Workers of a pool that stand in one pod."),
+    ] = None,
+    head_memory: Annotated[
+        float, typer.Option(min=1.0, help="GiB of the pod with Ray's head and the driver.")
+    ] = 8.0,
+    device_gib: Annotated[float, typer.Option(min=1.0, help="Memory of each GPU.")] = 80.0,
+    objective: Objective = None,
+) -> None:
+    """Print the Kubernetes objects that run this configuration on KubeRay; nothing is started.
+
+    A worker group for each pool, with the CPUs, GPUs and memory that its workers need.
+    """
+    with _reporting_errors():
+        from distill_system.manifests import ManifestRequest
+        from distill_system.stages.manifests import render_manifests
+
+        text = render_manifests(
+            _load(settings, objective),
+            ManifestRequest(
+                image=image,
+                storage_claim=storage_claim,
+                mount_path=mount_path,
+                namespace=namespace,
+                kind=kind,
+                retries=retries,
+                secrets=tuple(secret or ()),
+                token_secret=token_secret,
+                redis_address=redis,
+                redis_secret=redis_secret,
+                head_memory_gib=head_memory,
+            ),
+            memory_gib=_amounts("--memory", memory),
+            workers_per_pod={
+                name: int(count)
+                for name, count in _amounts("--workers-per-pod", workers_per_pod).items()
+            },
+            device_gib=device_gib,
+        )
+    print(text, end="")
+
+
+@app.command()
 def data(
     settings: Settings,
     set_names: Annotated[
@@ -582,6 +661,23 @@ def _sort(settings: list[str]) -> tuple[list[str], list[str]]:
     """The files and the overrides of a command line."""
     files = [setting for setting in settings if not _is_override(setting)]
     return files, [setting for setting in settings if _is_override(setting)]
+
+
+def _amounts(option: str, given: list[str] | None) -> dict[str, float]:
+    """The amounts that an option gives by name.
+
+    Raises: ConfigError for what is no NAME=NUMBER above 0.
+    """
+    amounts = {}
+    for text in given or ():
+        name, _, amount = text.partition("=")
+        try:
+            amounts[name] = float(amount)
+        except ValueError:
+            amounts[name] = 0.0
+        if not name or not 0.0 < amounts[name] < math.inf:
+            raise ConfigError(f"{option} {text}: expected POOL=NUMBER, such as learner=8")
+    return amounts
 
 
 _WAY_OUT = (

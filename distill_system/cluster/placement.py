@@ -8,8 +8,9 @@ autoscaler counts a group that is requested and not yet placed as demand.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -20,10 +21,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from distill_system.config.pools import PoolConfig
 from distill_system.errors import DistillError
 from distill_system.logs import logged_start
+from distill_system.network import use_node_address
 from distill_system.workers import ElasticWorkers
 
-_NAME_VARIABLE = "DISTILL_SYSTEM_WORKER"
-"""By it a worker's process knows its name."""
+WORKER_VARIABLE = "DISTILL_SYSTEM_WORKER"
+"""Holds the worker's name, pool-id, in its process: what a person on its node knows it by."""
+NAMESPACE = "distill-"
+"""Beginning of a session's namespace in Ray; the run's name and a number of its folder follow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,22 +85,41 @@ class Placement:
         """Whether the cluster has reserved the place by now; does not wait."""
         return bool(ray.wait([self.placed], timeout=0)[0])
 
+    def is_same(self, other: Placement) -> bool:
+        """Whether both are one bundle of one group, asked for now or before."""
+        return (self.group, self.bundle_index) == (other.group, other.bundle_index)
+
+    def again(self) -> Placement:
+        """The same place for another process. Where its node is lost, Ray looks for another node,
+        and `placed` is ready once it has found one."""
+        return replace(self, placed=self.group.ready())
+
 
 def request_placements(
-    request: WorkerRequest, *, beside: Sequence[WorkerRequest] = ()
+    request: WorkerRequest, *, beside: Sequence[WorkerRequest] = (), first_id: int = 0
 ) -> list[Placement]:
     """Request a place for each worker of a pool; returns at once.
 
-    beside: the requests whose workers are colocated with these.
+    beside: the requests whose workers are colocated with these.  first_id: of the first worker.
     """
     bundle = bundle_of(request.pool, *(other.pool for other in beside))
     count = len(request.arguments)
     if request.gang:
-        group = placement_group([bundle] * count, strategy="PACK")
+        group = placement_group([bundle] * count, strategy="PACK", name=ray_name(request.name))
         placed = group.ready()
         return [Placement(group, index, placed) for index in range(count)]
-    groups = [placement_group([bundle]) for _ in range(count)]
+    names = [ray_name(f"{request.name}-{first_id + index}") for index in range(count)]
+    groups = [placement_group([bundle], name=name) for name in names]
     return [Placement(group, 0, group.ready()) for group in groups]
+
+
+def ray_name(worker: str) -> str:
+    """What Ray's dashboard calls a worker or its place: after the run, the pool and the index.
+
+    The end makes it unique: a session may start a pool of one name twice.
+    """
+    run = ray.get_runtime_context().namespace.removeprefix(NAMESPACE).rpartition("-")[0]
+    return f"{run} {worker} {secrets.token_hex(3)}"
 
 
 def release_placements(placements: Sequence[Placement]) -> None:
@@ -111,8 +134,7 @@ def start_process(
     """Start a worker's process in its place; returns its handle at once."""
     remote_class = ray.remote(_failing_when_ready(request.worker_class))
     return remote_class.options(
-        # Ray's names are unique in a session, and a session may start a pool of one name twice.
-        name=f"{request.name}-{worker_id}-{placement.group.id.hex()[:6]}",
+        name=ray_name(f"{request.name}-{worker_id}"),
         num_cpus=request.pool.cpus,
         num_gpus=request.pool.gpus,
         resources=dict(request.pool.custom_resources),
@@ -121,9 +143,9 @@ def start_process(
         ),
         runtime_env={
             "env_vars": {
-                _NAME_VARIABLE: f"{request.name}-{worker_id}",
                 **_hidden_gpus(request.pool),
                 **request.environment,
+                WORKER_VARIABLE: f"{request.name}-{worker_id}",
             }
         },
     ).remote(**arguments)
@@ -196,6 +218,8 @@ def _describe_process() -> str:
 def _failing_when_ready(worker_class: type) -> type:
     """The class with a constructor that holds back a DistillError until `ready` is called.
 
+    The constructor first says which address the worker's node has.
+
     When a constructor raises, Ray only reports that the worker died: the error's type is lost.
     """
 
@@ -204,7 +228,8 @@ def _failing_when_ready(worker_class: type) -> type:
 
         def __init__(self, **arguments: Any) -> None:
             try:
-                with logged_start(os.environ[_NAME_VARIABLE], _describe_process()):
+                use_node_address(ray.util.get_node_ip_address())
+                with logged_start(os.environ[WORKER_VARIABLE], _describe_process()):
                     super().__init__(**arguments)
             except DistillError as error:
                 self._start_error = error

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import ray
+from ray.job_config import JobConfig
 
 from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.placement import (
+    NAMESPACE,
     Placement,
     WorkerRequest,
     bundle_of,
@@ -33,7 +35,7 @@ from distill_system.cluster.starting import StartingWorker
 from distill_system.cluster.workers import RayWorkers
 from distill_system.config import RunConfig
 from distill_system.config.pools import PoolConfig
-from distill_system.errors import ResourceError
+from distill_system.errors import ResourceError, WorkerLostError
 
 PLACED_SECONDS = 1.0
 """Where the cluster has room, placement takes less than this; only longer waits are reported."""
@@ -51,6 +53,7 @@ class ClusterSession:
         self.monitor = LivenessMonitor()
         self.groups: list[RayWorkers] = []
         self.starting: list[StartingWorker] = []
+        self._requests: dict[str, WorkerRequest] = {}
 
     def __enter__(self) -> Self:
         address = os.environ.get("RAY_ADDRESS")
@@ -91,6 +94,7 @@ class ClusterSession:
             for name in _hosts(requests):
                 release_placements(placements[name])
             raise
+        self._requests |= {request.name: request for request in requests}
         started = [self._start(request, placements) for request in requests]
         loading = ", ".join(f"{request.name} x{len(request.arguments)}" for request in requests)
         self.notify(f"placed, and loading their models: {loading}")
@@ -98,13 +102,18 @@ class ClusterSession:
         return started
 
     def begin_worker(
-        self, request: WorkerRequest, worker_id: int, arguments: Mapping[str, Any]
+        self,
+        request: WorkerRequest,
+        worker_id: int,
+        arguments: Mapping[str, Any],
+        place: Placement | None = None,
     ) -> StartingWorker:
         """Begin to place and load one more worker of a pool, in the background; see StartingWorker.
 
         request: what the pool was started with.  arguments: the new worker's own.
+        place: that of a lost worker, which this one takes over.
         """
-        starting = StartingWorker(request, worker_id, arguments, self.config.deadlines)
+        starting = StartingWorker(request, worker_id, arguments, self.config.deadlines, place)
         self.starting.append(starting)
         return starting
 
@@ -114,6 +123,22 @@ class ClusterSession:
         assert started is not None, f"{starting.name} is not ready"
         self.starting.remove(starting)
         workers.add(started)
+
+    def pop_lost(self) -> list[WorkerLostError]:
+        """Deaths in supervised pools that were found since this was last asked."""
+        return self.monitor.pop_lost()
+
+    def restart_gang(self, workers: RayWorkers) -> None:
+        """End every rank of a gang and start all anew in their places; returns while they load.
+
+        Raises: ResourceError if a place is lost and the cluster has no other within
+            deadlines.resources_seconds.
+        """
+        request = self._requests[workers.name]
+        assert request.gang, "other pools replace single workers"
+        places = workers.end_processes()
+        self._wait_until_placed([request], {request.name: places})
+        workers.begin_again(self._start_processes(request, places))
 
     def has_room_for(self, pool: PoolConfig, copies: int) -> bool:
         """Whether an empty cluster of this size could hold `copies` of a pool at once."""
@@ -149,19 +174,21 @@ class ClusterSession:
     ) -> RayWorkers:
         """Start a pool's processes, in their own places or in those of the pool they share."""
         places = placements[request.colocate_with or request.name]
-        handles = [
-            start_process(request, worker_id, arguments, placement)
-            for worker_id, (arguments, placement) in enumerate(
-                zip(request.arguments, places, strict=True)
-            )
-        ]
         return RayWorkers(
             request.name,
-            handles,
-            [] if request.colocate_with else places,
+            self._start_processes(request, places),
+            places,
+            owns_places=request.colocate_with is None,
             call_seconds=self.config.deadlines.call_seconds,
             monitor=self.monitor,
         )
+
+    def _start_processes(self, request: WorkerRequest, places: Sequence[Placement]) -> list[Any]:
+        pairs = enumerate(zip(request.arguments, places, strict=True))
+        return [
+            start_process(request, worker_id, arguments, place)
+            for worker_id, (arguments, place) in pairs
+        ]
 
     def _wait_until_placed(
         self, requests: Sequence[WorkerRequest], placements: Mapping[str, Sequence[Placement]]
@@ -224,7 +251,7 @@ def _describe_demand(
 def _namespace(config: RunConfig) -> str:
     """Of this run's workers in a cluster: by its folder, since runs of one name may have others."""
     folder = str(Path(config.runs_directory).absolute() / config.name)
-    return f"distill-{config.name}-{zlib.crc32(folder.encode()):08x}"
+    return f"{NAMESPACE}{config.name}-{zlib.crc32(folder.encode()):08x}"
 
 
 def _connect(address: str | None, config: RunConfig) -> None:
@@ -232,6 +259,7 @@ def _connect(address: str | None, config: RunConfig) -> None:
         ray.init(
             address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
             namespace=_namespace(config),
+            job_config=JobConfig(metadata={"run": config.name}),
             log_to_driver=False,
             logging_level="ERROR",
             **({} if address else {"include_dashboard": config.cluster.dashboard}),

@@ -27,7 +27,9 @@ class RunDirectory:
         self.environment_path = self.path / "environment.json"  # versions, commit, machine, seeds
         self.metrics_path = self.path / "metrics.jsonl"  # every metric of every step, a row a line
         self.prompts_path = self.path / "prompts.jsonl"  # the prompts of every step, a row a line
+        self.faults_path = self.path / "faults.jsonl"  # what was lost and replaced, an event a line
         self.tensorboard_directory = self.path / "tensorboard"  # the metrics, a folder per stage
+        self.trackers_path = self.path / "trackers.json"  # the run's names and places in trackers
         self.tokenizer_directory = self.path / "tokenizer"
         self.models_directory = self.path / "models"  # folders made of models in other formats
         self.teacher_directory = self.path / "teacher"  # the teacher after its fine-tuning

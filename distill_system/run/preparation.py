@@ -23,6 +23,7 @@ from distill_system.run.model_checks import check_folders, check_models
 
 MAY_CHANGE = (
     "deadlines",
+    "faults",
     "pools",
     "scaling",
     "cluster",
@@ -35,12 +36,14 @@ MAY_CHANGE = (
     "learner.shard_ranks",
     "runs_directory",
     "runs_mirror",
+    "trackers",
     "distill.measure_every",
     "distill.evaluate_every",
     "distill.checkpoint_every",
     "distill.keep_checkpoints",
     "distill.keep_best",
     "distill.early_stopping",
+    "distill.collapse",
     "export",
     "hub",
     "logging",

@@ -26,11 +26,14 @@ from distill_system.logs import (
     open_log,
 )
 from distill_system.observe import (
+    JobPage,
     LiveView,
     MetricLog,
     PromptLog,
     RunDirectory,
+    RunGauges,
     Timings,
+    require_trackers,
     write_report,
     write_summary,
 )
@@ -132,6 +135,7 @@ def _make(
             notify(f"{stage}: no checkpoint in {store.folder}, it begins anew")
     if {"distill", "evaluate"} & {*work}:
         check_engine(config)
+    require_trackers(config.trackers)
     if work:
         with refusal_leaves_nothing(run) as begin:
             record_start(config, run)
@@ -243,9 +247,15 @@ def open_context(
         for line in settings_notes(config):
             view.note(line)
         _note_rows(view, data)
-        log = stack.enter_context(MetricLog(run, run_name=config.name))
+        log = stack.enter_context(
+            MetricLog(run, run_name=config.name, trackers=config.trackers, notify=view.note)
+        )
         prompts = stack.enter_context(PromptLog(run))
         cluster = stack.enter_context(ClusterSession(config, notify=view.note))
+        gauges = stack.enter_context(RunGauges(config, report=run.report_path))
+        log.add_tracker("Prometheus", gauges)
+        view.listen(gauges.show_progress)
+        view.listen(JobPage(config.name, run.report_path, notify=view.note).show_progress)
         yield RunContext(
             config=config,
             run=run,
@@ -309,7 +319,7 @@ def _run_evaluate(context: RunContext) -> None:
         with context.timings.stage("evaluate"):
             pools = open_pools(context, student_path=students[label])
             measuring = Measuring(context, pools, context.data, metrics=metrics)
-            pools.learner.publish(steps[label])
+            pools.weights.publish(steps[label])
             measuring.evaluate_teacher(again="teacher" in find_lacking(config, run))
             if label in lacking:
                 measuring.evaluate_student(label, step=steps[label])

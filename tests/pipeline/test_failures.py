@@ -1,7 +1,8 @@
 """What a person meets when a run cannot go on: one clear message, and nothing left behind.
 
 Through the real command line, each start of which costs seconds; what is told before any worker is
-asked for is told in the tests' own process too, once one case has shown that both say the same.
+asked for is told in the tests' own process too, once one case has shown that both say the same. A
+loss that is not a number ends one of the runs of test_compare.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from pathlib import Path
 
 import pytest
 import ray
-from pipeline.command_line import Run, wait_until, write_configuration, write_rows
+from pipeline.command_line import (
+    MESSAGE,
+    Run,
+    assert_one_message,
+    wait_until,
+    write_configuration,
+    write_rows,
+)
 from typer.testing import CliRunner
 
 from distill_system.cli import app
@@ -28,7 +36,6 @@ WORKERS = (
     ("ray::TeacherScorer", "teacher_scoring"),
     ("ray::Learner", "learner"),
 )
-MESSAGE = re.compile(r"^(?:[A-Z]\w*Error|Interrupted): ", re.MULTILINE)
 
 
 @pytest.fixture
@@ -44,10 +51,7 @@ def _checkpoints(configuration: Path) -> Path:
 
 def _assert_one_message(run: Run, *said: str) -> None:
     assert run.code == 1, run.stderr
-    assert len(MESSAGE.findall(run.stderr)) == 1, run.stderr
-    assert "Traceback" not in run.stderr
-    for part in said:
-        assert part in run.stderr
+    assert_one_message(run.stderr, *said)
     assert run.orphans() == []
 
 
@@ -114,15 +118,6 @@ def test_a_cache_too_small_for_one_sequence_ends_the_run(
         "4000 tokens",
     )
     assert not _checkpoints(configuration).exists()
-
-
-def test_a_loss_that_is_not_a_number_ends_the_run_at_the_last_good_checkpoint(
-    launch: Launch, configuration: Path
-) -> None:
-    run = launch("train", configuration, "distill.optimizer.learning_rate=1e30").finish()
-    _assert_one_message(run, "NonFiniteError: learner-0:", "at step 1", "learning rate")
-    assert [folder.name for folder in _checkpoints(configuration).iterdir()] == ["step_000001"]
-    assert not (configuration.parent / "run/student").exists()
 
 
 def _assert_interrupted(run: Run, number: signal.Signals) -> None:

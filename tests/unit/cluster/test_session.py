@@ -67,6 +67,25 @@ def test_each_worker_has_its_arguments_environment_and_process(workers: Start, g
     assert group.finish(seen, what="GPUs") == ["", ""]  # none was asked for
 
 
+@pytest.mark.parametrize("gang", [False, True])
+def test_workers_and_places_are_called_after_run_pool_and_index(workers: Start, gang: bool) -> None:
+    """As Ray's dashboard shows them; two pools of one name do not get in each other's way."""
+    before = _names()
+    for _ in range(2):
+        _pids(workers(Sitter, arguments=[{}, {}], gang=gang))
+    called = sorted(name.rpartition(" ")[0] for name in _names() - before)
+    each = ["quickstart sitter-0", "quickstart sitter-1"]
+    # two workers each, and a place each or one for both
+    expected = [*each, "quickstart sitter"] if gang else [*each, *each]
+    assert called == sorted(expected * 2)
+
+
+def _names() -> set[str]:
+    """Of all workers and places that the session has or had."""
+    places = ray.util.placement_group_table().values()
+    return {*ray.util.list_named_actors(), *(place["name"] for place in places)}
+
+
 def test_stopping_ends_the_processes_and_gives_their_resources_back(
     session: ClusterSession, workers: Start
 ) -> None:
