@@ -167,7 +167,7 @@ def _ray_cluster(run: _Run, cluster: Object) -> Object:
 
 def entrypoint() -> str:
     """The command of the job."""
-    return f"python -m distill_system train {CONFIG_FOLDER}/{CONFIG_FILE} --resume"
+    return f"python -m distill_system train {CONFIG_FOLDER}/{CONFIG_FILE} --resume auto"
 
 
 def _network_policy(run: _Run) -> Object:
