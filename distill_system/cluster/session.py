@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -45,10 +46,17 @@ POLL_SECONDS = 5.0
 
 
 class ClusterSession:
-    """Starts workers on the cluster of RAY_ADDRESS, or on a local one that ends with the block."""
+    """Starts workers on the cluster of RAY_ADDRESS, or on a local one that ends with the block.
 
-    def __init__(self, config: RunConfig, *, notify: Callable[[str], None]) -> None:
+    trains: the workers are those of the run itself, of which there is one driver at a time: in a
+    joined cluster those of a driver before this one are waited for.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, notify: Callable[[str], None], trains: bool = False
+    ) -> None:
         self.config = config
+        self.namespace = _namespace(config) if trains else f"distill-{uuid.uuid4().hex}"
         self.notify = notify
         self.monitor = LivenessMonitor()
         self.groups: list[RayWorkers] = []
@@ -62,9 +70,9 @@ class ClusterSession:
         assert not ray.is_initialized(), "a process has one session at a time"
         try:
             with _signal_handlers_kept():
-                _connect(address, self.config)
+                _connect(address, self.config, self.namespace)
             if address:
-                wait_until_gone(_namespace(self.config), notify=self.notify)
+                wait_until_gone(self.namespace, notify=self.notify)
         except BaseException:
             _shut_down()  # a local cluster may have started in part
             raise
@@ -254,11 +262,11 @@ def _namespace(config: RunConfig) -> str:
     return f"{NAMESPACE}{config.name}-{zlib.crc32(folder.encode()):08x}"
 
 
-def _connect(address: str | None, config: RunConfig) -> None:
+def _connect(address: str | None, config: RunConfig, namespace: str) -> None:
     try:
         ray.init(
             address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
-            namespace=_namespace(config),
+            namespace=namespace,
             job_config=JobConfig(metadata={"run": config.name}),
             log_to_driver=False,
             logging_level="ERROR",

@@ -251,7 +251,7 @@ def open_context(
             MetricLog(run, run_name=config.name, trackers=config.trackers, notify=view.note)
         )
         prompts = stack.enter_context(PromptLog(run))
-        cluster = stack.enter_context(ClusterSession(config, notify=view.note))
+        cluster = stack.enter_context(ClusterSession(config, notify=view.note, trains=True))
         gauges = stack.enter_context(RunGauges(config, report=run.report_path))
         log.add_tracker("Prometheus", gauges)
         view.listen(gauges.show_progress)
