@@ -6,10 +6,10 @@ On the way out, an existing cluster gets its resources back and a local one ends
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import threading
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -56,7 +56,7 @@ class ClusterSession:
         self, config: RunConfig, *, notify: Callable[[str], None], trains: bool = False
     ) -> None:
         self.config = config
-        self.namespace = _namespace(config) if trains else f"distill-{uuid.uuid4().hex}"
+        self.namespace = _namespace(config, trains)
         self.notify = notify
         self.monitor = LivenessMonitor()
         self.groups: list[RayWorkers] = []
@@ -256,10 +256,11 @@ def _describe_demand(
     return ", ".join(parts)
 
 
-def _namespace(config: RunConfig) -> str:
-    """Of this run's workers in a cluster: by its folder, since runs of one name may have others."""
+def _namespace(config: RunConfig, trains: bool) -> str:
+    """The session's namespace in Ray: the run's own, by its folder, or one of this process alone."""
     folder = str(Path(config.runs_directory).absolute() / config.name)
-    return f"{NAMESPACE}{config.name}-{zlib.crc32(folder.encode()):08x}"
+    number = zlib.crc32(folder.encode()) if trains else secrets.randbits(32)
+    return f"{NAMESPACE}{config.name}-{number:08x}"
 
 
 def _connect(address: str | None, config: RunConfig, namespace: str) -> None:
