@@ -257,7 +257,7 @@ def _describe_demand(
 
 
 def _namespace(config: RunConfig, trains: bool) -> str:
-    """The session's namespace in Ray: the run's own, by its folder, or one of this process alone."""
+    """The session's namespace in Ray: the run's own, by its folder, or this process's alone."""
     folder = str(Path(config.runs_directory).absolute() / config.name)
     number = zlib.crc32(folder.encode()) if trains else secrets.randbits(32)
     return f"{NAMESPACE}{config.name}-{number:08x}"
