@@ -31,7 +31,7 @@ from distill_system.cluster.placement import (
     start_process,
 )
 from distill_system.cluster.predecessors import wait_until_gone
-from distill_system.cluster.reach import require_cluster
+from distill_system.cluster.reach import require_joinable
 from distill_system.cluster.starting import StartingWorker
 from distill_system.cluster.workers import RayWorkers
 from distill_system.config import RunConfig
@@ -65,8 +65,7 @@ class ClusterSession:
 
     def __enter__(self) -> Self:
         address = os.environ.get("RAY_ADDRESS")
-        if address:
-            require_cluster(address)
+        require_joinable()
         assert not ray.is_initialized(), "a process has one session at a time"
         try:
             with _signal_handlers_kept():

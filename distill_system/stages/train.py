@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
-from distill_system.cluster import ClusterSession, require_room
+from distill_system.cluster import ClusterSession, require_joinable, require_room
 from distill_system.config import RunConfig
 from distill_system.data import RunData
 from distill_system.data.run_data import SetName
@@ -128,6 +128,8 @@ def _make(
     # A stage that is done already is not in `work`; a run whose work is done starts no cluster.
     work = [stage for stage in _due(config, run) if stage in stages]
     _require_inputs(config, run, work)
+    if work:
+        require_joinable()
     for stage in _checkpointed(config, run, work):
         store = CheckpointStore(run.checkpoints_directory / stage, keep=1)
         # Refuse a missing --resume now, before workers have been started for nothing.

@@ -204,13 +204,17 @@ for ask, address in [*((require_cluster, a) for a in joined), *((JobClient, a) f
 
 
 def _answers(cluster: Cluster, environment: dict[str, str]) -> list[str]:
-    """What is said of the addresses of a cluster: four to join, three to submit to."""
+    """What is said of the addresses of a cluster: four to join, three to submit to.
+
+    environment: a variable of no text is taken away.
+    """
+    merged = cluster.environment | environment
     here = [f"127.0.0.1:{port}" for port in (cluster.port, cluster.dashboard, cluster.client)]
     joined = [*here, f"ray://{here[2]}"]
     submitted = [cluster.address, f"http://{here[0]}", f"ray://{here[2]}"]
     done = subprocess.run(
         [sys.executable, "-c", ASK, ",".join(joined), ",".join(submitted)],
-        env=cluster.environment | environment,
+        env={name: value for name, value in merged.items() if value},
         capture_output=True,
         text=True,
         timeout=COMMAND_SECONDS,
