@@ -180,7 +180,7 @@ def _ray_cluster(run: _Run, cluster: Object) -> Object:
 
 def entrypoint() -> str:
     """The command of the job; by exec, so that Ray's SIGTERM meets the driver and no shell."""
-    return f"exec python -m distill_system train {CONFIG_FOLDER}/{CONFIG_FILE} --resume"
+    return f"exec python -m distill_system train {CONFIG_FOLDER}/{CONFIG_FILE} --resume auto"
 
 
 def _network_policy(run: _Run) -> Object:
