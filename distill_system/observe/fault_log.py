@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distill_system.observe.json_lines import JsonLinesLog, read_rows
+from distill_system.observe.optional_writes import OptionalWrites
 from distill_system.observe.run_directory import RunDirectory
 
 _FIELDS = "time, stage, step, worker, event, cause and seconds"
@@ -44,8 +45,15 @@ class FaultLog(JsonLinesLog[FaultRow]):
     pools: those whose losses are counted.  step: steps done, which the driver keeps up to date.
     """
 
-    def __init__(self, run: RunDirectory, stage: str, pools: Iterable[str]) -> None:
-        super().__init__(run.faults_path, FaultRow, expected=_FIELDS)
+    def __init__(
+        self,
+        run: RunDirectory,
+        stage: str,
+        pools: Iterable[str],
+        *,
+        writes: OptionalWrites | None = None,
+    ) -> None:
+        super().__init__(run.faults_path, FaultRow, expected=_FIELDS, writes=writes)
         self.step = 0
         self._stage = stage
         self._counts = Counter(dict.fromkeys(pools, 0))

@@ -25,7 +25,8 @@ from distill_system.observe.curves import (
 from distill_system.observe.formats import format_metric
 from distill_system.observe.metrics import MetricRow, read_metrics
 from distill_system.observe.pages import render_page
-from distill_system.observe.run_directory import RunDirectory, read_json_if_exists, write_text
+from distill_system.observe.recorded import read_config
+from distill_system.observe.run_directory import RunDirectory, write_text
 from distill_system.observe.summary import build_summary, read_evaluation
 
 DISTANCE_TITLES = {
@@ -54,7 +55,7 @@ def write_report(run: RunDirectory) -> None:
 def _collect(run: RunDirectory) -> dict[str, Any]:
     """The values of all names in the template."""
     summary, rows = build_summary(run), read_metrics(run)
-    config = read_json_if_exists(run.config_path)
+    config = read_config(run)
     metric = find_headline_metric(summary["scores"], config)
     return {
         "summary": summary,

@@ -35,7 +35,8 @@ PACKAGE = ROOT / "distill_system"
 README = ROOT / "README.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
 PAGES = [
-    *(README, CHANGELOG, ROOT / "configs/README.md", ROOT / "deploy/README.md"),
+    *(README, CHANGELOG, ROOT / "SECURITY.md"),
+    *(ROOT / "configs/README.md", ROOT / "deploy/README.md"),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 OF_TODAY = [page for page in PAGES if page != CHANGELOG]
@@ -65,8 +66,8 @@ OF_OTHERS = {
     *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "MLFLOW_EXPERIMENT_NAME"),
     *("TRACKIO_PROJECT", "TRACKIO_SPACE_ID", "HF_TOKEN"),
     *("MALLOC_MMAP_THRESHOLD_", "getsignal"),
-    # Kubernetes
-    "ReadWriteMany",
+    # Kubernetes, Ray
+    *("ReadWriteMany", "RAY_USE_TLS"),
     # TRL
     *("SFTTrainer", "DistillationTrainer", "AsyncDistillationTrainer", "batch_rebalance"),
     *("group_by_length", "padding_free", "ChunkedDivergenceFunction"),
