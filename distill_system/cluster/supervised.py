@@ -13,6 +13,7 @@ from typing import Any
 
 from distill_system.errors import (
     DeadlineError,
+    DistillError,
     NonFiniteError,
     RepeatedLossError,
     WorkerLostError,
@@ -29,6 +30,7 @@ class _Call:
 
     references: of this attempt; the first is finished, a second is the result of a receipt.
     result: the caller's reference to the result of a receipt.
+    losses: workers that were lost with it.  is_moved: whether it was made again.
     """
 
     method: str
@@ -37,6 +39,7 @@ class _Call:
     references: tuple[Reference, ...]
     result: Reference | None = None
     losses: int = 0
+    is_moved: bool = False
 
 
 class SupervisedWorkers:
@@ -138,7 +141,7 @@ class SupervisedWorkers:
         """These calls are over: their arguments need not be kept for another attempt."""
         for reference in references:
             call = self._calls.pop(reference, None)
-            if call is not None and call.result is not None and call.losses:
+            if call is not None and call.result is not None and call.is_moved:
                 self._moved[call.result] = call.references[1]
 
     def _now(self, reference: Reference) -> Reference:
@@ -152,25 +155,44 @@ class SupervisedWorkers:
             raise error
         for lost in found:
             self.supervision.lose(lost)
+        blamed: set[int] = set()
         for began, call in list(self._calls.items()):
-            if call.worker not in self.group.members:
-                self._make_again(began, call, error)
+            if call.worker in self.group.members:
+                continue
+            # A worker makes its calls in their order: the first that has not ended well is the one
+            # that it was lost with. Those behind it are made again without blame.
+            if call.worker not in blamed and not self._has_ended_well(call):
+                blamed.add(call.worker)
+                self._blame(began, call, error)
+            self._make_again(call)
 
-    def _make_again(self, began: Reference, call: _Call, error: Exception) -> None:
+    def _has_ended_well(self, call: _Call) -> bool:
+        try:
+            self.group.finish(call.references[:1], what="a call of a lost worker")
+        except DistillError:
+            return False
+        return True
+
+    def _blame(self, began: Reference, call: _Call, error: DistillError) -> None:
+        """Count a loss to a call.  Raises: RepeatedLossError, or NonFiniteError, at the last."""
         call.losses += 1
-        if call.losses >= MOST_LOSSES:
-            del self._calls[began]
-            if isinstance(error, NonFiniteError):
-                raise error
-            raise RepeatedLossError(
-                f"{call.method} has lost {call.losses} workers, the last of them so: {error}",
-                getattr(error, "worker", ""),
-                call=began,
-            ) from error
+        if call.losses < MOST_LOSSES:
+            return
+        del self._calls[began]
+        if isinstance(error, NonFiniteError):
+            raise error
+        raise RepeatedLossError(
+            f"{call.method} has lost {call.losses} workers, the last of them so: {error}",
+            error.worker,
+            call=began,
+        ) from error
+
+    def _make_again(self, call: _Call) -> None:
         members = self.members
         # By what is under way there, so that one worker's calls go to all that are left.
         loads = [sum(each.worker == member for each in self._calls.values()) for member in members]
         call.worker = members[loads.index(min(loads))]
+        call.is_moved = True
         if len(call.references) > 1:
             start = self.group.start_with_receipt
             call.references = start(call.worker, call.method, *call.arguments)

@@ -35,6 +35,7 @@ class Scribes:
     def __init__(self, death: Any = lambda number, word: False, *, replaces: bool = False) -> None:
         self.death, self.replaces = death, replaces
         self.group = LocalWorkers([Scribe(number, death) for number in range(2)])
+        self.group.may_fetch_again = True
         self.workers = SupervisedWorkers("scribes", self.group)
         self.workers.supervision = self
         self.lost: list[str] = []

@@ -112,6 +112,7 @@ class Replacing:
     def __init__(self) -> None:
         self.deaths: list[int] = []
         self.group = LocalWorkers([Fatal(at, self.deaths) for at in range(2)])
+        self.group.may_fetch_again = True
         self.workers = SupervisedWorkers("pool", self.group)
         self.workers.supervision = self
 
