@@ -112,12 +112,11 @@ def _processes(mark: str) -> list[psutil.Process]:
 def _free_ports(count: int) -> list[int]:
     """Below those that the system gives out, which another test's cluster may take meanwhile."""
     found: list[int] = []
-    while len(found) < count:
-        port = random.SystemRandom().randrange(21_000, 32_000)
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 20 * count):
         with suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             found.append(port)
-    return found
+    return found[:count]
 
 
 def _accepts(port: int) -> bool:
