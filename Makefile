@@ -15,11 +15,9 @@ GPU_PYTHON ?= python3
 # -qq: pip says nothing but errors.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-# Files side by side on two processes; then whole clusters, one after another.
-define SUITE
-$(BIN)/python -m pytest tests --ignore=tests/pipeline -n 2 --dist loadfile
-$(BIN)/python -m pytest tests/pipeline
-endef
+# Two files at a time in the order of their names: those that start whole clusters (tests/pipeline)
+# come before the many short ones, which fill the end.
+SUITE := $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

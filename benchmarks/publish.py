@@ -159,9 +159,11 @@ class RawLink:
 
         from distill_system.learner.rendezvous import find_rendezvous
         from distill_system.weights.communicator import GlooCommunicator
+        from distill_system.weights.meeting import open_store
 
         self.receiver, self.buffer = receiver, torch.ones(num_bytes, dtype=torch.uint8)
         address, port = find_rendezvous()
+        self.store = open_store(address=address, port=port, timeout_seconds=SECONDS)
         joining = receiver.join_link.remote(address, port, num_bytes)
         self.group = GlooCommunicator(
             address=address, port=port, rank=0, world_size=2, timeout_seconds=SECONDS

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distill_system.config import RunConfig, dump_config, load_config
 from distill_system.config.recipes import recipe_path
@@ -71,7 +71,7 @@ def distill(
     config: Settings,
     *overrides: str,
     objective: str | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     **keys: Any,
 ) -> DistillResult:
     """Fine-tune, distil, evaluate and report, as `distill-system train` does; wait for the end.
@@ -81,7 +81,7 @@ def distill(
 
     Args:
         config, overrides, objective, keys: see configure.
-        resume: continue unfinished stages from their newest checkpoints.
+        resume: continue unfinished stages from their newest checkpoints; "auto": or begin the run.
 
     Raises: DistillError with one message for the person; every worker is ended first.
     """

@@ -11,19 +11,23 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from distill_system.errors import ConfigError, DistillError
+from distill_system.job_process import is_job
 from distill_system.stopping import StopRequest
 
 if TYPE_CHECKING:
+    from distill_system.cluster.job_client import JobClient
     from distill_system.config import RunConfig
 
 app = typer.Typer(
@@ -42,9 +46,31 @@ Settings = Annotated[
     ),
 ]
 
+ResumeChoice = Literal["no", "yes", "auto"]
+
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue unfinished stages from their newest checkpoint.")
+    ResumeChoice,
+    typer.Option(
+        "--resume",
+        metavar="[auto]",
+        help="Go on with an unfinished run from its newest checkpoint; auto: begin where there is "
+        "no such run.",
+        show_default=False,
+    ),
 ]
+
+
+class _Resuming(TyperCommand):
+    """A command whose --resume stands alone or is followed by auto."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        whole: list[str] = []
+        for at, argument in enumerate(args):
+            whole.append(argument)
+            if argument == "--resume" and args[at + 1 : at + 2] not in (["auto"], ["no"], ["yes"]):
+                whole.append("yes")
+        return super().parse_args(ctx, whole)
+
 
 Objective = Annotated[
     str | None,
@@ -52,21 +78,21 @@ Objective = Annotated[
 ]
 
 
-@app.command()
-def train(settings: Settings, resume: Resume = False, objective: Objective = None) -> None:
+@app.command(cls=_Resuming)
+def train(settings: Settings, resume: Resume = "no", objective: Objective = None) -> None:
     """Fine-tune both models, distil, evaluate, report, push; finished stages are skipped."""
     stages = ("sft", "distill", "evaluate", "report", "push")
     _run("train", settings, resume=resume, stages=stages, objective=objective)
 
 
-@app.command()
-def sft(settings: Settings, resume: Resume = False) -> None:
+@app.command(cls=_Resuming)
+def sft(settings: Settings, resume: Resume = "no") -> None:
     """Supervised fine-tuning of teacher and student alone."""
     _run("sft", settings, resume=resume, stages=("sft",))
 
 
-@app.command()
-def distill(settings: Settings, resume: Resume = False) -> None:
+@app.command(cls=_Resuming)
+def distill(settings: Settings, resume: Resume = "no") -> None:
     """Distillation alone; the models that it starts from must exist."""
     _run("distill", settings, resume=resume, stages=("distill",))
 
@@ -183,6 +209,216 @@ def compare(
         compare(request, notify=print)
 
 
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="The cluster's dashboard, http://HEAD:8265; without it RAY_API_SERVER_ADDRESS."
+    ),
+]
+
+
+@app.command(cls=_Resuming)
+def submit(
+    settings: Settings,
+    address: Address = None,
+    name: Annotated[str | None, typer.Option(help="The run's name, in place of CONFIG's.")] = None,
+    resume: Resume = "no",
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until it has ended; its exit code is this command's.")
+    ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show what it writes, and wait for its end.")
+    ] = False,
+    image: Annotated[
+        str | None, typer.Option(help="Container image with the package, for the job's processes.")
+    ] = None,
+    pip: Annotated[
+        Path | None, typer.Option(help="Requirements file that Ray installs for the job.")
+    ] = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option(help="YAML file of further fields of Ray's runtime_env.")
+    ] = None,
+    package: Annotated[
+        Literal["sent", "installed"],
+        typer.Option(help="Send this package's sources along, or use what the cluster has."),
+    ] = "sent",
+    python: Annotated[str, typer.Option(help="The interpreter on the cluster.")] = "python",
+    driver_cpus: Annotated[float, typer.Option(min=0.0, help="CPUs of the driver itself.")] = 0.0,
+    driver_gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of the driver itself.")] = 0.0,
+    driver_memory_gib: Annotated[
+        float, typer.Option(min=0.0, help="Memory of the driver itself.")
+    ] = 0.0,
+    driver_resource: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=AMOUNT", help="A custom resource of the driver itself."),
+    ] = None,
+    device_gib: Annotated[float, typer.Option(min=1.0, help="Memory of each GPU.")] = 80.0,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Write what would be sent there, and print Ray's own line; ask nobody."),
+    ] = None,
+    objective: Objective = None,
+) -> None:
+    """Send a run to a Ray cluster as a job, once it is checked and planned here."""
+    with _reporting_errors():
+        named = [] if name is None else [f"name={name}"]
+        config = _load([*settings, *named], objective)
+        from distill_system.cluster.job_client import JobClient
+        from distill_system.jobs import submission
+
+        # Asked first: planning takes longer.
+        jobs = JobClient(address) if folder is None else None
+        driver = submission.DriverResources(
+            cpus=driver_cpus,
+            gpus=driver_gpus,
+            memory_gib=driver_memory_gib,
+            custom=dict(_amount(text) for text in driver_resource or ()),
+        )
+        request = submission.SubmitRequest(
+            config=config,
+            resume=resume,
+            package=package,
+            image=image,
+            requirements=pip,
+            runtime_environment=runtime_env,
+            python=python,
+            driver=driver,
+            device_gib=device_gib,
+        )
+        checked = submission.check(request, notify=print)
+        if folder is not None:
+            print(submission.write_folder(checked, folder))
+        if jobs is None:
+            return
+        submission_id = submission.submit(checked, jobs)
+        print(f"submitted: {submission_id} to {jobs.address}")
+        if not (wait or follow):
+            print(f"next: distill-system logs {config.name} --follow --address {jobs.address}")
+            return
+        _end_with(jobs, submission_id, follow=follow)
+
+
+def _end_with(jobs: JobClient, submission_id: str, *, follow: bool) -> None:
+    """Wait for a job and end with its exit code; Ctrl-C ends the wait alone."""
+    from distill_system.jobs import watching
+
+    write = _write_out if follow else None
+    try:
+        job = watching.wait_until_ended(jobs, submission_id, write=write, notify=print)
+    except KeyboardInterrupt:
+        line = f"distill-system stop {submission_id} --address {jobs.address}"
+        print(f"\nthe job {submission_id} goes on; it is ended by: {line}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if job.status != "SUCCEEDED":
+        _print_error(job.status, f"{submission_id}: {watching.cause(job)}")
+    raise typer.Exit(watching.exit_code(job))
+
+
+def _write_out(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _amount(text: str) -> tuple[str, float]:
+    """A custom resource and how much of it."""
+    name, _, amount = text.partition("=")
+    try:
+        return name, float(amount)
+    except ValueError:
+        raise ConfigError(f"--driver-resource {text}: expected NAME=AMOUNT") from None
+
+
+RunsDirectory = Annotated[str, typer.Option(help="Where a run's name is looked for.")]
+
+
+@app.command()
+def status(
+    run: Annotated[
+        str | None, typer.Argument(help="The run's name, its folder, or its job's id.")
+    ] = None,
+    address: Address = None,
+    runs_directory: RunsDirectory = "runs",
+) -> None:
+    """Say how jobs of a cluster stand; without an address, how runs do, by their folders alone."""
+    with _reporting_errors():
+        from distill_system.jobs import folders
+
+        if _asks_a_cluster(address):
+            from distill_system.cluster.job_client import JobClient
+            from distill_system.jobs import watching
+
+            jobs = JobClient(address)
+            known = jobs.jobs() if run is None else [jobs.find(run)]
+            lines = list(watching.describe(known, now=time.time()))
+            if run is not None:
+                lines += folders.describe_if_here(known[0].metadata.get("folder"))
+        else:
+            lines = list(folders.describe(run, runs_directory))
+    print("\n".join(lines))
+
+
+@app.command()
+def logs(
+    run: Annotated[str, typer.Argument(help="The run's name, its folder, or its job's id.")],
+    address: Address = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on until the job has ended; its exit code.")
+    ] = False,
+    worker: Annotated[
+        str, typer.Option(help="Whose log of the run's folder, such as student_rollout-0.")
+    ] = "driver",
+    runs_directory: RunsDirectory = "runs",
+) -> None:
+    """Show what a job's driver has written; without an address, a log of the run's folder."""
+    with _reporting_errors():
+        if not _asks_a_cluster(address):
+            from distill_system.jobs import folders
+
+            if follow:
+                raise ConfigError("--follow is for the job of a cluster: give --address")
+            _write_out(folders.read_log(run, worker, runs_directory))
+            return
+        from distill_system.cluster.job_client import JobClient
+
+        jobs = JobClient(address)
+        job = jobs.find(run)
+        if follow:
+            _end_with(jobs, job.submission_id, follow=True)
+        _write_out(jobs.log(job.submission_id))
+
+
+@app.command()
+def stop(
+    run: Annotated[str, typer.Argument(help="The run's name, its folder, or its job's id.")],
+    address: Address = None,
+    wait: Annotated[float, typer.Option(min=0.0, help="Longest wait for it, in seconds.")] = 120.0,
+    runs_directory: RunsDirectory = "runs",
+) -> None:
+    """End a run by SIGTERM: the step under way, a checkpoint of it, then its workers.
+
+    With an address the job of that run; without one the process of this machine that trains it.
+    """
+    with _reporting_errors():
+        if not _asks_a_cluster(address):
+            from distill_system.jobs import folders
+
+            print(folders.stop(run, runs_directory, seconds=wait))
+            return
+        from distill_system.cluster.job_client import JobClient
+        from distill_system.jobs import watching
+
+        jobs = JobClient(address)
+        job = jobs.find(run)
+        if not job.has_ended:
+            jobs.stop(job.submission_id)
+            job = watching.wait_until_ended(jobs, job.submission_id, notify=print, seconds=wait)
+        print(f"{job.submission_id} is {job.status}")
+
+
+def _asks_a_cluster(address: str | None) -> bool:
+    """Whether a command about a run asks the jobs of a cluster, and not the run's folder."""
+    return bool(address or os.environ.get("RAY_API_SERVER_ADDRESS"))
+
+
 @app.command()
 def scale(
     run: Annotated[str, typer.Argument(help="The run's folder, or its name.")],
@@ -194,7 +430,7 @@ def scale(
         ),
     ],
     wait: Annotated[float, typer.Option(min=0.0, help="Longest wait for it, in seconds.")] = 120.0,
-    runs_directory: Annotated[str, typer.Option(help="Where a run's name is looked for.")] = "runs",
+    runs_directory: RunsDirectory = "runs",
 ) -> None:
     """Change the number of a run's workers while it distils; waits until they are there."""
     with _reporting_errors():
@@ -381,7 +617,7 @@ def _run(
     command: str,
     settings: list[str],
     *,
-    resume: bool = False,
+    resume: ResumeChoice = "no",
     stages: tuple[str, ...],
     objective: str | None = None,
 ) -> None:
@@ -392,7 +628,8 @@ def _run(
         # After the configuration is checked: this import is the slow one.
         from distill_system.stages.train import train as run_stages
 
-        run = run_stages(config, resume=resume, stages=stages, stop=stop)
+        chosen: bool | Literal["auto"] = "auto" if resume == "auto" else resume == "yes"
+        run = run_stages(config, resume=chosen, stages=stages, stop=stop)
     if "report" in stages:
         print(f"report: {run.report_path}\nsummary: {run.summary_path}")
     else:
@@ -402,9 +639,11 @@ def _run(
 def _resume_line(command: str, settings: list[str], objective: str | None) -> str:
     """How a run goes on that is ended now, as a command line."""
     method = [] if objective is None else ["--objective", objective]
+    if is_job():
+        return "submit it again with --resume auto, and it goes on from its newest checkpoint"
     if command not in ("train", "sft", "distill"):
         return "the same command begins again"
-    line = shlex.join(["distill-system", command, *settings, *method, "--resume"])
+    line = shlex.join(["distill-system", command, *settings, *method, "--resume", "auto"])
     return f"go on from the newest checkpoint (from the start where there is none) with: {line}"
 
 

@@ -328,6 +328,23 @@ class PoolActivity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """What a generation engine has to do at a moment.  Made by rollout, read by observe.
+
+    running, waiting: sequences that are being written, and those that wait for room.
+    cache_use: of the key-value cache, 0..1; None for an engine whose cache has no fixed size.
+    written_tokens: response tokens sampled since the engine was built.
+    version: of the weights that it holds.
+    """
+
+    running: int
+    waiting: int
+    cache_use: float | None
+    written_tokens: int
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one learner step did.
 

@@ -15,6 +15,8 @@ settings.load_profile("busy_machine")
 # report of its use.  Both must stand before Ray is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Nor processes in advance, for tasks: our workers have environments, and processes, of their own.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # Models here are so small that a second thread costs more than it does, and files run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from fakes.direct_transfer import DirectTransfer
 
 from distill_system.cluster.waiting import MANY_CALLS
 from distill_system.observe import Timings
@@ -63,6 +64,7 @@ class Call:
     arguments: tuple[Any, ...]
     result: Any = None
     is_done: bool = False
+    second: Call | None = None
 
 
 class SimulatedWorkers:
@@ -93,6 +95,15 @@ class SimulatedWorkers:
         self.clock.at(self.clock.now, lambda: self._run(worker_id))
         return call
 
+    def start_with_receipt(self, worker_id, method, *arguments):
+        receipt = self.start(worker_id, method, *arguments)
+        receipt.second = Call(method, arguments)
+        return receipt, receipt.second
+
+    def current(self, result):
+        assert result.is_done, "its receipt was finished"
+        return result
+
     def _run(self, worker):
         if worker not in self.objects:
             return  # it was ended, and its calls with it
@@ -105,6 +116,9 @@ class SimulatedWorkers:
 
         def end():
             call.is_done, self._busy[worker] = True, False
+            if call.second is not None:
+                call.result, call.second.result = call.result
+                call.second.is_done = True
             self._run(worker)
 
         self.clock.at(self.clock.now + seconds, end)
@@ -201,12 +215,12 @@ class SimulatedScorer:
     rate: float
     start_seconds: float = 0.0
 
-    def score(self, chunk, needs):
+    def score_with_receipt(self, chunk, needs):
         targets = [
             TeacherTargets(trajectory_id=t.trajectory_id, num_tokens=t.num_response_tokens)
             for t in chunk.trajectories
         ]
-        return targets, self.start_seconds + chunk.num_tokens / self.rate
+        return (chunk.num_tokens, targets), self.start_seconds + chunk.num_tokens / self.rate
 
 
 class SimulatedLearner:
@@ -259,6 +273,10 @@ class SimulatedLearner:
     def receiving(self):
         return self._sending
 
+    def end_publish(self):
+        assert all(call.is_done for call in self._sending), "every answer was heard"
+        self._sending = []
+
     def finish_publish(self):
         self.students.finish(self._sending, what="weights")
         self._sending = []
@@ -267,7 +285,10 @@ class SimulatedLearner:
 def simulated_run(config, data, *, students, teachers, scorers, learner, timings_folder):
     """What AsynchronousStreams is made with: a context and pools over simulated workers."""
     context = SimpleNamespace(config=config, timings=Timings(timings_folder))
+    named = {"student_rollout": students, "teacher_rollout": teachers, "teacher_scoring": scorers}
     pools = SimpleNamespace(
+        placed={name: SimpleNamespace(workers=workers) for name, workers in named.items()},
+        weights=DirectTransfer(learner, students),
         students=SimpleNamespace(workers=students),
         teachers=SimpleNamespace(workers=teachers),
         scorers=SimpleNamespace(workers=scorers),

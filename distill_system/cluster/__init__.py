@@ -3,6 +3,7 @@
 from distill_system.cluster.placement import ElasticPool, WorkerRequest
 from distill_system.cluster.session import ClusterSession
 from distill_system.cluster.starting import StartingWorker
+from distill_system.cluster.supervised import SupervisedWorkers
 from distill_system.cluster.supply import (
     describe_shortage,
     find_shortages,
@@ -20,6 +21,7 @@ __all__ = [
     "EveryWorker",
     "RayWorkers",
     "StartingWorker",
+    "SupervisedWorkers",
     "WorkerRequest",
     "all_named_handles",
     "describe_shortage",

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
-from distill_system.errors import WorkerError
+from distill_system.errors import WorkerLostError
 from distill_system.workers import Reference
 
 _TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -25,6 +25,9 @@ class LivenessMonitor:
     A result may depend on a worker other than the one that computes it (a learner rank waits for
     its peers, a broadcast for its receivers), so a wait would hang when that other worker dies.
     Every wait therefore asks this monitor from time to time whether all workers are alive.
+
+    A pool that is supervised replaces its dead: their deaths end no wait for others, `pop_lost`
+    tells of them.
     """
 
     def __init__(self, handles: Mapping[str, Any] | None = None) -> None:
@@ -35,7 +38,19 @@ class LivenessMonitor:
         # Liveness probes that have not been answered: at most one per worker.
         self._probes: dict[str, Reference] = {}
         self._checked_at = time.monotonic()
+        self._supervised: frozenset[str] = frozenset()
+        self._lost: dict[str, WorkerLostError] = {}
         self.add(handles or {})
+
+    def supervise(self, pools: Iterable[str]) -> None:
+        """From now on deaths in these pools end no wait; `pop_lost` tells of them."""
+        self._supervised = frozenset(pools)
+
+    def pop_lost(self) -> list[WorkerLostError]:
+        """Deaths in supervised pools that were found since this was last asked."""
+        with self._lock:
+            lost, self._lost = self._lost, {}
+        return list(lost.values())
 
     def add(self, handles: Mapping[str, Any]) -> None:
         """Monitor these workers too."""
@@ -49,6 +64,7 @@ class LivenessMonitor:
             for name in names:
                 self._handles.pop(name, None)
                 self._probes.pop(name, None)
+                self._lost.pop(name, None)
 
     def worker_of(self, reference: Reference) -> str:
         """Name of the worker that computes this result."""
@@ -81,10 +97,36 @@ class LivenessMonitor:
         self._send_probes()
         self._collect_probes(seconds=seconds, waiting_for=waiting_for)
 
+    def find_unresponsive(
+        self, names: Iterable[str], *, seconds: float, waiting_for: str
+    ) -> list[WorkerLostError]:
+        """Of these workers, those that are dead, and those that say nothing for so long.
+
+        For workers that have nothing to do, or nothing that may last as long.
+        """
+        with self._lock:
+            asked = {
+                n: self._handles[n].__ray_ready__.remote() for n in names if n in self._handles
+            }
+        if not asked:
+            return []
+        answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
+        found = []
+        for name, probe in asked.items():
+            if probe not in answered:
+                said = f"{name} did not answer within {seconds:g} s, after {waiting_for}"
+                found.append(WorkerLostError(said, name))
+                continue
+            try:
+                ray.get(probe)
+            except RayActorError as error:
+                found.append(death_error(name, error, waiting_for=waiting_for))
+        return found
+
     def check_if_due(self, *, every: float, waiting_for: str) -> None:
         """Probe all workers if the last such check is at least `every` seconds ago.
 
-        Raises: WorkerError if a worker is dead.
+        Raises: WorkerLostError if a worker is dead whose pool is not supervised.
         """
         now = time.monotonic()
         if now - self._checked_at >= every:
@@ -104,15 +146,23 @@ class LivenessMonitor:
             except ActorDiedError as error:
                 # A worker that was removed in the meantime has been ended on purpose.
                 if self._is_monitored(name):
-                    raise death_error(name, error, waiting_for=waiting_for) from error
+                    self._hear_of_death(death_error(name, error, waiting_for=waiting_for), error)
+            except RayActorError:
+                pass  # out of reach for now: its node may come back, or be given up by Ray
             with self._lock:
                 self._probes.pop(name, None)
+
+    def _hear_of_death(self, lost: WorkerLostError, cause: RayError) -> None:
+        if lost.pool not in self._supervised:
+            raise lost from cause
+        with self._lock:
+            self._lost.setdefault(lost.worker, lost)
 
     def _send_probes(self) -> None:
         """Probe every worker; one that has not answered its last probe gets no second one."""
         with self._lock:
             for name, handle in self._handles.items():
-                if name not in self._probes:
+                if name not in self._probes and name not in self._lost:
                     self._probes[name] = handle.__ray_ready__.remote()
 
     def _is_monitored(self, name: str) -> bool:
@@ -124,18 +174,29 @@ class LivenessMonitor:
             return self._names.get(worker_id)
 
 
-def death_error(name: str, error: RayError, *, waiting_for: str) -> WorkerError:
-    """The error for a worker whose process is gone: which process, where, and Ray's reason."""
+def death_error(name: str, error: RayError, *, waiting_for: str) -> WorkerLostError:
+    """The error for a worker whose process is gone, or that no message reaches any more: which
+    process, where, and Ray's reason."""
     text = plain_text(error)
     # Ray's message is a list of "name: value" lines, then one line with the cause.
     fields = dict(_FIELDS.findall(text))
     cause = text.splitlines()[-1].partition(" Some common causes include")[0]
-    return WorkerError(
-        f"{name} (process {fields.get('pid', '?')} on {fields.get('ip', '?')}) died while the run "
-        f"waited for {waiting_for}: {cause} Look whether its machine ran out of memory, and what "
-        "its log in the logs folder of the Ray session says last; --resume continues from the "
-        "newest checkpoint"
+    place = _describe_place(fields.get("pid"), fields.get("ip"))
+    happened = "died" if isinstance(error, ActorDiedError) else "could not be reached"
+    brief = f"{name}{place} {happened} while the run waited for {waiting_for}"
+    return WorkerLostError(
+        f"{brief}: {cause} Look whether its machine ran out of memory, and what its log in the "
+        "logs folder of the Ray session says last; --resume continues from the newest checkpoint",
+        name,
+        brief,
     )
+
+
+def _describe_place(pid: str | None, address: str | None) -> str:
+    """Of a process in brackets; of a worker on a lost node Ray knows less."""
+    if pid is not None:
+        return f" (process {pid} on {address or 'an unknown node'})"
+    return f" (on {address})" if address else ""
 
 
 def plain_text(error: RayError) -> str:

@@ -7,17 +7,27 @@ autoscaler counts a group that is requested and not yet placed as demand.
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from distill_system.config.pools import PoolConfig
 from distill_system.errors import DistillError
+from distill_system.logs import logged_start
+from distill_system.network import use_node_address
 from distill_system.workers import ElasticWorkers
+
+WORKER_VARIABLE = "DISTILL_SYSTEM_WORKER"
+"""Holds the worker's name, pool-id, in its process: what a person on its node knows it by."""
+NAMESPACE = "distill-"
+"""Beginning of a session's namespace in Ray; the run's name and a number of its folder follow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,22 +85,41 @@ class Placement:
         """Whether the cluster has reserved the place by now; does not wait."""
         return bool(ray.wait([self.placed], timeout=0)[0])
 
+    def is_same(self, other: Placement) -> bool:
+        """Whether both are one bundle of one group, asked for now or before."""
+        return (self.group, self.bundle_index) == (other.group, other.bundle_index)
+
+    def again(self) -> Placement:
+        """The same place for another process. Where its node is lost, Ray looks for another node,
+        and `placed` is ready once it has found one."""
+        return replace(self, placed=self.group.ready())
+
 
 def request_placements(
-    request: WorkerRequest, *, beside: Sequence[WorkerRequest] = ()
+    request: WorkerRequest, *, beside: Sequence[WorkerRequest] = (), first_id: int = 0
 ) -> list[Placement]:
     """Request a place for each worker of a pool; returns at once.
 
-    beside: the requests whose workers are colocated with these.
+    beside: the requests whose workers are colocated with these.  first_id: of the first worker.
     """
     bundle = bundle_of(request.pool, *(other.pool for other in beside))
     count = len(request.arguments)
     if request.gang:
-        group = placement_group([bundle] * count, strategy="PACK")
+        group = placement_group([bundle] * count, strategy="PACK", name=ray_name(request.name))
         placed = group.ready()
         return [Placement(group, index, placed) for index in range(count)]
-    groups = [placement_group([bundle]) for _ in range(count)]
+    names = [ray_name(f"{request.name}-{first_id + index}") for index in range(count)]
+    groups = [placement_group([bundle], name=name) for name in names]
     return [Placement(group, 0, group.ready()) for group in groups]
+
+
+def ray_name(worker: str) -> str:
+    """What Ray's dashboard calls a worker or its place: after the run, the pool and the index.
+
+    The end makes it unique: a session may start a pool of one name twice.
+    """
+    run = ray.get_runtime_context().namespace.removeprefix(NAMESPACE).rpartition("-")[0]
+    return f"{run} {worker} {secrets.token_hex(3)}"
 
 
 def release_placements(placements: Sequence[Placement]) -> None:
@@ -105,15 +134,20 @@ def start_process(
     """Start a worker's process in its place; returns its handle at once."""
     remote_class = ray.remote(_failing_when_ready(request.worker_class))
     return remote_class.options(
-        # Ray's names are unique in a session, and a session may start a pool of one name twice.
-        name=f"{request.name}-{worker_id}-{placement.group.id.hex()[:6]}",
+        name=ray_name(f"{request.name}-{worker_id}"),
         num_cpus=request.pool.cpus,
         num_gpus=request.pool.gpus,
         resources=dict(request.pool.custom_resources),
         scheduling_strategy=PlacementGroupSchedulingStrategy(
             placement_group=placement.group, placement_group_bundle_index=placement.bundle_index
         ),
-        runtime_env={"env_vars": {**_hidden_gpus(request.pool), **request.environment}},
+        runtime_env={
+            "env_vars": {
+                **_hidden_gpus(request.pool),
+                **request.environment,
+                WORKER_VARIABLE: f"{request.name}-{worker_id}",
+            }
+        },
     ).remote(**arguments)
 
 
@@ -132,10 +166,32 @@ def bundle_of(*pools: PoolConfig) -> dict[str, float]:
     return bundle or {"CPU": 0.001}  # Ray refuses an empty bundle
 
 
+NODES_SHOWN = 6
+
+
 def describe_supply() -> str:
-    """Free and total resources of the cluster, for a message."""
-    free, whole = _visible(ray.available_resources()), _visible(ray.cluster_resources())
-    return f"free {free} of {whole}"
+    """What each node has free, those with most first, for a message.
+
+    By node, since a worker needs one that holds all of it: a sum over nodes may be no place at all.
+    """
+    free = available_resources_per_node()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    rows = [
+        (_visible(free.get(node["NodeID"], {})), _visible(node["Resources"]), node["NodeName"])
+        for node in alive
+    ]
+    rows.sort(key=lambda row: (sum(row[0].values()), sum(row[1].values())), reverse=True)
+    shown = [
+        f"free {_whole(have, whole)} of {whole} on {name}"
+        for have, whole, name in rows[:NODES_SHOWN]
+    ]
+    more = len(rows) - len(shown)
+    return "; ".join([*shown, f"and {more} nodes with less" if more else ""]).rstrip("; ")
+
+
+def _whole(have: Mapping[str, float], of: Mapping[str, float]) -> dict[str, float]:
+    """What is free, with 0 for what is all taken: Ray leaves that out."""
+    return {name: have.get(name, 0.0) for name in of}
 
 
 def _visible(resources: Mapping[str, float]) -> dict[str, float]:
@@ -151,8 +207,18 @@ def _visible(resources: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def _describe_process() -> str:
+    """This worker's process, and the files in which Ray keeps what it writes to its streams."""
+    context, node = ray.get_runtime_context(), ray.util.get_node_ip_address()
+    name = f"worker-{context.get_worker_id()}-*"  # then a job, which may be none, and the process
+    folder = ray._private.worker.global_worker.node.get_logs_dir_path()
+    return f"process {os.getpid()} on {node}, whose streams are {folder}/{name}"
+
+
 def _failing_when_ready(worker_class: type) -> type:
     """The class with a constructor that holds back a DistillError until `ready` is called.
+
+    The constructor first says which address the worker's node has.
 
     When a constructor raises, Ray only reports that the worker died: the error's type is lost.
     """
@@ -162,7 +228,9 @@ def _failing_when_ready(worker_class: type) -> type:
 
         def __init__(self, **arguments: Any) -> None:
             try:
-                super().__init__(**arguments)
+                use_node_address(ray.util.get_node_ip_address())
+                with logged_start(os.environ[WORKER_VARIABLE], _describe_process()):
+                    super().__init__(**arguments)
             except DistillError as error:
                 self._start_error = error
 

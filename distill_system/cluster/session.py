@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Self
 
 import ray
+from ray.job_config import JobConfig
 
 from distill_system.cluster.listening import listening_on, local_arguments
 from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.placement import (
+    NAMESPACE,
     Placement,
     WorkerRequest,
     bundle_of,
@@ -27,19 +30,19 @@ from distill_system.cluster.placement import (
     request_placements,
     start_process,
 )
+from distill_system.cluster.predecessors import wait_until_gone
+from distill_system.cluster.reach import require_cluster
 from distill_system.cluster.starting import StartingWorker
 from distill_system.cluster.workers import RayWorkers
 from distill_system.config import RunConfig
 from distill_system.config.pools import PoolConfig
-from distill_system.errors import ResourceError
+from distill_system.errors import ResourceError, WorkerLostError
 
 PLACED_SECONDS = 1.0
 """Where the cluster has room, placement takes less than this; only longer waits are reported."""
 
 POLL_SECONDS = 5.0
 """Time between two reports of what is not placed yet."""
-
-CONNECT_SECONDS = 10.0
 
 
 class ClusterSession:
@@ -51,15 +54,18 @@ class ClusterSession:
         self.monitor = LivenessMonitor()
         self.groups: list[RayWorkers] = []
         self.starting: list[StartingWorker] = []
+        self._requests: dict[str, WorkerRequest] = {}
 
     def __enter__(self) -> Self:
         address = os.environ.get("RAY_ADDRESS")
         if address:
-            _require_answer(address)
+            require_cluster(address)
         assert not ray.is_initialized(), "a process has one session at a time"
         try:
             with _signal_handlers_kept():
                 _connect(address, self.config)
+            if address:
+                wait_until_gone(_namespace(self.config), notify=self.notify)
         except BaseException:
             _shut_down()  # a local cluster may have started in part
             raise
@@ -89,18 +95,26 @@ class ClusterSession:
             for name in _hosts(requests):
                 release_placements(placements[name])
             raise
+        self._requests |= {request.name: request for request in requests}
         started = [self._start(request, placements) for request in requests]
+        loading = ", ".join(f"{request.name} x{len(request.arguments)}" for request in requests)
+        self.notify(f"placed, and loading their models: {loading}")
         self.groups += started
         return started
 
     def begin_worker(
-        self, request: WorkerRequest, worker_id: int, arguments: Mapping[str, Any]
+        self,
+        request: WorkerRequest,
+        worker_id: int,
+        arguments: Mapping[str, Any],
+        place: Placement | None = None,
     ) -> StartingWorker:
         """Begin to place and load one more worker of a pool, in the background; see StartingWorker.
 
         request: what the pool was started with.  arguments: the new worker's own.
+        place: that of a lost worker, which this one takes over.
         """
-        starting = StartingWorker(request, worker_id, arguments, self.config.deadlines)
+        starting = StartingWorker(request, worker_id, arguments, self.config.deadlines, place)
         self.starting.append(starting)
         return starting
 
@@ -110,6 +124,22 @@ class ClusterSession:
         assert started is not None, f"{starting.name} is not ready"
         self.starting.remove(starting)
         workers.add(started)
+
+    def pop_lost(self) -> list[WorkerLostError]:
+        """Deaths in supervised pools that were found since this was last asked."""
+        return self.monitor.pop_lost()
+
+    def restart_gang(self, workers: RayWorkers) -> None:
+        """End every rank of a gang and start all anew in their places; returns while they load.
+
+        Raises: ResourceError if a place is lost and the cluster has no other within
+            deadlines.resources_seconds.
+        """
+        request = self._requests[workers.name]
+        assert request.gang, "other pools replace single workers"
+        places = workers.end_processes()
+        self._wait_until_placed([request], {request.name: places})
+        workers.begin_again(self._start_processes(request, places))
 
     def has_room_for(self, pool: PoolConfig, copies: int) -> bool:
         """Whether an empty cluster of this size could hold `copies` of a pool at once."""
@@ -145,19 +175,21 @@ class ClusterSession:
     ) -> RayWorkers:
         """Start a pool's processes, in their own places or in those of the pool they share."""
         places = placements[request.colocate_with or request.name]
-        handles = [
-            start_process(request, worker_id, arguments, placement)
-            for worker_id, (arguments, placement) in enumerate(
-                zip(request.arguments, places, strict=True)
-            )
-        ]
         return RayWorkers(
             request.name,
-            handles,
-            [] if request.colocate_with else places,
+            self._start_processes(request, places),
+            places,
+            owns_places=request.colocate_with is None,
             call_seconds=self.config.deadlines.call_seconds,
             monitor=self.monitor,
         )
+
+    def _start_processes(self, request: WorkerRequest, places: Sequence[Placement]) -> list[Any]:
+        pairs = enumerate(zip(request.arguments, places, strict=True))
+        return [
+            start_process(request, worker_id, arguments, place)
+            for worker_id, (arguments, place) in pairs
+        ]
 
     def _wait_until_placed(
         self, requests: Sequence[WorkerRequest], placements: Mapping[str, Sequence[Placement]]
@@ -217,34 +249,29 @@ def _describe_demand(
     return ", ".join(parts)
 
 
+def _namespace(config: RunConfig) -> str:
+    """Of this run's workers in a cluster: by its folder, since runs of one name may have others."""
+    folder = str(Path(config.runs_directory).absolute() / config.name)
+    return f"{NAMESPACE}{config.name}-{zlib.crc32(folder.encode()):08x}"
+
+
 def _connect(address: str | None, config: RunConfig) -> None:
     local = {} if address else local_arguments(config.cluster)
     try:
         with listening_on("network" if address else config.cluster.listen_on):
             ray.init(
                 address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
-                namespace=f"distill-{config.name}",
+                namespace=_namespace(config),
+                job_config=JobConfig(metadata={"run": config.name}),
                 log_to_driver=False,
                 logging_level="ERROR",
                 **local,
             )
     except Exception as error:  # Ray raises bare Exception where a cluster does not start in time
         what = f"join the cluster of RAY_ADDRESS={address}" if address else "start a local cluster"
-        raise ResourceError(f"Ray could not {what}: {error}") from error
-
-
-def _require_answer(address: str) -> None:
-    """Fail within CONNECT_SECONDS where nothing listens; ray.init would retry for minutes."""
-    host, _, port = address.rpartition(":")
-    if "/" in address or not port.isdigit():
-        return  # "auto", "local" or a ray:// address: only Ray can resolve those
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ResourceError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset "
-            "RAY_ADDRESS to start a local one"
-        ) from error
+        causes = [str(cause) for cause in (error, error.__cause__) if cause is not None]
+        why = ": ".join(" ".join(cause.split()) for cause in causes)
+        raise ResourceError(f"Ray could not {what}: {why}") from error
 
 
 def _shut_down() -> None:

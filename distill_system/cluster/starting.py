@@ -17,6 +17,7 @@ import ray
 
 from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.placement import (
+    Placement,
     WorkerRequest,
     bundle_of,
     describe_supply,
@@ -28,6 +29,9 @@ from distill_system.cluster.waiting import wait_for
 from distill_system.config.pools import DeadlinesConfig
 from distill_system.errors import DeadlineError, DistillError, ResourceError
 from distill_system.workers import StartedWorker
+
+NO_PLACE_SECONDS = 1.0
+"""Where the cluster has room, it gives a place within less than this."""
 
 
 class StartStage(StrEnum):
@@ -44,6 +48,8 @@ class StartingWorker:
 
     Each `poll` advances by at most one state. Until the worker is placed, the cluster's autoscaler
     counts its request as demand.
+
+    place: of a worker before it, which this one takes over; None asks the cluster for a new one.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class StartingWorker:
         worker_id: int,
         arguments: Mapping[str, Any],
         deadlines: DeadlinesConfig,
+        place: Placement | None = None,
     ) -> None:
         self.worker_id = worker_id
         self.stage = StartStage.ASKED_FOR
@@ -59,7 +66,12 @@ class StartingWorker:
         self._arguments = dict(arguments)
         self._deadlines = deadlines
         self._stage_since = time.monotonic()
-        [self._placement] = request_placements(_single_worker(request, self._arguments))
+        self._takes_over = place is not None
+        if place is None:
+            single = _single_worker(request, self._arguments)
+            [place] = request_placements(single, first_id=worker_id)
+        self._placement = place.again() if self._takes_over else place
+        self.no_place = ""  # what the cluster has instead, once it has shown to have none
         self._handle: Any = None
         self._loaded: Any = None  # the reference of the worker's first call, `ready`
 
@@ -67,6 +79,11 @@ class StartingWorker:
     def name(self) -> str:
         """The worker's name in messages."""
         return f"{self._request.name}-{self.worker_id}"
+
+    @property
+    def is_unplaced(self) -> bool:
+        """Whether the cluster has not placed it, or had not when it was given up."""
+        return self._handle is None
 
     def poll(self) -> StartedWorker | None:
         """Advance without waiting; the worker once it is ready, None before.
@@ -81,13 +98,17 @@ class StartingWorker:
             raise
 
     def cancel(self) -> None:
-        """End the process and return its place; only for a worker that has joined no group."""
+        """End the process; only for a worker that has joined no group.
+
+        A place of its own goes back to the cluster, one that it took over stays its group's.
+        """
         if self.stage is StartStage.GIVEN_UP:
             return
         self.stage = StartStage.GIVEN_UP
         if self._handle is not None:
             ray.kill(self._handle)
-        release_placements([self._placement])
+        if not self._takes_over:
+            release_placements([self._placement])
 
     def _advance(self) -> StartedWorker | None:
         assert self.stage is not StartStage.GIVEN_UP, f"{self.name} is given up"
@@ -107,7 +128,9 @@ class StartingWorker:
             )
             self._loaded = self._handle.ready.remote()
             # Each state has a deadline of its own: loading is timed from here.
-            self.stage, self._stage_since = StartStage.LOADING, now
+            self.stage, self._stage_since, self.no_place = StartStage.LOADING, now, ""
+        elif not self.no_place and now - self._stage_since > NO_PLACE_SECONDS:
+            self.no_place = f"no place for {bundle_of(self._request.pool)}: {describe_supply()}"
         elif now - self._stage_since > limit:
             raise ResourceError(
                 f"the cluster did not place {bundle_of(self._request.pool)} for {self.name} within "

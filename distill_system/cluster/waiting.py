@@ -1,7 +1,7 @@
 """Waiting for results of calls: with a deadline, and errors that name the worker and the work.
 
-Two things end a wait early: a result that failed, and the death of any monitored worker, even one
-that owes no result here (see LivenessMonitor).
+Two things end a wait early: a result that failed, and the death of a worker that nobody replaces,
+even one that owes no result here (see LivenessMonitor).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from distill_system.cluster.liveness import LivenessMonitor, death_error, plain_text
-from distill_system.errors import DeadlineError, DistillError, WorkerError
+from distill_system.errors import DeadlineError, DistillError, WorkerLostError
 from distill_system.workers import Reference
 
 LIVENESS_CHECK_SECONDS = 5.0
@@ -50,7 +50,7 @@ def wait_for(
 
     Raises:
         DistillError: of the type that a worker raised, with the worker's name.
-        WorkerError: a worker died, or raised anything else; with its traceback.
+        WorkerLostError: a worker died, or raised anything else; with its traceback.
         DeadlineError: names what was waited for, and the workers that have not answered.
     """
     results: dict[Reference, Any] = {}
@@ -89,7 +89,7 @@ def wait_any(
     together_seconds and returns all that ended meanwhile, unless one of `references` ends first:
     one wake-up for many calls is cheaper than one for each.
 
-    Raises: WorkerError if a monitored worker died.
+    Raises: WorkerLostError if a worker died that nobody replaces.
     """
     every = [*references, *unhurried]
     if every:
@@ -142,12 +142,14 @@ def _fetch(reference: Reference, monitor: LivenessMonitor, what: str) -> Any:
 
 def _to_distill_error(name: str, cause: BaseException, error: RayError, what: str) -> DistillError:
     if isinstance(cause, DistillError):
-        return type(cause)(f"{name}: {cause}")
+        renamed = type(cause)(f"{name}: {cause}")
+        renamed.__dict__ |= cause.__dict__
+        return renamed
     # A constructor that raised is reported as a death too; there the traceback says more.
     if isinstance(cause, RayActorError) and not cause.actor_init_failed:
         return death_error(name, cause, waiting_for=what)
     lines = plain_text(error).splitlines()[-LAST_TRACEBACK_LINES:]
-    return WorkerError("\n".join([f"{name} failed at {what}:", *lines]))
+    return WorkerLostError("\n".join([f"{name} failed at {what}:", *lines]), name)
 
 
 def deadline_error(
@@ -159,9 +161,10 @@ def deadline_error(
     seconds: float,
 ) -> DeadlineError:
     """The error for calls of which none has ended in `seconds`; names the workers that are late."""
-    late = ", ".join(sorted({monitor.worker_of(reference) for reference in pending}))
+    late = sorted({monitor.worker_of(reference) for reference in pending})
     return DeadlineError(
-        f"waited {seconds:.0f} s for {what} from {late}: {len(pending)} of {len(references)} "
-        "results did not come. Raise the deadline under `deadlines`, or look at the worker's "
-        "log in the Ray dashboard"
+        f"waited {seconds:.0f} s for {what} from {', '.join(late)}: {len(pending)} of "
+        f"{len(references)} results did not come. Raise the deadline under `deadlines`, or look at "
+        "the worker's log in the Ray dashboard",
+        late,
     )

@@ -18,8 +18,9 @@ class RayWorkers:
     """Workers of one class, each in its own process; implements distill_system.workers.
 
     handles: the first workers, which get the ids 0, 1, ...
-    placements: the place of each handle, which the group returns when it ends; empty for colocated
-    workers, whose places belong to another group.
+    placements: the place of each handle.
+    owns_places: whether the group returns them when it ends; those of colocated workers belong to
+    the pool beside them.
     monitor: where the workers are registered, each as name-id; shared by all groups of a session,
     so that a wait of one group notices a death in another. None makes one for this group alone.
     call_seconds: longest wait without a new result.
@@ -32,12 +33,15 @@ class RayWorkers:
         placements: Sequence[Placement],
         *,
         call_seconds: float,
+        owns_places: bool = True,
         monitor: LivenessMonitor | None = None,
     ) -> None:
         self.name = name
         self.call_seconds = call_seconds
         self._handles: dict[int, Any] = dict(enumerate(handles))
         self._placements: dict[int, Placement] = dict(enumerate(placements))
+        self._owns_places = owns_places
+        self._vacant: list[Placement] = []
         self._next_id = len(self._handles)
         self._monitor = LivenessMonitor() if monitor is None else monitor
         self._silent_seconds = 0.0
@@ -50,8 +54,8 @@ class RayWorkers:
 
     @property
     def count(self) -> int:
-        """Number of workers."""
-        return len(self._handles)
+        """Number of places, those of workers that are being replaced among them."""
+        return len(self._handles) + len(self._vacant)
 
     def named_handles(self) -> dict[str, Any]:
         """The present workers, each as name-id."""
@@ -60,6 +64,18 @@ class RayWorkers:
     def start(self, worker_id: int, method: str, *arguments: Any) -> Reference:
         """Begin one call; arguments that are references are resolved in the worker's process."""
         return getattr(self._handles[worker_id], method).remote(*arguments)
+
+    def start_with_receipt(
+        self, worker_id: int, method: str, *arguments: Any
+    ) -> tuple[Reference, Reference]:
+        """Begin one call of a method that returns a receipt and a result; a reference to each."""
+        call = getattr(self._handles[worker_id], method).options(num_returns=2)
+        receipt, result = call.remote(*arguments)
+        return receipt, result
+
+    def current(self, result: Reference) -> Reference:
+        """The reference itself: nothing of this group is made again."""
+        return result
 
     def finish(
         self,
@@ -71,7 +87,7 @@ class RayWorkers:
     ) -> list[Any]:
         """Wait for results of this group's calls; see wait_for.
 
-        Raises: the worker's own DistillError; WorkerError with its traceback; DeadlineError.
+        Raises: the worker's own DistillError; WorkerLostError with its traceback; DeadlineError.
         """
         seconds = self.call_seconds if seconds is None else seconds
         return wait_for(references, self._monitor, what=what, seconds=seconds, fetch=fetch)
@@ -84,6 +100,7 @@ class RayWorkers:
     def add(self, started: StartedWorker) -> None:
         """Add a worker that has loaded its model; its id must come from `take_id`."""
         worker_id = started.worker_id
+        self._vacant = [place for place in self._vacant if not place.is_same(started.place)]
         assert worker_id < self._next_id, f"{self.name}-{worker_id}: the id was not given out"
         assert worker_id not in self._handles, f"{self.name}-{worker_id} is in the group already"
         self._handles[worker_id] = started.handle
@@ -93,14 +110,37 @@ class RayWorkers:
     def remove(self, worker_id: int) -> None:
         """End one worker's process and return its place.
 
-        Collect its unfinished calls first: a later wait for one of them fails with WorkerError.
+        Collect its unfinished calls first: a later wait for one of them fails with WorkerLostError.
         """
-        handle, placement = self._handles.pop(worker_id), self._placements.pop(worker_id)
-        shared = any(other.group == placement.group for other in self._placements.values())
-        assert not shared, f"{self.name} was placed together and keeps its size"
+        self.close(self.vacate(worker_id))
+
+    def vacate(self, worker_id: int) -> Placement:
+        """End one worker's process, be it stopped or dead, and keep its place for another."""
+        handle, place = self._handles.pop(worker_id), self._placements.pop(worker_id)
         self._monitor.remove([f"{self.name}-{worker_id}"])
         ray.kill(handle)
-        release_placements([placement])
+        self._vacant.append(place)
+        return place
+
+    def close(self, place: Placement) -> None:
+        """Give a place back that was vacated and will not be filled."""
+        shared = any(other.group == place.group for other in self._placements.values())
+        assert not shared, f"{self.name} was placed together and keeps its size"
+        self._vacant.remove(place)
+        if self._owns_places:
+            release_placements([place])
+
+    def end_processes(self) -> list[Placement]:
+        """End every process; returns the places, in the order of the workers, for others."""
+        self.kill()
+        self._placements = {at: place.again() for at, place in self._placements.items()}
+        return [self._placements[at] for at in sorted(self._placements)]
+
+    def begin_again(self, handles: Sequence[Any]) -> None:
+        """Take new processes in under the ids of those that have ended, in their order."""
+        assert not self._handles, "the processes before have ended"
+        self._handles = dict(zip(sorted(self._placements), handles, strict=True))
+        self._monitor.add(self.named_handles())
 
     def wait_any(
         self,
@@ -113,8 +153,9 @@ class RayWorkers:
     ) -> list[Reference]:
         """The references that are done, as soon as there is one; see cluster.waiting.wait_any.
 
-        Raises: WorkerError if a monitored worker died; DeadlineError once consecutive waits have
-        brought nothing for call_seconds. Time between two waits does not count.
+        Raises: WorkerLostError if a worker died that nobody replaces; DeadlineError once
+        consecutive waits have brought nothing for call_seconds. Time between two waits does not
+        count.
         """
         began = time.monotonic()
         done = wait_any(
@@ -134,11 +175,12 @@ class RayWorkers:
     def stop(self) -> None:
         """End every process of the group and return its places."""
         self.kill()
-        release_placements(list(self._placements.values()))
-        self._placements = {}
+        if self._owns_places:
+            release_placements([*self._placements.values(), *self._vacant])
+        self._placements, self._vacant = {}, []
 
     def kill(self) -> None:
-        """End every process of the group; threads that wait for a result fail with WorkerError."""
+        """End every process of the group; threads that wait for a result fail."""
         self._monitor.remove(self.named_handles())
         for handle in self._handles.values():
             ray.kill(handle)

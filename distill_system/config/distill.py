@@ -25,6 +25,10 @@ OffPolicySource = Literal["teacher", "store", "dataset"]
 """Sources of the off-policy stream, in the order in which several take turns."""
 
 
+Factor = Annotated[float, Field(gt=0.0, lt=1.0)]
+"""Of a reference, below which a figure is too low."""
+
+
 def _check_metric(name: str) -> str:
     if not re.fullmatch(r"(held_out|evaluation)/.+", name):
         raise ValueError(
@@ -132,6 +136,36 @@ class StalenessConfig(ConfigModel):
         return self
 
 
+class CollapseConfig(ConfigModel):
+    """When the student's text is said to collapse, and what follows. Each limit is a factor: the
+    mean over the last window of steps is out of it where it has left both the mean over the run's
+    first window and the teacher's own text of the same steps (where the teacher writes) by more
+    than that. null does not judge."""
+
+    action: Literal["note", "alarm", "stop"] = "note"
+    """note: a line when it begins. alarm: the line again after every window while it lasts. stop:
+    the run writes a checkpoint and ends with an error."""
+    window: PositiveInt = 20
+    """Steps whose mean is judged, and first steps that it is held against. Of what is measured on
+    data.held_out alone, the mean of two measurements is held against the one before step 0."""
+    min_length: Factor | None = 0.4
+    """Of the mean length of the student's responses."""
+    max_length: Annotated[float, Field(gt=1.0)] | None = 2.5
+    """Of the mean length of the student's responses."""
+    min_ended_share: Factor | None = 0.6
+    """Of the share of responses that end by themselves."""
+    min_entropy: Factor | None = 0.2
+    """Of the entropy of the student's text, estimated by the log-probabilities that it was sampled
+    with."""
+    max_entropy: Annotated[float, Field(gt=1.0)] | None = 3.0
+    """Of the same."""
+    min_distinct: Factor | None = 0.5
+    """Of the share of different trigrams in the student's text of a step."""
+    min_overlap: Factor | None = 0.6
+    """Of the share of the 16 most likely tokens that student and teacher have in common, on the
+    student's held-out text (arXiv 2604.13016)."""
+
+
 class DistillConfig(ConfigModel):
     """The distillation: objective, streams, optimizer, measurements and checkpoints."""
 
@@ -173,6 +207,8 @@ class DistillConfig(ConfigModel):
     """Checkpoints that are kept besides them; null keeps only the newest."""
     early_stopping: EarlyStoppingConfig | None = None
     """End before distill.steps once a held-out metric no longer gets better; null never does."""
+    collapse: CollapseConfig = CollapseConfig()
+    """What is said, or done, where the student's text collapses."""
 
     @field_validator("off_policy_source", mode="before")
     @classmethod

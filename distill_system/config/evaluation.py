@@ -17,7 +17,7 @@ LENGTH_METRICS = ("mean_length", "ended_share")
 """Measured on every split, with references or without."""
 HELD_OUT_MEASURES = (
     *("on_policy_distance", "off_policy_distance", "cross_entropy", "forward_kl"),
-    *("logprob_gap", "max_logprob_gap"),
+    *("logprob_gap", "max_logprob_gap", "top_token_overlap"),
 )
 """What is measured on data.held_out, each as held_out/<name>."""
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import (
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -184,6 +185,21 @@ class DeadlinesConfig(ConfigModel):
     with the checkpoint before. A second signal ends it at once."""
 
 
+class FaultsConfig(ConfigModel):
+    """What a run does about workers that die, hang or fail. A lost rollout worker, scorer or
+    evaluation worker is replaced; a lost learner rank starts all ranks anew from the newest
+    checkpoint; the run goes on."""
+
+    max_replacements: NonNegativeInt = 10
+    """Workers of one pool that are replaced within within_seconds; one more ends the run with its
+    own error. 0 ends it at the first."""
+    within_seconds: PositiveFloat = 3600.0
+    """The time over which max_replacements counts."""
+    fatal_prompts: Literal["end", "leave_out"] = "end"
+    """A prompt that costs a worker each time it is answered: its name ends the run, or it is left
+    out of the steps that draw it, and told."""
+
+
 class ClusterConfig(ConfigModel):
     """The Ray cluster: the one of RAY_ADDRESS is joined, or a local one is started."""
 
@@ -193,3 +209,16 @@ class ClusterConfig(ConfigModel):
     """Who reaches a local cluster, its metrics and its dashboard: this machine alone, or every
     machine that reaches this one (docs/security.md). A cluster that is joined listens as it was
     started."""
+    network_interface: Annotated[str, Field(min_length=1)] | None = None
+    """Network interface over which learner ranks and rollout workers connect, such as eth0 or ib0:
+    gloo and NCCL are told it on every node. Null: gloo takes the one that holds the node's address
+    as Ray knows it, NCCL chooses by itself."""
+
+
+class LoggingConfig(ConfigModel):
+    """The log files in the run's folder: one for the driver, one for each worker."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lines below this level are left out."""
+    json_lines: bool = False
+    """Write each line as a JSON object: time, level, logger, message, traceback."""

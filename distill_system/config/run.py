@@ -19,11 +19,15 @@ from distill_system.config.pools import (
     ELASTIC_POOLS,
     ClusterConfig,
     DeadlinesConfig,
+    FaultsConfig,
+    LoggingConfig,
     PoolConfig,
     PoolsConfig,
     ScalingConfig,
 )
 from distill_system.config.rollout import RolloutConfig, ScoringConfig
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class RunConfig(ConfigModel):
@@ -48,10 +52,16 @@ class RunConfig(ConfigModel):
     export: ExportConfig = ExportConfig()
     hub: HubConfig | None = None
     """Where the student is pushed when the run is done; null pushes nothing."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Who is told of every metric, beside metrics.jsonl. Address and secret of wandb, mlflow and
+    trackio are read from their own environment variables; without any they write locally or say
+    what they lack."""
     cluster: ClusterConfig = ClusterConfig()
     pools: PoolsConfig = PoolsConfig()
     scaling: ScalingConfig = ScalingConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
+    faults: FaultsConfig = FaultsConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     @property
     def max_model_length(self) -> int:

@@ -43,12 +43,17 @@ def build_tokenizer(config: RunConfig, texts: Iterable[str] | None) -> PreTraine
     return tokenizer
 
 
+def is_template_text(template: str) -> bool:
+    """Whether data.chat_template is Jinja text and no file of it."""
+    return "{{" in template or "{%" in template
+
+
 def read_template(template: str, directory: str) -> str:
     """The Jinja text of data.chat_template, which may name a file below data.directory.
 
     Raises: DataError if it is no Jinja text and there is no such file.
     """
-    if "{{" in template or "{%" in template:
+    if is_template_text(template):
         return template
     path = Path(directory, template).absolute()
     try:

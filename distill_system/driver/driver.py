@@ -13,12 +13,16 @@ a trajectory learn from it, otherwise at most S + 1 batches are under way.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from distill_system.data import RunData
+from distill_system.driver.learner_restarts import LEARNER, LearnerRestarts
 from distill_system.driver.measuring import Measuring
-from distill_system.driver.recorder import RunRecorder
+from distill_system.driver.recorder import STAGE, RunRecorder
 from distill_system.driver.start_check import StartCheck
 from distill_system.elastic import ElasticPools, ScaleRequests
+from distill_system.errors import DeadlineError, WorkerLostError
+from distill_system.observe import FaultLog
 from distill_system.records import StepResult
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
@@ -26,40 +30,68 @@ from distill_system.streams import AsynchronousStreams, LockstepStreams, Streams
 
 
 class Driver:
-    """Runs the min-max game from its first step, or from a checkpoint, to the exported student."""
+    """Runs the min-max game from its first step, or from a checkpoint, to the exported student.
+
+    Lost workers are replaced while it goes on (elastic/). A lost rank of the learner ends a life of
+    the run: all ranks start anew, and the next life begins where the newest checkpoint was.
+    """
 
     def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
         self.context = context
         self.config = context.config.distill
         self.pools = pools
+        self.data = data
+        self.faults = FaultLog(context.run, STAGE, [*pools.placed, LEARNER])
         self.streams = open_streams(context, pools, data)
-        self.recorder = RunRecorder(context, pools, self.streams)
-        self.start_check = StartCheck(context, pools, data)
-        self.measuring = Measuring(context, pools, data)
         self.elastic = ElasticPools(
-            pools.elastic,
+            pools.placed,
             context.cluster,
             context.config.scaling,
             ScaleRequests(context.run),
-            release=self.streams.release_worker,
+            crew=self.streams,
+            weights=pools.weights,
+            faults=context.config.faults,
+            fault_log=self.faults,
             notify=context.view.note,
         )
+        self.restarts = LearnerRestarts(context, pools, self.faults)
+        pools.supervise(self.elastic)
+        self._begin_life()
+
+    def _begin_life(self) -> None:
+        """What a life of the run begins with; the pools outlive it."""
+        context, pools, data = self.context, self.pools, self.data
+        self.streams.supervision = self.elastic.supervise(self.streams)
+        self.recorder = RunRecorder(context, pools, self.streams, self.faults)
+        self.start_check = StartCheck(context, pools, data)
+        self.measuring = Measuring(context, pools, data)
 
     def run(self) -> None:
         """Check that engines and learner agree, evaluate, play every step, evaluate, export."""
+        with self.faults, self.elastic:
+            while True:
+                try:
+                    return self._live()
+                except (WorkerLostError, DeadlineError) as error:
+                    self.restarts.lose(error)
+                self.streams.abandon()
+                self.restarts.restart()
+                self.context = replace(self.context, resume=True)
+                self.streams = open_streams(self.context, self.pools, self.data)
+                self._begin_life()
+
+    def _live(self) -> None:
+        """From the newest checkpoint, or from the beginning, to the end."""
         done = first = self.recorder.open()
-        self.pools.learner.publish(first)
+        self.restarts.goes_on_after(first)
+        self.pools.weights.publish(first)
         checked = self.start_check.run()
         self.measuring.evaluate_teacher()
         if first == 0:
             self.recorder.write(0, checked | self.measuring.evaluate_student("before", step=0))
         self.streams.begin(first)
         seconds = self.context.config.deadlines.stop_seconds
-        with (
-            self.elastic,
-            self.recorder.finished_on_failure(),
-            self.context.stop.heard(seconds=seconds),
-        ):
+        with self.recorder.finished_on_failure(), self.context.stop.heard(seconds=seconds):
             for step in range(first, self.config.steps):
                 if self.recorder.stopping.is_due:
                     break  # it was, when the run that is resumed here ended
@@ -72,8 +104,9 @@ class Driver:
                 self.streams.on_metrics(measured)
                 if self.recorder.stops_after(measured) and done < self.config.steps:
                     measured |= self._measure_last(done)
-                self.recorder.write(done, metrics | measured)
-                is_last = self.context.stop.is_made
+                judged = self.recorder.watch_text(metrics | measured)
+                self.recorder.write(done, metrics | measured | judged)
+                is_last = self.context.stop.is_made or self.recorder.collapse.ends_run
                 if is_last or self._is_due(done, self.config.checkpoint_every):
                     self.recorder.checkpoint(done)
                 if is_last:
@@ -81,7 +114,7 @@ class Driver:
             if self.recorder.exports_other_weights:
                 self.streams.wait_for_weight_sync()
                 done = self.recorder.take_exported_weights(done)
-                self.pools.learner.publish(done)
+                self.pools.weights.publish(done)
                 self.measuring.evaluate_student("after", step=done)
         self.recorder.close(done)
 
@@ -99,9 +132,7 @@ class Driver:
         self.elastic.advance(self.recorder.observe_scaling)
         if self.elastic.has_changes():
             self.streams.wait_for_weight_sync()
-            if self.elastic.adopt():
-                self.pools.connect_rollouts()
-            self.streams.admit_workers()
+            self.elastic.adopt()
 
     def _measure(self, done: int) -> dict[str, float]:
         """What is to be measured once `done` steps are done."""

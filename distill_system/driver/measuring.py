@@ -9,7 +9,7 @@ import numpy as np
 
 from distill_system.config import RunConfig
 from distill_system.config.evaluation import MetricName
-from distill_system.config.objective import MOMENTS
+from distill_system.config.objective import HELD_OUT, MOMENTS
 from distill_system.data import RunData
 from distill_system.evaluation import SplitEvaluation, evaluate_splits
 from distill_system.observe import write_evaluation
@@ -157,7 +157,8 @@ class Measuring:
 
     def _score(self, trajectories: Sequence[Trajectory], stream: Stream) -> list[ScoredChunk]:
         ranks = self.context.config.pools.learner.count
-        return self.pools.scorers.start(trajectories, stream, needs=MOMENTS, num_shares=ranks)
+        needs = HELD_OUT if stream is Stream.ON_POLICY else MOMENTS
+        return self.pools.scorers.score(trajectories, stream, needs=needs, num_shares=ranks)
 
     def _write(
         self,

@@ -10,10 +10,12 @@ from typing import NoReturn
 
 from distill_system.config import RunConfig
 from distill_system.config.distill import DistillConfig
+from distill_system.driver.collapse import CollapseWatch
 from distill_system.driver.early_stopping import EarlyStopping
 from distill_system.elastic.scaling import ScalingObservation
-from distill_system.errors import ConfigError
+from distill_system.errors import CollapseError, ConfigError
 from distill_system.observe import (
+    FaultLog,
     RecentActivity,
     activity_metrics,
     find_bottleneck,
@@ -26,7 +28,6 @@ from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext
 from distill_system.run.export import export_model
 from distill_system.run.pools import Pools
-from distill_system.scoring import Shipped
 from distill_system.streams.streams import Streams
 
 STAGE = "distill"
@@ -50,21 +51,24 @@ TIMINGS_SECONDS = 2.0
 class RunRecorder:
     """Writes metrics, timings, checkpoints and the final student, so that the driver need not."""
 
-    def __init__(self, context: RunContext, pools: Pools, streams: Streams) -> None:
+    def __init__(
+        self, context: RunContext, pools: Pools, streams: Streams, fault_log: FaultLog
+    ) -> None:
         self.context = context
         self.pools = pools
         self.streams = streams
+        self.fault_log = fault_log
         config = context.config.distill
         folder = context.run.checkpoints_directory / STAGE
         self.store = CheckpointStore(folder, keep=config.keep_checkpoints, best=config.keep_best)
         self._shares_cores = _shares_cores(context.config)
         self.stopping = EarlyStopping(config.early_stopping)
+        self.collapse = CollapseWatch(config.collapse)
         self._last: dict[str, float | None] = {}
         self._shown: dict[str, float] = {}
         self._recent = RecentActivity()
         self._since_observed: dict[str, PoolActivity] = {}
         self._waited: dict[str, float] = {}
-        self._shipped = Shipped()
         self._timings_saved = 0.0
 
     def open(self) -> int:
@@ -78,6 +82,7 @@ class RunRecorder:
             self.streams.restore(checkpoint.state["streams"])
             self._last = dict(checkpoint.metrics)
             self.stopping.restore(checkpoint.state.get("early_stopping", {}))
+            self.collapse.restore(checkpoint.state.get("collapse", {}))
             self.context.view.note(f"resuming {STAGE} after step {done}")
         elif not self.context.resume:
             self.context.timings.restart(STAGE)
@@ -93,12 +98,14 @@ class RunRecorder:
 
     def write(self, done: int, metrics: Mapping[str, float]) -> None:
         """Metrics of `done` steps, to every place where somebody looks; what they trained on."""
+        self.fault_log.step = done
         self.context.log.log(STAGE, done, metrics)
         if prompt_ids := self.streams.pop_prompts():
             self.context.prompts.log(STAGE, done, prompt_ids)
         self._last |= metrics
         if done == 0:
             self.stopping.observe(metrics)  # what later measurements must beat
+            self.collapse.observe(metrics)  # what they are held against
         self._require_best_metric()
         self._save_timings()
         self.store.finish(self.pools.learner, wait=False)
@@ -116,6 +123,7 @@ class RunRecorder:
             "learner/peak_memory_bytes": float(result.peak_memory_bytes),
             **self.streams.pop_counts(),
             **self._describe_pools(),
+            **self.fault_log.metrics(),
             **{f"seconds/{name}": value for name, value in clock.items()},
             "tokens_per_second/step": result.num_response_tokens / seconds,
             "tokens_per_second/learner": result.num_response_tokens / result.seconds,
@@ -124,8 +132,7 @@ class RunRecorder:
     def describe_measured(self) -> dict[str, float]:
         """What is asked of the scorers themselves, and so only where a step is measured: bytes
         that they shipped for each response token since this was last asked."""
-        total = self.pools.scorers.shipped()
-        since, self._shipped = total - self._shipped, total
+        since = self.pools.scorers.pop_shipped()
         return wire_metrics(since.num_bytes, since.num_response_tokens)
 
     def _describe_pools(self) -> dict[str, float]:
@@ -142,7 +149,9 @@ class RunRecorder:
             shares_cores=self._shares_cores,
         )
         self.context.view.show_pools(recent, "" if found is None else found.line)
-        return activity_metrics(activity)
+        speedups = {} if found is None else found.speedups
+        gains = {f"speedup/{pool}": speedup for pool, speedup in speedups.items()}
+        return activity_metrics(activity) | gains
 
     def observe_scaling(self) -> ScalingObservation:
         """What the automatic mode goes by: every pool, and whom the learner waited for, since the
@@ -164,17 +173,32 @@ class RunRecorder:
             "streams": self.streams.state(),
             "weight_version": done,
             "early_stopping": self.stopping.state(),
+            "collapse": self.collapse.state(),
         }
         self.store.start(done, state, self.pools.learner, metrics=self._last)
+
+    def watch_text(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Judge whether the student's text collapses, and say so; returns it as metrics."""
+        judged, lines = self.collapse.observe(metrics)
+        for line in lines:
+            self.context.view.note(line)
+        return judged
 
     def leave(self, done: int) -> NoReturn:
         """End because a person asked for it, once the checkpoint of this step is whole.
 
-        Raises: KeyboardInterrupt, always.
+        Raises: KeyboardInterrupt; CollapseError where the student's text is the reason.
         """
         self.store.finish(self.pools.learner, wait=True)
         self.context.timings.save()
         self.context.view.note(f"{STAGE}: the checkpoint after step {done} is complete")
+        if self.collapse.ends_run:
+            raise CollapseError(
+                f"{self.collapse.reason}. distill.collapse.action=stop ends such a run; the "
+                f"checkpoint after step {done} is complete. Look at the texts in the report, then "
+                "start again with a lower learning rate or more weight on the teacher's text, or "
+                "go on with --resume distill.collapse.action=note"
+            )
         raise KeyboardInterrupt
 
     def finished_on_failure(self) -> AbstractContextManager[None]:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from distill_system.config import load_config
 from distill_system.config.pools import ELASTIC_POOLS
 from distill_system.elastic.scale_requests import PoolStatus, ScaleRequests, ScaleStatus
-from distill_system.errors import ConfigError, DeadlineError, ResourceError, RunStateError
+from distill_system.errors import (
+    ConfigError,
+    DeadlineError,
+    DistillError,
+    ResourceError,
+    RunStateError,
+)
 from distill_system.observe import RunDirectory
+from distill_system.observe.run_status import find_run
 
 POLL_SECONDS = 0.5
 NOTIFY_SECONDS = 5.0
@@ -29,11 +35,12 @@ def scale(
     """Send a request and wait up to wait_seconds until the pools have the sizes asked for.
 
     run_name: the run's folder, or its name below runs_directory.  sizes: pool=count each.
-    Returns the status of those pools at the end; workers may still be starting or leaving then.
+    Returns the status of those pools at the end.
 
     Raises: ConfigError for a pool that cannot change or a size out of its bounds; RunStateError if
-    no run reads requests in that folder; ResourceError if the run refused the request or gave a
-    worker up; DeadlineError if the run did not read it in time.
+    no run reads requests in that folder; ResourceError if the run refused the request, gave a
+    worker up, or found no place for one; DeadlineError if it did not read it, or the workers were
+    not there, in time.
     """
     run = find_run(run_name, runs_directory)
     wanted = parse_sizes(sizes)
@@ -41,31 +48,23 @@ def scale(
     requests = ScaleRequests(run)
     _require_listener(run, requests)
     request_id = requests.write(wanted)
-    deadline, notified_at = clock() + wait_seconds, clock()
+    deadline, notified_at, told = clock() + wait_seconds, clock(), ""
     while True:
         status = requests.read_status()
         if status is not None and _is_answered(status, request_id, wanted):
             return {name: status.pools[name] for name in wanted}
         now = clock()
-        if now >= deadline:  # an accepted request goes on; only an unread one is an error
-            return _at_deadline(status, request_id, wanted, wait_seconds)
+        if now >= deadline:  # the request goes on all the same
+            raise _unanswered(status, request_id, wanted, wait_seconds)
         _require_listener(run, requests)
-        if now - notified_at >= NOTIFY_SECONDS:
+        lacking = _find_lacking(status, wanted)
+        if lacking and lacking != told:
+            told = lacking
+            notify(lacking)
+        elif now - notified_at >= NOTIFY_SECONDS:
             notified_at = now
             notify(_describe_wait(status, request_id, wanted))
         sleep(min(POLL_SECONDS, deadline - now))
-
-
-def find_run(name: str, runs_directory: str) -> RunDirectory:
-    """The folder of a run, by path or name.  Raises: RunStateError if there is no such run."""
-    for path in (Path(name), Path(runs_directory) / name):
-        run = RunDirectory(path)
-        if run.config_path.exists():
-            return run
-    raise RunStateError(
-        f"no run {name!r}: expected a run's folder, or the name of one below {runs_directory}/ "
-        "(--runs-directory); a run has a config.json"
-    )
 
 
 def parse_sizes(sizes: Sequence[str]) -> dict[str, int]:
@@ -121,15 +120,33 @@ def _is_answered(status: ScaleStatus, request_id: str, wanted: Mapping[str, int]
     return all(status.pools[name].is_settled for name in wanted)
 
 
-def _at_deadline(
+def _unanswered(
     status: ScaleStatus | None, request_id: str, wanted: Mapping[str, int], seconds: float
-) -> dict[str, PoolStatus]:
+) -> DistillError:
+    """The error of a wait that has ended before the pools have the sizes asked for."""
     if status is None or request_id not in status.answers:
-        raise DeadlineError(
+        return DeadlineError(
             f"the run did not read the request within {seconds:g} s. It reads between two steps "
             "and will still do so; --wait waits longer"
         )
-    return {name: status.pools[name] for name in wanted}
+    pools = {name: status.pools[name] for name in wanted}
+    standing = "; ".join(describe(pools))
+    lacking = [pool.no_place for pool in pools.values() if pool.no_place]
+    if lacking:
+        return ResourceError(
+            f"{standing}: {lacking[0]}. The run goes on with those it has, and waits for a place "
+            "until deadlines.resources_seconds have passed. Add nodes, or ask for fewer workers"
+        )
+    return DeadlineError(
+        f"{standing}, after {seconds:g} s. They are still on their way; --wait waits longer"
+    )
+
+
+def _find_lacking(status: ScaleStatus | None, wanted: Mapping[str, int]) -> str:
+    """For which pool the cluster has no place, and what it has instead; "" if for none."""
+    pools = {} if status is None else status.pools
+    lacking = {name: pools[name].no_place for name in wanted if name in pools}
+    return "; ".join(f"{name}: {text}" for name, text in lacking.items() if text)
 
 
 def _describe_wait(status: ScaleStatus | None, request_id: str, wanted: Mapping[str, int]) -> str:

@@ -11,7 +11,6 @@ In the run's folder, under scaling/:
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import time
@@ -25,6 +24,7 @@ from typing import Any
 from distill_system.errors import RunStateError
 from distill_system.observe import RunDirectory
 from distill_system.observe.run_directory import read_json, write_json
+from distill_system.observe.run_lock import try_to_lock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,8 @@ class PoolStatus:
 
     since: seconds since the epoch at which the pending change was asked for; None if there is none.
     problem: why the last change was not made, or "".
+    no_place: what the cluster has, where a worker of the pending change finds no place in it, else
+        "".
     """
 
     wanted: int
@@ -50,6 +52,7 @@ class PoolStatus:
     leaving: int = 0
     since: float | None = None
     problem: str = ""
+    no_place: str = ""
 
     @property
     def is_settled(self) -> bool:
@@ -125,7 +128,7 @@ class ScaleRequests:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock_path.open("a", encoding="utf-8") as file:
-            if _try_to_lock(file.fileno(), fcntl.LOCK_EX) is False:
+            if try_to_lock(file.fileno(), fcntl.LOCK_EX) is False:
                 raise RunStateError(
                     f"{self.folder.parent}: another process trains this run; wait until it ends"
                 )
@@ -140,24 +143,11 @@ class ScaleRequests:
             return False
         with self._lock_path.open("r", encoding="utf-8") as file:
             # A shared lock: with exclusive ones, two commands would take each other for the run.
-            return _try_to_lock(file.fileno(), fcntl.LOCK_SH) is not True
+            return try_to_lock(file.fileno(), fcntl.LOCK_SH) is not True
 
     @property
     def _lock_path(self) -> Path:
         return self.folder / "alive"
-
-
-def _try_to_lock(descriptor: int, kind: int) -> bool | None:
-    """Whether the lock was free and is now held, until the file is closed; None without locks."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            return None
-        raise
-    return True
 
 
 def _read_request(path: Path) -> ScaleRequest:

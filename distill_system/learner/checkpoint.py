@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from distill_system.errors import RunStateError
 from distill_system.learner.checkpoint_files import FileRecord, describe_file
+from distill_system.learner.checkpoint_reader import TrainingPlanner, TrainingReader
 from distill_system.learner.random_state import random_state, restore_random_state
 from distill_system.objectives.rows import Objective
 
@@ -121,7 +122,7 @@ def load_checkpoint(
         model_reader = HuggingFaceStorageReader(str(folder / MODEL))
         _require_same(weights.keys(), model_reader.read_metadata().state_dict_metadata.keys())
         load(weights, storage_reader=model_reader, no_dist=alone)
-        reader = FileSystemReader(folder / TRAINING)
+        reader = TrainingReader(folder / TRAINING)
         stored = reader.read_metadata().state_dict_metadata
         mine = f"random.rank{rank}" if f"random.rank{rank}.cpu" in stored else "random.rank0"
         state: dict[str, Any] = {
@@ -129,7 +130,7 @@ def load_checkpoint(
             "objective": _room_for(stored, "objective."),
             "random": {mine.removeprefix("random."): _room_for(stored, f"{mine}.")},
         }
-        load(state, storage_reader=reader, no_dist=alone)
+        load(state, storage_reader=reader, planner=TrainingPlanner(), no_dist=alone)
     set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
     set_optimizer_state_dict(model, tuple(optimizers), optim_state_dict=state["optimizer"])
     objective.load_state_dict(state["objective"])

@@ -32,7 +32,11 @@ class LearnerGroup:
         self._publish_seconds = 0.0
 
     def connect(self) -> None:
-        """Let the ranks find one another; returns when every model is loaded."""
+        """Let the ranks find one another; returns when every model is loaded.
+
+        Ranks that have started anew know nothing of a publish or a checkpoint under way.
+        """
+        self._saving, self._publishing = [], None
         self._all("ready", what="learner ranks to load their model")
         [(address, port)] = self._finish([self.workers.start(0, "address")], "rank 0's address")
         self._all("connect", address, port, what="learner ranks to meet and load their shares")
@@ -124,6 +128,10 @@ class LearnerGroup:
         assert self._publishing is not None, "start_publish comes before finish_publish"
         publishing, self._publishing = self._publishing, None
         return publishing.finish(self.workers, self._publish_seconds)
+
+    def end_publish(self) -> None:
+        """Nobody waits for the publish under way: its answers were heard of, or it has failed."""
+        self._publishing = None
 
     def start_save(self, folder: Path) -> None:
         """Begin a checkpoint's learner part, in a folder that all ranks see; nobody waits here.

@@ -69,6 +69,7 @@ from distill_system.objectives import (
     Importance,
     PolicyHeads,
     build_objective,
+    measure_overlap,
     measure_stream,
     read_vocabulary,
 )
@@ -271,7 +272,8 @@ class Learner:
 
         Keyed off_policy_distance, on_policy_distance, cross_entropy (of the teacher's text), and
         logprob_gap and max_logprob_gap of the student's text, which is to be sampled at
-        temperature 1 without truncation under the weights that the learner holds.
+        temperature 1 without truncation under the weights that the learner holds. Where the scorers
+        told the teacher's most likely tokens of that text, top_token_overlap too.
         """
         with self._acting(self.version):
             return self._measure(chunks, totals, targets)
@@ -301,6 +303,10 @@ class Learner:
                 )
                 measures |= measure_gap(log_ratios_N, self.ranks)
                 measures |= measure_largest_gap(log_ratios_N, self.ranks)
+                if rows.teacher is not None and rows.teacher.top_k_ids_NK is not None:
+                    with self.policy.precision():
+                        overlap = measure_overlap(heads, rows, self.ranks.sum)
+                    measures["top_token_overlap"] = overlap
         self.policy.release()
         return measures
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from distill_system.records import WeightVersion
 from distill_system.workers import Reference, Workers
 
-_LEAST_SECONDS = 1.0
-"""What a wait gets at the least: workers that answered before the deadline are heard after it."""
+ANSWER_SECONDS = 15.0
+"""Workers have so long to say that a transfer has failed, once its own deadline is over."""
 
 
 class Publishing:
@@ -37,7 +37,7 @@ class Publishing:
         """Wait for every rollout worker."""
         receiving = self.receiving(ranks, seconds)
         # The packing has used up a part of the same deadline.
-        left = max(_LEAST_SECONDS, seconds - (time.perf_counter() - self._began))
+        left = max(0.0, seconds - (time.perf_counter() - self._began)) + ANSWER_SECONDS
         what = f"weight version {self.version} to reach the rollout workers"
         first, *_ = ranks.finish(receiving, what=what, seconds=left)
         assert isinstance(first, WeightVersion)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill_system.weights.meeting import join_store, open_store
+
 Number = TypeVar("Number", int, float)
+
+MEETING_SECONDS = 60.0
+"""For ranks that have all loaded their model to come to one address."""
 
 
 class Ranks:
@@ -33,15 +38,31 @@ class Ranks:
         self.device = device
         self.timeout = timedelta(seconds=timeout_seconds)
         self.alone = alone
+        self._store: Any = None  # where the ranks meet, held by rank 0 until they part
 
     def connect(self, address: str, port: int) -> None:
-        """Rendezvous with the other ranks at rank 0's address; gloo on CPU, NCCL on CUDA."""
+        """Rendezvous with the other ranks at rank 0's address; gloo on CPU, NCCL on CUDA.
+
+        Raises: ResourceError if the ranks do not reach one another.
+        """
         if self.alone:
             return
+        seconds = min(MEETING_SECONDS, self.timeout.total_seconds())
+        if self.rank == 0:
+            self._store = open_store(address=address, port=port, timeout_seconds=seconds)
+        store = join_store(
+            address,
+            port,
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout_seconds=seconds,
+            group="the learner's ranks",
+        )
+        store.set_timeout(self.timeout)
         dist.init_process_group(
             # What is offloaded is summed on the CPU, on machines with GPUs too.
             backend="cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-            init_method=f"tcp://{address}:{port}",
+            store=store,
             rank=self.rank,
             world_size=self.world_size,
             timeout=self.timeout,
@@ -77,3 +98,4 @@ class Ranks:
         """Leave the group."""
         if not self.alone and dist.is_initialized():
             dist.destroy_process_group()
+        self._store = None

@@ -11,7 +11,7 @@ from distill_system.config.objective import (
 from distill_system.config.objective.token_losses import CrossEntropyConfig
 from distill_system.objectives.action_space import make_action_embeddings
 from distill_system.objectives.ammd import Ammd
-from distill_system.objectives.distances import measure_stream
+from distill_system.objectives.distances import measure_overlap, measure_stream
 from distill_system.objectives.importance import UNWEIGHTED, Importance
 from distill_system.objectives.minillm import Minillm
 from distill_system.objectives.rows import Objective, PolicyHeads, TeacherRows, TokenRows
@@ -25,6 +25,7 @@ __all__ = [
     "TokenRows",
     "build_objective",
     "make_action_embeddings",
+    "measure_overlap",
     "measure_stream",
     "read_top_k",
     "read_vocabulary",

@@ -14,7 +14,7 @@ from torch import Tensor
 from distill_system.config.objective import StreamName
 from distill_system.objectives.critics import moment_distance
 from distill_system.objectives.rows import PolicyHeads, SumOverRanks, TokenRows
-from distill_system.objectives.vocabulary import unit_rows
+from distill_system.objectives.vocabulary import read_top_k, unit_rows
 
 
 def compute_moment(
@@ -75,6 +75,31 @@ def measure_stream(
         cross_entropy=-float(total) / rows.num_global_tokens,
         student_logprobs_N=student.logprobs_N.detach(),
     )
+
+
+@torch.no_grad()
+def measure_overlap(heads: PolicyHeads, rows: TokenRows, sum_over_ranks: SumOverRanks) -> float:
+    """Mean over tokens of |top K of the student and of the teacher| / K, 0..1.
+
+    How many of the tokens that either finds most likely they have in common, at states that the
+    student visits. Successful on-policy distillation brings it up.
+
+    Source: arXiv 2604.13016, overlap ratio. Differs: over a fixed set of held-out prompts.
+    """
+    teacher = rows.teacher
+    assert teacher is not None, "HELD_OUT holds the teacher's most likely tokens"
+    theirs_NK = teacher.top_k_ids_NK
+    assert theirs_NK is not None, "HELD_OUT holds the teacher's most likely tokens"
+    own_NK, _ = read_top_k(
+        rows.hidden_NH,
+        heads.unembedding_VH,
+        k=theirs_NK.shape[1],
+        chunk_tokens=heads.chunk_tokens,
+        logit_cap=heads.logit_cap,
+    )
+    shared_NK = (own_NK[:, :, None] == theirs_NK[:, None, :]).any(dim=-1)
+    total = sum_over_ranks(shared_NK.float().mean(dim=-1).sum().reshape(1))
+    return float(total) / rows.num_global_tokens
 
 
 def read_teacher(rows: TokenRows) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N E"]]:

@@ -40,6 +40,7 @@ class Bottleneck:
     None and 0 in a synchronous run.
     speedup: step time now over step time with one more worker of the pool.
     next_pool: the pool that bounds the run then; often the same one.
+    speedups: the same of every pool, by name.
     spare: pool -> workers that it could do without; pools that need all are left out.
     shares_cores: whether the workers have all cores of the machine between them already.
     """
@@ -53,6 +54,7 @@ class Bottleneck:
     waiting_share: float
     speedup: float
     next_pool: str
+    speedups: dict[str, float]
     spare: dict[str, int]
 
     @property
@@ -119,8 +121,9 @@ def find_bottleneck(
         busy_share=busy,
         waiting_pool=waiting_pool,
         waiting_share=waiting_share,
-        speedup=model.step(model.times) / model.step(more),
+        speedup=model.speedup(pool),
         next_pool=_largest(more) if is_asynchronous else pool,
+        speedups={name: model.speedup(name) for name in known},
         spare=model.count_spare(),
     )
 
@@ -167,6 +170,10 @@ class _StepModel:
         """The pools' own times if one of them had `by` workers more."""
         count = self._workers[pool]
         return {**self.times, pool: self.times[pool] * count / (count + by)}
+
+    def speedup(self, pool: str) -> float:
+        """Step time now over step time with one more worker of the pool."""
+        return self.step(self.times) / self.step(self.resize(pool, 1))
 
     def find_limiting_pool(self) -> str:
         """The pool whose next worker shortens the step most; the busiest if none does."""

@@ -90,14 +90,35 @@ LEARNER_CURVES = (
 )
 RESPONSE_CURVES = (
     Curve(
-        title="Mean length of the student's responses",
+        title="Mean length of responses",
         note="tokens",
-        lines=(("length", "learner/mean_student_response_tokens"),),
+        lines=(
+            ("student", "learner/mean_student_response_tokens"),
+            ("teacher", "teacher_text/mean_tokens"),
+        ),
     ),
     Curve(
         title="Responses that end by themselves",
         note="share of the student's",
         lines=(("ended", "learner/student_ended_share"),),
+    ),
+    Curve(
+        title="Entropy of the text",
+        note="nats per token, of each step's text",
+        lines=(("student", "student_text/entropy"), ("teacher", "teacher_text/entropy")),
+    ),
+    Curve(
+        title="Different trigrams",
+        note="share of all trigrams in each step's text; down: the text repeats itself",
+        lines=(
+            ("student", "student_text/distinct_trigrams"),
+            ("teacher", "teacher_text/distinct_trigrams"),
+        ),
+    ),
+    Curve(
+        title="Most likely tokens in common with the teacher",
+        note="share of 16, on the student's held-out text; rises where distillation succeeds",
+        lines=(("overlap", "held_out/top_token_overlap"),),
     ),
 )
 STALENESS_CURVES = (

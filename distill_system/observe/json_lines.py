@@ -9,7 +9,7 @@ import json
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from distill_system.errors import RunStateError
 from distill_system.observe.run_directory import drop_half_line, without_non_finite, write_text
@@ -66,6 +66,12 @@ class JsonLinesLog(Generic[Row]):
         """Close the file."""
         with self._lock:
             self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 def read_rows(path: Path, kind: type[Row], *, expected: str) -> list[Row]:

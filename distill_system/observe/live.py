@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import threading
@@ -108,6 +109,7 @@ class LiveView:
         self._pools: dict[str, PoolActivity] = {}
         self._pools_line = ""
         self._pools_shown_at = -math.inf
+        self._listeners: list[Callable[[LiveTask], None]] = []
         is_plain = not self._console.is_terminal or self._console.is_dumb_terminal
         self._live = None if is_plain else self._build_live()
 
@@ -150,10 +152,20 @@ class LiveView:
         )
         with self._lock:
             self._tasks.append(task)
+        self._tell(task)
         return task
 
+    def listen(self, listener: Callable[[LiveTask], None]) -> None:
+        """Call this whenever a stage begins, moves or ends, in the thread that says so."""
+        self._listeners.append(listener)
+
+    def _tell(self, task: LiveTask) -> None:
+        for listener in self._listeners:
+            listener(task)
+
     def note(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line that stays, and log it."""
+        logging.getLogger(__name__).info(text)
         if self._live is not None:
             self._live.console.print(Text(text))
         else:
@@ -178,6 +190,7 @@ class LiveView:
 
     def _announce(self, task: LiveTask) -> None:
         """Print the task's plain line if one is due; the panel redraws by itself."""
+        self._tell(task)
         if self._live is not None:
             return
         now = time.monotonic()

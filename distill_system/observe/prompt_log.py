@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from distill_system.observe.json_lines import JsonLinesLog, read_rows
 from distill_system.observe.run_directory import RunDirectory
@@ -37,12 +36,6 @@ class PromptLog(JsonLinesLog[TrainedPrompts]):
         """
         used = {stream: list(ids) for stream, ids in prompt_ids.items() if ids}
         self.append(TrainedPrompts(stage=stage, step=step, prompt_ids=used))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def read_prompts(run: RunDirectory) -> list[TrainedPrompts]:

@@ -22,11 +22,14 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.lock_path = self.path / "lock"  # while a command writes here: see run_lock
         self.config_path = self.path / "config.json"  # the resolved configuration
         self.environment_path = self.path / "environment.json"  # versions, commit, machine, seeds
         self.metrics_path = self.path / "metrics.jsonl"  # every metric of every step, a row a line
         self.prompts_path = self.path / "prompts.jsonl"  # the prompts of every step, a row a line
+        self.faults_path = self.path / "faults.jsonl"  # what was lost and replaced, an event a line
         self.tensorboard_directory = self.path / "tensorboard"  # the metrics, a folder per stage
+        self.trackers_path = self.path / "trackers.json"  # the run's names and places in trackers
         self.tokenizer_directory = self.path / "tokenizer"
         self.models_directory = self.path / "models"  # folders made of models in other formats
         self.teacher_directory = self.path / "teacher"  # the teacher after its fine-tuning
@@ -34,6 +37,7 @@ class RunDirectory:
         self.student_directory = self.path / "student"  # the distilled student
         self.checkpoints_directory = self.path / "checkpoints"  # a folder per stage
         self.evaluations_directory = self.path / "evaluations"  # a file per evaluation
+        self.logs_directory = self.path / "logs"  # a file for the driver and for each worker
         self.timings_path = self.path / "timings.json"  # seconds and tokens per stage and phase
         self.summary_path = self.path / "summary.json"  # the run's figures for programs
         self.report_path = self.path / "report.html"  # the run's figures for people

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from distill_system.observe.bottleneck import find_bottleneck, shares_cores
+from distill_system.observe.hosted_trackers import read_trackers
 from distill_system.observe.metrics import read_metrics
 from distill_system.observe.run_directory import (
     RunDirectory,
@@ -99,6 +100,7 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
         pools[pool]: num_workers, busy_share, starved_share, blocked_share, num_tokens,
         num_sequences, over the run; empty for a run that did not record them.
         bottleneck: a sentence on which pool bounds the run.  staleness: see summarise_staleness.
+        trackers[name]: where a person sees the run there; None where only its files are.
         missing: files of a complete run that this one lacks.
         A figure that cannot be computed because its file is missing is None.
 
@@ -124,6 +126,7 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
         "git": environment.get("git"),
         "machine": environment.get("machine", {}),
         "seeds": environment.get("seeds", {}),
+        "trackers": {name: kept.get("url") for name, kept in read_trackers(run).items()},
         "missing": find_missing(run),
     }
 

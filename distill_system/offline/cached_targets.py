@@ -101,7 +101,7 @@ class CachedTargets:
                 "reading": self._store.reading,
             },
             pool=pool,
-            environment=torch_environment(pool, config.scoring.threads),
+            environment=torch_environment(config, pool, config.scoring.threads),
             deadlines=config.deadlines,
         )
 

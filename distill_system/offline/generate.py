@@ -20,6 +20,7 @@ from distill_system.config import RunConfig
 from distill_system.data import SampleOrigin, TrajectoryStore, load_run_data, store_path
 from distill_system.errors import ConfigError
 from distill_system.observe import LiveView
+from distill_system.observe.run_lock import locked
 from distill_system.offline.cached_targets import CachedTargets
 from distill_system.offline.samples import SampleKeeper, cut_batches, plan_samples
 from distill_system.offline.workers import SampleWriter
@@ -31,6 +32,7 @@ from distill_system.run.preparation import (
     prepare_tokenizer,
     record_start,
     refusal_leaves_nothing,
+    run_directory,
     with_chat_date,
 )
 from distill_system.run.sample_origin import sample_origin
@@ -69,11 +71,10 @@ def generate(request: GenerateRequest) -> Path:
     """
     config, folder = request.config, _folder(request)
     require_room(config, [f"{request.author}_rollout"])
-    run = open_run(config)
-    config = with_chat_date(config, run)
-    request = replace(request, config=config)
     check_engine(config)
-    with refusal_leaves_nothing(run) as begin:
+    run = run_directory(config)
+    with locked(run), refusal_leaves_nothing(run) as begin:
+        config = with_chat_date(config, open_run(config))
         record_start(config, run)
         config = with_folders(config, run)
         request = replace(request, config=config)

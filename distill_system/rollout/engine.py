@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from distill_system.config.rollout import EngineConfig, EngineName
 from distill_system.errors import ModelError
-from distill_system.records import FloatArray, Int32Array
+from distill_system.records import EngineLoad, FloatArray, Int32Array
 from distill_system.rollout.sampling import Sampling
 
 TransferBackend = Literal["gloo", "nccl"]
@@ -67,6 +67,13 @@ class Completion:
     version_spans: tuple[tuple[int, int, int], ...]
 
 
+class LoadReport(Protocol):
+    """Whoever shows what the engines of a run have to do."""
+
+    def start(self, worker: str, read_load: Callable[[], EngineLoad]) -> None:
+        """Read the load of this worker's engine now and then, in a thread of its own."""
+
+
 class GenerationEngine(ABC):
     """One model in this process, its requests under way, and what is finished of them.
 
@@ -81,6 +88,7 @@ class GenerationEngine(ABC):
     def __init__(self) -> None:
         self._under_way: dict[str, Any] = {}
         self._finished: dict[str, Completion] = {}
+        self._num_finished_tokens = 0
 
     def complete(
         self, prompts: Sequence[Int32Array], sampling: Sampling, seeds: Sequence[int]
@@ -147,6 +155,16 @@ class GenerationEngine(ABC):
     @abstractmethod
     def _step(self) -> None:
         """Move what is under way on, and move what has ended to the finished."""
+
+    @abstractmethod
+    def load(self) -> EngineLoad:
+        """What there is to do now; any thread may ask, while another one steps the engine."""
+
+    def _finish(self, name: str, completion: Completion) -> None:
+        """A request is no longer under way."""
+        del self._under_way[name]
+        self._finished[name] = completion
+        self._num_finished_tokens += int(completion.token_ids.size)
 
     def _rest(self) -> None:  # noqa: B027  (most engines have nothing to do)
         """Called when no step follows for now."""

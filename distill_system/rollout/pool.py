@@ -12,7 +12,7 @@ from distill_system.workers import Reference, Workers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PendingRollouts:
-    """Rollouts under way: shards[i] holds the positions of the prompts that worker i answers."""
+    """Rollouts under way: shards[i] holds the positions of the prompts that calls[i] answers."""
 
     calls: tuple[Reference, ...]
     shards: tuple[tuple[int, ...], ...]
@@ -38,12 +38,18 @@ class RolloutPool:
         A prompt that stands in one call twice, as at the seam of two epochs, gets two samples.
         """
         prompts = count_occurrences(prompts)
+        members = self.workers.members
         shards = deal_by_length([prompt.token_ids.size for prompt in prompts], self.workers.count)
         calls = tuple(
             self.workers.start(
-                worker, "generate", [prompts[at] for at in shard], sampling, seed, label
+                members[index % len(members)],
+                "generate",
+                [prompts[at] for at in shard],
+                sampling,
+                seed,
+                label,
             )
-            for worker, shard in zip(self.workers.members, shards, strict=False)
+            for index, shard in enumerate(shards)
         )
         return PendingRollouts(calls=calls, shards=shards)
 

@@ -35,7 +35,7 @@ from transformers.masking_utils import sdpa_mask
 
 from distill_system.errors import ModelError, ResourceError
 from distill_system.language_model import find_decoder_start, model_class, require_all_tensors
-from distill_system.records import Int32Array
+from distill_system.records import EngineLoad, Int32Array
 from distill_system.rollout.drawing import draw_tokens, draw_uniforms
 from distill_system.rollout.engine import Completion, EngineSpecification, GenerationEngine
 from distill_system.rollout.running_cache import RunningCache, RunningEncodedCache
@@ -174,6 +174,18 @@ class TransformersEngine(GenerationEngine):
     def version(self) -> int:
         """See GenerationEngine."""
         return self._version
+
+    def load(self) -> EngineLoad:
+        """See GenerationEngine; the cache grows with what runs."""
+        running, waiting = list(self._running), list(self._waiting)
+        under_way = sum(len(sequence.tokens) for sequence in [*running, *waiting])
+        return EngineLoad(
+            running=len(running),
+            waiting=len(waiting),
+            cache_use=None,
+            written_tokens=self._num_finished_tokens + under_way,
+            version=self._version,
+        )
 
     @torch.no_grad()
     def _step(self) -> None:
@@ -347,8 +359,7 @@ class TransformersEngine(GenerationEngine):
     def _retire(self) -> None:
         for sequence in self._running:
             if sequence.finish_reason:
-                del self._under_way[sequence.name]
-                self._finished[sequence.name] = sequence.complete()
+                self._finish(sequence.name, sequence.complete())
         self._keep_running(lambda sequence: not sequence.finish_reason)
 
     def _keep_running(self, is_kept: Any) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from distill_system.errors import DistillError, ModelError, ResourceError
-from distill_system.records import Int32Array
+from distill_system.records import EngineLoad, Int32Array
 from distill_system.rollout.engine import (
     Completion,
     EngineSpecification,
@@ -75,8 +75,7 @@ class VllmEngine(GenerationEngine):
 
     def _step(self) -> None:
         for output in self._engine.step():
-            del self._under_way[output.request_id]
-            self._finished[output.request_id] = _completion(output.outputs[0])
+            self._finish(output.request_id, _completion(output.outputs[0]))
 
     def _rest(self) -> None:
         self._sleep.rest()
@@ -95,6 +94,20 @@ class VllmEngine(GenerationEngine):
     def version(self) -> int:
         """See GenerationEngine."""
         return int(self._engine.get_weight_version())
+
+    def load(self) -> EngineLoad:
+        """See GenerationEngine; the figures that vLLM's own metrics are made of."""
+        scheduler = self._engine.engine_core.engine_core.scheduler
+        running, waiting = scheduler.get_request_counts()
+        # A copy: the thread that steps the engine changes the list.
+        under_way = sum(request.num_output_tokens for request in list(scheduler.running))
+        return EngineLoad(
+            running=running,
+            waiting=waiting,
+            cache_use=float(scheduler.get_kv_cache_usage()),
+            written_tokens=self._num_finished_tokens + under_way,
+            version=self.version,
+        )
 
 
 @contextlib.contextmanager

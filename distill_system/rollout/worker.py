@@ -29,6 +29,7 @@ from distill_system.rollout.engine import (
     Completion,
     EngineSpecification,
     GenerationEngine,
+    LoadReport,
     TransferBackend,
     build_engine,
 )
@@ -76,6 +77,7 @@ class RolloutWorker:
     stop_token_ids: a response ends with the first of them.
     keep_stale_cache: sequences under way keep the cache of older weights when new ones come.
     library: that computes, rollout.engine.
+    load_report: shows what the engine has to do; None: nobody asks.
 
     The process must have been started with engine_environment().  The first call builds the engine.
     """
@@ -96,8 +98,10 @@ class RolloutWorker:
         stop_token_ids: Sequence[int] = (),
         keep_stale_cache: bool = False,
         library: EngineName = "vllm",
+        load_report: LoadReport | None = None,
     ) -> None:
         self._name = name
+        self._load_report = load_report
         self._author = author
         self._max_model_length = max_model_length
         self._holds_whole_weights = True
@@ -128,6 +132,9 @@ class RolloutWorker:
 
         Raises: ModelError if the model cannot be loaded; ResourceError if memory does not suffice.
         """
+        if self._load_report is not None:
+            self._load_report.start(self._name, self._engine.load)
+            self._load_report = None  # `ready` may be called again
         return {
             "import_seconds": self._engine.import_seconds,
             "start_seconds": self._engine.start_seconds,
@@ -188,6 +195,11 @@ class RolloutWorker:
             busy_seconds=time.perf_counter() - started,
         )
 
+    def abandon(self) -> None:
+        """Forget every request that `advance` took in and has not answered."""
+        self._engine.drop(list(self._requests))
+        self._requests.clear()
+
     def _make_trajectory(self, request: GenerationRequest, completion: Completion) -> Trajectory:
         return make_trajectory(
             request.prompt,
@@ -210,16 +222,18 @@ class RolloutWorker:
 
         update_info: names, dtypes and shapes. What older weights cached is dropped.
 
-        Raises: TransferError if they do not arrive as they were sent; nothing is loaded then, and
-        this worker generates nothing until a later version arrives.
+        Raises: TransferError if they do not arrive as they were sent; this worker then goes on with
+        the version that it held. If loading them fails half-way, it generates nothing until a later
+        version arrives.
         """
         started = time.perf_counter()
-        self._holds_whole_weights = False
-        self._call_transfer("start_weight_update")
-        self._call_transfer("update_weights", update_info=update_info)
-        self._call_transfer("finish_weight_update")
+        try:
+            self._call_transfer("start_weight_update")
+            self._call_transfer("update_weights", update_info=update_info)
+            self._call_transfer("finish_weight_update")
+        finally:
+            self._holds_whole_weights = all(self._call_transfer("holds_whole_weights"))
         num_bytes, digest = self._call_transfer("received_seal")[0]
-        self._holds_whole_weights = True
         self._engine.commit_version(version)
         return WeightVersion(
             version=version,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distill_system.config.distill import BestConfig
-from distill_system.errors import DeadlineError, DistillError, RunStateError
+from distill_system.errors import DeadlineError, DistillError, RunStateError, WorkerLostError
 from distill_system.learner import FileRecord, describe_file, find_alterations, find_misfits
 from distill_system.observe.run_directory import flush_folder, read_json, write_json
 
@@ -130,6 +130,12 @@ class CheckpointStore:
             yield
         except DeadlineError:
             raise  # a worker hangs: waiting for the learner now could hang as well
+        except WorkerLostError as lost:
+            if lost.pool.endswith("learner"):
+                raise
+            with suppress(DistillError):
+                self.finish(learner, wait=True)
+            raise
         except DistillError:
             with suppress(DistillError):
                 self.finish(learner, wait=True)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from distill_system.cluster import (
     ClusterSession,
     ElasticPool,
-    EveryWorker,
     RayWorkers,
+    SupervisedWorkers,
     WorkerRequest,
-    all_named_handles,
 )
 from distill_system.config import RunConfig
 from distill_system.config.model import ModelConfig
-from distill_system.config.pools import ELASTIC_POOLS
 from distill_system.learner import LearnerGroup, ModelSource
 from distill_system.records import Author
 from distill_system.rollout import RolloutPool
 from distill_system.run.context import RunContext
+from distill_system.run.transfer_group import TransferGroup
 from distill_system.run.vocabulary import vocabulary_size
 from distill_system.run.worker_arguments import tensor_parallel_size
 from distill_system.run.worker_requests import (
@@ -32,7 +31,7 @@ from distill_system.run.worker_requests import (
     transfer_backend,
 )
 from distill_system.scoring import ScoringPool
-from distill_system.weights import FanOutClient
+from distill_system.workers import Supervision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,47 +40,59 @@ class Pools:
 
     evaluation: the workers that generate for the student's evaluations: a pool of their own, or
     `students` if none is configured.
-    elastic: the pools whose size may change, by name.
-    connect_rollouts: opens the weight-transfer group anew with the present student workers. Call it
-    after workers joined or left, before the next publish.
+    ranks: the learner's processes.
+    weights: how the learner's weights reach the student's engines.
+    placed: every pool but the learner, by name: those whose workers are replaced when they are
+    lost, and may come and go where their bounds allow it.
     """
 
     students: RolloutPool
     teachers: RolloutPool
     scorers: ScoringPool
     learner: LearnerGroup
+    ranks: RayWorkers
     evaluation: RolloutPool
-    elastic: Mapping[str, ElasticPool]
-    connect_rollouts: Callable[[], None]
+    weights: TransferGroup
+    placed: Mapping[str, ElasticPool]
+
+    def supervise(self, supervision: Supervision) -> None:
+        """From now on, losses of workers are told to this, and calls are made again."""
+        self.weights.supervise(supervision, self.placed)
+        for pool in (self.students, self.teachers, self.scorers, self.evaluation):
+            assert isinstance(pool.workers, SupervisedWorkers), "open_pools makes them so"
+            pool.workers.supervision = supervision
 
 
 def open_pools(context: RunContext, *, student_path: str) -> Pools:
     """Start all pools at once, wait until all are ready, connect learner and student rollouts."""
     requests = _distillation_requests(context, student_path)
+    counts = ", ".join(f"{request.name} x{len(request.arguments)}" for request in requests)
+    context.view.note(f"starting workers: {counts}")
+    began = time.monotonic()
     # All workers load at the same time from here on; the waits below only collect them.
     placed = context.cluster.start_pools(requests)
     started = {request.name: workers for request, workers in zip(requests, placed, strict=True)}
-    learner = connect_learner(context, started.pop("learner"))
+    ranks = started.pop("learner")
+    learner = connect_learner(context, ranks)
     for workers in started.values():
         wait_until_ready(context, workers)
-    students = RolloutPool(started["student_rollout"])
-    evaluation = started.get("evaluation")
-    # Evaluation workers hold the student too, so every version is sent to them as well.
-    receivers = [started["student_rollout"], *([evaluation] if evaluation is not None else [])]
-    connect = partial(_connect_rollouts, context, learner, receivers)
-    connect()
+    context.view.note(f"all workers are ready, after {time.monotonic() - began:.0f} s")
+    supervised = {name: SupervisedWorkers(name, workers) for name, workers in started.items()}
+    students = RolloutPool(supervised["student_rollout"])
+    separate = supervised.get("evaluation")
     return Pools(
         students=students,
-        teachers=RolloutPool(started["teacher_rollout"]),
-        scorers=ScoringPool(started["teacher_scoring"]),
+        teachers=RolloutPool(supervised["teacher_rollout"]),
+        scorers=ScoringPool(supervised["teacher_scoring"]),
         learner=learner,
-        evaluation=students if evaluation is None else RolloutPool(evaluation),
-        elastic={
+        ranks=ranks,
+        evaluation=students if separate is None else RolloutPool(separate),
+        weights=_join_for_transfer(context, learner, started),
+        placed={
             request.name: ElasticPool(workers=started[request.name], request=request)
             for request in requests
-            if request.name in ELASTIC_POOLS
+            if request.name in started
         },
-        connect_rollouts=connect,
     )
 
 
@@ -122,6 +133,17 @@ def connect_learner(context: RunContext, workers: RayWorkers) -> LearnerGroup:
     return group
 
 
+def restart_learner(context: RunContext, pools: Pools) -> None:
+    """Start every rank of the learner anew, in their places, with the model they began from.
+
+    Raises: ResourceError, DeadlineError, WorkerLostError, or what a rank raised while loading.
+    """
+    context.cluster.restart_gang(pools.ranks)
+    wait_until_ready(context, pools.ranks)
+    pools.learner.connect()
+    pools.weights.break_up()
+
+
 def model_source(context: RunContext, model: ModelConfig) -> ModelSource:
     """The model that supervised fine-tuning starts from, for the learner's ranks to load."""
     tokenizer = context.tokenizer
@@ -136,17 +158,20 @@ def model_source(context: RunContext, model: ModelConfig) -> ModelSource:
     )
 
 
-def _connect_rollouts(
-    context: RunContext, learner: LearnerGroup, receivers: Sequence[RayWorkers]
-) -> None:
-    """Open the weight-transfer group between learner rank 0 and every engine of these pools."""
-    # Ranks of each worker, in the order in which all_named_handles lists the workers.
-    pools, seconds = context.config.pools.by_name, context.config.deadlines.publish_seconds
-    sizes = [
-        tensor_parallel_size(pools[workers.name]) for workers in receivers for _ in workers.members
-    ]
-    client = FanOutClient(EveryWorker(all_named_handles(receivers), seconds=seconds), sizes)
-    learner.connect_rollouts(transfer_backend(context), client, client.num_receivers, seconds)
+def _join_for_transfer(
+    context: RunContext, learner: LearnerGroup, started: Mapping[str, RayWorkers]
+) -> TransferGroup:
+    # Evaluation workers hold the student too, so every version is sent to them as well.
+    receivers = [started[name] for name in ("student_rollout", "evaluation") if name in started]
+    pools = context.config.pools.by_name
+    return TransferGroup(
+        learner,
+        receivers,
+        context.cluster.monitor,
+        backend=transfer_backend(context),
+        ranks={workers.name: tensor_parallel_size(pools[workers.name]) for workers in receivers},
+        seconds=context.config.deadlines.publish_seconds,
+    )
 
 
 def open_evaluation_pool(

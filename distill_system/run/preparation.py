@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from distill_system.config import RunConfig, dump_config, load_config
 from distill_system.data import build_tokenizer, tokenizer_texts
 from distill_system.errors import ConfigError, RunStateError
+from distill_system.job_process import is_job
 from distill_system.language_model import one_line
 from distill_system.observe import RunDirectory, write_environment
 from distill_system.observe.run_directory import read_json, remove_half_written, write_text
@@ -22,6 +23,7 @@ from distill_system.run.model_checks import check_folders, check_models
 
 MAY_CHANGE = (
     "deadlines",
+    "faults",
     "pools",
     "scaling",
     "cluster",
@@ -33,14 +35,17 @@ MAY_CHANGE = (
     "learner.offload",
     "learner.shard_ranks",
     "runs_directory",
+    "trackers",
     "distill.measure_every",
     "distill.evaluate_every",
     "distill.checkpoint_every",
     "distill.keep_checkpoints",
     "distill.keep_best",
     "distill.early_stopping",
+    "distill.collapse",
     "export",
     "hub",
+    "logging",
 )
 """Keys that may differ when a run is continued: they do not change what a step learns, apart from
 rounding (another number of ranks or another microbatch size adds up in another order)."""
@@ -48,16 +53,41 @@ rounding (another number of ranks or another microbatch size adds up in another 
 _DAY = "data.chat_date"
 
 
+def run_directory(config: RunConfig) -> RunDirectory:
+    """The run's folder, which need not exist yet.
+
+    Raises: ConfigError for a relative runs_directory in a submitted job.
+    """
+    if is_job():
+        require_lasting_folder(config)
+    # Absolute, because Ray may start workers in another working directory.
+    return RunDirectory(Path(config.runs_directory).absolute() / config.name)
+
+
 def open_run(config: RunConfig) -> RunDirectory:
     """Find the run's folder, which need not exist yet.
 
+    The caller holds the folder's lock: the tokenizer of another configuration is removed.
     Raises: RunStateError if the folder holds work of another configuration.
     """
-    # Absolute, because Ray may start workers in another working directory.
-    run = RunDirectory(Path(config.runs_directory).absolute() / config.name)
+    run = run_directory(config)
     if run.config_path.exists():
         _require_same(run, config)
     return run
+
+
+def require_lasting_folder(config: RunConfig) -> None:
+    """Refuse a runs_directory that starts from a job's own folder.
+
+    Raises: ConfigError.
+    """
+    if not Path(config.runs_directory).is_absolute():
+        raise ConfigError(
+            f"runs_directory={config.runs_directory!r}: a job runs in a folder that Ray makes for "
+            "it and removes, and checkpoints, student and report would go with it. Give an "
+            "absolute path that every node of the cluster reaches, such as "
+            "runs_directory=/shared/runs"
+        )
 
 
 def with_chat_date(config: RunConfig, run: RunDirectory) -> RunConfig:

@@ -9,6 +9,7 @@ from typing import Any
 from distill_system.config import RunConfig
 from distill_system.config.pools import PoolConfig
 from distill_system.config.rollout import EngineConfig
+from distill_system.network import interface_environment
 from distill_system.records import Author
 from distill_system.rollout import engine_environment
 from distill_system.run.vocabulary import stop_token_ids, vocabulary_size
@@ -45,7 +46,7 @@ def rollout_arguments(
 def rollout_environment(config: RunConfig, author: Author, pool: PoolConfig) -> dict[str, str]:
     """Environment variables of a RolloutWorker of this pool."""
     own = engine_environment(uses_gpu=pool.gpus > 0, threads=_engine(config, author).threads)
-    return {**own, **_hub_environment()}
+    return {**own, **_shared_environment(config)}
 
 
 def scorer_arguments(config: RunConfig, tokenizer: Any, path: str) -> dict[str, Any]:
@@ -63,12 +64,12 @@ def scorer_arguments(config: RunConfig, tokenizer: Any, path: str) -> dict[str, 
     }
 
 
-def torch_environment(pool: PoolConfig, threads: int) -> Mapping[str, str]:
+def torch_environment(config: RunConfig, pool: PoolConfig, threads: int) -> Mapping[str, str]:
     """Environment variables of a worker that computes with torch and has no vLLM engine."""
     if pool.gpus > 0:
-        return _hub_environment()
+        return _shared_environment(config)
     return {
-        **_hub_environment(),
+        **_shared_environment(config),
         "OMP_NUM_THREADS": str(threads),
         # By default idle OpenMP threads spin, which takes cores from the other workers.
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -78,10 +79,11 @@ def torch_environment(pool: PoolConfig, threads: int) -> Mapping[str, str]:
     }
 
 
-def _hub_environment() -> dict[str, str]:
-    """What keeps a worker of any machine from asking a hub that this process cannot reach."""
-    name = "HF_HUB_OFFLINE"
-    return {name: os.environ[name]} if name in os.environ else {}
+def _shared_environment(config: RunConfig) -> dict[str, str]:
+    """What every worker gets: the network interface, and whether there is a hub to be asked."""
+    offline = "HF_HUB_OFFLINE"  # a worker elsewhere must not ask a hub that this process cannot
+    hub = {offline: os.environ[offline]} if offline in os.environ else {}
+    return {**hub, **interface_environment(config.cluster.network_interface)}
 
 
 def tensor_parallel_size(pool: PoolConfig) -> int:

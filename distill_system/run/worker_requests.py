@@ -12,6 +12,8 @@ from distill_system.config.model import OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.config.pools import PoolConfig
 from distill_system.learner import Learner, ModelSource
+from distill_system.logs import log_environment
+from distill_system.observe import EngineGauges
 from distill_system.records import Author
 from distill_system.rollout import RolloutWorker
 from distill_system.run.context import RunContext
@@ -36,6 +38,7 @@ def rollout_request(context: RunContext, name: str, author: Author, path: str) -
     config, pool = context.config, context.config.pools.by_name[name]
     shared = {
         **rollout_arguments(config, context.tokenizer, author, path, pool),
+        "load_report": EngineGauges(run=config.name, pool=name),
         "weight_transfer_backend": transfer_backend(context) if author is Author.STUDENT else None,
     }
     return WorkerRequest(
@@ -43,7 +46,7 @@ def rollout_request(context: RunContext, name: str, author: Author, path: str) -
         worker_class=RolloutWorker,
         arguments=[{"name": f"{name}-{index}", **shared} for index in range(pool.count)],
         pool=pool,
-        environment=rollout_environment(config, author, pool),
+        environment={**rollout_environment(config, author, pool), **_logs(context)},
         colocate_with=pool.colocate_with,
     )
 
@@ -52,7 +55,10 @@ def evaluation_request(config: RunConfig, tokenizer: Any, path: str) -> WorkerRe
     """The workers that generate for evaluations, of the model in `path`, which stays as it is."""
     name = "student_rollout" if config.pools.evaluation is None else "evaluation"
     pool = config.pools.by_name[name]
-    shared = rollout_arguments(config, tokenizer, Author.STUDENT, path, pool)
+    shared = {
+        **rollout_arguments(config, tokenizer, Author.STUDENT, path, pool),
+        "load_report": EngineGauges(run=config.name, pool=name),
+    }
     return WorkerRequest(
         name=name,
         worker_class=RolloutWorker,
@@ -75,7 +81,7 @@ def scoring_request(context: RunContext) -> WorkerRequest:
         worker_class=TeacherScorer,
         arguments=[arguments] * pool.count,
         pool=pool,
-        environment=torch_environment(pool, config.scoring.threads),
+        environment={**torch_environment(config, pool, config.scoring.threads), **_logs(context)},
         colocate_with=pool.colocate_with,
     )
 
@@ -115,9 +121,15 @@ def learner_request(
         worker_class=Learner,
         arguments=[{"rank": rank, **shared} for rank in range(pool.count)],
         pool=pool,
-        environment=torch_environment(pool, config.learner.threads),
+        environment={**torch_environment(config, pool, config.learner.threads), **_logs(context)},
         gang=True,
     )
+
+
+def _logs(context: RunContext) -> dict[str, str]:
+    """By what a worker knows where its log is."""
+    own = context.config.logging
+    return log_environment(context.run.logs_directory, level=own.level, json_lines=own.json_lines)
 
 
 def wire_format(config: RunConfig) -> WireFormat:

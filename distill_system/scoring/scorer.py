@@ -139,6 +139,12 @@ class TeacherScorer:
         self._shipped += Shipped.of(targets)
         return targets
 
+    def score_with_receipt(
+        self, chunk: TrajectoryChunk, needs: TeacherNeeds
+    ) -> tuple[int, list[TeacherTargets]]:
+        """The chunk's number of tokens, by which one knows that the rest is there; see score."""
+        return chunk.num_tokens, self.score(chunk, needs)
+
     @torch.inference_mode()
     def read_logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """log pi*(y_t | s_t) of each response token at temperature 1, nats, float32 [T] each.

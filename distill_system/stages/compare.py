@@ -22,9 +22,10 @@ from distill_system.config.model import ModelConfig
 from distill_system.config.recipes import recipe_path
 from distill_system.errors import ConfigError, RunStateError
 from distill_system.observe import RunDirectory
+from distill_system.observe.run_lock import locked
 from distill_system.run.context import model_path
 from distill_system.run.model_checks import check_engine
-from distill_system.run.preparation import on_day
+from distill_system.run.preparation import on_day, run_directory
 from distill_system.stages.pilot import plan_steps
 from distill_system.stages.processes import Job, run_jobs
 from distill_system.stages.train import train
@@ -63,13 +64,22 @@ def compare(request: ComparisonRequest, *, notify: Callable[[str], None]) -> Pat
     _check(request)
     base = load_config(request.paths, request.overrides)
     check_engine(base)
-    folder = Path(base.runs_directory).absolute() / base.name
+    folder = run_directory(base).path
+    with locked(run_directory(base), notify=notify):
+        _compare(request, base, folder, notify)
+    return folder
+
+
+def _compare(
+    request: ComparisonRequest, base: RunConfig, folder: Path, notify: Callable[[str], None]
+) -> None:
+    """Shared fine-tuning, every run, and the tables, in a folder that is ours alone."""
     day = _first_day(folder)
     base = on_day(base, day)
     configs = {name: on_day(config, day) for name, config in _load_objectives(request).items()}
     shared = base.model_copy(update={"name": "shared", "runs_directory": str(folder)})
     runs = ("distill", "evaluate")
-    start = train(shared, resume=True, stages=("sft",), followed_by=runs)
+    start = train(shared, resume="auto", stages=("sft",), followed_by=runs)
     configs = {name: _from_shared(config, shared, start) for name, config in configs.items()}
     seeds = tuple(range(request.seeds))
     steps, value, failed = plan_steps(
@@ -99,7 +109,6 @@ def compare(request: ComparisonRequest, *, notify: Callable[[str], None]) -> Pat
             f"all {len(planned)} runs failed, the first, {planned[0]}, with: "
             f"{failures[planned[0]].splitlines()[-1]}. The same command tries them again"
         )
-    return folder
 
 
 def _first_day(folder: Path) -> date:

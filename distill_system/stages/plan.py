@@ -30,6 +30,7 @@ from distill_system.data import build_tokenizer, load_run_data, tokenizer_texts
 from distill_system.data.run_data import SetName
 from distill_system.errors import DistillError
 from distill_system.evaluation import check_evaluation
+from distill_system.observe import require_trackers
 from distill_system.planning import Plan, make_plan
 from distill_system.run.model_checks import check_data, check_folders, check_models
 from distill_system.run.model_sources import find_gguf_files
@@ -58,20 +59,26 @@ class PlannedRun:
         return self.plan is not None and self.plan.fits and not self.problems
 
 
-def plan_run(config: RunConfig, *, device_gib: float) -> PlannedRun:
+def plan_run(config: RunConfig, *, device_gib: float, on_this_machine: bool = True) -> PlannedRun:
     """What the run's workers will hold, and what would stop it; nothing is started or fetched.
 
     device_gib: memory of each GPU.
+    on_this_machine: the run is for this machine, or for the cluster of RAY_ADDRESS.
     """
     problems: list[str] = []
     notes = settings_notes(config)
     plan = None
     try:
+        require_trackers(config.trackers)
+    except DistillError as error:
+        problems.append(str(error))
+    try:
         plan = make_plan(config, vocabulary=find_vocabulary(config), device_gib=device_gib)
         problems += _problems_of_data(config, notes)
     except DistillError as error:
         problems.append(str(error))
-    problems += _problems_of_size(config, notes)
+    if on_this_machine:
+        problems += _problems_of_size(config, notes)
     return PlannedRun(plan=plan, problems=tuple(dict.fromkeys(problems)), notes=tuple(notes))
 
 
@@ -96,31 +103,40 @@ def _problems_of_data(config: RunConfig, notes: list[str]) -> Iterator[str]:
     except DistillError as error:
         yield str(error)
         return
+    remote = [name for *_, name in _sets(config) if name is not None]
+    together = None if remote else _problem_of_all_sets(config, tokenizer)
+    if not remote and together is None:
+        return  # each set alone would only be read a second time
+    notes += [
+        f"data.{name} is on the Hugging Face hub: it is read as the run starts" for name in remote
+    ]
     found = False
-    for alone, sets, remote in _sets(config):
-        if remote is not None:
-            notes.append(f"data.{remote} is on the Hugging Face hub: it is read as the run starts")
+    for alone, sets, fetched in _sets(config):
+        if fetched is not None:
             continue
-        try:
-            data = load_run_data(alone, tokenizer, sets)
-            check_data(alone, data)
-            check_evaluation(config.evaluation, data.evaluation, data.places)
-        except DistillError as error:
+        if problem := _problem_of(alone, tokenizer, sets):
             found = True
-            yield str(error)
-    if not found and not any(remote for *_, remote in _sets(config)):
-        yield from _problems_of_all_sets(config, tokenizer)
+            yield problem
+    if not found and together is not None:
+        yield together  # it shows only where the sets stand side by side
 
 
-def _problems_of_all_sets(config: RunConfig, tokenizer: Any) -> Iterator[str]:
-    """What shows only where the sets stand side by side, such as rows that all are held out."""
+def _problem_of_all_sets(config: RunConfig, tokenizer: Any) -> str | None:
     names: list[SetName] = ["prompts", "held_out", "evaluation"]
     trained: list[SetName] = ["teacher_sft", "student_sft"]
     names += [name for name in trained if getattr(config.data, name) is not None]
+    return _problem_of(config, tokenizer, names)
+
+
+def _problem_of(config: RunConfig, tokenizer: Any, sets: list[SetName]) -> str | None:
+    """The first thing that is wrong with these sets."""
     try:
-        load_run_data(config, tokenizer, names)
+        data = load_run_data(config, tokenizer, sets)
+        check_data(config, data)
+        check_evaluation(config.evaluation, data.evaluation, data.places)
     except DistillError as error:
-        yield str(error)
+        return str(error)
+    return None
 
 
 def _sets(config: RunConfig) -> Iterator[tuple[RunConfig, list[SetName], str | None]]:

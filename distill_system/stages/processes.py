@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from distill_system.config import RunConfig, dump_config
 from distill_system.observe import RunDirectory
 from distill_system.observe.run_directory import write_text
+from distill_system.stages import with_parent
 
 LAST_LINES = 12
 END_SECONDS = 120.0
@@ -97,7 +99,9 @@ class Processes:
         """Run a job from its newest checkpoint to its end; its seconds, and its failure or ""."""
         _copy_teacher_evaluation(job)
         write_text(job.config_path, dump_config(job.config))
-        command = [*self._command, str(job.config_path), "--resume"]
+        # Whatever ends this process, kill -9 too, ends the run, or its workers would go on alone.
+        launcher = [sys.executable, "-I", "-S", with_parent.__file__, str(os.getpid())]
+        command = [*launcher, *self._command, str(job.config_path), "--resume", "auto"]
         started = time.perf_counter()
         with job.log_path.open("wb") as log:
             with self._lock:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 from distill_system.cluster import ClusterSession, require_room
 from distill_system.config import RunConfig
@@ -11,17 +15,29 @@ from distill_system.data import RunData
 from distill_system.data.run_data import SetName
 from distill_system.driver import Driver
 from distill_system.driver.measuring import Measuring
-from distill_system.errors import RunStateError
+from distill_system.errors import DistillError, RunStateError
 from distill_system.evaluation import check_evaluation
+from distill_system.logs import (
+    DRIVER,
+    LOGGER_NAME,
+    close_log,
+    log_path,
+    name_logs,
+    open_log,
+)
 from distill_system.observe import (
+    JobPage,
     LiveView,
     MetricLog,
     PromptLog,
     RunDirectory,
+    RunGauges,
     Timings,
+    require_trackers,
     write_report,
     write_summary,
 )
+from distill_system.observe.run_lock import locked
 from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
@@ -34,6 +50,7 @@ from distill_system.run.preparation import (
     prepare_tokenizer,
     record_start,
     refusal_leaves_nothing,
+    run_directory,
     with_chat_date,
 )
 from distill_system.run.sample_origin import sample_origin
@@ -55,7 +72,7 @@ STAGES = ("sft", "distill", "evaluate", "report", "push")
 def train(
     config: RunConfig,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     stages: Collection[str] = STAGES,
     followed_by: Collection[str] = (),
     notify: Callable[[str], None] = print,
@@ -63,7 +80,7 @@ def train(
 ) -> RunDirectory:
     """Run these stages; a stage whose output exists is skipped.
 
-    resume: continue unfinished stages from their newest checkpoints.
+    resume: continue unfinished stages from their newest checkpoints; "auto": or begin the run.
     followed_by: stages of other runs that begin where this one ends. Their data is read before
         these stages start, so that no fine-tuning is spent on runs that could not begin.
     notify: takes lines for the person.
@@ -74,22 +91,54 @@ def train(
     """
     if "push" in stages:
         require_token(config)
-    run = open_run(config)
-    config = with_chat_date(config, run)
+    with locked(run_directory(config), notify=notify):
+        run = open_run(config)
+        if resume is True:
+            _require_begun(run)
+        config = with_chat_date(config, run)
+        _make(
+            config,
+            run,
+            resume=resume,
+            stages=stages,
+            followed_by=followed_by,
+            notify=notify,
+            stop=stop,
+        )
+        if "push" in stages:
+            address = push_student(config, run, notify=notify)
+            if address is not None:
+                notify(f"pushed: {address}")
+    return run
+
+
+def _make(
+    config: RunConfig,
+    run: RunDirectory,
+    *,
+    resume: bool | Literal["auto"],
+    stages: Collection[str],
+    followed_by: Collection[str],
+    notify: Callable[[str], None],
+    stop: StopRequest | None,
+) -> None:
+    """Everything of these stages that the folder lacks, then the report."""
     # A stage that is done already is not in `work`; a run whose work is done starts no cluster.
     work = [stage for stage in _due(config, run) if stage in stages]
     _require_inputs(config, run, work)
     for stage in _checkpointed(config, run, work):
         store = CheckpointStore(run.checkpoints_directory / stage, keep=1)
         # Refuse a missing --resume now, before workers have been started for nothing.
-        resume_point(store, resume=resume, stage=stage)
+        if resume_point(store, resume=bool(resume), stage=stage) is None and resume is True:
+            notify(f"{stage}: no checkpoint in {store.folder}, it begins anew")
     if {"distill", "evaluate"} & {*work}:
         check_engine(config)
+    require_trackers(config.trackers)
     if work:
         with refusal_leaves_nothing(run) as begin:
             record_start(config, run)
             models, sets = with_folders(config, run), _sets(config, run, {*work, *followed_by})
-            with open_context(models, run, resume=resume, sets=sets, stop=stop) as context:
+            with open_context(models, run, resume=bool(resume), sets=sets, stop=stop) as context:
                 begin()
                 for stage in work:
                     _RUNNERS[stage](context)
@@ -99,11 +148,6 @@ def train(
         _require_a_run(run)
         write_summary(run)
         write_report(run)
-    if "push" in stages:
-        address = push_student(config, run, notify=notify)
-        if address is not None:
-            notify(f"pushed: {address}")
-    return run
 
 
 def _due(config: RunConfig, run: RunDirectory) -> Iterator[str]:
@@ -138,6 +182,14 @@ def _checkpointed(config: RunConfig, run: RunDirectory, work: Collection[str]) -
     """The folder names under which the stages of `work` keep their checkpoints."""
     tuned = [f"sft_{role}" for role in _untuned_roles(config, run)] if "sft" in work else []
     return [*tuned, *(["distill"] if "distill" in work else [])]
+
+
+def _require_begun(run: RunDirectory) -> None:
+    if not run.config_path.exists():
+        raise RunStateError(
+            f"--resume: nothing to go on from, {run.path} holds no run. Check name and "
+            "runs_directory; `--resume auto` begins a run where there is none"
+        )
 
 
 def _require_a_run(run: RunDirectory) -> None:
@@ -188,13 +240,20 @@ def open_context(
     check_evaluation(config.evaluation, data.evaluation, data.places)
     require_room(config, None if "held_out" in sets else ["learner"])
     with ExitStack() as stack:
+        stack.enter_context(_driver_log(config, run))
         view = stack.enter_context(LiveView(config.name))
         for line in settings_notes(config):
             view.note(line)
         _note_rows(view, data)
-        log = stack.enter_context(MetricLog(run, run_name=config.name))
+        log = stack.enter_context(
+            MetricLog(run, run_name=config.name, trackers=config.trackers, notify=view.note)
+        )
         prompts = stack.enter_context(PromptLog(run))
         cluster = stack.enter_context(ClusterSession(config, notify=view.note))
+        gauges = stack.enter_context(RunGauges(config, report=run.report_path))
+        log.add_tracker("Prometheus", gauges)
+        view.listen(gauges.show_progress)
+        view.listen(JobPage(config.name, run.report_path, notify=view.note).show_progress)
         yield RunContext(
             config=config,
             run=run,
@@ -208,6 +267,29 @@ def open_context(
             resume=resume,
             stop=stop or StopRequest(),
         )
+
+
+@contextmanager
+def _driver_log(config: RunConfig, run: RunDirectory) -> Iterator[None]:
+    """For the length of a block what is noted stands in the driver's log too, and how it failed."""
+    logger, own = logging.getLogger(LOGGER_NAME), config.logging
+    path = log_path(run.logs_directory, DRIVER)
+    handler = open_log(path, level=own.level, json_lines=own.json_lines)
+    try:
+        logger.info("process %d begins on %s", os.getpid(), socket.gethostname())
+        yield
+    except KeyboardInterrupt:
+        logger.warning("ended by a person")
+        raise
+    except DistillError as error:
+        name_logs(error, run.logs_directory)
+        logger.error("%s: %s", type(error).__name__, error)
+        raise
+    except Exception:
+        logger.exception("ended by an error of its own")
+        raise
+    finally:
+        close_log(handler)
 
 
 def _run_sft(context: RunContext) -> None:
@@ -235,7 +317,7 @@ def _run_evaluate(context: RunContext) -> None:
         with context.timings.stage("evaluate"):
             pools = open_pools(context, student_path=students[label])
             measuring = Measuring(context, pools, context.data, metrics=metrics)
-            pools.learner.publish(steps[label])
+            pools.weights.publish(steps[label])
             measuring.evaluate_teacher(again="teacher" in find_lacking(config, run))
             if label in lacking:
                 measuring.evaluate_student(label, step=steps[label])

@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from distill_system.data import RunData
+from distill_system.errors import DeadlineError, TransferError, WorkerLostError
 from distill_system.observe import Wait, staleness_metrics
 from distill_system.records import ScoredChunk, Stream
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
+from distill_system.run.transfer_group import ANSWER_SECONDS
 from distill_system.streams.in_flight import InFlight
 from distill_system.streams.scorers import Scorers
 from distill_system.streams.stream_flow import LookUp, StreamFlow
@@ -58,8 +60,12 @@ class AsynchronousStreams(Streams):
         self._staleness: dict[str, float] = {}
         self._num_dropped = 0
         self._published = 0
+        self._published_at = 0.0
         self._packing: list[Reference] = []
-        self._receiving: dict[Reference, int] = {}
+        # Each student engine's answer, with its name.
+        self._receiving: dict[Reference, str] = {}
+        self._failure: TransferError | WorkerLostError | None = None
+        self._is_to_send_again = False
 
     def begin(self, step: int) -> None:
         """Open the windows and begin to write."""
@@ -81,6 +87,7 @@ class AsynchronousStreams(Streams):
         """Wait for the step's batches; whichever pool it waits for is told as the phase."""
         while (missing := self._find_missing()) is not None:
             with self.context.timings.phase(missing):
+                self._mend()
                 self._turn()
         off_policy = self._take_stream(Stream.OFF_POLICY)
         on_policy = self._take_stream(Stream.ON_POLICY)
@@ -93,14 +100,32 @@ class AsynchronousStreams(Streams):
     def publish(self, version: int) -> None:
         """Begin to send; the learner goes on once it has packed its weights."""
         with self.context.timings.phase("publish"):
-            self.wait_for_weight_sync()
-            self._packing = list(self.pools.learner.start_publish(version))
-            self._published = version
+            self._is_to_send_again = False  # a newer one comes
+            self._wait_for_answers()
+            self._is_to_send_again = False
+            self._begin_publish(version)
 
     def wait_for_weight_sync(self) -> None:
         """Return once every student worker holds what was published last."""
-        while self._packing or self._receiving:
-            self._turn()
+        self._wait_for_answers()
+        while self._is_to_send_again:
+            self._begin_publish(self._published)
+            self._wait_for_answers()
+
+    def bring_weights(self) -> None:
+        """See Streams."""
+        if not self._flows:
+            self.pools.weights.publish(self.pools.weights.version)
+            return
+        self._wait_for_answers()
+        self._is_to_send_again = True
+        self.wait_for_weight_sync()
+
+    def abandon(self) -> None:
+        """See Streams; the engines forget what they write, other streams will ask for it again."""
+        for flow in self._flows.values():
+            for worker in flow.writers.members:
+                flow.writers.workers.start(worker, "abandon")
 
     def state(self) -> dict[str, Any]:
         """What is in flight is given out again, in its order."""
@@ -125,8 +150,20 @@ class AsynchronousStreams(Streams):
                 flow.writers.leave(worker)
         return True
 
+    def forget_worker(self, pool: str, worker: int) -> None:
+        """See Streams; its prompts and chunks go to others at once."""
+        if not self._watched:
+            return  # nothing was given out yet
+        if pool == "teacher_scoring":
+            self._scorers.lose(worker)
+        for stream, flow in self._flows.items():
+            if POOL_OF[stream] == pool and worker in flow.writers.members:
+                flow.writers.leave(worker)
+
     def admit_workers(self) -> None:
         """See Streams; a student worker gets prompts once it holds published weights."""
+        if not self._watched:
+            return
         for worker in set(self._watched["teacher_scoring"].members) - self._scorers.members:
             self._scorers.join(worker)
         for stream, flow in self._flows.items():
@@ -190,18 +227,24 @@ class AsynchronousStreams(Streams):
         """Give out what may be given, wait for news, hand it on; those of `extra` that are done."""
         next_due = self._give_out()
         slices = {stream: flow.writers.references for stream, flow in self._flows.items()}
-        done = self.pools.scorers.workers.wait_any(
-            [*extra, *self._packing, *self._scorers.references],
-            what=what,
-            seconds=LOOK_SECONDS if next_due is None else min(LOOK_SECONDS, max(0.0, next_due)),
-            unhurried=[*self._receiving, *chain.from_iterable(slices.values())],
-            together_seconds=TOGETHER_SHARE * self.config.rollout.slice_seconds,
-        )
+        try:
+            done = self._watched["teacher_scoring"].wait_any(
+                [*extra, *self._packing, *self._scorers.references],
+                what=what,
+                seconds=LOOK_SECONDS if next_due is None else min(LOOK_SECONDS, max(0.0, next_due)),
+                unhurried=[*self._receiving, *chain.from_iterable(slices.values())],
+                together_seconds=TOGETHER_SHARE * self.config.rollout.slice_seconds,
+            )
+        except DeadlineError as late:
+            self._lose_late(late)
+            return []
+        self._notice_losses()
+        self._lose_hanging()
+        self._require_answers_in_time()
         ended = set(done)
         for stream, references in slices.items():
             self._collect_text(stream, [each for each in references if each in ended])
-        for reference in [each for each in self._scorers.references if each in ended]:
-            self._scorers.collect(reference)
+        self._collect_scores(ended)
         for reference in [each for each in (*self._packing, *self._receiving) if each in ended]:
             self._hear_of_weights(reference)
         return done
@@ -216,23 +259,105 @@ class AsynchronousStreams(Streams):
         return self._scorers.begin()
 
     def _collect_text(self, stream: Stream, slices: Sequence[Reference]) -> None:
-        if slices:
-            author = "student" if stream is Stream.ON_POLICY else "teacher"
-            self._count(author, self._flows[stream].writers.collect(slices))
+        writers = self._flows[stream].writers
+        while slices := [each for each in slices if writers.awaits(each)]:
+            try:
+                written = writers.collect(slices)
+            except WorkerLostError as lost:
+                self._lose(lost)  # and with it the slices that it owed
+            else:
+                self._count("student" if stream is Stream.ON_POLICY else "teacher", written)
+
+    def _collect_scores(self, ended: Collection[Reference]) -> None:
+        while receipts := [each for each in self._scorers.references if each in ended]:
+            try:
+                self._scorers.collect(receipts)
+            except WorkerLostError as lost:
+                self._lose(lost)
+
+    def _lose_hanging(self) -> None:
+        """A call that takes longer than any may: its worker is lost."""
+        limit = self.config.deadlines.call_seconds
+        for pool, watched in self._watched.items():
+            for worker in watched.find_overdue(limit):
+                name = f"{pool}-{worker}"
+                self._lose(
+                    WorkerLostError(
+                        f"{name} hangs: a call of it is under way for more than "
+                        f"deadlines.call_seconds={limit:g}",
+                        name,
+                    )
+                )
+
+    def _require_answers_in_time(self) -> None:
+        """An engine that hangs says nothing; those that wait for it have said so by now."""
+        limit = self.config.deadlines.publish_seconds + ANSWER_SECONDS
+        if self._receiving and self._clock() - self._published_at > limit:
+            late = list(self._receiving.values())
+            said = (
+                f"weight version {self._published} did not reach {', '.join(late)} in {limit:g} s"
+            )
+            self._give_up_publish(self._failure or DeadlineError(said, late))
+
+    def _mend(self) -> None:
+        """While the learner waits: what the pools cannot go on without."""
+        if self.supervision is None:
+            return
+        for pool in {"teacher_scoring", *(POOL_OF[stream] for stream in self._flows)}:
+            if not self._watched[pool].members:
+                self.supervision.wait_for_worker(pool)
+        if self._is_to_send_again:
+            self.wait_for_weight_sync()
+
+    def _begin_publish(self, version: int) -> None:
+        self._is_to_send_again, self._failure = False, None
+        self._published, self._published_at = version, self._clock()
+        self._packing = list(self.pools.weights.start_publish(version))
+
+    def _wait_for_answers(self) -> None:
+        while self._packing or self._receiving:
+            self._turn()
 
     def _hear_of_weights(self, reference: Reference) -> None:
-        """The learner has packed a version, or a student worker holds it."""
+        """The learner has packed a version, or a student worker holds it, or has failed to."""
         if reference in self._packing:
             self._packing.remove(reference)
             if not self._packing:
-                members = self.pools.students.workers.members
-                self._receiving = dict(zip(self.pools.learner.receiving(), members, strict=False))
+                self._hear_of_packing()
             return
-        worker = self._receiving.pop(reference)
-        if Stream.ON_POLICY in self._flows:
-            self._flows[Stream.ON_POLICY].writers.hold(worker, self._published)
+        name = self._receiving.pop(reference)
+        try:
+            self.pools.learner.workers.finish([reference], what="a student worker's answer")
+        except (TransferError, WorkerLostError) as error:
+            self._failure = self._failure or error
+        else:
+            self._hold(name)
         if not self._receiving:
-            self.pools.learner.finish_publish()
+            self._end_publish()
+
+    def _hear_of_packing(self) -> None:
+        try:
+            self._receiving = self.pools.weights.receiving()
+        except (TransferError, DeadlineError) as error:
+            self._give_up_publish(error)
+
+    def _hold(self, name: str) -> None:
+        """A student worker has the version that was published."""
+        pool, _, worker = name.rpartition("-")
+        if Stream.ON_POLICY in self._flows and pool == POOL_OF[Stream.ON_POLICY]:
+            self._flows[Stream.ON_POLICY].writers.hold(int(worker), self._published)
+
+    def _end_publish(self) -> None:
+        if self._failure is None:
+            self.pools.weights.finish_publish()
+        else:
+            self._give_up_publish(self._failure)
+
+    def _give_up_publish(self, error: TransferError | DeadlineError | WorkerLostError) -> None:
+        """Lose whoever failed it; the version is sent again as soon as the learner is idle."""
+        self._receiving = {}
+        self.pools.weights.recover(error)
+        self._is_to_send_again = True
 
     def _find_missing(self) -> str | None:
         """The pool that owes a part of what the step learns from, as a phase; None if none does."""

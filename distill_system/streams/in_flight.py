@@ -14,6 +14,7 @@
 | hand_back | Writers | the worker leaves or is lost: the same samples are written anew |
 | arrive | Writers, or StreamFlow for rows of data | a slice has finished the text |
 | score, scored | Scorers | a chunk goes to a scorer, and its call has ended |
+| score_again | Scorers | the scorer is lost: SCORING -> WRITTEN |
 | take, take_more | AsynchronousStreams | the learner's step begins |
 
 An entry's step is fixed when it is given out (too_old: wait) or when its text arrives. A dropped
@@ -230,6 +231,12 @@ class InFlight:
         """SCORING -> SCORED."""
         for entry in entries:
             self._move(entry, State.SCORED)
+
+    def score_again(self, entries: Sequence[Entry]) -> None:
+        """SCORING -> WRITTEN: the scorer is lost, and what it read with it."""
+        for entry in entries:
+            entry.chunk = None
+            self._move(entry, State.WRITTEN)
 
     def take(self) -> list[ScoredChunk]:
         """SCORED -> out: the next step learns from its batch, the largest chunk first."""

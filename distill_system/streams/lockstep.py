@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distill_system.data import RunData
+from distill_system.errors import DeadlineError
 from distill_system.records import Prompt, ScoredChunk, StepResult, Stream, Trajectory
 from distill_system.rollout import PendingRollouts, RolloutPool, Sampling
 from distill_system.run.context import RunContext
@@ -65,8 +66,7 @@ class LockstepStreams(Streams):
             written = self._feed("on_policy", self._on_policy(step))
         with waiting_for("teacher_scoring"):
             scored = [*off_policy, *self._score(written, Stream.ON_POLICY)]
-            self._wait_for_scores(scored)
-        return scored
+            return self._finish_scores(scored)
 
     def learn(self, step: int, scored: Sequence[ScoredChunk]) -> StepResult:
         """The teacher writes the next step's text meanwhile."""
@@ -76,23 +76,35 @@ class LockstepStreams(Streams):
     def publish(self, version: int) -> None:
         """Returns once every student worker holds the version."""
         with self.context.timings.phase("publish"):
-            self.pools.learner.publish(version)
+            self.pools.weights.publish(version)
 
     def wait_for_weight_sync(self) -> None:
         """Nothing is under way between two steps."""
 
     def release_worker(self, pool: str, worker: int) -> bool:
         """See Streams: between `take` and `learn` no worker of these pools has a call."""
-        watched = self._watched[pool]
-        if worker in watched.present:
+        watched = self._watched.get(pool)
+        if watched is not None and worker in watched.present:
             watched.leave(worker)
         return True
+
+    def forget_worker(self, pool: str, worker: int) -> None:
+        """See Streams; its calls are made again where they are waited for."""
+        self.release_worker(pool, worker)
 
     def admit_workers(self) -> None:
         """See Streams: every step deals its work to all members of a pool."""
         for watched in self._watched.values():
             for worker in set(watched.members) - watched.present:
                 watched.join(worker)
+
+    def bring_weights(self) -> None:
+        """See Streams."""
+        self.pools.weights.publish(self.pools.weights.version)
+
+    def abandon(self) -> None:
+        """See Streams; what the teacher writes ahead is asked for again by others."""
+        self._writing = None
 
     def on_metrics(self, measured: Mapping[str, float]) -> None:
         """The replay's schedule follows the held-out loss."""
@@ -171,14 +183,14 @@ class LockstepStreams(Streams):
         needs = self.config.distill.objective.teacher_needs(stream.value)
         return self._scorers.start(trajectories, stream, needs=needs, num_shares=ranks)
 
-    def _wait_for_scores(self, scored: Sequence[ScoredChunk]) -> None:
-        """The scores stay where they are; a scorer's error comes up where a rank reads them."""
-        targets = [part.targets for part in scored if part.targets is not None]
-        self._wait(targets, what="teacher scores")
+    def _finish_scores(self, scored: Sequence[ScoredChunk]) -> list[ScoredChunk]:
+        """Wait for the scores, which stay where they are."""
+        self._wait(self._scorers.receipts(scored), what="teacher scores")
         self._watched["teacher_scoring"].hand_on(
             num_tokens=sum(part.chunk.num_tokens for part in scored if part.targets is not None),
             num_sequences=sum(len(part.chunk.trajectories) for part in scored),
         )
+        return self._scorers.finish(scored)
 
     def _wait(self, references: Sequence[Reference], *, what: str) -> None:
         """See Streams; each pool's clock hears of a call as it ends, not when it is needed."""
@@ -186,7 +198,12 @@ class LockstepStreams(Streams):
         while left:
             others = [call for watched in self._watched.values() for call in watched.calls]
             waited = list(dict.fromkeys([*left, *others]))
-            done = self.pools.scorers.workers.wait_any(waited, what=what, seconds=LOOK_SECONDS)
+            try:
+                done = self.pools.scorers.workers.wait_any(waited, what=what, seconds=LOOK_SECONDS)
+            except DeadlineError as late:
+                self._lose_late(late)
+                continue  # their calls have ended now
+            self._notice_losses()
             for watched in self._watched.values():
                 watched.end(done)
             left = [reference for reference in left if reference not in done]

@@ -24,7 +24,7 @@ CHUNKS_IN_FLIGHT = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringCall:
-    """A chunk at a scorer."""
+    """A chunk at a scorer, known by its receipt."""
 
     worker: int
     stream: Stream
@@ -98,10 +98,13 @@ class Scorers:
                     return min(next_due, default=None)
         return min(next_due, default=None)
 
-    def collect(self, reference: Reference) -> None:
-        """A scoring call has ended; if it failed, the learner's call that gets its result fails."""
-        call = self._calls.pop(reference)
-        self.workers.end([reference])
+    def collect(self, receipts: Sequence[Reference]) -> None:
+        """Take in scoring calls that have ended.  Raises: a scorer's error; nothing has changed."""
+        self.workers.finish(receipts, what="teacher scores")
+        for receipt in receipts:
+            self._take_in(self._calls.pop(receipt))
+
+    def _take_in(self, call: ScoringCall) -> None:
         self._buffers[call.stream].scored(call.entries)
         self.workers.hand_on(
             num_tokens=sum(entry.num_tokens for entry in call.entries),
@@ -109,6 +112,15 @@ class Scorers:
         )
         if call.worker not in self._members and not self._loads()[call.worker]:
             self.workers.leave(call.worker)
+
+    def lose(self, worker: int) -> None:
+        """A scorer is lost: what it had is scored again."""
+        lost = {receipt: call for receipt, call in self._calls.items() if call.worker == worker}
+        for receipt, call in lost.items():
+            del self._calls[receipt]
+            self._buffers[call.stream].score_again(call.entries)
+        self._members.discard(worker)
+        self.workers.leave(worker)
 
     def join(self, worker: int) -> None:
         """A scorer has joined the group."""
@@ -152,8 +164,10 @@ class Scorers:
             return False
         entries = self._cut(waiting, stream)
         chunk = _chunk_of(entries, stream)
-        targets = self.workers.start(worker, "score", chunk, needs)
-        self._calls[targets] = ScoringCall(worker=worker, stream=stream, entries=tuple(entries))
+        receipt, targets = self.workers.start_with_receipt(
+            worker, "score_with_receipt", chunk, needs
+        )
+        self._calls[receipt] = ScoringCall(worker=worker, stream=stream, entries=tuple(entries))
         self._buffers[stream].score(entries, ScoredChunk(chunk, targets))
         return True
 

@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distill_system.data import PromptFrontier, RunData, source_shares
-from distill_system.observe import PoolClock
+from distill_system.errors import DeadlineError, WorkerLostError
+from distill_system.observe import PoolClock, text_metrics
 from distill_system.records import PoolActivity, ScoredChunk, StepResult, Stream, Trajectory
 from distill_system.rollout import Sampling
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
 from distill_system.streams.off_policy import OffPolicyMixture
 from distill_system.streams.watched_workers import WatchedWorkers
-from distill_system.workers import Reference
+from distill_system.workers import Reference, Supervision
 
 LOOK_SECONDS = 1.0
 """Longest wait before the driver looks again whether all workers live."""
@@ -33,6 +34,7 @@ class Streams(ABC):
     """Both streams' prompts, what the learner was fed of them, and what the pools did for it.
 
     is_asynchronous: whether trajectories are written while the learner learns from earlier ones.
+    supervision: who replaces lost workers; None ends the run at the first loss.
     clock: seconds that never run backwards; tests bring their own.
     """
 
@@ -53,19 +55,24 @@ class Streams(ABC):
         shares = source_shares(data.prompts, self.config.data.prompt_weights)
         self.student = PromptFrontier(shares, self.config.seed, "student_prompts")
         self.mixture = OffPolicyMixture(self.config, data)
+        self.supervision: Supervision | None = None
         self._clock = clock
+        self._watched: dict[str, WatchedWorkers] = {}
         self._sampled = {"student": 0, "teacher": 0}
         self._fed: dict[str, list[str]] = {}
+        self._text: dict[str, float] = {}
 
     def begin(self, step: int) -> None:
         """Let the pools work towards this step; every student worker holds version `step`."""
-        groups = {
+        pools = {
             "student_rollout": self.pools.students.workers,
             "teacher_rollout": self.pools.teachers.workers,
             "teacher_scoring": self.pools.scorers.workers,
         }
+        if self.is_asynchronous:  # a slice of decoding is no call that could be made again
+            pools = {name: self.pools.placed[name].workers for name in pools}
         self._watched = {
-            pool: WatchedWorkers(workers, self._clock) for pool, workers in groups.items()
+            name: WatchedWorkers(workers, self._clock) for name, workers in pools.items()
         }
         self._learner_clock = PoolClock([LEARNER], self._clock())
 
@@ -78,6 +85,8 @@ class Streams(ABC):
         with self.context.timings.phase("learner"):
             self._learner_clock.begin(LEARNER, self._clock())
             references = self.pools.learner.start_step(step, scored)
+            # The learner is at work: looking at the text costs no time now.
+            self._text = text_metrics(t for part in scored for t in part.chunk.trajectories)
             self._wait(references, what="the learner's step")
             result = self.pools.learner.finish_step(step, references)
             self._learner_clock.end(LEARNER, self._clock(), busy_seconds=result.seconds)
@@ -119,8 +128,20 @@ class Streams(ABC):
         """
 
     @abstractmethod
+    def forget_worker(self, pool: str, worker: int) -> None:
+        """This worker is lost: what it had under way is given to others, or made again."""
+
+    @abstractmethod
     def admit_workers(self) -> None:
         """Workers have joined: let them take part, a student worker from the next publish on."""
+
+    @abstractmethod
+    def bring_weights(self) -> None:
+        """Let workers that have joined have what was published last; the learner is idle."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """These streams end here: nothing of what is under way is waited for."""
 
     def pop_activity(self) -> dict[str, PoolActivity]:
         """What every pool did since this was last asked."""
@@ -132,9 +153,12 @@ class Streams(ABC):
         return activity | {"learner": self._learner_clock.pop(self._clock())}
 
     def pop_counts(self) -> dict[str, float]:
-        """Response tokens that each model sampled since this was last asked, as metrics."""
+        """Response tokens that each model sampled since this was last asked, and what the text of
+        the last step looks like, as metrics."""
         counts, self._sampled = self._sampled, {"student": 0, "teacher": 0}
-        return {f"sampled_tokens/{author}": float(count) for author, count in counts.items()}
+        sampled = {f"sampled_tokens/{author}": float(count) for author, count in counts.items()}
+        text, self._text = self._text, {}
+        return sampled | text
 
     def pop_prompts(self) -> dict[str, list[str]]:
         """Prompt ids of each stream that was fed since this was last asked: one step's."""
@@ -147,6 +171,25 @@ class Streams(ABC):
 
         Raises: WorkerError if a worker died; DeadlineError.
         """
+
+    def _notice_losses(self) -> None:
+        if self.supervision is not None:
+            self.supervision.notice()
+
+    def _lose(self, lost: WorkerLostError) -> None:
+        if self.supervision is None:
+            raise lost
+        self.supervision.lose(lost)
+
+    def _lose_late(self, late: DeadlineError) -> None:
+        """Workers that have missed a deadline hang: they are lost.
+
+        Raises: `late` if it names none.
+        """
+        if not late.late:
+            raise late
+        for name in late.late:
+            self._lose(WorkerLostError(f"{name} hangs: {late}", name))
 
     def _queued(self) -> dict[str, int]:
         """Items that wait before each pool; pools before which nothing can wait are left out."""

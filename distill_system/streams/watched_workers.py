@@ -23,7 +23,8 @@ class WatchedWorkers:
         self._workers = workers
         self._clock = clock
         self._activity = PoolClock(workers.members, clock())
-        self._calls: dict[Reference, int] = {}
+        # Each with its worker and when it began.
+        self._calls: dict[Reference, tuple[int, float]] = {}
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -48,9 +49,20 @@ class WatchedWorkers:
     def start(self, worker_id: int, method: str, *arguments: Any) -> Reference:
         """See Workers."""
         reference = self._workers.start(worker_id, method, *arguments)
-        self._activity.begin(worker_id, self._clock())
-        self._calls[reference] = worker_id
+        self._begin(reference, worker_id)
         return reference
+
+    def start_with_receipt(
+        self, worker_id: int, method: str, *arguments: Any
+    ) -> tuple[Reference, Reference]:
+        """See Workers; the call ends with its receipt."""
+        receipt, result = self._workers.start_with_receipt(worker_id, method, *arguments)
+        self._begin(receipt, worker_id)
+        return receipt, result
+
+    def current(self, result: Reference) -> Reference:
+        """See Workers."""
+        return self._workers.current(result)
 
     def finish(
         self,
@@ -91,6 +103,11 @@ class WatchedWorkers:
             together_seconds=together_seconds,
         )
 
+    def find_overdue(self, seconds: float) -> list[int]:
+        """Workers of which a call is under way for longer than this."""
+        since = self._clock() - seconds
+        return sorted({worker for worker, began in self._calls.values() if began < since})
+
     def end(self, references: Iterable[Reference]) -> None:
         """Those of these calls that are this group's, and still counted, have ended."""
         for reference in references:
@@ -103,7 +120,7 @@ class WatchedWorkers:
     def leave(self, worker_id: int) -> None:
         """A worker is gone, and with it the calls that it had under way."""
         self._activity.leave(worker_id, self._clock())
-        self._calls = {call: worker for call, worker in self._calls.items() if worker != worker_id}
+        self._calls = {call: at for call, at in self._calls.items() if at[0] != worker_id}
 
     def wait_for(self, reason: Wait) -> None:
         """From now on, workers without a call are idle for this reason."""
@@ -117,7 +134,12 @@ class WatchedWorkers:
         """What the pool did since this was last asked."""
         return self._activity.pop(self._clock(), queued=queued)
 
+    def _begin(self, reference: Reference, worker_id: int) -> None:
+        now = self._clock()
+        self._activity.begin(worker_id, now)
+        self._calls[reference] = (worker_id, now)
+
     def _end(self, reference: Reference, busy_seconds: float | None) -> None:
-        worker = self._calls.pop(reference, None)
-        if worker is not None:
+        if reference in self._calls:
+            worker, _ = self._calls.pop(reference)
             self._activity.end(worker, self._clock(), busy_seconds=busy_seconds)

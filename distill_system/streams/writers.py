@@ -106,17 +106,20 @@ class Writers:
             while self._buffer.num_writing(worker) and len(state.slices) < SLICES_IN_FLIGHT:
                 self._begin_slice(worker, state)
 
+    def awaits(self, reference: Reference) -> bool:
+        """Whether this slice is under way at a worker that is still there."""
+        return reference in self._worker_of
+
     def collect(self, references: Sequence[Reference]) -> list[Trajectory]:
         """Take in slices that have ended; what they finished, in the order of the references.
 
-        Raises: what a worker raised.
+        Raises: what a worker raised; nothing has changed then.
         """
-        workers = [self._worker_of.pop(reference) for reference in references]
         ended: list[DecodeSlice] = self.workers.finish(
             references, what="rollouts", busy_seconds=lambda decoded: decoded.busy_seconds
         )
-        for worker, reference, decoded in zip(workers, references, ended, strict=True):
-            self._take_in(worker, reference, decoded)
+        for reference, decoded in zip(references, ended, strict=True):
+            self._take_in(self._worker_of.pop(reference), reference, decoded)
         return [trajectory for decoded in ended for trajectory in decoded.trajectories]
 
     def join(self, worker: int, *, version: int) -> None:

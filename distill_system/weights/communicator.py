@@ -6,31 +6,34 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import BroadcastOptions, TCPStore  # type: ignore[attr-defined]  # is there
+from torch.distributed import BroadcastOptions
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
-from distill_system.weights.transport import SENDER
+from distill_system.weights.meeting import join_store
 
 
 class GlooCommunicator:
     """The part of vLLM's PyNcclCommunicator that weight transfer uses, over torch's gloo.
 
     It stands outside torch.distributed's default process group, which belongs to the learner's
-    ranks. Rank 0 listens at address:port; every call fails after timeout_seconds.
+    ranks. A store listens at address:port (meeting.open_store); every call fails after
+    timeout_seconds, or at once when the store closes before all have joined.
+
+    Raises: ResourceError if a rank does not come, or some do not reach one another.
     """
 
     def __init__(
         self, *, address: str, port: int, rank: int, world_size: int, timeout_seconds: float
     ) -> None:
-        timeout = timedelta(seconds=timeout_seconds)
-        store = TCPStore(
+        store = join_store(
             address,
             port,
-            world_size,
-            is_master=rank == SENDER,
-            timeout=timeout,
-            multi_tenant=True,  # an earlier group of this process may not have let the port go yet
+            rank=rank,
+            world_size=world_size,
+            timeout_seconds=timeout_seconds,
+            group="the weight-transfer group",
         )
+        timeout = timedelta(seconds=timeout_seconds)
         self._group: Any = ProcessGroupGloo(store, rank, world_size, timeout)
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> Any:

@@ -128,9 +128,9 @@ class WeightPublisher:
                     port=master_port,
                     world_size=1 + num_receivers,
                     bucket_bytes=bucket_bytes,
-                    # Longer than the wait for the workers' answers, which names the worker that is
-                    # late; gloo's own error names none. NCCL has its own timeout.
-                    timeout_seconds=2 * timeout_seconds,
+                    # Shorter than the wait for the workers' answers: those that wait for one that
+                    # hangs say so in time, and the one that says nothing is it.
+                    timeout_seconds=timeout_seconds,
                 )
             else:
                 self._engine = GlooSender()

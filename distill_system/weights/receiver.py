@@ -33,6 +33,7 @@ class WeightReceiver:
         self._bucket_bytes = 0
         self._sealed = SealedBuckets()
         self._arrived: Buckets | None = None
+        self._is_whole = True
 
     def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
         """Join the sender's group; blocks until every receiver has joined."""
@@ -79,16 +80,21 @@ class WeightReceiver:
     def finish_weight_update(self) -> None:
         """Put what has arrived into the model's parameters, rounded to their dtype."""
         assert self._arrived is not None, "update_weights comes before"
+        self._is_whole = False
         for index in range(len(self._arrived.buffers)):
             for name, tensor in self._arrived.unpack(index):
                 self._parameters[name].copy_(tensor)
-        self._arrived = None
+        self._arrived, self._is_whole = None, True
 
     def received_seal(self) -> tuple[int, int]:
         """Bytes and digest of the last transfer."""
         seal = self._sealed.received
         assert seal is not None, "weights have come"
         return seal.num_bytes, seal.digest
+
+    def holds_whole_weights(self) -> bool:
+        """Whether the model holds one version's weights, and not parts of two."""
+        return self._is_whole
 
     def _require_own(self, coming: Sequence[ParameterShape]) -> None:
         """Refuse weights that are not this model's, name by name and shape by shape."""

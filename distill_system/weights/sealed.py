@@ -27,7 +27,11 @@ class SealedWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc
     """Receives, verifies, loads; used as it is for NCCL, subclassed for gloo.
 
     While it loads, the device holds the model's bytes twice.
+
+    is_whole: whether the model holds one version's weights, and not parts of two.
     """
+
+    is_whole = True
 
     def start_weight_update(self) -> None:
         """Does nothing: vLLM calls it before receiving, and its own version frees the old weights.
@@ -43,10 +47,16 @@ class SealedWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc
         if self.model_update_group is None:
             raise TransferError("weights were sent before this worker joined a transfer group")
         buckets = self._receive(update_info)
+        self.is_whole = False
         super().start_weight_update()
         with disable_mtp_completeness_check():
             for index in range(len(buckets.buffers)):
                 self.model.load_weights(buckets.unpack(index))
+
+    def finish_weight_update(self) -> None:
+        """vLLM's end of an update; the model's weights are whole again."""
+        super().finish_weight_update()
+        self.is_whole = True
 
     @cached_property
     def sealed(self) -> SealedBuckets:
@@ -80,3 +90,7 @@ class ReceivesWeights:
         """Bytes and digest of the last transfer."""
         seal = self.weight_transfer_engine.sealed.received
         return seal.num_bytes, seal.digest
+
+    def holds_whole_weights(self) -> bool:
+        """Whether the model holds one version's weights, and not parts of two."""
+        return bool(self.weight_transfer_engine.is_whole)

@@ -7,6 +7,7 @@ from typing import Any
 
 from distill_system.weights.client import WeightSyncClient
 from distill_system.weights.communicator import GlooCommunicator
+from distill_system.weights.meeting import open_store
 from distill_system.weights.transport import SENDER, run_in_background
 
 
@@ -16,8 +17,9 @@ class GlooSender:
     model_update_group: None on other ranks, and once it is closed.
     """
 
-    def __init__(self, group: GlooCommunicator | None = None) -> None:
+    def __init__(self, group: GlooCommunicator | None = None, store: Any = None) -> None:
         self.model_update_group: Any = group
+        self._store = store
 
     @classmethod
     def open(
@@ -32,7 +34,9 @@ class GlooSender:
     ) -> GlooSender:
         """Open the group while every receiver joins it; returns when all have joined."""
         # Opening a group blocks until every rank is there, and the receivers join only when they
-        # are called: so rank 0 opens it in the background and then calls them.
+        # are called: so rank 0 opens it in the background and then calls them. If a call fails, the
+        # store is dropped on the way out, and with it the wait of all others.
+        store = open_store(address=address, port=port, timeout_seconds=timeout_seconds)
         opening: Future[GlooCommunicator] = run_in_background(
             lambda: GlooCommunicator(
                 address=address,
@@ -54,10 +58,10 @@ class GlooSender:
                 "timeout_seconds": timeout_seconds,
             }
         )
-        return cls(opening.result())
+        return cls(opening.result(), store)
 
     def shutdown(self) -> None:
         """Leave the group."""
         if self.model_update_group is not None:
             self.model_update_group.destroy()
-            self.model_update_group = None
+            self.model_update_group = self._store = None

@@ -63,6 +63,13 @@ class ForkedWorkers:
         self.sent[worker_id] += 1
         return Call(worker_id, self.sent[worker_id])
 
+    def start_with_receipt(self, worker_id: int, method: str, *arguments: Any) -> tuple[Call, Call]:
+        raise AssertionError("no rank has a method that gives receipts")
+
+    def current(self, result: Call) -> Call:
+        assert isinstance(result, Call), f"expected a call of this group, got {result!r}"
+        return result
+
     def ask(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What a module's function says of every worker."""
         calls = [self.start(worker, function, *arguments) for worker in self.members]

@@ -44,6 +44,7 @@ class LocalWorkers:
         self.stands_for = stands_for
         self.calls: list[tuple[int, str]] = []
         self._next_id = len(self.objects)
+        self._num_vacant = 0
         self._begun: set[Done] = set()
         self._fetched: set[Done] = set()
 
@@ -53,7 +54,7 @@ class LocalWorkers:
 
     @property
     def count(self) -> int:
-        return len(self.objects)
+        return len(self.objects) + self._num_vacant
 
     def take_id(self) -> int:
         self._next_id += 1
@@ -63,6 +64,17 @@ class LocalWorkers:
         assert started.worker_id < self._next_id, "the id was not given out"
         assert started.worker_id not in self.objects, "the worker is in the group already"
         self.objects[started.worker_id] = started.handle
+        if started.place is not None:
+            self.close(started.place)
+
+    def vacate(self, worker_id: int) -> str:
+        self.remove(worker_id)
+        self._num_vacant += 1
+        return f"place of {worker_id}"
+
+    def close(self, place: str) -> None:
+        assert self._num_vacant > 0, f"{place} is filled, or was given back"
+        self._num_vacant -= 1
 
     def remove(self, worker_id: int) -> None:
         assert worker_id in self.objects, f"there is no worker {worker_id}"
@@ -77,6 +89,20 @@ class LocalWorkers:
         self._begun.add(call)
         return call
 
+    def start_with_receipt(self, worker_id: int, method: str, *arguments: Any) -> tuple[Call, Call]:
+        both = LocalWorkers.start(self, worker_id, method, *arguments)
+        if both.error is not None:
+            parts = Call(error=both.error), Call(error=both.error)
+        else:
+            receipt, result = both.value
+            parts = Call(value=receipt), Call(value=result)
+        self._begun.update(parts)
+        return parts
+
+    def current(self, result: Call) -> Call:
+        assert result in self._begun, "the call is another group's"
+        return result
+
     def finish(
         self,
         references: Sequence[Any],
@@ -88,7 +114,10 @@ class LocalWorkers:
         _check_wait(references, what=what, seconds=seconds)
         if not fetch:
             return []  # a failed call counts as done; whoever is handed its result fails
-        return [self._fetch(reference, what) for reference in references]
+        results = [self._look(reference, what) for reference in references]
+        assert len({*references}) == len(references), f"{what}: a result is asked for twice"
+        self._fetched.update(references)  # one failure fetches none: the others can be asked again
+        return results
 
     def wait_any(
         self,
@@ -103,11 +132,10 @@ class LocalWorkers:
         assert together_seconds >= 0
         return [*references, *unhurried]
 
-    def _fetch(self, reference: Done, what: str) -> Any:
+    def _look(self, reference: Done, what: str) -> Any:
         is_ours = reference in self._begun or not isinstance(reference, Call)
         assert is_ours, f"{what}: the call is another group's"
         assert reference not in self._fetched, f"{what}: the result was fetched before"
-        self._fetched.add(reference)
         if reference.error is not None:
             raise reference.error
         return reference.value

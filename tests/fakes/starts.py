@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distill_system.cluster import WorkerRequest
+from distill_system.errors import WorkerLostError
 from distill_system.workers import ElasticWorkers, StartedWorker
 
 
@@ -15,17 +16,30 @@ class LateStart:
     It refuses to be asked after its end.
     """
 
-    def __init__(self, request: WorkerRequest, worker_id: int, arguments: Mapping[str, Any]):
+    def __init__(
+        self,
+        request: WorkerRequest,
+        worker_id: int,
+        arguments: Mapping[str, Any],
+        place: Any = None,
+    ):
         self.request = request
+        self.place = place
+        self.is_placed = False
         self.worker_id = worker_id
         self.arguments = arguments
         self.is_ready = False
         self.error: Exception | None = None
+        self.no_place = ""
         self.is_over = False
 
     @property
     def name(self) -> str:
         return f"{self.request.name}-{self.worker_id}"
+
+    @property
+    def is_unplaced(self) -> bool:
+        return not self.is_placed
 
     def poll(self) -> StartedWorker | None:
         assert not self.is_over, f"{self.name} is polled after its end"
@@ -35,7 +49,7 @@ class LateStart:
         if not self.is_ready:
             return None
         worker = self.request.worker_class(**self.arguments)
-        return StartedWorker(self.worker_id, worker, None)
+        return StartedWorker(self.worker_id, worker, self.place)
 
     def cancel(self) -> None:
         assert not self.is_over, f"{self.name} is cancelled after its end"
@@ -43,17 +57,29 @@ class LateStart:
 
 
 class LateStarts:
-    """Implements elastic_pools.Starts; every start it began is in `starts`."""
+    """Implements elastic_pools.Starts; every start it began is in `starts`.
+
+    dead: workers that the next pop_lost tells of.
+    """
 
     def __init__(self) -> None:
         self.starts: list[LateStart] = []
+        self.dead: list[WorkerLostError] = []
+
+    def pop_lost(self) -> list[WorkerLostError]:
+        dead, self.dead = self.dead, []
+        return dead
 
     def begin_worker(
-        self, request: WorkerRequest, worker_id: int, arguments: Mapping[str, Any]
+        self,
+        request: WorkerRequest,
+        worker_id: int,
+        arguments: Mapping[str, Any],
+        place: Any = None,
     ) -> LateStart:
         expected = set(request.arguments[0])
         assert set(arguments) == expected, f"expected {expected}, got {set(arguments)}"
-        start = LateStart(request, worker_id, arguments)
+        start = LateStart(request, worker_id, arguments, place)
         assert start.name not in {other.name for other in self.starts}, "the id is given twice"
         self.starts.append(start)
         return start

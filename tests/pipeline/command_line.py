@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from machines import Machine
 
+ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 150
 MARK = "DISTILL_SYSTEM_TEST_MARK"
+MESSAGE = re.compile(r"^(?:[A-Z]\w*Error|Interrupted): ", re.MULTILINE)
 
 
 def write_rows(path: Path, count: int, *, first: int, num_words: int = 3) -> None:
@@ -69,10 +73,14 @@ def write_configuration(folder: Path, teacher: Path, student: Path) -> Path:
 
 @dataclass
 class Run:
-    """One call of the command line, under way or done; its processes carry a mark."""
+    """One call of the command line, under way or done; its processes carry a mark.
+
+    log: where its output goes, both kinds; None keeps it until finish, 64 KiB of each at most.
+    """
 
     process: subprocess.Popen[str]
     mark: str
+    log: Path | None = None
     stdout: str = ""
     stderr: str = ""
 
@@ -83,7 +91,10 @@ class Run:
 
     def finish(self, seconds: float = DEADLINE_SECONDS) -> Run:
         """Wait for the end."""
-        self.stdout, self.stderr = self.process.communicate(timeout=seconds)
+        stdout, stderr = self.process.communicate(timeout=seconds)
+        if self.log is not None:
+            stderr = self.log.read_text()
+        self.stdout, self.stderr = stdout or "", stderr or ""
         return self
 
     def end(self) -> None:
@@ -115,18 +126,47 @@ class Run:
             return False
 
 
-def start(command: str, *arguments: object) -> Run:
-    """Begin `distill-system <command> ...` in a process group of its own."""
+def without_vllm(folder: Path) -> dict[str, str]:
+    """Variables under which vLLM cannot be imported, by a command and by all its workers."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text('import sys\nsys.modules["vllm"] = None\n')
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+
+
+def start(
+    command: str,
+    *arguments: object,
+    machine: Machine | None = None,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+) -> Run:
+    """Begin `distill-system <command> ...` in a process group of its own.
+
+    machine: where it runs, if not here.  environment: variables beside this process's own.
+    log: a file for its output, for a run whose output nobody reads while it goes on.
+    """
     mark = uuid.uuid4().hex
+    line = [sys.executable, "-m", "distill_system", command, *map(str, arguments)]
+    file = None if log is None else log.open("w")
     process = subprocess.Popen(
-        [sys.executable, "-m", "distill_system", command, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        line if machine is None else machine.command(*line),
+        stdout=file or subprocess.PIPE,
+        stderr=file or subprocess.PIPE,
         text=True,
-        env={**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **(environment or {}), MARK: mark, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
-    return Run(process, mark)
+    if file is not None:
+        file.close()
+    return Run(process, mark, log)
+
+
+def assert_one_message(printed: str, *said: str) -> None:
+    """What a command that could not go on printed: one clear message, and no traceback."""
+    assert len(MESSAGE.findall(printed)) == 1, printed
+    assert "Traceback" not in printed
+    for part in said:
+        assert part in printed
 
 
 def wait_until(condition: Callable[[], Any], run: Run, seconds: float = DEADLINE_SECONDS) -> None:

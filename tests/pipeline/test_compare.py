@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pipeline.command_line import Run, write_configuration, write_rows
+from pipeline.command_line import Run, assert_one_message, write_configuration, write_rows
 
 Launch = Callable[..., Run]
 
@@ -24,6 +24,7 @@ def configuration(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Pat
     settings = json.loads(path.read_text())
     settings["data"]["student_sft"] = {"type": "jsonl", "path": "sft.jsonl"}
     settings["evaluation"] = {"metrics": ["exact_match", "rouge_l"]}
+    settings["rollout"]["engine"] = "transformers"  # it starts sooner
     path.write_text(json.dumps(settings))
     return path
 
@@ -45,6 +46,7 @@ def test_a_comparison_runs_equal_budgets_and_tells_what_failed(
     verdict = json.loads((folder / "compare.json").read_text())
     assert set(verdict["steps"].values()) == {3}
     assert "hopeless/seed_0" in verdict["problems"]
+    _assert_it_ended_at_the_last_good_checkpoint(folder / "hopeless/seed_0")
 
     rows = {name: _distill_rows(folder / name / "seed_0") for name in ("sft", "kl_mixture")}
     assert all("learner/off_policy_loss" in row for row in rows["sft"])
@@ -61,6 +63,14 @@ def test_a_comparison_runs_equal_budgets_and_tells_what_failed(
     table = (folder / "compare.md").read_text()
     assert "NonFiniteError" not in table, "what failed is tried again"
     assert "RunStateError" in table
+
+
+def _assert_it_ended_at_the_last_good_checkpoint(run: Path) -> None:
+    """The run whose loss is no number: its own log tells it, and it exported nothing."""
+    told = ("NonFiniteError: learner-0:", "at step 1", "learning rate")
+    assert_one_message(run.with_suffix(".log").read_text(), *told)
+    assert [path.name for path in (run / "checkpoints/distill").iterdir()] == ["step_000001"]
+    assert not (run / "student").exists()
 
 
 def _distill_rows(run: Path) -> list[dict[str, float]]:

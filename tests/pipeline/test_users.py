@@ -1,15 +1,19 @@
-"""What a person does after a run: takes its best student, evaluates it again."""
+"""What a person does after a run: takes its best student, evaluates it again.
+
+All of it without vLLM: the transformers engine writes, and nothing else may need the other one.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pipeline.command_line import Run, write_configuration, write_rows
+from pipeline.command_line import Run, without_vllm, write_configuration, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +23,16 @@ Launch = Callable[..., Run]
 @pytest.fixture
 def configuration(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
     teacher, student = tiny_model_folder(seed=1), tiny_model_folder(seed=2, num_layers=1)
-    return write_configuration(tmp_path, teacher, student)
+    path = write_configuration(tmp_path, teacher, student)
+    settings = _read(path)
+    settings["rollout"]["engine"] = "transformers"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture
+def launch_without_vllm(launch: Launch, tmp_path: Path) -> Launch:
+    return partial(launch, environment=without_vllm(tmp_path / "without_vllm"))
 
 
 def _read(path: Path) -> Any:
@@ -27,11 +40,11 @@ def _read(path: Path) -> Any:
 
 
 def test_a_run_stops_early_and_exports_its_best_student_as_it_was_evaluated(
-    configuration: Path, launch: Launch
+    configuration: Path, launch_without_vllm: Launch
 ) -> None:
     """The rate is so high that the first steps are the best; measured is what bfloat16 holds."""
     lowest_loss = "metric: held_out/cross_entropy, mode: min"
-    train = launch(
+    train = launch_without_vllm(
         "train",
         configuration,
         "distill.steps=30",
@@ -43,14 +56,17 @@ def test_a_run_stops_early_and_exports_its_best_student_as_it_was_evaluated(
     ).finish()
     assert train.code == 0, train.stderr
     run = configuration.parent / "run"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["metrics"]["held_out/cross_entropy"] for row in rows]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line)["metrics"] for line in lines]
+    _assert_engine_and_learner_read_alike(rows)
+    losses = [row["held_out/cross_entropy"] for row in rows]
     lowest = min(range(len(losses)), key=losses.__getitem__)
     assert len(losses) == lowest + 3 < 31, "two measurements without a gain after the best"
     assert "distill.early_stopping: held_out/cross_entropy was not better" in train.stderr
 
     after = _read(run / "evaluations/after.json")
-    assert after["step"] == max(lowest, 1), "of the best checkpoint; there is none of step 0"
+    best_step = min(range(1, len(losses)), key=losses.__getitem__)
+    assert after["step"] == best_step, "of the best checkpoint; there is none of step 0"
     best = run / f"checkpoints/distill/step_{after['step']:06d}"
     best_weights = load_file(best / "model/shard-00001-model-00001-of-00001.safetensors")
     exported = load_file(run / "student/model.safetensors")
@@ -67,7 +83,16 @@ def test_a_run_stops_early_and_exports_its_best_student_as_it_was_evaluated(
         written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
         assert tokenizer.decode(written, skip_special_tokens=True) == shown["greedy"]
 
-    _evaluate_again(configuration, launch, run)
+    _evaluate_again(configuration, launch_without_vllm, run)
+
+
+def _assert_engine_and_learner_read_alike(rows: list[dict[str, float]]) -> None:
+    """After each update: the weights that the learner made are those that wrote the next text."""
+    gaps = [row["learner/logprob_gap"] for row in rows[1:]]
+    held_out = [row["held_out/max_logprob_gap"] for row in rows]
+    assert max(gaps) < 1e-4
+    assert max(held_out) < 1e-4
+    assert all(row["learner/gradient_norm"] > 0 for row in rows[1:])
 
 
 def _evaluate_again(configuration: Path, launch: Launch, run: Path) -> None:

@@ -334,6 +334,7 @@ def test_a_bfloat16_engine_holds_the_learners_weights_on_average(
     bfloat16 = ENGINE.model_copy(update={"dtype": "bfloat16"})
     folder = tiny_model_folder(tie_word_embeddings=True, vocab_size=VOCABULARY)
     worker = _start_worker(folder, index=2, engine=bfloat16)
+    ray.get(worker.ready.remote())
     wire = WireFormat(dtype=torch.bfloat16, seed=1)
     [version, _] = setting.versions()
     whole = setting.publish(version + 1).num_bytes

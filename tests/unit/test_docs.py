@@ -26,7 +26,9 @@ from distill_system.cli import app
 from distill_system.config import RunConfig, load_config
 from distill_system.config.foreign_keys import OURS
 from distill_system.config.schema import Slot, root_slot
-from distill_system.observe.metrics import to_gauge_name
+from distill_system.observe.run_gauges import Rate, describe_load
+from distill_system.observe.series import PREFIX, to_series
+from distill_system.records import EngineLoad
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "distill_system"
@@ -55,9 +57,14 @@ OF_OTHERS = {
     *("use_vllm", "learning_rate", "warmup_steps", "weight_decay"),
     # vLLM
     *("LLMEngine", "VLLM_TARGET_DEVICE"),
-    # torch, Ray, Prometheus, transformers, glibc
+    # torch, Ray, Prometheus, transformers, glibc, gloo, NCCL
+    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
     *("async_save", "varlen_attn", "AttentionInterface", "use_deterministic_algorithms"),
     *("PlacementGroup", "prom_metrics_service_discovery", "file_sd_configs"),
+    *("RAY_PROMETHEUS_HOST", "RAY_PROMETHEUS_NAME", "RAY_GRAFANA_HOST", "RAY_GRAFANA_IFRAME_HOST"),
+    *("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_PROJECT"),
+    *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "MLFLOW_EXPERIMENT_NAME"),
+    *("TRACKIO_PROJECT", "TRACKIO_SPACE_ID", "HF_TOKEN"),
     *("MALLOC_MMAP_THRESHOLD_", "getsignal"),
     # Kubernetes, Ray
     *("ReadWriteMany", "RAY_USE_TLS"),
@@ -513,7 +520,11 @@ def _snake_words(page: Path) -> list[str]:
 def test_every_word_with_an_underscore_is_one_of_the_code() -> None:
     """The net under the tests above: a key without its path, an argument, a field, a phase."""
     known = _definitions().words | OF_OTHERS
-    known |= {f"ray_{to_gauge_name(metric)}" for metric in documented_metrics()}
+    filled = [re.sub(r"<\w+>", "learner", name) for name in documented_metrics()]
+    known |= {PREFIX + to_series(metric).name for metric in filled}
+    known |= {f"ray_{word}" for word in known if word.startswith("distill_")}
+    load = EngineLoad(running=0, waiting=0, cache_use=0.0, written_tokens=0, version=0)
+    known |= {f"ray_distill_engine_{word}" for word in describe_load(load, Rate(), 0.0)}
     assert _misses(OF_TODAY, _snake_words, known.__contains__) == []
 
 

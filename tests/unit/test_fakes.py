@@ -8,6 +8,7 @@ from pickle import PicklingError
 from typing import Any
 
 import pytest
+from fakes.direct_transfer import DirectTransfer
 from fakes.forked_workers import Call as ForkedCall
 from fakes.forked_workers import ForkedWorkers
 from fakes.interfaces import find_misfits
@@ -22,6 +23,7 @@ from distill_system.cluster.starting import StartingWorker
 from distill_system.elastic.elastic_pools import Starting, Starts
 from distill_system.learner import LearnerGroup
 from distill_system.run.checkpoints import Saver
+from distill_system.run.transfer_group import TransferGroup
 from distill_system.weights import FanOutClient
 from distill_system.weights.client import EveryRolloutWorker, WeightSyncClient
 from distill_system.workers import ElasticWorkers, StartedWorker, Workers
@@ -37,6 +39,7 @@ from distill_system.workers import ElasticWorkers, StartedWorker, Workers
         (LateStart, Starting, ()),
         (LateStarts, Starts, ()),
         (TextSaver, Saver, ()),
+        (DirectTransfer, TransferGroup, ()),
     ],
 )
 def test_a_fake_has_exactly_the_members_of_its_interface(

@@ -33,7 +33,8 @@ from distill_system.cli import app
 
 runs = Path(sys.argv[1])
 quickstart = "configs/quickstart.yaml"
-planned = CliRunner().invoke(app, ["plan", quickstart, "rollout.engine=transformers"])
+few = [f"data.{name}.num_examples=99" for name in ("teacher_sft", "student_sft", "prompts")]
+planned = CliRunner().invoke(app, ["plan", quickstart, "rollout.engine=transformers", *few])
 assert planned.exit_code == 0, planned.output
 assert "transformers" in planned.output, planned.output
 assert "vLLM" not in planned.output, planned.output

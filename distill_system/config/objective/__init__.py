@@ -12,10 +12,11 @@ from pydantic import Field
 
 from distill_system.config.objective.ammd import AmmdConfig
 from distill_system.config.objective.minillm import MinillmConfig
-from distill_system.config.objective.needs import MOMENTS, StreamName, TeacherNeeds
+from distill_system.config.objective.needs import HELD_OUT, MOMENTS, StreamName, TeacherNeeds
 from distill_system.config.objective.token_matching import TokenMatchingConfig
 
 __all__ = [
+    "HELD_OUT",
     "MOMENTS",
     "AmmdConfig",
     "MinillmConfig",

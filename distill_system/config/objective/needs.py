@@ -92,6 +92,9 @@ NOTHING = TeacherNeeds()
 DISTRIBUTION = TeacherNeeds(features=True)
 MOMENTS = TeacherNeeds(features=True, expected_embedding=True)
 """What both moment-matching distances are measured from, whatever the objective."""
+HELD_OUT = MOMENTS | TeacherNeeds(top_k=16)
+"""What is asked of the teacher on the student's held-out text: the tokens that it finds most likely
+are compared with the student's, too."""
 
 
 class ObjectiveModel(ConfigModel):

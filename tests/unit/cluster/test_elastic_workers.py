@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -142,6 +143,12 @@ def test_a_worker_without_a_place_is_demand_until_it_is_given_up(session: Cluste
     )
     with pytest.raises(ResourceError, match=expected):
         _wait_until_ready(starting)
+    [node] = ray.nodes()
+    assert re.fullmatch(
+        r"no place for \{'CPU': 0\.5, 'huge_memory': 2\.0\}: free \{'CPU': \S+\} of "
+        rf"\{{'CPU': \S+\}} on {re.escape(node['NodeName'])}",
+        starting.no_place,
+    )
     _wait_for_demand([])
 
 

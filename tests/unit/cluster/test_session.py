@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,9 +20,11 @@ from ray._private import ray_constants
 
 from distill_system.cluster import ClusterSession, RayWorkers
 from distill_system.cluster.listening import local_arguments
+from distill_system.cluster.predecessors import wait_until_gone
 from distill_system.config import RunConfig
 from distill_system.config.pools import ClusterConfig, PoolConfig
-from distill_system.errors import ResourceError, WorkerError
+from distill_system.errors import ResourceError, RunStateError, WorkerError
+from distill_system.logs import log_environment
 
 Start = Callable[..., RayWorkers]
 QUICKSTART = Path(__file__).parents[3] / "configs/quickstart.yaml"
@@ -63,6 +67,25 @@ def test_each_worker_has_its_arguments_environment_and_process(workers: Start, g
     assert len(set(_pids(group))) == 2
     seen = [group.start(index, "visible_gpus") for index in range(2)]
     assert group.finish(seen, what="GPUs") == ["", ""]  # none was asked for
+
+
+@pytest.mark.parametrize("gang", [False, True])
+def test_workers_and_places_are_called_after_run_pool_and_index(workers: Start, gang: bool) -> None:
+    """As Ray's dashboard shows them; two pools of one name do not get in each other's way."""
+    before = _names()
+    for _ in range(2):
+        _pids(workers(Sitter, arguments=[{}, {}], gang=gang))
+    called = sorted(name.rpartition(" ")[0] for name in _names() - before)
+    each = ["quickstart sitter-0", "quickstart sitter-1"]
+    # two workers each, and a place each or one for both
+    expected = [*each, "quickstart sitter"] if gang else [*each, *each]
+    assert called == sorted(expected * 2)
+
+
+def _names() -> set[str]:
+    """Of all workers and places that the session has or had."""
+    places = ray.util.placement_group_table().values()
+    return {*ray.util.list_named_actors(), *(place["name"] for place in places)}
 
 
 def test_stopping_ends_the_processes_and_gives_their_resources_back(
@@ -149,3 +172,74 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(ResourceError, match=r"RAY_ADDRESS=127\.0\.0\.1:9.*unset RAY_ADDRESS"):
         ClusterSession(config, notify=print).__enter__()
+
+
+DRIVER = """
+import sys, time
+import ray
+ray.init(address=sys.argv[1], namespace=sys.argv[2], log_to_driver=False, logging_level="ERROR")
+
+@ray.remote(num_cpus=0)
+class Sitter:
+    def ready(self):
+        return True
+
+sitter = Sitter.options(name="learner-0-abcdef").remote()
+ray.get(sitter.ready.remote())
+print("begun", flush=True)
+time.sleep(300)
+"""
+
+
+def test_workers_of_a_killed_driver_are_waited_for_and_those_of_a_living_one_refuse(
+    session: ClusterSession,
+) -> None:
+    """What a retry meets that begins as soon as its driver was killed."""
+    arguments = [sys.executable, "-c", DRIVER, ray.get_runtime_context().gcs_address, "another"]
+    said: list[str] = []
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as driver:
+        try:
+            assert driver.stdout.readline() == "begun\n"
+            wait_until_gone("a third", notify=said.append, seconds=0.0)
+            with pytest.raises(RunStateError, match=r"trains this run already.*learner-0-abcdef"):
+                wait_until_gone("another", notify=said.append, seconds=0.5)
+        finally:
+            driver.kill()
+    wait_until_gone("another", notify=said.append, seconds=60.0)
+    assert said[0] == "waiting for workers of a driver before this one to end: learner-0-abcdef"
+
+
+def test_each_worker_has_a_log_of_its_own(workers: Start, tmp_path: Path) -> None:
+    environment = log_environment(tmp_path / "logs", level="info", json_lines=False)
+    [pid] = _pids(workers(Sitter, environment=environment))
+    first, second = (tmp_path / "logs/sitter-0.log").read_text().splitlines()
+    assert re.search(rf" INFO  sitter-0 begins: process {pid} on \S+, whose streams are /", first)
+    [streams] = re.findall(r"streams are (\S+)$", first)
+    assert list(Path(streams).parent.glob(f"{Path(streams).name}.out"))
+    assert re.search(r" INFO  sitter-0 is ready after \d+\.\d s$", second)
+
+
+class Breaker(Sitter):
+    """Cannot start."""
+
+    def __init__(self) -> None:
+        raise ResourceError("no memory for it")
+
+
+def test_a_worker_that_cannot_start_says_so_in_its_log(workers: Start, tmp_path: Path) -> None:
+    environment = log_environment(tmp_path, level="error", json_lines=True)
+    with pytest.raises(ResourceError, match="no memory"):
+        _pids(workers(Breaker, environment=environment))
+    [line] = (tmp_path / "breaker-0.log").read_text().splitlines()
+    row = json.loads(line)
+    assert (row["level"], row["message"]) == ("error", "breaker-0 could not start")
+    assert row["traceback"].endswith("ResourceError: no memory for it\n")
+
+
+def test_a_node_without_the_runs_folder_is_told_before_anything_is_learned(
+    workers: Start, tmp_path: Path
+) -> None:
+    environment = log_environment(tmp_path / "runs/mine/logs", level="info", json_lines=False)
+    with pytest.raises(RunStateError, match=rf"sitter-0 on .*{tmp_path}/runs/mine is not there"):
+        _pids(workers(Sitter, environment=environment))
+    assert not (tmp_path / "runs").exists()

@@ -10,13 +10,14 @@ from fakes.hand_clock import HandClock
 from fakes.text_saver import TextSaver
 
 from distill_system.driver.recorder import RunRecorder
-from distill_system.errors import ConfigError, NonFiniteError
+from distill_system.errors import CollapseError, ConfigError, NonFiniteError
 from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
 from distill_system.observe.metrics import read_metrics
 from distill_system.observe.prompt_log import read_prompts
 from distill_system.observe.run_directory import read_json, write_json
 from distill_system.records import PoolActivity, StepResult
 
+LENGTH = "learner/mean_student_response_tokens"
 BEST = "distill.keep_best={metric: held_out/on_policy_distance, mode: min}"
 
 
@@ -41,11 +42,16 @@ class _Streams:
         self.position = state["position"]
 
 
+NO_FAULTS: Any = SimpleNamespace(step=0, metrics=dict)
+
+
 @pytest.fixture
 def live(configure, tmp_path):
     """One life: steps until `until`, checkpoints after `saves`; then it ends as if by signal 9."""
 
-    def run(*, until, saves=(), resume=False, overrides=(), failure=None, leaves=False):
+    def run(
+        *, until, saves=(), resume=False, overrides=(), failure=None, leaves=False, lengths=None
+    ):
         config = configure("distill.keep_checkpoints=1", *overrides)
         run = RunDirectory(tmp_path / "books")
         learner = TextSaver("0", writing=True)
@@ -61,7 +67,7 @@ def live(configure, tmp_path):
                 resume=resume,
             )
             pools: Any = SimpleNamespace(learner=learner)
-            recorder = RunRecorder(context, pools, streams)
+            recorder = RunRecorder(context, pools, streams, NO_FAULTS)
             first = recorder.open()
             assert (int(learner.text), streams.position) == (first, first)
             if first == 0:
@@ -71,8 +77,13 @@ def live(configure, tmp_path):
                     streams.feed()
                     learner.text = str(done)
                     recorder.write(done, {"learner/loss": 1.0 / done})
+                    if lengths is not None:
+                        recorder.watch_text({LENGTH: lengths[done - 1]})
                     if done in saves:
                         recorder.checkpoint(done)
+                    if recorder.collapse.ends_run:
+                        recorder.checkpoint(done)
+                        recorder.leave(done)
                 if failure is not None:
                     raise failure
                 if leaves:
@@ -167,7 +178,7 @@ def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tm
     streams: Any = SimpleNamespace(
         is_asynchronous=True, pop_activity=lambda: pools, pop_counts=dict
     )
-    recorder = RunRecorder(context, no_pools, streams)
+    recorder = RunRecorder(context, no_pools, streams, NO_FAULTS)
     assert recorder.observe_scaling().waited_for is None
     for phase, seconds in (
         ("student_rollout", 0.001),
@@ -200,7 +211,7 @@ def test_a_second_look_forgets_the_waits_and_the_work_of_the_first(configure, tm
             for name in ("student_rollout", "teacher_rollout", "learner")
         },
     )
-    recorder = RunRecorder(context, no_pools, streams)
+    recorder = RunRecorder(context, no_pools, streams, NO_FAULTS)
     result = StepResult(step=0, metrics={}, num_response_tokens=1, seconds=1.0)
     recorder.describe_step(result, 6.0)
     first = recorder.observe_scaling()
@@ -211,3 +222,12 @@ def test_a_second_look_forgets_the_waits_and_the_work_of_the_first(configure, tm
     assert first.pools["student_rollout"].seconds == 10.0
     assert second.pools["student_rollout"].seconds == 20.0, "two steps, not all three"
     assert recorder.observe_scaling().pools == {}
+
+
+def test_a_run_whose_text_collapses_ends_with_a_whole_checkpoint_and_may_go_on(live):
+    lengths = [50.0, 50.0, 50.0, 50.0, 4.0, 4.0, 4.0, 4.0]
+    window = "distill.collapse.window=2"
+    with pytest.raises(CollapseError, match=r"mean length.*checkpoint after step 6 is complete"):
+        live(until=8, lengths=lengths, overrides=(window, "distill.collapse.action=stop"))
+    first, _run = live(until=8, lengths=lengths, resume=True, overrides=(window,))
+    assert first == 6

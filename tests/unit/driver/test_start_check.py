@@ -125,6 +125,7 @@ def make_check(configure, folders, readers):
             engines = engines or [Engine(folders[author], author)]
             return RolloutPool(LocalWorkers(engines, stands_for=RolloutWorker))
 
+        nothing: Any = None
         student_pool = pool(students, Author.STUDENT)
         pools = Pools(
             students=student_pool,
@@ -132,8 +133,9 @@ def make_check(configure, folders, readers):
             scorers=readers[1],
             learner=readers[0],
             evaluation=student_pool if evaluation is None else pool(evaluation, Author.STUDENT),
-            elastic={},
-            connect_rollouts=lambda: None,
+            ranks=nothing,
+            weights=nothing,
+            placed={},
         )
         notes: list[str] = []
         context: Any = SimpleNamespace(
@@ -305,10 +307,11 @@ def test_a_run_is_checked_under_its_first_weights_and_before_anything_is_measure
 
         driver = object.__new__(Driver)
         recorder = SimpleNamespace(open=lambda first=first: first, write=note("write"))
-        learner = SimpleNamespace(publish=note("publish"))
+        weights = SimpleNamespace(publish=note("publish"))
         fakes: dict[str, Any] = {
             "recorder": recorder,
-            "pools": SimpleNamespace(learner=learner),
+            "pools": SimpleNamespace(weights=weights),
+            "restarts": SimpleNamespace(goes_on_after=lambda first: None),
             "start_check": SimpleNamespace(run=note("check", result={"start_check/x": 1.0})),
             "measuring": SimpleNamespace(
                 evaluate_teacher=note("teacher"),
@@ -318,7 +321,7 @@ def test_a_run_is_checked_under_its_first_weights_and_before_anything_is_measure
         }
         driver.__dict__.update(fakes)
         with pytest.raises(EnoughError):
-            driver.run()
+            driver._live()
         assert calls[:3] == [("publish", first), ("check",), ("teacher",)]
         assert calls[3:] == (
             [("student", "before"), ("write", 0, {"start_check/x": 1.0, "y": 2.0})]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,25 @@ def test_it_returns_once_the_pool_has_the_size(run: RunDirectory) -> None:
     assert line.startswith("student_rollout: 1 of 3 workers (2 starting, asked for "), "after 5 s"
 
 
-def test_workers_still_on_their_way_at_the_deadline_are_the_answer(run: RunDirectory) -> None:
+def test_workers_still_on_their_way_at_the_deadline_are_an_error(run: RunDirectory) -> None:
     begun = PoolStatus(wanted=3, present=1, starting=2, since=time.time())
     answering = Answering(run, *[begun] * 99)
-    assert answering.scale("student_rollout=3", wait=1.25) == {"student_rollout": begun}
+    with pytest.raises(DeadlineError, match=r"1 of 3 workers \(2 starting, .*still on their way"):
+        answering.scale("student_rollout=3", wait=1.25)
     assert answering.clock.now == 1001.25
+
+
+def test_no_place_is_said_at_once_and_is_what_it_ends_with(run: RunDirectory) -> None:
+    begun = PoolStatus(wanted=3, present=1, starting=2, since=time.time())
+    lacking = replace(begun, no_place="no place for {'CPU': 1.0}: free {'CPU': 0.5} of ... on a")
+    answering = Answering(run, begun, *[lacking] * 99)
+    with pytest.raises(
+        ResourceError, match=r"1 of 3 workers .*no place for .* on a\. The run goes"
+    ):
+        answering.scale("student_rollout=3", wait=4.0)
+    assert answering.said == [
+        "student_rollout: no place for {'CPU': 1.0}: free {'CPU': 0.5} of ... on a"
+    ], "once, and before the first five seconds are over"
 
 
 def test_a_refusal_and_a_start_that_failed_are_errors(run: RunDirectory) -> None:

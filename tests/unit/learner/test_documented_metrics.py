@@ -9,7 +9,12 @@ from trajectories import make_trajectories
 
 from distill_system.config.distill import StalenessConfig
 from distill_system.config.model import LearnerConfig
-from distill_system.config.objective import AmmdConfig, MinillmConfig, TokenMatchingConfig
+from distill_system.config.objective import (
+    HELD_OUT,
+    AmmdConfig,
+    MinillmConfig,
+    TokenMatchingConfig,
+)
 from distill_system.config.objective.ammd import AdvantageConfig
 from distill_system.config.objective.token_losses import ReverseKlConfig
 from distill_system.config.objective.token_matching import HiddenMatchingConfig, RelationalConfig
@@ -42,7 +47,8 @@ OF_THE_DRIVER = {
 """Named so, but put in by the recorder, the streams and the driver's measuring."""
 
 
-def _scored(scorer, objective):
+def _scored(scorer, ask):
+    """ask: stream -> what the teacher is asked."""
     pool = ScoringPool(LocalWorkers([scorer]))
     parts = [
         (make_trajectories(8, Author.TEACHER), Stream.OFF_POLICY),
@@ -51,15 +57,13 @@ def _scored(scorer, objective):
     return [
         chunk
         for texts, stream in parts
-        for chunk in pool.start(
-            texts, stream, needs=objective.teacher_needs(stream.value), num_shares=1
-        )
+        for chunk in pool.start(texts, stream, needs=ask(stream.value), num_shares=1)
     ]
 
 
 def _step(make_learner, scorer, objective, **settings):
     group = LearnerGroup(LocalWorkers([make_learner(objective=objective, **settings)]))
-    return set(group.learn(3, _scored(scorer, objective)).metrics)
+    return set(group.learn(3, _scored(scorer, objective.teacher_needs)).metrics)
 
 
 @pytest.fixture
@@ -86,6 +90,6 @@ def test_steps_report_what_is_documented_and_nothing_else(reported):
 
 def test_measurements_report_what_is_documented_and_nothing_else(make_learner, scorer):
     group = LearnerGroup(LocalWorkers([make_learner()]))
-    measured = {f"held_out/{name}" for name in group.measure(_scored(scorer, AmmdConfig()))}
+    measured = {f"held_out/{name}" for name in group.measure(_scored(scorer, lambda _: HELD_OUT))}
     documented = {name for name in documented_metrics() if name.startswith("held_out/")}
     assert measured == documented - OF_THE_DRIVER

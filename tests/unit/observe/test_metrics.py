@@ -1,13 +1,14 @@
 import json
 import math
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill_system.errors import RunStateError
-from distill_system.observe.metrics import MetricLog, read_metrics, to_gauge_name
+from distill_system.observe.metrics import MetricLog, read_metrics
 from distill_system.observe.run_directory import RunDirectory
 
 
@@ -101,6 +102,34 @@ def test_a_run_without_metrics_has_no_rows(tmp_path: Path) -> None:
     assert read_metrics(RunDirectory(tmp_path)) == []
 
 
-def test_gauge_names_are_ones_prometheus_takes() -> None:
-    name = to_gauge_name("evaluation/in-distribution/exact match")
-    assert name == "distill_evaluation_in_distribution_exact_match"
+class Broken:
+    """A tracker whose server is gone from the second row on."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        self.num_rows += 1
+        if self.num_rows > 1:
+            raise ConnectionError("no route to host")
+
+    def truncate_after(self, stage: str, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        raise AssertionError("what is dropped is not asked again")
+
+
+def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    broken = Broken()
+    with MetricLog(RunDirectory(tmp_path), run_name="r", notify=said.append) as log:
+        log.add_tracker("somewhere", broken)
+        for step in range(4):
+            log.log("distill", step, {"a": 1.0})
+    assert broken.num_rows == 2
+    [line] = said
+    assert line.startswith("somewhere failed")
+    assert "no route to host" in line
+    assert len(read_metrics(RunDirectory(tmp_path))) == 4
+    assert len(read_scalars(RunDirectory(tmp_path), "distill", "distill/a")) == 4

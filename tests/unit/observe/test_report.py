@@ -103,7 +103,7 @@ def test_the_headline_says_by_how_much_and_how_sure(page: str) -> None:
         "Gradient norm",
         "Learning rate",
         "Sampler against learner",
-        "Mean length of the student&#39;s responses",
+        "Mean length of responses",
         "Responses that end by themselves",
         "Throughput by pool",
         "Share of step time by phase",

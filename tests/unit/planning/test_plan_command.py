@@ -16,6 +16,12 @@ from distill_system.stages.plan import PlannedRun, plan_run
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+FEW_ROWS = (
+    "data.teacher_sft.num_examples=200",
+    "data.student_sft.num_examples=200",
+    "data.prompts.num_examples=200",
+)
+"""Of the quickstart's 96,000, which take seconds to read."""
 PAPER = [str(ROOT / f"configs/paper/{n}.yaml") for n in ("ammd", "dolly", "openllama_7b_to_3b")]
 POOLS = ("student_rollout", "teacher_rollout", "teacher_scoring", "learner")
 GPUS = [f"pools.{pool}.gpus=1" for pool in ("student_rollout", "learner")]
@@ -27,7 +33,7 @@ def _run(*arguments: str):
 
 
 def test_the_quickstart_is_planned() -> None:
-    result = _run(QUICKSTART)
+    result = _run(QUICKSTART, *FEW_ROWS)
     assert result.exit_code == 0, result.output
     for pool in ("student_rollout", "teacher_rollout", "teacher_scoring", "learner"):
         assert pool in result.output
@@ -97,9 +103,9 @@ def test_gpus_that_are_elsewhere_are_a_note_and_a_cluster_is_asked_later(own, mo
 
 
 def test_a_method_is_planned_by_name(own) -> None:
-    done = _run(QUICKSTART, "--objective", "gkd")
+    done = _run(QUICKSTART, *FEW_ROWS, "--objective", "gkd")
     assert done.exit_code == 0, done.output
-    assert _run(QUICKSTART, "--objective", "GKD").exit_code == 1
+    assert _run(QUICKSTART, *FEW_ROWS, "--objective", "GKD").exit_code == 1
 
 
 def test_what_ray_gives_a_local_cluster_is_what_is_reckoned_with() -> None:
@@ -132,7 +138,7 @@ def test_a_hub_model_that_is_not_here_is_named(monkeypatch) -> None:
 def test_what_does_not_fit_names_the_keys_that_help() -> None:
     large = "student.architecture={hidden_size: 8192, intermediate_size: 28672, num_layers: 8, "
     large += "num_heads: 64, max_position_embeddings: 128}"
-    result = _run(QUICKSTART, large, *GPUS, "--device-gib", "80")
+    result = _run(QUICKSTART, large, *FEW_ROWS, *GPUS, "--device-gib", "80")
     assert result.exit_code == 1
     assert "learner does not fit: expected at most 80.0 GiB" in result.output
     assert "learner.shard_ranks" in result.output
@@ -150,7 +156,7 @@ def families(tmp_path: Path) -> list[str]:
 
 
 def test_models_of_other_families_are_planned_from_their_folders(families: list[str]) -> None:
-    plan = plan_run(load_config([QUICKSTART], families), device_gib=80).plan
+    plan = plan_run(load_config([QUICKSTART], [*families, *FEW_ROWS]), device_gib=80).plan
     assert plan is not None
     assert (plan.teacher.family, plan.student.family) == ("qwen2", "gpt2")
     assert plan.before == ()  # nothing is fine-tuned
@@ -238,7 +244,7 @@ def test_tensor_parallelism_divides_an_engines_weights(families: list[str]) -> N
     "name", ["ammd_paper", "ammd_soft_advantage", "dac_kl", "minillm", "sinkd", "top_k"]
 )
 def test_methods_are_planned_by_their_own_code(families: list[str], name: str) -> None:
-    config = load_config([QUICKSTART, recipe_path(name)], families)
+    config = load_config([QUICKSTART, recipe_path(name)], [*families, *FEW_ROWS])
     plan = plan_run(config, device_gib=80).plan
     assert plan is not None
     learner = next(worker for worker in plan.workers if worker.pool == "learner")

@@ -272,3 +272,23 @@ def test_a_model_that_cannot_be_loaded_is_named_with_the_reason(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ResourceError, match=r"was given a GPU, and torch .* sees none"):
         build(uses_gpu=True)
+
+
+def test_an_engine_says_what_it_has_to_do(build: Build) -> None:
+    """Of 8 requests 5 run at once; each step writes a token of each that runs."""
+    engine = build()
+    for number, prompt in enumerate(_prompts(8)):
+        engine.add(f"request-{number}", prompt, WARM, number)
+    before = engine.load()
+    assert (before.running, before.waiting, before.written_tokens) == (0, 8, 0)
+    done: dict[str, Completion] = {}
+    while before.running + before.waiting > 0:
+        finished = engine.decode(1e-6)  # a step, or until one has finished
+        done |= finished
+        now = engine.load()
+        assert now.running <= 5
+        assert now.running + now.waiting == 8 - len(done)
+        assert now.written_tokens > before.written_tokens
+        before = now
+    assert before.written_tokens == sum(each.token_ids.size for each in done.values())
+    assert before.cache_use is None

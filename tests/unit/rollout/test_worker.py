@@ -1,6 +1,7 @@
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from distill_system.config.rollout import EngineConfig
 from distill_system.errors import ModelError, RecordError, TransferError
-from distill_system.records import Author, Finish, Prompt, VersionSpan
+from distill_system.records import Author, EngineLoad, Finish, Prompt, VersionSpan
 from distill_system.rollout.engine import Completion
 from distill_system.rollout.sampling import Sampling
 from distill_system.rollout.worker import GenerationRequest, RolloutWorker, make_trajectory
@@ -122,6 +123,27 @@ class FakeEngine:
 
     def commit_version(self, version: int) -> None:
         self.version = version
+
+    import_seconds = start_seconds = 1.0
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(running=1, waiting=0, cache_use=None, written_tokens=9, version=3)
+
+
+def test_who_shows_the_engines_load_is_told_once_and_only_where_the_engine_stands() -> None:
+    shown: list[tuple[str, EngineLoad]] = []
+
+    class Report:
+        def start(self, worker: str, read_load: Callable[[], EngineLoad]) -> None:
+            shown.append((worker, read_load()))
+
+    engine = FakeEngine()
+    worker = _working(engine)
+    worker._load_report = Report()
+    assert shown == []
+    worker.ready()
+    worker.ready()
+    assert shown == [("teacher_rollout-0", engine.load())]
 
 
 def _working(engine: FakeEngine) -> RolloutWorker:

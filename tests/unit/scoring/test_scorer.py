@@ -71,7 +71,7 @@ def test_log_probabilities_come_back_in_order_from_all_scorers(tiny_model_folder
         expected = before.gather(1, ids[trajectory.num_prompt_tokens :, None])[:, 0]
         np.testing.assert_allclose(logprobs, expected, atol=1e-5)
     assert {worker for worker, _ in workers.calls} == {0, 1, 2}
-    assert ScoringPool(workers).shipped().num_response_tokens == 0, "it is no target"
+    assert ScoringPool(workers).pop_shipped().num_response_tokens == 0, "it is no target"
     assert len(ScoringPool(LocalWorkers(scorers)).read_logprobs(written[:2])) == 2
 
 
@@ -199,13 +199,15 @@ def test_bytes_on_the_wire_are_counted_by_field(tiny_model_folder):
 def test_a_pools_bytes_are_those_of_all_its_scorers(tiny_model_folder):
     scorers = [_scorer(tiny_model_folder()) for _ in range(2)]
     pool = ScoringPool(LocalWorkers(scorers))
-    assert pool.shipped().num_response_tokens == 0
+    assert pool.pop_shipped().num_response_tokens == 0
     trajectories = make_trajectories(6)
-    pool.start(trajectories, Stream.ON_POLICY, needs=TeacherNeeds(logprobs=True), num_shares=1)
+    pool.score(trajectories, Stream.ON_POLICY, needs=TeacherNeeds(logprobs=True), num_shares=1)
     tokens = sum(t.num_response_tokens for t in trajectories)
     assert 0 < scorers[0].shipped().num_response_tokens < tokens
-    assert pool.shipped().num_bytes == {"logprobs": 4 * tokens}
-    assert pool.shipped().num_response_tokens == tokens
+    shipped = pool.pop_shipped()
+    assert shipped.num_bytes == {"logprobs": 4 * tokens}
+    assert shipped.num_response_tokens == tokens
+    assert pool.pop_shipped().num_response_tokens == 0, "it is told once"
 
 
 @pytest.mark.parametrize("uses_gpu", [False, True])

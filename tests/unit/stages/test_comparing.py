@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from datetime import date
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from distill_system.cli import app
-from distill_system.config import load_config
+from distill_system.config import dump_config, load_config
 from distill_system.config.recipes import recipe_path
 from distill_system.errors import ConfigError, DataError, RunStateError
 from distill_system.observe import RunDirectory
@@ -147,9 +149,9 @@ def test_a_comparison_of_which_every_run_failed_writes_its_tables_and_is_no_succ
 
 FAILING = """
 import json, pathlib, sys
-path, resume = sys.argv[1:]
+path, *resume = sys.argv[1:]
 held_out = json.loads(pathlib.Path(path).read_text())["data"]["held_out"]["path"]
-print("begun with", resume, flush=True)
+print("begun with", *resume, flush=True)
 sys.exit(f"DataError: {held_out}: no such file")
 """
 
@@ -169,7 +171,7 @@ def test_a_run_that_fails_is_told_and_what_is_done_is_skipped(tmp_path):
     assert said[0] == "2 runs, 1 of them done"
     assert said[1] == "[1/1] a/broken: failed: DataError: /no/where.jsonl: no such file"
     log = tmp_path / "broken.log"
-    lines = ["begun with --resume", "DataError: /no/where.jsonl: no such file"]
+    lines = ["begun with --resume auto", "DataError: /no/where.jsonl: no such file"]
     assert log.read_text().splitlines() == lines
     told = "\n".join([f"exit code 1; {log} ends with:", *lines])
     assert failures == {"a/broken": told}
@@ -187,7 +189,7 @@ def test_a_teachers_evaluation_is_taken_from_a_run_of_the_same_seed(tmp_path):
 
 def test_the_command_of_a_run_is_one_that_the_command_line_knows(tmp_path):
     assert TRAIN[1:3] == ("-m", "distill_system")
-    said = CliRunner().invoke(app, [TRAIN[3], str(tmp_path / "none.json"), "--resume"])
+    said = CliRunner().invoke(app, [TRAIN[3], str(tmp_path / "none.json"), "--resume", "auto"])
     assert said.exit_code == 1
     assert "none.json" in said.output
 
@@ -228,3 +230,40 @@ def test_what_the_runs_will_read_is_read_before_they_are_given_a_start(tmp_path,
     )
     with pytest.raises(DataError, match=r"data\.held_out\.path='/no/where\.jsonl'"):
         compare(request, notify=print)
+
+
+PARENT = """
+import json, sys
+from distill_system.config import load_config
+from distill_system.stages.processes import Job, run_jobs
+command = [sys.executable, "-I", "-S", "-c", sys.argv[2]]
+job = Job(key="a/b", config=load_config([sys.argv[1]]))
+run_jobs([job], at_once=1, notify=print, command=command)
+"""
+CHILD = """
+import pathlib, signal, sys, time
+mark = pathlib.Path(sys.argv[1])
+def end(*_):
+    mark.with_suffix(".ended").write_text("as if it had written a checkpoint")
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+mark.with_suffix(".begun").write_text("")
+time.sleep(120)
+"""
+
+
+def test_kill_9_of_a_comparison_lets_its_runs_end_as_by_a_signal_of_their_own(tmp_path):
+    config = tmp_path / "given.json"
+    config.write_text(dump_config(_config(tmp_path, "ammd", "name=child")))
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(config), CHILD])
+    _wait_for(tmp_path / "child.begun")
+    parent.kill()
+    parent.wait()
+    _wait_for(tmp_path / "child.ended")
+
+
+def _wait_for(path):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path.name}"
+        time.sleep(0.02)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import ray
 from typer.testing import CliRunner
 
 from distill_system.cli import app
-from distill_system.config import load_config
+from distill_system.config import dump_config, load_config
 from distill_system.errors import DataError, DistillError, RunStateError
 from distill_system.learner import describe_file
 from distill_system.observe import RunDirectory
+from distill_system.observe.run_lock import locked
 from distill_system.offline.generate import GenerateRequest, generate
+from distill_system.stages.compare import ComparisonRequest, compare
 from distill_system.stages.train import STAGES, train
 
 SFT = "{steps: 1, optimizer: {learning_rate: 0.1}}"
@@ -161,3 +164,49 @@ def test_an_error_of_the_file_system_is_one_message(tmp_path, monkeypatch, error
     assert "Traceback" not in answer.output
     assert type(error).__name__ in answer.stderr
     assert f"{error.strerror}: {error.filename!r}. Make room" in answer.stderr
+
+
+def _compare(config):
+    request = ComparisonRequest(paths=[json.loads(dump_config(config))], objectives=["gkd"])
+    compare(request, notify=print)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        train,
+        lambda config: train(config, resume=True),
+        lambda config: train(config, stages=("report",)),
+        lambda config: train(config, stages=("evaluate", "report")),
+        lambda config: generate(GenerateRequest(config=config, out=Path("store"))),
+        _compare,
+    ],
+)
+def test_no_command_changes_a_folder_in_which_another_writes(configure, command):
+    config = configure()
+    run = _made(config, "tokenizer")
+    run.config_path.write_text("{}")
+    run.metrics_path.write_text('{"a row": "of the run that goes on"}\nhalf')
+    with locked(run):
+        before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+        with pytest.raises(RunStateError, match=r"runs/run is in use: process .*Nothing was chang"):
+            command(config)
+        assert before == {path: path.read_bytes() for path in before}
+        assert {*run.path.rglob("*")} == {*before, run.tokenizer_directory}
+
+
+def test_the_folder_is_held_until_the_command_ends(configure, monkeypatch):
+    config = configure()
+    run = _made(config, "student", "evaluations")
+    held = []
+
+    def look(_):
+        with pytest.raises(RunStateError, match="is in use"):
+            train(config, stages=("report",))
+        held.append(True)
+
+    run.config_path.write_text(dump_config(config))
+    monkeypatch.setattr("distill_system.stages.train.write_report", look)
+    train(config, stages=("report",))
+    assert held == [True]
+    assert not run.lock_path.exists()

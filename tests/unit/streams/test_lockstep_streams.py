@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes.direct_transfer import DirectTransfer
 from fakes.hand_clock import HandClock
 from fakes.local_workers import Done, LocalWorkers
 from simulated_pools import make_prompts, make_rows
@@ -78,6 +79,20 @@ class WaitedForWorkers(LocalWorkers):
     def start(self, worker, method, *arguments):
         return Later(lambda: LocalWorkers.start(self, worker, method, *arguments))
 
+    def start_with_receipt(self, worker, method, *arguments):
+        result = Later(None)
+
+        def run():
+            receipt, value = LocalWorkers.start_with_receipt(self, worker, method, *arguments)
+            object.__setattr__(result, "value", value.value)
+            return receipt
+
+        return Later(run), result
+
+    def current(self, result):
+        assert result.value is not None, "its receipt was finished"
+        return result
+
     def finish(self, references, **how):
         for reference in references:
             if isinstance(reference, Later):
@@ -126,10 +141,10 @@ class Scorer:
     def __init__(self, log):
         self.log, self.needs = log, {}
 
-    def score(self, chunk, needs):
+    def score_with_receipt(self, chunk, needs):
         self.log.append(("scorer", str(chunk.stream)))
         self.needs[chunk.stream] = needs
-        return [
+        return chunk.num_tokens, [
             TeacherTargets(trajectory_id=t.trajectory_id, num_tokens=t.num_response_tokens)
             for t in chunk.trajectories
         ]
@@ -215,14 +230,17 @@ class Run:
         context: Any = SimpleNamespace(
             config=self.config, timings=Timings(RunDirectory(folder / "run"), clock=self.clock)
         )
+        weights: Any = DirectTransfer(learner, self.students)
+        nothing: Any = None
         self.pools = Pools(
             students=RolloutPool(self.students),
             teachers=RolloutPool(self.teachers),
             scorers=ScoringPool(self.scorers),
             learner=learner,
             evaluation=RolloutPool(self.students),
-            elastic={},
-            connect_rollouts=lambda: None,
+            ranks=nothing,
+            weights=weights,
+            placed={},
         )
         self.context, self.data = context, data
         self.streams = LockstepStreams(context, self.pools, data, clock=self.clock)
@@ -405,7 +423,8 @@ def test_replay_learns_from_one_stream_a_step_and_counts_only_what_was_sampled(t
         assert sorted(fed["on_policy"]) == sorted(t.prompt_id for t in own)
         asked = any(entry[:2] == ("student", f"step_{step}") for entry in run.log)
         tokens = sum(t.num_response_tokens for t in own) if asked else 0
-        assert counts == {"sampled_tokens/student": tokens, "sampled_tokens/teacher": 0}
+        assert counts["sampled_tokens/student"] == tokens
+        assert counts["sampled_tokens/teacher"] == 0
         if own and not asked:
             assert {t.trajectory_id for t in own} <= {t.trajectory_id for t in kept}
         in_order = sorted(own, key=lambda t: fed["on_policy"].index(t.prompt_id))

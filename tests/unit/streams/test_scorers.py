@@ -136,7 +136,7 @@ def test_steps_and_streams_are_never_mixed_and_earlier_steps_go_first():
     first, second = built.scorers.references
     assert built.workers.wait_any([first, second], what="scores", seconds=100) == [first]
     assert not built.buffers[Stream.ON_POLICY].is_scored()
-    built.scorers.collect(first)
+    built.scorers.collect([first])
     assert built.buffers[Stream.ON_POLICY].is_scored()
     built.scorers.begin()
     assert built.scorers.num_waiting == 1
@@ -161,7 +161,7 @@ def test_a_scorer_that_leaves_finishes_what_it_has_and_gets_nothing_more():
     done = built.workers.wait_any(built.scorers.references, what="scores", seconds=100)
     assert built.scorers.workers.present == {0, 1}, "it works still"
     for reference in done:
-        built.scorers.collect(reference)
+        built.scorers.collect([reference])
     assert built.scorers.workers.present == {1}
     assert built.scorers.leave(0)
     built.fill([90, 90, 90])

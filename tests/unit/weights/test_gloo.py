@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill_system.errors import TransferError
+from distill_system.errors import ResourceError, TransferError
 from distill_system.weights import FanOutClient, WeightPublisher
 from distill_system.weights.transport import broadcast_buckets, check_seal, send_seal
 
@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from distill_system.weights import backends, gloo
 from distill_system.weights.communicator import GlooCommunicator
+from distill_system.weights.meeting import open_store
 from distill_system.weights.sealed import SealedWeightTransferEngine
 
 CPU = torch.device("cpu")
@@ -32,6 +33,7 @@ def _free_port() -> int:
 def _exchange(corrupt: Any, *, receivers: int = 2) -> list[Any]:
     """Three buckets from rank 0 to the others; corrupt(at, bucket) is what travels instead."""
     port = _free_port()
+    store = open_store(address="127.0.0.1", port=port, timeout_seconds=20.0)
     sent = [torch.arange(size, dtype=torch.uint8) for size in (70_000, 16_384, 9)]
 
     def run(rank: int) -> Any:
@@ -58,7 +60,9 @@ def _exchange(corrupt: Any, *, receivers: int = 2) -> list[Any]:
         return received
 
     with ThreadPoolExecutor(1 + receivers) as executor:
-        return list(executor.map(run, range(1 + receivers)))[1:]
+        received = list(executor.map(run, range(1 + receivers)))[1:]
+    del store  # until here they found one another there
+    return received
 
 
 def test_buckets_reach_every_rank_and_every_rank_verifies_them() -> None:
@@ -82,12 +86,32 @@ def test_a_byte_that_flips_on_the_way_is_seen_by_every_receiver(bucket: int) -> 
 
 
 def test_a_receiver_that_never_joins_is_not_waited_for_longer_than_asked() -> None:
-    begin = time.perf_counter()
-    with pytest.raises(RuntimeError):
-        GlooCommunicator(
-            address="127.0.0.1", port=_free_port(), rank=0, world_size=2, timeout_seconds=1.0
-        )
+    begin, port = time.perf_counter(), _free_port()
+    store = open_store(address="127.0.0.1", port=port, timeout_seconds=1.0)
+    with pytest.raises(ResourceError, match="one did not come or left"):
+        GlooCommunicator(address="127.0.0.1", port=port, rank=0, world_size=2, timeout_seconds=1.0)
     assert time.perf_counter() - begin < 10.0
+    del store
+
+
+def test_those_that_wait_for_one_that_never_joins_are_let_go_when_the_store_closes() -> None:
+    """Or every engine would be held up, as long as it may, by the one that died."""
+    port = _free_port()
+    store = [open_store(address="127.0.0.1", port=port, timeout_seconds=60.0)]
+
+    def join(rank: int) -> None:
+        GlooCommunicator(
+            address="127.0.0.1", port=port, rank=rank, world_size=3, timeout_seconds=60.0
+        )
+
+    with ThreadPoolExecutor(2) as threads:
+        begin = time.perf_counter()
+        joining = [threads.submit(join, rank) for rank in (0, 1)]
+        time.sleep(0.5)
+        store.clear()
+        for each in joining:
+            assert each.exception(timeout=30.0) is not None
+    assert time.perf_counter() - begin < 30.0
 
 
 class Receiver:

@@ -1,0 +1,96 @@
+"""What went wrong in a run and was survived: a line for each event, in faults.jsonl."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from distill_system.observe.json_lines import JsonLinesLog, read_rows
+from distill_system.observe.run_directory import RunDirectory
+
+_FIELDS = "time, stage, step, worker, event, cause and seconds"
+
+Event = Literal["lost", "replaced", "restarted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultRow:
+    """One line of faults.jsonl.
+
+    step: steps done when it happened.  worker: pool-id of the worker that was lost.
+    event: lost; replaced, by another worker; restarted, with all ranks of the learner from a
+        checkpoint.
+    cause: why it was lost, or who has taken its place.
+    seconds: from the loss until the other could work; None where it is no such event.
+    steps_again: of a restart, the steps that are made again.
+    """
+
+    time: float
+    stage: str
+    step: int
+    worker: str
+    event: Event
+    cause: str
+    seconds: float | None = None
+    steps_again: int = 0
+
+
+class FaultLog(JsonLinesLog[FaultRow]):
+    """Writes one line per event, and counts the lost workers of each pool.
+
+    pools: those whose losses are counted.  step: steps done, which the driver keeps up to date.
+    """
+
+    def __init__(self, run: RunDirectory, stage: str, pools: Iterable[str]) -> None:
+        super().__init__(run.faults_path, FaultRow, expected=_FIELDS)
+        self.step = 0
+        self._stage = stage
+        self._counts = Counter(dict.fromkeys(pools, 0))
+
+    def lose(self, worker: str, cause: str) -> None:
+        """A worker is lost."""
+        self._counts[worker.rpartition("-")[0]] += 1
+        self._log(worker, "lost", cause)
+
+    def replace(self, worker: str, successor: str, seconds: float) -> None:
+        """Another worker has taken its place."""
+        self._log(worker, "replaced", successor, seconds=seconds)
+
+    def restart(self, worker: str, seconds: float, *, first: int) -> None:
+        """The learner has started anew, and goes on after `first` steps."""
+        again = self.step - first
+        self._log(worker, "restarted", f"after step {first}", seconds=seconds, steps_again=again)
+
+    def metrics(self) -> Mapping[str, float]:
+        """Workers that each pool has lost since this process began."""
+        return {f"faults/{pool}": float(count) for pool, count in self._counts.items()}
+
+    def _log(
+        self,
+        worker: str,
+        event: Event,
+        cause: str,
+        *,
+        seconds: float | None = None,
+        steps_again: int = 0,
+    ) -> None:
+        self.append(
+            FaultRow(
+                time=time.time(),
+                stage=self._stage,
+                step=self.step,
+                worker=worker,
+                event=event,
+                cause=cause,
+                seconds=seconds,
+                steps_again=steps_again,
+            )
+        )
+
+
+def read_faults(run: RunDirectory) -> list[FaultRow]:
+    """All lines in the order written; see read_rows.  Raises: RunStateError."""
+    return read_rows(run.faults_path, FaultRow, expected=_FIELDS)
