@@ -6,8 +6,10 @@ which `--help` and a mistake in a configuration should not cost.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -680,6 +682,7 @@ def _amounts(option: str, given: list[str] | None) -> dict[str, float]:
     return amounts
 
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _WAY_OUT = (
     "Make room on the disk, or mend the permissions of what is named here; --resume then continues "
     "a run from its newest checkpoint"
@@ -695,7 +698,8 @@ def _reporting_errors() -> Iterator[None]:
         _print_error(type(error).__name__, str(error))
         raise typer.Exit(1) from None
     except OSError as error:  # a full disk, a folder that may not be written, an unreadable file
-        _print_error(type(error).__name__, f"{error}. {_WAY_OUT}")
+        way_out = _WAY_OUT if error.errno in _OF_THE_DISK else "See that this path is right"
+        _print_error(type(error).__name__, f"{error}. {way_out}")
         raise typer.Exit(1) from None
 
 
@@ -754,7 +758,10 @@ def _print_error(title: str, message: str) -> None:
 
 
 def _is_override(setting: str) -> bool:
-    return "=" in setting and not setting.endswith((".yaml", ".yml"))
+    if setting.endswith((".yaml", ".yml")):
+        # A file may have a name such as lr=0.1.yaml, and an override the path of a YAML file.
+        return bool(re.match(r"[A-Za-z_][\w.]*=", setting)) and not os.path.exists(setting)
+    return "=" in setting
 
 
 def main() -> None:

@@ -11,7 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill_system.errors import DeadlineError, RepeatedLossError, WorkerLostError
+from distill_system.errors import (
+    DeadlineError,
+    NonFiniteError,
+    RepeatedLossError,
+    WorkerLostError,
+)
 from distill_system.workers import ElasticWorkers, Reference, Supervision
 
 MOST_LOSSES = 2
@@ -87,13 +92,16 @@ class SupervisedWorkers:
     ) -> list[Any]:
         """See Workers; a call that failed with its worker is made again, and waited for.
 
-        Raises: RepeatedLossError for one that has lost MOST_LOSSES workers.
+        So is one whose result is not finite, on another worker: the first one's memory may be bad.
+
+        Raises: RepeatedLossError for one that has lost MOST_LOSSES workers; NonFiniteError where
+            that is what cost them.
         """
         while True:
             now = [self._now(reference) for reference in references]
             try:
                 results = self.group.finish(now, what=what, fetch=fetch, seconds=seconds)
-            except (WorkerLostError, DeadlineError) as error:
+            except (WorkerLostError, DeadlineError, NonFiniteError) as error:
                 self._recover(error)
             else:
                 self._end(references)
@@ -138,22 +146,26 @@ class SupervisedWorkers:
         call = self._calls.get(reference)
         return reference if call is None else call.references[0]
 
-    def _recover(self, error: WorkerLostError | DeadlineError) -> None:
+    def _recover(self, error: WorkerLostError | DeadlineError | NonFiniteError) -> None:
         found = _losses(error)
         if self.supervision is None or not found or any(lost.pool != self.pool for lost in found):
             raise error
         for lost in found:
             self.supervision.lose(lost)
-        for began, call in self._calls.items():
+        for began, call in list(self._calls.items()):
             if call.worker not in self.group.members:
                 self._make_again(began, call, error)
 
     def _make_again(self, began: Reference, call: _Call, error: Exception) -> None:
         call.losses += 1
         if call.losses >= MOST_LOSSES:
+            del self._calls[began]
+            if isinstance(error, NonFiniteError):
+                raise error
             raise RepeatedLossError(
                 f"{call.method} has lost {call.losses} workers, the last of them so: {error}",
                 getattr(error, "worker", ""),
+                call=began,
             ) from error
         members = self.members
         # By what is under way there, so that one worker's calls go to all that are left.
@@ -166,8 +178,10 @@ class SupervisedWorkers:
             call.references = (self.group.start(call.worker, call.method, *call.arguments),)
 
 
-def _losses(error: WorkerLostError | DeadlineError) -> list[WorkerLostError]:
-    """The workers that are lost by this error: one that died, or all that are late."""
+def _losses(error: WorkerLostError | DeadlineError | NonFiniteError) -> list[WorkerLostError]:
+    """The workers that are lost by this error: one that died or is broken, or all that are late."""
     if isinstance(error, WorkerLostError):
         return [error]
+    if isinstance(error, NonFiniteError):
+        return [WorkerLostError(str(error), error.worker)]
     return [WorkerLostError(f"{name} hangs: {error}", name) for name in error.late]

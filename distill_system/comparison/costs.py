@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distill_system.observe.metrics import MetricRow
-from distill_system.observe.run_directory import RunDirectory, read_json_if_exists
+from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe.timings import read_timings
 
 STAGE = "distill"
 PEAK_MEMORY = "peak_memory_bytes"
@@ -52,9 +53,9 @@ def read_costs(run: RunDirectory, rows: Sequence[MetricRow]) -> Costs:
     Raises:
         RunStateError: a file exists and cannot be read.
     """
-    stage_seconds = read_json_if_exists(run.timings_path).get("seconds", {}).get(STAGE)
+    stage_seconds = read_timings(run).seconds.get(STAGE)
     return Costs(
-        stage_seconds=None if stage_seconds is None else float(stage_seconds),
+        stage_seconds=stage_seconds,
         step_seconds=_sum(rows, "seconds/step"),
         sampled_tokens=_sum(rows, *SAMPLED_TOKENS),
         learner_tokens=_sum(rows, "learner/response_tokens"),

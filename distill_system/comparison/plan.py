@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from distill_system.errors import RunStateError
-from distill_system.observe.run_directory import RunDirectory, read_json, write_json
+from distill_system.observe.run_directory import RunDirectory, write_json
+from distill_system.observe.run_files import read_form
 
 Budget = Literal["updates", "sampled_tokens", "seconds"]
 """The quantity that is equal for all objectives; sampled tokens are those of both models."""
@@ -65,11 +65,5 @@ def read_plan(folder: Path) -> Plan:
     Raises:
         RunStateError: there is none, or a key is missing or of another type.
     """
-    path = plan_path(folder)
-    try:
-        return _ADAPTER.validate_python(read_json(path))
-    except ValidationError as error:
-        raise RunStateError(
-            f"{path} is not the plan of a comparison; let `distill-system compare` write it anew: "
-            f"{error}"
-        ) from error
+    way_out = "Let `distill-system compare` write it anew"
+    return read_form(plan_path(folder), _ADAPTER, way_out=way_out)

@@ -19,7 +19,7 @@ from pydantic import (
 from distill_system.config.base import ConfigModel, LocalPath
 from distill_system.config.templates import template_fields
 
-_SPLIT_NAME = r"\w[\w.-]*"
+_SPLIT_NAME = r"\w[\w.-]{0,99}"
 
 
 class PromptResponseFields(ConfigModel):
@@ -373,7 +373,7 @@ class DataConfig(ConfigModel):
         if wrong:
             raise ValueError(
                 "the splits of evaluation must be named by letters, digits, '.', '_' and '-', "
-                f"beginning with a letter or digit, got {wrong}"
+                f"beginning with a letter or digit, at most 100 of them, got {wrong}"
             )
         _check_chat_keys(self.chat_template_kwargs, self.chat_template, self.chat_template_name)
         unread = {**self.prompt_sources, "held_out": self.held_out}

@@ -16,10 +16,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from distill_system.config.base import check_path
 from distill_system.config.problems import describe_problems
 from distill_system.config.run import RunConfig
 from distill_system.config.schema import ANYTHING, Slot, root_slot
-from distill_system.config.yaml_tree import Located, parse_yaml, to_plain
+from distill_system.config.yaml_tree import Located, parse_yaml, require_utf8, to_plain
 from distill_system.errors import ConfigError
 
 # Characters that JSON may hold as they are and YAML may not, or reads as the end of a line.
@@ -27,6 +28,8 @@ _NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
 _GIVEN = "the settings given"
+LONGEST_SHOWN = 200
+"""Characters of an override in a message."""
 
 
 def load_config(
@@ -47,6 +50,8 @@ def load_config(
     if not paths:
         raise ConfigError("expected at least one YAML file, got none; try configs/quickstart.yaml")
     root = root_slot(RunConfig)
+    for path in paths:
+        _check_name(path)
     files = ", ".join(_GIVEN if isinstance(path, Mapping) else str(path) for path in paths)
     tree = Located({}, files)
     for path in paths:
@@ -78,14 +83,23 @@ def _locate(value: object, key: str) -> Located:
         return Located(children, where)
     if isinstance(value, list | tuple):
         return Located([_locate(item, f"{key}[{i}]") for i, item in enumerate(value)], where)
-    if isinstance(value, Path):
-        return Located(str(value), where)
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, str | Path):
+        return Located(require_utf8(str(value), where), where)
+    if value is None or isinstance(value, bool | int | float):
         return Located(value, where)
     raise ConfigError(
         f"{where}: expected a mapping, a list, text, a number, true or false, None or a path, got "
         f"{type(value).__name__}"
     )
+
+
+def _check_name(path: str | Path | Mapping[str, Any]) -> None:
+    if isinstance(path, Mapping):
+        return
+    try:
+        check_path(str(path))
+    except ValueError as error:
+        raise ConfigError(f"no configuration file: {error}") from error
 
 
 def _read_file(path: Path) -> Located:
@@ -95,6 +109,8 @@ def _read_file(path: Path) -> Located:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected UTF-8 text, got other bytes: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     tree = parse_yaml(text, source=str(path), place=lambda mark: f"{path}:{mark.line + 1}")
     if tree is None:
         raise ConfigError(f"{path}: expected a mapping of keys to values, got an empty file")
@@ -105,8 +121,9 @@ def _read_file(path: Path) -> Located:
 
 
 def _no_such_file(path: Path) -> str:
-    if path.is_dir():
-        return f"{path}: expected a YAML file, got a folder"
+    if path.exists():
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        return f"{path}: expected a YAML file, got {what}"
     beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, sorted(beside), n=1)
     hint = f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -115,7 +132,7 @@ def _no_such_file(path: Path) -> str:
 
 def _read_override(text: str) -> Located:
     """The tree of one override: nested mappings down to its value."""
-    where = f"override '{text}'"
+    where = f"override '{text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + '...'}'"
     key, equals, value = text.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):

@@ -10,6 +10,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -23,15 +24,24 @@ ELASTIC_POOLS: tuple[ElasticPool, ...] = get_args(ElasticPool)
 _MAY_COLOCATE = {"teacher_scoring": "teacher_rollout", "evaluation": "student_rollout"}
 
 
+MOST_WORKERS = 10_000
+"""Of a pool; each has a placement group of its own, and more would not be placed in any time."""
+
+NumWorkers = Annotated[int, Field(gt=0, le=MOST_WORKERS)]
+
+_OWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
+"""Ray's own names, which custom resources may not have."""
+
+
 class PoolConfig(ConfigModel):
     """One pool of workers and what each of its workers asks of the cluster."""
 
-    count: PositiveInt = 1
+    count: NumWorkers = 1
     """Number of workers; where min_count or max_count is given, the number it begins with."""
-    min_count: PositiveInt | None = None
+    min_count: NumWorkers | None = None
     """The fewest workers while the run goes on; null: count. For student_rollout, teacher_rollout
     and teacher_scoring."""
-    max_count: PositiveInt | None = None
+    max_count: NumWorkers | None = None
     """The most workers while the run goes on; null: count. For the same three pools."""
     cpus: NonNegativeFloat = 1.0
     """CPUs per worker."""
@@ -59,6 +69,17 @@ class PoolConfig(ConfigModel):
     def is_elastic(self) -> bool:
         """Whether the number of workers may change while a run goes on."""
         return self.fewest < self.most
+
+    @field_validator("custom_resources")
+    @classmethod
+    def _check_resources(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name in resources:
+            if not name.strip() or not name.isprintable() or name in _OWN_RESOURCES:
+                raise ValueError(
+                    f"expected the name of a custom resource as `ray start --resources` gives it, "
+                    f"got {name!r}; CPUs and GPUs are cpus and gpus"
+                )
+        return resources
 
     @model_validator(mode="after")
     def _check(self) -> PoolConfig:

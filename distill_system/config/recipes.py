@@ -7,6 +7,8 @@ from pathlib import Path
 
 from distill_system.errors import ConfigError
 
+LONGEST_SHOWN = 80
+"""Characters of a wrong name in a message."""
 FOLDER = Path(__file__).parent / "recipes"
 
 
@@ -28,12 +30,12 @@ def recipe_path(name: str) -> Path:
     """
     if name.endswith((".yaml", ".yml")):
         return Path(name)
-    path = FOLDER / f"{name}.yaml"
-    if not path.exists():
+    if name not in recipe_names():
         near = [find_recipe(name), *difflib.get_close_matches(name.lower(), recipe_names(), n=1)]
         hint = next((f"; did you mean {found}?" for found in near if found), "")
+        shown = repr(name) if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]!r}..."
         raise ConfigError(
-            f"expected the name of a method or a YAML file, got {name!r}{hint} "
+            f"expected the name of a method or a YAML file, got {shown}{hint} "
             f"(there are {', '.join(recipe_names())})"
         )
-    return path
+    return FOLDER / f"{name}.yaml"

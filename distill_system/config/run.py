@@ -28,6 +28,8 @@ from distill_system.config.pools import (
 from distill_system.config.rollout import RolloutConfig, ScoringConfig
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+LONGEST_RUN_NAME = 200
+"""A folder's name, and with an ending that of files beside it."""
 
 
 class RunConfig(ConfigModel):
@@ -37,6 +39,10 @@ class RunConfig(ConfigModel):
     """Name of the run, whose folder is runs_directory/name."""
     runs_directory: LocalPath = "runs"
     """Folder of all runs."""
+    runs_mirror: str | None = None
+    """Object store where the run's folder is kept too, such as s3://bucket/runs or gs://bucket/runs:
+    what is complete is sent there every minute and at the end, and fetched where the folder does
+    not hold the run. Credentials come from the environment alone."""
     seed: NonNegativeInt = 0
     """Every random choice of the run derives from it."""
     tokenizer: TokenizerConfig = PretrainedTokenizer()
@@ -107,6 +113,10 @@ class RunConfig(ConfigModel):
     def _check_name(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(f"name must be letters, digits, '.', '_' and '-', got {name!r}")
+        if len(name) > LONGEST_RUN_NAME:
+            raise ValueError(
+                f"name must have at most {LONGEST_RUN_NAME} characters, got {len(name)}"
+            )
         return name
 
     @model_validator(mode="after")

@@ -125,6 +125,9 @@ class _Writing:
         if len(parents) == MAX_DEPTH:
             raise ConfigError(f"{where}: {_TOO_DEEP}")
         inside = (*parents, id(node))
+        kind = {yaml.MappingNode: "map", yaml.SequenceNode: "seq"}.get(type(node))
+        if kind is not None and node.tag != f"tag:yaml.org,2002:{kind}":
+            raise ConfigError(_refused_tag(node, where))
         if isinstance(node, yaml.MappingNode):
             return Located(self._mapping(node, inside), where)
         if isinstance(node, yaml.SequenceNode):
@@ -140,7 +143,7 @@ class _Writing:
             where = self._place(key_node.start_mark)
             if not isinstance(key_node, yaml.ScalarNode):
                 raise ConfigError(f"{where}: expected a text as key, got a {key_node.id}")
-            key = key_node.value
+            key = require_utf8(key_node.value, where)
             if key in children:
                 raise ConfigError(
                     f"{where}: the key '{key}' already stands in this mapping at "
@@ -151,11 +154,11 @@ class _Writing:
 
 
 def _scalar(node: yaml.Node, where: str) -> Scalar:
-    text = node.value
+    text, kind = node.value, node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind == "str":
+        return require_utf8(text, where)
     try:
-        match node.tag.removeprefix("tag:yaml.org,2002:"):
-            case "str":
-                return str(text)
+        match kind:
             case "null":
                 return None
             case "bool":
@@ -166,4 +169,19 @@ def _scalar(node: yaml.Node, where: str) -> Scalar:
                 return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
     except ValueError as error:
         raise ConfigError(f"{where}: '{text}' is not a {node.tag}: {error}") from error
-    raise ConfigError(f"{where}: expected a plain value, got one with the tag {node.tag}; drop it")
+    raise ConfigError(_refused_tag(node, where))
+
+
+def _refused_tag(node: yaml.Node, where: str) -> str:
+    return f"{where}: expected a plain value, got one with the tag {node.tag}; drop it"
+
+
+def require_utf8(text: str, where: str) -> str:
+    """The text.  Raises: ConfigError if no file in UTF-8 can hold it, as half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where}: expected text that UTF-8 can write, got {text[error.start]!r} in it"
+        ) from error
+    return text

@@ -3,7 +3,12 @@
 from distill_system.data.encoder_prompts import end_prompts
 from distill_system.data.examples import Example
 from distill_system.data.fingerprints import fingerprint_model, fingerprint_tokenizer
-from distill_system.data.frontier import PromptFrontier, SourceShare, source_shares
+from distill_system.data.frontier import (
+    PromptFrontier,
+    SourceShare,
+    check_position,
+    source_shares,
+)
 from distill_system.data.kept_records import longest_row
 from distill_system.data.run_data import RunData, load_run_data, store_path, tokenizer_texts
 from distill_system.data.sources import load_examples
@@ -28,6 +33,7 @@ __all__ = [
     "TargetStore",
     "TrajectoryStore",
     "build_tokenizer",
+    "check_position",
     "end_prompts",
     "fingerprint_model",
     "fingerprint_tokenizer",

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from distill_system.data.kept_records import count_sources
 from distill_system.errors import DataError, RunStateError
@@ -90,8 +92,10 @@ class PromptFrontier:
         """Continue from a position that `state` returned.
 
         Raises:
-            RunStateError: the position belongs to other sources or another number of prompts.
+            RunStateError: it is no position, or belongs to other sources or another number of
+                prompts.
         """
+        check_position(state)
         saved = {name: position["num_prompts"] for name, position in state["sources"].items()}
         present = {name: walk.num_prompts for name, walk in self._walks.items()}
         if list(saved.items()) != list(present.items()):  # their order matters too
@@ -108,6 +112,43 @@ class PromptFrontier:
             return self._returned.popleft()
         walks = list(self._walks.values())
         return walks[self._turns.next([walk.num_taken for walk in walks])].take()
+
+
+class _Walk(TypedDict):
+    epoch: NonNegativeInt
+    position: NonNegativeInt
+    num_prompts: PositiveInt
+
+
+class _Position(TypedDict):
+    sources: dict[str, _Walk]
+    returned: list[NonNegativeInt]
+
+
+_POSITION_FORM = TypeAdapter(_Position)
+
+
+def check_position(state: object) -> None:
+    """Check that a value is a position that PromptFrontier.state may have returned.
+
+    Raises: RunStateError that says what is not.
+    """
+    try:
+        position = _POSITION_FORM.validate_python(state, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        key = ".".join(map(str, found["loc"]))
+        raise RunStateError(
+            f"no position in the walk over the prompts: {key}: {found['msg']}, got "
+            f"{found['input']!r}"
+        ) from error
+    walks = position["sources"].values()
+    beyond = [walk for walk in walks if walk["position"] > walk["num_prompts"]]
+    most = sum(walk["num_prompts"] for walk in walks)
+    if beyond or any(index >= most for index in position["returned"]):
+        raise RunStateError(
+            f"no position in the walk over the prompts: beyond the last of {most} prompts"
+        )
 
 
 class _SourceWalk:

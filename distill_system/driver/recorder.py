@@ -13,7 +13,7 @@ from distill_system.config.distill import DistillConfig
 from distill_system.driver.collapse import CollapseWatch
 from distill_system.driver.early_stopping import EarlyStopping
 from distill_system.elastic.scaling import ScalingObservation
-from distill_system.errors import CollapseError, ConfigError
+from distill_system.errors import CollapseError, ConfigError, RunStateError
 from distill_system.observe import (
     FaultLog,
     RecentActivity,
@@ -60,7 +60,9 @@ class RunRecorder:
         self.fault_log = fault_log
         config = context.config.distill
         folder = context.run.checkpoints_directory / STAGE
-        self.store = CheckpointStore(folder, keep=config.keep_checkpoints, best=config.keep_best)
+        self.store = CheckpointStore(
+            folder, keep=config.keep_checkpoints, best=config.keep_best, writes=context.writes
+        )
         self._shares_cores = _shares_cores(context.config)
         self.stopping = EarlyStopping(config.early_stopping)
         self.collapse = CollapseWatch(config.collapse)
@@ -73,7 +75,8 @@ class RunRecorder:
 
     def open(self) -> int:
         """Take back the newest checkpoint, if the run is resumed; returns the steps done."""
-        checkpoint = resume_point(self.store, resume=self.context.resume, stage=STAGE)
+        steps = self.context.config.distill.steps
+        checkpoint = resume_point(self.store, resume=self.context.resume, stage=STAGE, steps=steps)
         done = -1 if checkpoint is None else checkpoint.step
         self.context.log.truncate_after(STAGE, done)
         self.context.prompts.truncate_after(STAGE, done)
@@ -108,6 +111,7 @@ class RunRecorder:
             self.collapse.observe(metrics)  # what they are held against
         self._require_best_metric()
         self._save_timings()
+        self.context.writes.try_again()
         self.store.finish(self.pools.learner, wait=False)
         self._shown |= {SHOWN[name]: metrics[name] for name in SHOWN if name in metrics}
         self.task.update(done, self._shown)
@@ -123,6 +127,7 @@ class RunRecorder:
             "learner/peak_memory_bytes": float(result.peak_memory_bytes),
             **self.streams.pop_counts(),
             **self._describe_pools(),
+            "disk/failed_writes": float(self.context.writes.num_failed),
             **self.fault_log.metrics(),
             **{f"seconds/{name}": value for name, value in clock.items()},
             "tokens_per_second/step": result.num_response_tokens / seconds,
@@ -187,10 +192,13 @@ class RunRecorder:
     def leave(self, done: int) -> NoReturn:
         """End because a person asked for it, once the checkpoint of this step is whole.
 
-        Raises: KeyboardInterrupt; CollapseError where the student's text is the reason.
+        Raises: KeyboardInterrupt; RunStateError if the checkpoint could not be written;
+            CollapseError where the student's text is the reason.
         """
         self.store.finish(self.pools.learner, wait=True)
         self.context.timings.save()
+        if self.store.failure is not None:
+            raise RunStateError(self.store.failure)
         self.context.view.note(f"{STAGE}: the checkpoint after step {done} is complete")
         if self.collapse.ends_run:
             raise CollapseError(

@@ -12,18 +12,20 @@ In the run's folder, under scaling/:
 from __future__ import annotations
 
 import fcntl
-import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from distill_system.errors import RunStateError
 from distill_system.observe import RunDirectory
-from distill_system.observe.run_directory import read_json, write_json
+from distill_system.observe.run_directory import told_as_unwritable, write_json
+from distill_system.observe.run_files import read_form, read_form_if_exists
 from distill_system.observe.run_lock import try_to_lock
 
 
@@ -71,11 +73,20 @@ class ScaleStatus:
     answers: Mapping[str, str]
 
 
+class _Request(TypedDict):
+    wanted: dict[str, int]
+
+
+_REQUEST_FORM = TypeAdapter(_Request)
+_STATUS_FORM = TypeAdapter(ScaleStatus)
+
+
 class ScaleRequests:
     """The requests to one run and its answers; used by the run and by `distill-system scale`."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.folder = run.path / "scaling"
+        self._read: set[Path] = set()
 
     @property
     def status_path(self) -> Path:
@@ -94,31 +105,26 @@ class ScaleRequests:
         """Requests written since the last call, oldest first; each is returned once and removed."""
         found = []
         for path in sorted(self.folder.glob("request-*.json")):
-            found.append(_read_request(path))
-            path.unlink()
+            if path.is_file() and path not in self._read:
+                found.append(_read_request(path))
+                self._read.add(path)
+                with suppress(OSError):  # a disk that has become read-only
+                    path.unlink()
         return found
 
     def write_status(self, status: ScaleStatus) -> None:
-        """Write status.json."""
+        """Write status.json; left out where the disk does not take it."""
         pools = {name: asdict(pool) for name, pool in status.pools.items()}
-        write_json(self.status_path, {"pools": pools, "answers": dict(status.answers)})
+        with suppress(OSError):  # no run ends for a figure that somebody might look at
+            write_json(self.status_path, {"pools": pools, "answers": dict(status.answers)})
 
     def read_status(self) -> ScaleStatus | None:
         """What status.json holds; None if the run has not written it yet.
 
         Raises: RunStateError if the file is not as write_status writes it.
         """
-        if not self.status_path.exists():
-            return None
-        form: Any = read_json(self.status_path)
-        try:
-            pools = {name: PoolStatus(**pool) for name, pool in form["pools"].items()}
-            return ScaleStatus(pools=pools, answers=dict(form["answers"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RunStateError(
-                f"{self.status_path}: expected pools and answers as the run writes them "
-                f"({error!r}); remove the file, the run writes another"
-            ) from error
+        way_out = "Remove the file: the run writes another"
+        return read_form_if_exists(self.status_path, _STATUS_FORM, way_out=way_out)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -126,8 +132,10 @@ class ScaleRequests:
 
         Raises: RunStateError if another process holds it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock_path.open("a", encoding="utf-8") as file:
+        with told_as_unwritable(self._lock_path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            opened = self._lock_path.open("a", encoding="utf-8")
+        with opened as file:
             if try_to_lock(file.fileno(), fcntl.LOCK_EX) is False:
                 raise RunStateError(
                     f"{self.folder.parent}: another process trains this run; wait until it ends"
@@ -152,14 +160,8 @@ class ScaleRequests:
 
 def _read_request(path: Path) -> ScaleRequest:
     request_id = path.stem.rpartition("-")[-1]
-    text = path.read_text(encoding="utf-8")
     try:
-        wanted = json.loads(text)["wanted"]
-        # JSON's true would pass for the number 1 with isinstance.
-        good = all(isinstance(n, str) and type(count) is int for n, count in wanted.items())
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        good = False
-    if not good:
-        problem = f'{path.name}: expected {{"wanted": {{pool: count}}}}, got {text[:80]!r}'
-        return ScaleRequest(request_id=request_id, problem=problem)
-    return ScaleRequest(request_id=request_id, wanted=wanted)
+        form = read_form(path, _REQUEST_FORM, way_out='Expected {"wanted": {pool: count}}')
+    except RunStateError as error:
+        return ScaleRequest(request_id=request_id, problem=str(error))
+    return ScaleRequest(request_id=request_id, wanted=form["wanted"])

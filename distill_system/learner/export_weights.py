@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from distill_system.errors import RunStateError
 from distill_system.language_model import LanguageModel
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -20,12 +22,18 @@ def save_model(
     """Write config, generation config and weights; config.json names the weights' precision.
 
     weights: the whole model's state by name; tensors that share their memory are written once.
+    Raises: RunStateError if the disk does not take them.
     """
-    model.save_pretrained(folder, state_dict=_cast(weights, dtype))
-    if dtype == model.dtype:
-        return
-    # save_pretrained names the dtype of the model in memory, which is not that of these weights.
-    path = folder / "config.json"
+    try:
+        model.save_pretrained(folder, state_dict=_cast(weights, dtype))
+        if dtype != model.dtype:
+            _name_precision(folder / "config.json", dtype)
+    except (OSError, SafetensorError) as error:
+        raise RunStateError(str(error)) from error
+
+
+def _name_precision(path: Path, dtype: torch.dtype) -> None:
+    """save_pretrained names the dtype of the model in memory, which is not that of the weights."""
     form = json.loads(path.read_text(encoding="utf-8"))
     form["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(form, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from distill_system.observe.fault_log import FaultLog
 from distill_system.observe.job_page import JobPage
 from distill_system.observe.live import LiveView
 from distill_system.observe.metrics import MetricLog
+from distill_system.observe.optional_writes import OptionalWrites
 from distill_system.observe.prompt_log import PromptLog
 from distill_system.observe.report import write_report
 from distill_system.observe.run_directory import RunDirectory
@@ -30,6 +31,7 @@ __all__ = [
     "JobPage",
     "LiveView",
     "MetricLog",
+    "OptionalWrites",
     "PoolClock",
     "PromptLog",
     "RecentActivity",

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
+from distill_system.observe.recorded import read_config
 from distill_system.observe.run_directory import RunDirectory, read_json, write_json
 
 PROJECT = "distill-system"
@@ -25,7 +26,7 @@ PROJECT = "distill-system"
 class HostedTracker(ABC):
     """A run in another system: opened once, found again by what was kept of it.
 
-    run: its folder, in which trackers.json keeps identity and address.  name: the run's.
+    run: its folder, in which tracking.json keeps identity and address.  name: the run's.
     """
 
     title: str
@@ -33,7 +34,7 @@ class HostedTracker(ABC):
 
     def __init__(self, run: RunDirectory, name: str) -> None:
         kept = read_trackers(run)
-        identity = self._open(run, name, _read_config(run), kept.get(self.title, {}))
+        identity = self._open(run, name, read_config(run), kept.get(self.title, {}))
         write_json(run.trackers_path, {**kept, self.title: identity})
 
     @abstractmethod
@@ -181,12 +182,8 @@ HOSTED: dict[str, type[HostedTracker]] = {
 
 
 def read_trackers(run: RunDirectory) -> dict[str, dict[str, Any]]:
-    """What trackers.json keeps, by tracker; empty where there is none."""
+    """What tracking.json keeps, by tracker; empty where there is none."""
     return read_json(run.trackers_path) if run.trackers_path.exists() else {}
-
-
-def _read_config(run: RunDirectory) -> dict[str, Any]:
-    return read_json(run.config_path) if run.config_path.exists() else {}
 
 
 def _flatten(config: Any, path: str = "") -> list[tuple[str, Any]]:

@@ -6,13 +6,22 @@ In: rows that are dataclasses with a stage and a step.  Out: one JSON object a l
 from __future__ import annotations
 
 import json
+import os
 import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from distill_system.errors import RunStateError
-from distill_system.observe.run_directory import drop_half_line, without_non_finite, write_text
+from pydantic import TypeAdapter
+
+from distill_system.observe.optional_writes import OptionalWrites
+from distill_system.observe.run_directory import (
+    drop_half_line,
+    told_as_unwritable,
+    without_non_finite,
+    write_text,
+)
+from distill_system.observe.run_files import parse_form, read_bytes_if_exists
 
 
 class StepRow(Protocol):
@@ -34,38 +43,74 @@ class JsonLinesLog(Generic[Row]):
     """Appends rows to a file; safe to share among threads.
 
     Opening drops a last line that a crash left half-written. On resume, call truncate_after with
-    the checkpoint's step, so that no step stands in the file twice.
+    the checkpoint's step, so that no step stands in the file twice. Rows that the disk does not
+    take are kept in memory and written with a later one, or by `close`.
     """
 
-    def __init__(self, path: Path, kind: type[Row], *, expected: str) -> None:
-        """kind, expected: see read_rows."""
+    def __init__(
+        self,
+        path: Path,
+        kind: type[Row],
+        *,
+        expected: str,
+        writes: OptionalWrites | None = None,
+    ) -> None:
+        """kind, expected: see read_rows.  writes: tells of writes that fail.
+
+        Raises: RunStateError if the file cannot be opened.
+        """
         self._path = path
         self._kind = kind
         self._expected = expected
+        self._writes = writes or OptionalWrites()
         self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drop_half_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._waiting: list[bytes] = []
+        self._whole_bytes: int | None = None
+        with told_as_unwritable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drop_half_line(path)
+            path.open("ab").close()
 
     def append(self, row: Row) -> None:
         """Write a row; NaN and infinities, which JSON lacks, become null."""
         with self._lock:
-            self._file.write(_to_line(row))
-            self._file.flush()
+            self._waiting.append(_to_line(row).encode())
+            self._writes.attempt(self._path.name, self._write_waiting)
 
     def truncate_after(self, stage: str, step: int) -> None:
-        """Drop the rows of this stage whose step is later."""
-        with self._lock:
-            self._file.close()
+        """Drop the rows of this stage whose step is later.
+
+        Raises: RunStateError if the file cannot be read or written.
+        """
+        with self._lock, told_as_unwritable(self._path):
+            self._write_waiting()
             rows = read_rows(self._path, self._kind, expected=self._expected)
             kept = [row for row in rows if row.stage != stage or row.step <= step]
-            write_text(self._path, "".join(map(_to_line, kept)))
-            self._file = self._path.open("a", encoding="utf-8")
+            if len(kept) < len(rows):
+                write_text(self._path, "".join(map(_to_line, kept)))
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what is still waiting, for the last time; says how many rows are lost."""
         with self._lock:
-            self._file.close()
+            if self._waiting and not self._writes.attempt(self._path.name, self._write_waiting):
+                self._writes.notify(f"{self._path.name}: {len(self._waiting)} rows are lost")
+            self._waiting.clear()
+
+    def _write_waiting(self) -> None:
+        """Append all waiting rows, or raise OSError and keep them.
+
+        Opened for each write: a file of a network's file system may have to be found anew, and some
+        of its errors come as it is closed.
+        """
+        with self._path.open("ab", buffering=0) as file:
+            if self._whole_bytes is not None and file.tell() > self._whole_bytes:
+                file.truncate(self._whole_bytes)  # what a write that failed has left
+            self._whole_bytes = os.fstat(file.fileno()).st_size
+            left = memoryview(b"".join(self._waiting))
+            while left:
+                left = left[file.write(left) :]
+        self._waiting.clear()
+        self._whole_bytes = None
 
     def __enter__(self) -> Self:
         return self
@@ -83,23 +128,17 @@ def read_rows(path: Path, kind: type[Row], *, expected: str) -> list[Row]:
         expected: the fields of a line, for the message.
 
     Raises:
-        RunStateError: another line is not a row; the message says which.
+        RunStateError: the file cannot be read, or another line is not a row, which is named.
     """
-    if not path.exists():
-        return []
-    *lines, _half = path.read_text(encoding="utf-8").split("\n")
-    return [_to_row(path, kind, n, line, expected) for n, line in enumerate(lines, start=1)]
+    way_out = f"Expected a line with {expected}: delete that line"
+    text = read_bytes_if_exists(path, way_out="Mend that, or remove it")
+    *lines, _half = (text or b"").split(b"\n")
+    form = TypeAdapter(kind)
+    return [
+        parse_form(line, form, place=f"{path}, line {number}", way_out=way_out)
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def _to_line(row: Any) -> str:
     return json.dumps(without_non_finite(asdict(row)), allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _to_row(path: Path, kind: type[Row], number: int, line: str, expected: str) -> Row:
-    try:
-        return kind(**json.loads(line))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise RunStateError(
-            f"{path}, line {number}: expected an object with {expected}, got {line[:80]!r}; delete "
-            "that line"
-        ) from error

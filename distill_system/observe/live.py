@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -203,7 +204,7 @@ class LiveView:
 
     def _print_plain(self, text: str) -> None:
         # console.print would wrap the line at 80 columns, the width it assumes without a terminal.
-        with self._lock:
+        with self._lock, suppress(OSError):  # a log on a full disk, a pipe whose reader has left
             print(text, file=self._console.file, flush=True)
 
     def _render(self) -> Panel:

@@ -10,6 +10,7 @@ from typing import Self
 
 from distill_system.config.run import TrackerName
 from distill_system.observe.json_lines import JsonLinesLog, read_rows
+from distill_system.observe.optional_writes import OptionalWrites
 from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.trackers import Tracker, open_trackers
 
@@ -31,6 +32,7 @@ class MetricLog:
 
     run_name: the run's name in trackers.  trackers: who is told beside the file.
     notify: takes a line for the person, where a tracker fails.
+    writes: tells of rows that the disk does not take.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class MetricLog:
         run_name: str,
         trackers: Sequence[TrackerName] = ("tensorboard",),
         notify: Callable[[str], None] = print,
+        writes: OptionalWrites | None = None,
     ) -> None:
         self._lock = threading.Lock()
         self._trackers = open_trackers(trackers, run, run_name, notify=notify)
-        self._rows = JsonLinesLog(run.metrics_path, MetricRow, expected=_FIELDS)
+        self._rows = JsonLinesLog(run.metrics_path, MetricRow, expected=_FIELDS, writes=writes)
 
     def add_tracker(self, name: str, tracker: Tracker) -> None:
         """Tell this one too, of what is still to come."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distill_system.observe.json_lines import JsonLinesLog, read_rows
+from distill_system.observe.optional_writes import OptionalWrites
 from distill_system.observe.run_directory import RunDirectory
 
 _FIELDS = "stage, step and prompt_ids"
@@ -23,8 +24,8 @@ class TrainedPrompts:
 class PromptLog(JsonLinesLog[TrainedPrompts]):
     """Writes one line per call to prompts.jsonl; see JsonLinesLog for resume and threads."""
 
-    def __init__(self, run: RunDirectory) -> None:
-        super().__init__(run.prompts_path, TrainedPrompts, expected=_FIELDS)
+    def __init__(self, run: RunDirectory, *, writes: OptionalWrites | None = None) -> None:
+        super().__init__(run.prompts_path, TrainedPrompts, expected=_FIELDS, writes=writes)
 
     def log(self, stage: str, step: int, prompt_ids: Mapping[str, Sequence[str]]) -> None:
         """Write what a step of a stage was trained on.

@@ -22,10 +22,12 @@ from distill_system.observe.curves import (
     draw_supervised_loss,
     draw_throughput,
 )
+from distill_system.observe.fault_log import read_faults, tell_faults
 from distill_system.observe.formats import format_metric
 from distill_system.observe.metrics import MetricRow, read_metrics
 from distill_system.observe.pages import render_page
-from distill_system.observe.run_directory import RunDirectory, read_json_if_exists, write_text
+from distill_system.observe.recorded import read_config
+from distill_system.observe.run_directory import RunDirectory, write_text
 from distill_system.observe.summary import build_summary, read_evaluation
 
 DISTANCE_TITLES = {
@@ -54,7 +56,7 @@ def write_report(run: RunDirectory) -> None:
 def _collect(run: RunDirectory) -> dict[str, Any]:
     """The values of all names in the template."""
     summary, rows = build_summary(run), read_metrics(run)
-    config = read_json_if_exists(run.config_path)
+    config = read_config(run)
     metric = find_headline_metric(summary["scores"], config)
     return {
         "summary": summary,
@@ -69,6 +71,7 @@ def _collect(run: RunDirectory) -> dict[str, Any]:
             *draw_curves(rows, "distill", STALENESS_CURVES),
         ],
         "pool_parts": POOL_PARTS,
+        "faults": tell_faults(read_faults(run)),
         "samples": collect_samples(run),
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
         "roles": name_roles(config),

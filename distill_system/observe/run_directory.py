@@ -7,11 +7,17 @@ import math
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from distill_system.errors import RunStateError
+from distill_system.observe.run_files import read_form
+
+_OBJECT = TypeAdapter(dict[str, Any])
 
 
 class RunDirectory:
@@ -29,7 +35,7 @@ class RunDirectory:
         self.prompts_path = self.path / "prompts.jsonl"  # the prompts of every step, a row a line
         self.faults_path = self.path / "faults.jsonl"  # what was lost and replaced, an event a line
         self.tensorboard_directory = self.path / "tensorboard"  # the metrics, a folder per stage
-        self.trackers_path = self.path / "trackers.json"  # the run's names and places in trackers
+        self.trackers_path = self.path / "tracking.json"  # the run's names and places in trackers
         self.tokenizer_directory = self.path / "tokenizer"
         self.models_directory = self.path / "models"  # folders made of models in other formats
         self.teacher_directory = self.path / "teacher"  # the teacher after its fine-tuning
@@ -84,6 +90,21 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def told_as_unwritable(path: Path) -> Iterator[None]:
+    """Turn an error of the file system in a block into one message.
+
+    Raises: RunStateError that names the file, what was wrong and the way out.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunStateError(
+            f"{path} cannot be written: {error.strerror or error}. Make room on its disk, or mend "
+            "its permissions, and give the same command again"
+        ) from error
+
+
 def drop_half_line(path: Path) -> None:
     """Cut off a last line without a newline, which a crash left; does nothing without the file."""
     if not path.exists():
@@ -93,9 +114,14 @@ def drop_half_line(path: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON with write_text; NaN and infinities, which JSON lacks, become null."""
-    text = json.dumps(without_non_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    """Write a value as JSON with write_text; see to_json."""
+    write_text(path, to_json(value))
+
+
+def to_json(value: object) -> str:
+    """The content of a JSON file; NaN and infinities, which JSON lacks, become null."""
+    plain = without_non_finite(value)
+    return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def without_non_finite(value: object) -> object:
@@ -109,27 +135,10 @@ def without_non_finite(value: object) -> object:
     return value
 
 
-def read_json_if_exists(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of the run; empty if there is no such file.
-
-    Raises:
-        RunStateError: the file does not hold a JSON object.
-    """
-    return read_json(path) if path.exists() else {}
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of the run.
+    """The JSON object in a file of the run of which no form is asked.
 
     Raises:
         RunStateError: there is no such file, or it does not hold a JSON object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RunStateError(f"{path} is missing: is {path.parent} a run's folder?") from error
-    except json.JSONDecodeError as error:
-        raise RunStateError(f"{path} is not JSON ({error}): delete it and run again") from error
-    if not isinstance(value, dict):
-        raise RunStateError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+    return read_form(path, _OBJECT, way_out="Delete it and run again")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,8 @@ from distill_system.errors import RunStateError
 from distill_system.logs import DRIVER, last_message, log_path
 from distill_system.observe.live import format_duration, format_number
 from distill_system.observe.metrics import MetricRow, read_metrics
-from distill_system.observe.run_directory import RunDirectory, read_json, read_json_if_exists
+from distill_system.observe.recorded import read_config, read_pool_sizes
+from distill_system.observe.run_directory import RunDirectory
 
 RECENT_STEPS = 20
 """Steps from whose time the rest is reckoned."""
@@ -69,10 +71,11 @@ def find_runs(runs_directory: Path) -> list[RunDirectory]:
 
 def find_run(name: str, runs_directory: str) -> RunDirectory:
     """The folder of a run, by path or name.  Raises: RunStateError if there is no such run."""
-    for path in (Path(name), Path(runs_directory) / name):
-        run = RunDirectory(path)
-        if run.config_path.exists():
-            return run
+    with suppress(OSError, ValueError):  # a name that no file could have
+        for path in (Path(name), Path(runs_directory) / name):
+            run = RunDirectory(path)
+            if run.config_path.exists():
+                return run
     raise RunStateError(
         f"no run {name!r}: expected a run's folder, or the name of one below {runs_directory}/ "
         "(--runs-directory); a run has a config.json"
@@ -85,7 +88,9 @@ def read_status(run: RunDirectory, *, is_alive: bool, now: float | None = None) 
     is_alive: whether its lock is held.  now: seconds since the epoch.
     Raises: RunStateError if the folder holds no run, or a file of it cannot be read.
     """
-    config = read_json(run.config_path)
+    if not run.config_path.exists():
+        raise RunStateError(f"{run.config_path} is missing: is {run.path} a run's folder?")
+    config = read_config(run)
     rows = read_metrics(run)
     return RunStatus(
         name=str(config.get("name", run.path.name)),
@@ -138,7 +143,7 @@ def _stage(config: Mapping[str, Any], rows: Sequence[MetricRow], now: float) -> 
     own = [row for row in rows if row.stage == last.stage]
     # A fine-tuning's rows are numbered from 0, by the step that they describe.
     done = last.step if last.stage == "distill" else last.step + 1
-    steps = _steps(config, last.stage)
+    steps = _steps(config, last.stage) or done
     recent = own[-RECENT_STEPS - 1 :]
     # The median: between two lives of a run lie hours that are no step's.
     times = [after.time - before.time for before, after in pairwise(recent)]
@@ -153,14 +158,17 @@ def _stage(config: Mapping[str, Any], rows: Sequence[MetricRow], now: float) -> 
 
 
 def _steps(config: Mapping[str, Any], stage: str) -> int:
+    """All steps of a stage; 0 where the configuration does not say."""
     if stage == "distill":
-        return int(config["distill"]["steps"])
-    return int(config[stage.removeprefix("sft_")]["sft"]["steps"])
+        found = config.get("distill", {})
+    else:
+        found = config.get(stage.removeprefix("sft_"), {}).get("sft") or {}
+    return int(found.get("steps", 0))
 
 
 def _pools(run: RunDirectory) -> dict[str, tuple[int, int]]:
-    pools = read_json_if_exists(run.path / "scaling/status.json").get("pools", {})
-    return {name: (pool["present"], pool["wanted"]) for name, pool in pools.items()}
+    pools = read_pool_sizes(run).items()
+    return {name: (pool["present"], pool["wanted"]) for name, pool in pools}
 
 
 def _scores(rows: Sequence[MetricRow]) -> dict[str, float]:

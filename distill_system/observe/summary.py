@@ -9,14 +9,12 @@ from typing import Any, Protocol
 from distill_system.observe.bottleneck import find_bottleneck, shares_cores
 from distill_system.observe.hosted_trackers import read_trackers
 from distill_system.observe.metrics import read_metrics
-from distill_system.observe.run_directory import (
-    RunDirectory,
-    read_json,
-    read_json_if_exists,
-    write_json,
-)
+from distill_system.observe.optional_writes import OptionalWrites
+from distill_system.observe.recorded import EVALUATION_FORM, read_config, read_environment
+from distill_system.observe.run_directory import RunDirectory, to_json, write_json
+from distill_system.observe.run_files import read_form_if_exists
 from distill_system.observe.staleness import summarise_staleness
-from distill_system.observe.timings import read_pools
+from distill_system.observe.timings import MAIN_STAGE, read_timings
 from distill_system.records import PoolActivity
 from distill_system.standard_errors import paired_bootstrap_standard_error, paired_standard_error
 
@@ -49,6 +47,7 @@ def write_evaluation(
     weights: Mapping[str, str] | None = None,
     splits: Mapping[str, JsonForm],
     distances: Mapping[str, float] | None,
+    writes: OptionalWrites | None = None,
 ) -> None:
     """Write one evaluation to evaluations/<label>.json.
 
@@ -60,6 +59,7 @@ def write_evaluation(
         weights: dtype of the engine's weights, and rounding, how they became so; None: not known.
         splits: name -> the result of evaluate_splits.
         distances: those of DISTANCES, on held-out data; None if they were not measured.
+        writes: takes the file where the disk does not.
     """
     form = {
         "label": label,
@@ -70,13 +70,16 @@ def write_evaluation(
         "distances": distances,
         "splits": {name: evaluation.to_json() for name, evaluation in splits.items()},
     }
-    write_json(run.evaluation_path(label), form)
+    (writes or OptionalWrites()).write_text(run.evaluation_path(label), to_json(form))
 
 
 def read_evaluation(run: RunDirectory, label: str) -> dict[str, Any] | None:
-    """What write_evaluation wrote under this label; None if there is no such evaluation."""
-    path = run.evaluation_path(label)
-    return read_json(path) if path.exists() else None
+    """What write_evaluation wrote under this label; None if there is no such evaluation.
+
+    Raises: RunStateError if the file holds something else.
+    """
+    way_out = "Remove the file: `distill-system evaluate` makes what is missing"
+    return read_form_if_exists(run.evaluation_path(label), EVALUATION_FORM, way_out=way_out)
 
 
 def write_summary(run: RunDirectory) -> dict[str, Any]:
@@ -107,18 +110,18 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
     Raises:
         RunStateError: a part exists and cannot be read.
     """
-    config = read_json_if_exists(run.config_path)
-    environment = read_json_if_exists(run.environment_path)
-    timings = read_json_if_exists(run.timings_path)
+    config = read_config(run)
+    environment = read_environment(run)
+    timings = read_timings(run)
     evaluations = {label: read_evaluation(run, label) for label in ("teacher", "before", "after")}
-    after, pools = evaluations["after"], read_pools(timings)
+    after, pools = evaluations["after"], timings.pools.get(MAIN_STAGE, {})
     return {
         "run": config.get("name", run.path.name),
         "step": after["step"] if after else None,
         "scores": _compare_splits(evaluations),
         "distances": _compare_distances(evaluations),
-        "seconds": timings.get("seconds", {}),
-        "tokens_per_second": timings.get("tokens_per_second", {}),
+        "seconds": timings.seconds,
+        "tokens_per_second": timings.tokens_per_second,
         "pools": {name: _describe_pool(pool) for name, pool in pools.items()},
         "bottleneck": _find_bottleneck(pools, config, environment),
         "staleness": summarise_staleness(read_metrics(run)),
@@ -202,9 +205,10 @@ def _gain_stderr(
         return None  # a single example has no spread
     if metric in before["per_example"] and metric in after["per_example"]:
         return paired_standard_error(before["per_example"][metric], after["per_example"][metric])
-    if metric not in before["bootstrap"] or metric not in after["bootstrap"]:
-        return None
-    return paired_bootstrap_standard_error(before["bootstrap"][metric], after["bootstrap"][metric])
+    replicates = [each["bootstrap"].get(metric, ()) for each in (before, after)]
+    if not replicates[0] or len(replicates[0]) != len(replicates[1]):
+        return None  # another version drew another number of them
+    return paired_bootstrap_standard_error(*replicates)
 
 
 def _compare_distances(

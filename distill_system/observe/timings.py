@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
-from distill_system.errors import RecordError, RunStateError
+from pydantic import TypeAdapter
+
 from distill_system.observe.activity import join_stretches
-from distill_system.observe.run_directory import RunDirectory, read_json, write_json
+from distill_system.observe.optional_writes import OptionalWrites
+from distill_system.observe.run_directory import RunDirectory, to_json
+from distill_system.observe.run_files import read_form_if_exists
 from distill_system.records import PoolActivity
 
 MAIN_STAGE = "distill"
@@ -30,22 +32,50 @@ class _Stage:
     running_since: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedTimings:
+    """The content of timings.json, as Timings.save writes it.
+
+    seconds: of each stage.  tokens_per_second: see Timings.  phases: stage -> phase -> seconds.
+    pools: stage -> pool -> what its workers did.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)
+    pools: dict[str, dict[str, PoolActivity]] = field(default_factory=dict)
+
+
+_FORM = TypeAdapter(RecordedTimings)
+
+
 class Timings:
     """Totals of a run, read from its timings.json if there is one; threads may share it.
 
+    writes: takes the file where the disk does not.
     save() writes them, the running stages' time so far included; call it with each checkpoint.
     Leaving a stage saves too.  Phases may overlap, so a stage's phases can add up to more than it.
     """
 
     def __init__(
-        self, run: RunDirectory, *, clock: Callable[[], float] = time.perf_counter
+        self,
+        run: RunDirectory,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        writes: OptionalWrites | None = None,
     ) -> None:
         self._run = run
         self._clock = clock
+        self._writes = writes or OptionalWrites()
         self._lock = threading.Lock()
         self._stages: dict[str, _Stage] = {}
-        if run.timings_path.exists():
-            self._load(read_json(run.timings_path))
+        recorded = read_timings(run)
+        for name, seconds in recorded.seconds.items():
+            self._stages[name] = _Stage(
+                seconds=seconds,
+                phases=recorded.phases.get(name, {}),
+                pools=recorded.pools.get(name, {}),
+            )
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -113,37 +143,17 @@ class Timings:
             }
 
     def save(self) -> None:
-        """Write timings.json.
-
-        {"seconds": {stage: s}, "tokens_per_second": {pool: r},
-         "phases": {stage: {phase: s}}, "pools": {stage: {pool: the fields of PoolActivity}}}
-        """
+        """Write timings.json, see RecordedTimings; later, where the disk does not take it now."""
         seconds, rates = self.seconds, self.tokens_per_second
         with self._lock:
-            form = {
-                "seconds": seconds,
-                "tokens_per_second": rates,
-                "phases": {name: dict(stage.phases) for name, stage in self._stages.items()},
-                "pools": {
-                    name: {pool: asdict(activity) for pool, activity in stage.pools.items()}
-                    for name, stage in self._stages.items()
-                },
-            }
-            write_json(self._run.timings_path, form)
-
-    def _load(self, form: dict[str, Any]) -> None:
-        try:
-            for name, phases in form["phases"].items():
-                self._stages[name] = _Stage(
-                    seconds=form["seconds"][name],
-                    phases=dict(phases),
-                    pools=read_pools(form, stage=name),
-                )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RunStateError(
-                f"{self._run.timings_path}: expected seconds and phases of each stage as "
-                f"Timings.save writes them ({error!r}); delete the file to count from zero"
-            ) from error
+            stages = self._stages.items()
+            recorded = RecordedTimings(
+                seconds=seconds,
+                tokens_per_second=rates,
+                phases={name: dict(stage.phases) for name, stage in stages},
+                pools={name: dict(stage.pools) for name, stage in stages},
+            )
+            self._writes.write_text(self._run.timings_path, to_json(asdict(recorded)))
 
     def _find(self, name: str) -> _Stage:
         return self._stages.setdefault(name, _Stage())
@@ -154,17 +164,12 @@ class Timings:
         return stage.seconds + self._clock() - stage.running_since
 
 
-def read_pools(form: Mapping[str, Any], *, stage: str = MAIN_STAGE) -> dict[str, PoolActivity]:
-    """Every pool's activity over a stage, from what Timings.save wrote; none for another stage.
+def read_timings(run: RunDirectory) -> RecordedTimings:
+    """The run's timings.json; empty if there is none yet.
 
     Raises:
         RunStateError: something else stands there.
     """
-    try:
-        pools = form.get("pools", {}).get(stage, {})
-        return {name: PoolActivity(**pool) for name, pool in pools.items()}
-    except (TypeError, AttributeError, RecordError) as error:
-        raise RunStateError(
-            f"timings.json: expected pools of each stage, with PoolActivity's fields ({error}); "
-            "delete the file to count from zero"
-        ) from error
+    way_out = "Remove the file to count from zero"
+    found = read_form_if_exists(run.timings_path, _FORM, way_out=way_out)
+    return found or RecordedTimings()

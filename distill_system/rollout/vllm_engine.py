@@ -10,6 +10,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class VllmEngine(GenerationEngine):
             gc.freeze()  # vLLM collects by hand while it builds: spare it what importing left
             imported = time.perf_counter()
             self._engine = _build_engine(specification)
+            _remove_meeting_file()
         self.import_seconds = imported - begin
         self.start_seconds = time.perf_counter() - imported
         num_rows: int = self._engine.model_config.get_vocab_size()
@@ -135,6 +137,21 @@ def _build_engine(specification: EngineSpecification) -> Any:  # vllm's LLMEngin
         return LLMEngine.from_engine_args(_engine_args(specification), UsageContext.LLM_CLASS)
     except Exception as error:
         raise translate_start_error(specification, error) from error
+
+
+def _remove_meeting_file() -> None:
+    """Remove the file in the temporary folder by which the engine's ranks have found one another.
+
+    Nobody reads it any more, and vLLM leaves it there. Ranks in processes of their own keep it.
+    """
+    from torch import distributed as dist
+
+    if dist.is_initialized():
+        store: Any = dist.distributed_c10d._get_default_store()  # torch names it nowhere else
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        if isinstance(store, dist.FileStore):
+            Path(store.path).unlink(missing_ok=True)
 
 
 def _engine_args(specification: EngineSpecification) -> Any:  # vllm's EngineArgs

@@ -20,13 +20,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import NonNegativeInt, TypeAdapter
+from typing_extensions import TypedDict
+
 from distill_system.config.distill import BestConfig
+from distill_system.data import check_position
 from distill_system.errors import DeadlineError, DistillError, RunStateError, WorkerLostError
 from distill_system.learner import FileRecord, describe_file, find_alterations, find_misfits
-from distill_system.observe.run_directory import flush_folder, read_json, write_json
+from distill_system.observe import OptionalWrites
+from distill_system.observe.run_directory import flush_folder, write_json
+from distill_system.observe.run_files import read_form
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
+_AS_WRITTEN = "It is not as a run writes it"
 
 
 class Saver(Protocol):
@@ -65,12 +72,23 @@ class CheckpointStore:
     """The checkpoints of one stage, one folder each, named by steps done.
 
     keep: how many of the newest stay on disk.  best: which others stay.
+    writes: is told of a checkpoint that the disk did not take: the run goes on without it.
+    failure: what was told of the last checkpoint, if the disk did not take it.
     """
 
-    def __init__(self, folder: Path, *, keep: int, best: BestConfig | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        best: BestConfig | None = None,
+        writes: OptionalWrites | None = None,
+    ) -> None:
         self.folder = folder
         self.keep = keep
         self.best = best
+        self.failure: str | None = None
+        self._writes = writes or OptionalWrites()
         self._under_way: Path | None = None
 
     def start(
@@ -86,38 +104,60 @@ class CheckpointStore:
         Waits until the checkpoint before is complete: one is written at a time.
         """
         self.finish(learner, wait=True)
-        self._remove_leftovers()
         partial = self._final(step).with_suffix(".partial")
-        partial.mkdir(parents=True)
-        write_json(
-            partial / STATE_FILE, {"step": step, "metrics": dict(metrics or {}), "state": state}
-        )
+        form = {"step": step, "metrics": dict(metrics or {}), "state": state}
+        try:
+            self._remove_leftovers()
+            partial.mkdir(parents=True)
+            write_json(partial / STATE_FILE, form)
+        except OSError as error:
+            self._give_up(partial, error)
+            return
         learner.start_save(partial)
         self._under_way = partial
 
     def finish(self, learner: Saver, *, wait: bool) -> bool:
         """Complete the checkpoint that is being written, if all its files are on disk.
 
-        Then deletes the checkpoints that are not to be kept. wait: wait for the files.
+        Then deletes the checkpoints that are not to be kept. One that cannot be written is given
+        up, and told: those before it stay. wait: wait for the files.
         Returns whether nothing is being written any more.
         """
         if self._under_way is None:
             return True
-        files = learner.finish_save(wait=wait)
-        if files is None:
-            return False
-        partial, self._under_way = self._under_way, None
+        partial = self._under_way
+        try:
+            files = learner.finish_save(wait=wait)
+            if files is None:
+                return False
+            self._under_way = None
+            self._complete_folder(partial, files)
+        except (OSError, RunStateError) as error:
+            self._under_way = None
+            self._give_up(partial, error)
+            return True
+        self.failure = None
+        self._drop_old()
+        return True
+
+    def _complete_folder(self, partial: Path, files: dict[str, FileRecord]) -> None:
+        """Give a folder whose files are written its manifest, and then its name."""
         # The manifest comes last, and the rename after it: a complete folder always has one.
         files[STATE_FILE] = describe_file(partial / STATE_FILE)
         write_json(partial / MANIFEST_FILE, {"files": {n: r._asdict() for n, r in files.items()}})
         final = partial.with_suffix("")
-
         if final.exists():
             _remove(final)
         partial.rename(final)
         flush_folder(self.folder)  # a rename survives a power cut only once its folder is flushed
-        self._drop_old()
-        return True
+
+    def _give_up(self, partial: Path, error: Exception) -> None:
+        shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        step = _step_of(partial.with_suffix(""))
+        complete = self._complete()
+        newest = f"{complete[-1].name} is the newest" if complete else "there is none before it"
+        self.failure = f"the checkpoint after step {step} could not be written: {error}; {newest}"
+        self._writes.give_up(f"{self.failure}. The run goes on, and tries again with the next")
 
     @contextmanager
     def finished_on_failure(self, learner: Saver) -> Iterator[None]:
@@ -160,11 +200,11 @@ class CheckpointStore:
             files = _read_manifest(folder)
             damage = find_misfits(folder, files)
             damage = damage or find_alterations(folder, {STATE_FILE: files.pop(STATE_FILE)})
-        except (RunStateError, KeyError, TypeError) as error:
-            damage = [f"{MANIFEST_FILE} does not say what belongs to it ({error})"]
-        if damage:
-            raise self._damaged(folder, damage)
-        return _read_state(folder, files)
+            if not damage:
+                return _read_state(folder, files)
+        except RunStateError as error:
+            damage = [str(error)]
+        raise self._damaged(folder, damage)
 
     def find_best(self) -> Checkpoint:
         """The best complete checkpoint by the metric of `best`; its manifest is checked.
@@ -204,11 +244,15 @@ class CheckpointStore:
         )
 
     def _drop_old(self) -> None:
-        complete = self._complete()
-        kept = {*complete[-self.keep :], *self._find_best(complete)}
-        for folder in complete:
-            if folder not in kept:
-                _remove(folder)
+        """Delete what is not to be kept; where that cannot be told or done, nothing is."""
+        try:
+            complete = self._complete()
+            kept = {*complete[-self.keep :], *self._find_best(complete)}
+            for folder in complete:
+                if folder not in kept:
+                    _remove(folder)
+        except (OSError, RunStateError) as error:
+            self._writes.give_up(f"checkpoints that are not kept could not be removed: {error}")
 
     def _find_best(self, complete: Sequence[Path]) -> list[Path]:
         """The best checkpoints by the metric, of equals the earlier.
@@ -234,23 +278,62 @@ class CheckpointStore:
         return self.folder / f"step_{step:06d}"
 
     def _complete(self) -> list[Path]:
-        """Folders of complete checkpoints, oldest first."""
-        folders = (path for path in self.folder.glob("step_*") if not path.suffix)
-        return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
+        """Folders of complete checkpoints, oldest first.
+
+        Raises: RunStateError for a name that is none of ours: which step it holds is not known.
+        """
+        folders = [path for path in self.folder.glob("step_*") if not path.suffix]
+        for path in folders:
+            if not (path.name.removeprefix("step_").isdecimal() and path.is_dir()):
+                raise RunStateError(
+                    f"{path}: expected a folder of a checkpoint such as step_000100. Move it "
+                    "elsewhere, or remove it"
+                )
+        return sorted(folders, key=_step_of)
 
 
-def resume_point(store: CheckpointStore, *, resume: bool, stage: str) -> Checkpoint | None:
+def resume_point(
+    store: CheckpointStore, *, resume: bool, stage: str, steps: int | None = None
+) -> Checkpoint | None:
     """The checkpoint to continue from; None if the stage begins.
 
-    Raises: RunStateError if there is a checkpoint and --resume was not given.
+    steps: of the whole stage, beyond which no checkpoint of it can be; None asks for nothing.
+    Raises: RunStateError if there is a checkpoint and --resume was not given, or it is damaged or
+        not of this stage.
     """
     latest = store.latest()
-    if latest is not None and not resume:
+    if latest is None:
+        return None
+    if not resume:
         raise RunStateError(
             f"{stage} has a checkpoint at step {latest.step} in {store.folder}: add --resume to "
             "continue from it, or give the run another name"
         )
+    if steps is not None and latest.step > steps:
+        raise RunStateError(
+            f"the checkpoint {latest.folder} is not of this run: {stage} has {steps} steps. Move "
+            "it elsewhere, or remove it"
+        )
+    _require_positions(latest)
     return latest
+
+
+def _require_positions(checkpoint: Checkpoint) -> None:
+    """Check the positions of walks over prompts, before workers start for nothing."""
+    streams = checkpoint.state.get("streams")
+    walks = [checkpoint.state.get("frontier")]
+    if isinstance(streams, dict):
+        walks += [streams.get(name) for name in ("student", "teacher")]
+    try:
+        for walk in walks:
+            if walk is not None:
+                check_position(walk)
+    except RunStateError as error:
+        raise RunStateError(f"{checkpoint.folder / STATE_FILE}: {error}") from error
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def _remove(folder: Path) -> None:
@@ -258,11 +341,39 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_suffix(".removed")))
 
 
+class _Record(TypedDict):
+    num_bytes: NonNegativeInt
+    crc32: NonNegativeInt
+
+
+class _Manifest(TypedDict):
+    files: dict[str, _Record]
+
+
+class _State(TypedDict):
+    step: NonNegativeInt
+    state: dict[str, Any]
+    metrics: dict[str, float | None]
+
+
+_MANIFEST_FORM, _STATE_FORM = TypeAdapter(_Manifest), TypeAdapter(_State)
+
+
 def _read_manifest(folder: Path) -> dict[str, FileRecord]:
-    files: Any = read_json(folder / MANIFEST_FILE)["files"]
+    path = folder / MANIFEST_FILE
+    files = read_form(path, _MANIFEST_FORM, way_out=_AS_WRITTEN)["files"]
+    outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise RunStateError(f"{path} names a file outside of its folder, {outside[0]!r}")
+    if STATE_FILE not in files or len(files) == 1:
+        raise RunStateError(f"{path} does not name {STATE_FILE} and files of the learner")
     return {name: FileRecord(**record) for name, record in files.items()}
 
 
 def _read_state(folder: Path, files: dict[str, FileRecord]) -> Checkpoint:
-    form: Any = read_json(folder / STATE_FILE)
+    """A checkpoint's own state, from a folder of this run that is called by its step."""
+    path = folder / STATE_FILE
+    form = read_form(path, _STATE_FORM, way_out=_AS_WRITTEN)
+    if form["step"] != _step_of(folder):
+        raise RunStateError(f"{path} is of step {form['step']}: the folder has another's name")
     return Checkpoint(form["step"], folder, form["state"], form["metrics"], files)

@@ -9,7 +9,14 @@ from typing import Any
 from distill_system.cluster import ClusterSession
 from distill_system.config import RunConfig
 from distill_system.data import RunData
-from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
+from distill_system.observe import (
+    LiveView,
+    MetricLog,
+    OptionalWrites,
+    PromptLog,
+    RunDirectory,
+    Timings,
+)
 from distill_system.stopping import StopRequest
 
 
@@ -18,6 +25,7 @@ class RunContext:
     """What one process needs to run stages of one run.
 
     tokenizer: a transformers tokenizer.  data: the sets that the stages of this process read.
+    writes: of the files that the run can do without for a while.
     stop: whether a person wants the run to end, which stages look at between two steps.
     """
 
@@ -32,6 +40,7 @@ class RunContext:
     view: LiveView
     resume: bool
     stop: StopRequest = field(default_factory=StopRequest)
+    writes: OptionalWrites = field(default_factory=OptionalWrites)
 
     @property
     def teacher_path(self) -> str:

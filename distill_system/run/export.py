@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
+from distill_system.errors import RunStateError
 from distill_system.learner import LearnerGroup
 from distill_system.run.context import RunContext
 from distill_system.run.vocabulary import stop_token_ids
@@ -24,16 +25,40 @@ def export_model(
     """Write the learner's model to `folder`, by a rename: the folder is complete or absent.
 
     facts: rows of the model card, on how the model was made.  dtype: of the weights written.
+    Raises: RunStateError if the disk does not take it; what was written of it is removed.
     """
     # A stage whose folder exists is skipped, so a crash must not leave half a model under its name.
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    learner.export(partial, dtype)
-    context.tokenizer.save_pretrained(partial)
-    _write_ends(context, partial)
-    (partial / "README.md").write_text(_model_card(context, folder.name, facts))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        learner.export(partial, dtype)
+        context.tokenizer.save_pretrained(partial)
+        _write_ends(context, partial)
+        (partial / "README.md").write_text(_model_card(context, folder.name, facts))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except (OSError, RunStateError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunStateError(
+            f"the model cannot be exported to {folder}: {error}. Make room on its disk: --resume "
+            "goes on from the newest checkpoint"
+        ) from error
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether export_model has written a model to this folder; False where there is no folder.
+
+    Raises: RunStateError if something else stands there: it is no output of a stage.
+    """
+    if not folder.exists():
+        return False
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return True
+    raise RunStateError(
+        f"{folder}: expected a model that this run exported (config.json and *.safetensors), got "
+        "something else. Move it elsewhere, or remove it: the stage that makes it is not skipped "
+        "then"
+    )
 
 
 def _write_ends(context: RunContext, folder: Path) -> None:

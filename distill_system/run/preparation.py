@@ -18,7 +18,8 @@ from distill_system.errors import ConfigError, RunStateError
 from distill_system.job_process import is_job
 from distill_system.language_model import one_line
 from distill_system.observe import RunDirectory, write_environment
-from distill_system.observe.run_directory import read_json, remove_half_written, write_text
+from distill_system.observe.recorded import read_config
+from distill_system.observe.run_directory import remove_half_written, write_text
 from distill_system.run.model_checks import check_folders, check_models
 
 MAY_CHANGE = (
@@ -35,6 +36,7 @@ MAY_CHANGE = (
     "learner.offload",
     "learner.shard_ranks",
     "runs_directory",
+    "runs_mirror",
     "trackers",
     "distill.measure_every",
     "distill.evaluate_every",
@@ -73,6 +75,11 @@ def open_run(config: RunConfig) -> RunDirectory:
     run = run_directory(config)
     if run.config_path.exists():
         _require_same(run, config)
+    elif found := _find_work(run):
+        raise RunStateError(
+            f"{run.path} holds work ({found[0].name}) and no {run.config_path.name}, which says of "
+            "which configuration. Put that file back, or give the run another name (name=...)"
+        )
     return run
 
 
@@ -98,7 +105,13 @@ def with_chat_date(config: RunConfig, run: RunDirectory) -> RunConfig:
     if config.data.chat_date is not None:
         return config
     recorded = _flatten(_read_recorded(run)).get(_DAY) if run.config_path.exists() else None
-    return on_day(config, date.fromisoformat(recorded) if recorded else date.today())
+    try:
+        return on_day(config, date.fromisoformat(recorded) if recorded else date.today())
+    except (TypeError, ValueError) as error:
+        raise RunStateError(
+            f"{run.config_path}, {_DAY}: expected a day such as 2026-01-31, got {recorded!r}. Put "
+            "back the configuration with which the run began"
+        ) from error
 
 
 def on_day(config: RunConfig, day: date) -> RunConfig:
@@ -193,14 +206,23 @@ def _read_recorded(run: RunDirectory) -> Any:
     try:
         return json.loads(dump_config(load_config([run.config_path])))
     except ConfigError:
-        return read_json(run.config_path)
+        return read_config(run)
 
 
 def _has_work(run: RunDirectory) -> bool:
     """Whether anything was learned or measured; a tokenizer alone does not count."""
+    return bool(_find_work(run)) or run.evaluations_directory.exists()
+
+
+def _find_work(run: RunDirectory) -> list[Path]:
+    """What was learned or measured of the student.
+
+    The teacher's evaluation does not count: a comparison copies it to runs that have not begun.
+    """
     models = (run.teacher_directory, run.student_sft_directory, run.student_directory)
-    others = (run.checkpoints_directory, run.evaluations_directory)
-    return any(path.exists() for path in (*models, *others))
+    measured = [run.evaluation_path(label) for label in ("before", "after")]
+    made = (*models, run.checkpoints_directory, *measured)
+    return [path for path in made if path.exists()]
 
 
 def _may_change(key: str) -> bool:

@@ -30,6 +30,7 @@ from distill_system.stages.pilot import plan_steps
 from distill_system.stages.processes import Job, run_jobs
 from distill_system.stages.train import train
 
+MOST_SEEDS = 1000
 MOST_BUDGET = 1e12
 """Of any unit; a larger one is a slip, and its runs would have no end."""
 
@@ -131,6 +132,8 @@ def _check(request: ComparisonRequest) -> None:
             "--objectives: expected names of methods or YAML files joined by commas, such as "
             "ammd,gkd, got none"
         )
+    if not 1 <= request.seeds <= MOST_SEEDS:
+        raise ConfigError(f"--seeds: expected 1 to {MOST_SEEDS}, got {request.seeds}")
     value = request.budget_value
     if value is None:
         return

@@ -17,11 +17,13 @@ from rich.text import Text
 
 from distill_system.cluster import ClusterSession, require_room
 from distill_system.config import RunConfig
+from distill_system.config.base import check_path
 from distill_system.config.data import PretrainedTokenizer
 from distill_system.config.distill import DistillConfig
 from distill_system.config.model import ModelConfig
 from distill_system.data import build_tokenizer
 from distill_system.driver.measuring import score_splits
+from distill_system.errors import ConfigError
 from distill_system.evaluation import SplitEvaluation, check_evaluation
 from distill_system.observe import LiveView
 from distill_system.observe.formats import format_metric, format_value
@@ -52,6 +54,10 @@ def evaluate_model(
     out: the file to write; None: in the folder of the run that the configuration names.
     Raises: DistillError with one message for the person; every worker is ended first.
     """
+    for option, given in (("--model", model), ("--out", "" if out is None else str(out))):
+        _require_path(option, given)
+    if out is not None and out.is_dir():
+        raise ConfigError(f"--out {out}: expected a file for the scores, got a folder")
     require_room(config, ["student_rollout" if config.pools.evaluation is None else "evaluation"])
     model = _resolve(model)
     config = _of_one_model(config, model)
@@ -86,6 +92,13 @@ def render_scores(evaluated: EvaluatedModel) -> Table:
             row = (str(split.num_examples), format_metric(score), format_value(estimate.mean, 1))
             table.add_row(Text(name), *row, spread)
     return table
+
+
+def _require_path(option: str, path: str) -> None:
+    try:
+        check_path(path)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from error
 
 
 def _resolve(model: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
@@ -10,6 +9,7 @@ from statistics import median
 from distill_system.comparison.plan import Budget
 from distill_system.config import RunConfig
 from distill_system.errors import ConfigError, RunStateError
+from distill_system.observe.metrics import read_metrics
 from distill_system.stages.processes import Job, run_jobs
 
 PILOT_STEPS = 12
@@ -71,11 +71,18 @@ def _pilot(name: str, config: RunConfig, folder: Path) -> Job:
 
 
 def _cost(job: Job, budget: Budget) -> float:
-    """Cost of one step: seconds, or sampled tokens."""
-    lines = job.run.metrics_path.read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row.get("stage") == "distill"]
-    steps = [row["metrics"] for row in rows if "seconds/step" in row["metrics"]][WARM_UP_STEPS:]
+    """Cost of one step: seconds, or sampled tokens.
+
+    Raises: RunStateError if the pilot has recorded none.
+    """
+    rows = [row.metrics for row in read_metrics(job.run) if row.stage == "distill"]
+    steps = [row for row in rows if "seconds/step" in row][WARM_UP_STEPS:]
+    if not steps:
+        raise RunStateError(
+            f"{job.run.metrics_path}: expected the steps of a pilot, got none. Remove "
+            f"{job.run.path} and give the same command again"
+        )
     if budget == "seconds":
-        return median(step["seconds/step"] for step in steps)
+        return median(step["seconds/step"] or 0.0 for step in steps)
     authors = ("sampled_tokens/student", "sampled_tokens/teacher")
-    return sum(step[author] for step in steps for author in authors) / len(steps)
+    return sum(step.get(author) or 0.0 for step in steps for author in authors) / len(steps)

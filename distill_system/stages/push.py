@@ -11,16 +11,29 @@ from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub import HfApi
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from distill_system.config import RunConfig
 from distill_system.config.export import HubConfig
 from distill_system.errors import ConfigError, RunStateError
 from distill_system.observe import RunDirectory
-from distill_system.observe.run_directory import read_json_if_exists, write_json
+from distill_system.observe.run_directory import write_json
+from distill_system.observe.run_files import read_form_if_exists
 
 TOKEN_VARIABLE = "HF_TOKEN"
 PUSH_RECORD = "pushed.json"
 """In the run's folder: what was pushed where."""
+
+
+class _Record(TypedDict):
+    repository: str
+    branch: str
+    student: int
+    commit: str
+
+
+_RECORD_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Record)
 
 
 def require_token(config: RunConfig) -> None:
@@ -53,7 +66,8 @@ def push_student(
     if hub is None:
         return None
     require_token(config)
-    record = read_json_if_exists(run.path / PUSH_RECORD)
+    way_out = "Remove the file: the student is pushed again"
+    record = read_form_if_exists(run.path / PUSH_RECORD, _RECORD_FORM, way_out=way_out) or {}
     target = {"repository": hub.repository, "branch": hub.branch, "student": _identity(run)}
     if all(record.get(key) == value for key, value in target.items()):
         return str(record["commit"])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
-from distill_system.cluster import ClusterSession, require_room
+from distill_system.cluster import ClusterSession, require_joinable, require_room
 from distill_system.config import RunConfig
 from distill_system.data import RunData
 from distill_system.data.run_data import SetName
@@ -29,6 +29,7 @@ from distill_system.observe import (
     JobPage,
     LiveView,
     MetricLog,
+    OptionalWrites,
     PromptLog,
     RunDirectory,
     RunGauges,
@@ -37,10 +38,14 @@ from distill_system.observe import (
     write_report,
     write_summary,
 )
+from distill_system.observe.run_directory import told_as_unwritable
 from distill_system.observe.run_lock import locked
+from distill_system.observe.summary import read_evaluation
 from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
+from distill_system.run.export import holds_model
+from distill_system.run.mirror import mirrored
 from distill_system.run.model_checks import check_data, check_engine
 from distill_system.run.model_data import load_model_data
 from distill_system.run.model_sources import with_folders
@@ -91,7 +96,8 @@ def train(
     """
     if "push" in stages:
         require_token(config)
-    with locked(run_directory(config), notify=notify):
+    folder = run_directory(config)
+    with locked(folder, notify=notify), mirrored(config, folder, notify=notify):
         run = open_run(config)
         if resume is True:
             _require_begun(run)
@@ -126,10 +132,13 @@ def _make(
     # A stage that is done already is not in `work`; a run whose work is done starts no cluster.
     work = [stage for stage in _due(config, run) if stage in stages]
     _require_inputs(config, run, work)
-    for stage in _checkpointed(config, run, work):
+    if work:
+        require_joinable()
+    for stage, steps in _checkpointed(config, run, work).items():
         store = CheckpointStore(run.checkpoints_directory / stage, keep=1)
         # Refuse a missing --resume now, before workers have been started for nothing.
-        if resume_point(store, resume=bool(resume), stage=stage) is None and resume is True:
+        found = resume_point(store, resume=bool(resume), stage=stage, steps=steps)
+        if found is None and resume is True:
             notify(f"{stage}: no checkpoint in {store.folder}, it begins anew")
     if {"distill", "evaluate"} & {*work}:
         check_engine(config)
@@ -144,17 +153,25 @@ def _make(
                     _RUNNERS[stage](context)
     if "evaluate" in stages and "sft" not in stages and not work:
         notify(f"nothing to evaluate: {describe_standing(run)}")
+    unwritten = [label for label in ("before", "after") if read_evaluation(run, label) is None]
+    if "evaluate" in work and unwritten:
+        raise RunStateError(
+            f"the evaluations {', '.join(unwritten)} could not be written to "
+            f"{run.evaluations_directory}. Make room on its disk: `distill-system evaluate` makes "
+            "them again"
+        )
     if "report" in stages:
         _require_a_run(run)
-        write_summary(run)
-        write_report(run)
+        with told_as_unwritable(run.report_path):
+            write_summary(run)
+            write_report(run)
 
 
 def _due(config: RunConfig, run: RunDirectory) -> Iterator[str]:
     """Stages that need workers and whose output does not exist yet."""
     if _untuned_roles(config, run):
         yield "sft"
-    if not run.student_directory.exists():
+    if not holds_model(run.student_directory):
         yield "distill"
     if find_lacking(config, run):
         yield "evaluate"
@@ -171,17 +188,21 @@ def _require_inputs(config: RunConfig, run: RunDirectory, work: Collection[str])
             f"distill starts from {sft_directory(run, untuned[0])}, which does not exist yet: run "
             "`distill-system sft` with the same configuration first, or `distill-system train`"
         )
-    if "evaluate" in work and "distill" not in work and not run.student_directory.exists():
+    if "evaluate" in work and "distill" not in work and not holds_model(run.student_directory):
         raise RunStateError(
             f"evaluate needs the distilled student {run.student_directory}, which does not exist "
             "yet: run `distill-system distill` with the same configuration first"
         )
 
 
-def _checkpointed(config: RunConfig, run: RunDirectory, work: Collection[str]) -> list[str]:
-    """The folder names under which the stages of `work` keep their checkpoints."""
-    tuned = [f"sft_{role}" for role in _untuned_roles(config, run)] if "sft" in work else []
-    return [*tuned, *(["distill"] if "distill" in work else [])]
+def _checkpointed(config: RunConfig, run: RunDirectory, work: Collection[str]) -> dict[str, int]:
+    """The folders in which the stages of `work` keep their checkpoints -> the stage's steps."""
+    found = {}
+    if "sft" in work:
+        settings = {"teacher": config.teacher.sft, "student": config.student.sft}
+        roles = _untuned_roles(config, run)
+        found = {f"sft_{role}": sft.steps for role in roles if (sft := settings[role])}
+    return found | ({"distill": config.distill.steps} if "distill" in work else {})
 
 
 def _require_begun(run: RunDirectory) -> None:
@@ -245,11 +266,18 @@ def open_context(
         for line in settings_notes(config):
             view.note(line)
         _note_rows(view, data)
+        writes = stack.enter_context(OptionalWrites(view.note))
         log = stack.enter_context(
-            MetricLog(run, run_name=config.name, trackers=config.trackers, notify=view.note)
+            MetricLog(
+                run,
+                run_name=config.name,
+                trackers=config.trackers,
+                notify=view.note,
+                writes=writes,
+            )
         )
-        prompts = stack.enter_context(PromptLog(run))
-        cluster = stack.enter_context(ClusterSession(config, notify=view.note))
+        prompts = stack.enter_context(PromptLog(run, writes=writes))
+        cluster = stack.enter_context(ClusterSession(config, notify=view.note, trains=True))
         gauges = stack.enter_context(RunGauges(config, report=run.report_path))
         log.add_tracker("Prometheus", gauges)
         view.listen(gauges.show_progress)
@@ -262,7 +290,8 @@ def open_context(
             data=data,
             log=log,
             prompts=prompts,
-            timings=Timings(run),
+            timings=Timings(run, writes=writes),
+            writes=writes,
             view=view,
             resume=resume,
             stop=stop or StopRequest(),
@@ -329,7 +358,7 @@ def _untuned_roles(config: RunConfig, run: RunDirectory) -> list[str]:
     return [
         role
         for role, sft in wanted.items()
-        if sft is not None and not sft_directory(run, role).exists()
+        if sft is not None and not holds_model(sft_directory(run, role))
     ]
 
 

@@ -174,6 +174,16 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(
         ClusterSession(config, notify=print).__enter__()
 
 
+def test_only_the_driver_of_the_run_itself_meets_drivers_before_it(config: RunConfig) -> None:
+    """Others may evaluate models beside it, and so may a run of this name elsewhere."""
+    first, second = (ClusterSession(config, notify=print, trains=True) for _ in range(2))
+    assert first.namespace == second.namespace
+    elsewhere = config.model_copy(update={"runs_directory": "/elsewhere"})
+    others = [ClusterSession(config, notify=print) for _ in range(2)]
+    others.append(ClusterSession(elsewhere, notify=print, trains=True))
+    assert len({first.namespace, *(other.namespace for other in others)}) == 4
+
+
 DRIVER = """
 import sys, time
 import ray

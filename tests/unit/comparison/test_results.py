@@ -19,7 +19,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_a_plan_that_lacks_a_key_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"name": "trial"}')
-    with pytest.raises(RunStateError, match="objectives"):
+    with pytest.raises(RunStateError, match=r"plan\.json, config: Field required"):
         read_plan(tmp_path)
     with pytest.raises(RunStateError, match="missing"):
         read_plan(tmp_path / "elsewhere")
@@ -91,4 +91,4 @@ def test_an_evaluation_of_another_shape_is_a_problem_of_that_run(tmp_path: Path)
     run_directory(tmp_path, "sft", 0).evaluation_path("after").write_text('{"step": 20}')
     comparison = read_comparison(tmp_path)
     assert comparison.runs == {"sft": {}}
-    assert "'splits'" in comparison.problems["sft/seed_0"]
+    assert "after.json, distances: Field required" in comparison.problems["sft/seed_0"]

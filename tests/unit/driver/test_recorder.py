@@ -11,7 +11,14 @@ from fakes.text_saver import TextSaver
 
 from distill_system.driver.recorder import RunRecorder
 from distill_system.errors import CollapseError, ConfigError, NonFiniteError
-from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
+from distill_system.observe import (
+    LiveView,
+    MetricLog,
+    OptionalWrites,
+    PromptLog,
+    RunDirectory,
+    Timings,
+)
 from distill_system.observe.metrics import read_metrics
 from distill_system.observe.prompt_log import read_prompts
 from distill_system.observe.run_directory import read_json, write_json
@@ -52,7 +59,7 @@ def live(configure, tmp_path):
     def run(
         *, until, saves=(), resume=False, overrides=(), failure=None, leaves=False, lengths=None
     ):
-        config = configure("distill.keep_checkpoints=1", *overrides)
+        config = configure("distill.keep_checkpoints=1", "distill.steps=9", *overrides)
         run = RunDirectory(tmp_path / "books")
         learner = TextSaver("0", writing=True)
         streams: Any = _Streams()
@@ -65,6 +72,7 @@ def live(configure, tmp_path):
                 timings=Timings(run),
                 view=LiveView("test", console=None),
                 resume=resume,
+                writes=OptionalWrites(),
             )
             pools: Any = SimpleNamespace(learner=learner)
             recorder = RunRecorder(context, pools, streams, NO_FAULTS)
@@ -169,6 +177,7 @@ def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tm
         run=run,
         timings=Timings(run, clock=clock),
         view=LiveView("test", console=None),
+        writes=OptionalWrites(),
     )
     pools = {
         name: PoolActivity(num_workers=1, seconds=10.0, starved_seconds=starved)
@@ -200,7 +209,11 @@ def test_a_second_look_forgets_the_waits_and_the_work_of_the_first(configure, tm
     waits.append({"teacher_rollout": 0.5, "student_rollout": 0.25})
     timings = SimpleNamespace(pop_step=lambda: waits.pop(0), add_activity=lambda _: None)
     context: Any = SimpleNamespace(
-        config=configure(), run=run, timings=timings, view=LiveView("test", console=None)
+        config=configure(),
+        run=run,
+        timings=timings,
+        view=LiveView("test", console=None),
+        writes=OptionalWrites(),
     )
     no_pools: Any = SimpleNamespace()
     streams: Any = SimpleNamespace(

@@ -228,7 +228,7 @@ def test_a_damaged_request_is_refused_and_ends_nothing(run: Run) -> None:
     run.elastic.advance()
     status = run.requests.read_status()
     assert status is not None
-    assert "request-0-abc.json: expected" in status.answers["abc"]
+    assert "request-0-abc.json is not JSON" in status.answers["abc"]
 
 
 def test_the_status_says_what_is_on_its_way_and_since_when(run: Run) -> None:

@@ -58,5 +58,7 @@ def test_a_half_written_line_goes_when_the_log_is_opened_again(tmp_path):
 def test_a_line_of_something_else_is_named(tmp_path):
     run = RunDirectory(tmp_path)
     run.prompts_path.write_text('{"stage": "distill"}\n')
-    with pytest.raises(RunStateError, match=r"prompts\.jsonl, line 1: expected an object with"):
+    with pytest.raises(
+        RunStateError, match=r"prompts\.jsonl, line 1, step: Field requi.*delete that"
+    ):
         read_prompts(run)

@@ -7,7 +7,7 @@ from fakes.hand_clock import HandClock
 
 from distill_system.errors import RunStateError
 from distill_system.observe.run_directory import RunDirectory, read_json, write_json
-from distill_system.observe.timings import Timings, read_pools
+from distill_system.observe.timings import Timings, read_timings
 from distill_system.records import PoolActivity
 
 
@@ -107,8 +107,8 @@ def test_two_stages_at_once_count_each_for_itself(tmp_path: Path) -> None:
 
 def test_a_file_of_another_form_is_refused(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    run.timings_path.write_text('{"phases": {"distill": {}}}')
-    with pytest.raises(RunStateError, match=r"timings\.json"):
+    run.timings_path.write_text('{"phases": {"distill": [3]}}')
+    with pytest.raises(RunStateError, match=r"timings\.json, phases, distill: .*Remove the file"):
         Timings(run)
 
 
@@ -123,15 +123,15 @@ def test_pools_activity_is_added_up_over_a_resume_and_dropped_with_a_new_start(
         timings = Timings(run)
         timings.add_activity({"learner": stretch})
         timings.save()
-    pools = read_pools(read_json(run.timings_path))
+    pools = read_timings(run).pools["distill"]
     assert (pools["learner"].seconds, pools["learner"].num_tokens) == (15.0, 21)
     assert pools["learner"].busy_share == pytest.approx(0.4)
     timings.restart("sft_teacher")
     timings.save()
-    assert read_pools(read_json(run.timings_path))
+    assert read_timings(run).pools["distill"]
     timings.restart("distill")
     timings.save()
-    assert read_pools(read_json(run.timings_path)) == {}
+    assert read_timings(run).pools["distill"] == {}
 
 
 def test_timings_from_before_pools_were_counted_are_read(tmp_path: Path) -> None:
@@ -143,5 +143,7 @@ def test_timings_from_before_pools_were_counted_are_read(tmp_path: Path) -> None
     write_json(
         run.timings_path, {"seconds": {"distill": 1.0}, "phases": {"distill": {}}, "pools": bad}
     )
-    with pytest.raises(RunStateError, match=r"timings\.json: expected pools"):
+    with pytest.raises(
+        RunStateError, match=r"timings\.json, pools, distill, a, num_workers: Field req"
+    ):
         Timings(run)

@@ -7,6 +7,7 @@ import math
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,7 +169,7 @@ opened: list[tuple[str, str, dict[str, str]]] = []
 def test_where_a_run_is_seen_stands_in_summary_and_report_and_a_second_life_is_told_of_the_first(
     run, monkeypatch
 ):
-    monkeypatch.setitem(module.HOSTED, "wandb", Fake)
+    monkeypatch.setitem(hosted.HOSTED, "wandb", Fake)
     opened.clear()
     assert write_summary(run)["trackers"] == {}
     for _life in range(2):
@@ -187,9 +188,9 @@ def test_a_tracker_that_cannot_be_opened_is_said_and_the_run_goes_on(run, monkey
         def _open(self, run, name, config, kept):
             raise PermissionError("no API key")
 
-    monkeypatch.setitem(module.HOSTED, "wandb", Refusing)
+    monkeypatch.setitem(hosted.HOSTED, "wandb", Refusing)
     said = []
-    names = ("tensorboard", "wandb")
+    names: tuple[Any, ...] = ("tensorboard", "wandb")
     with MetricLog(run, run_name="night", trackers=names, notify=said.append) as log:
         log.log("distill", 1, {"learner/loss": 1.0})
     [line] = said
@@ -215,5 +216,5 @@ def test_what_is_not_installed_is_told_with_the_command_that_installs_it(monkeyp
 
 def test_every_tracker_has_an_extra_and_a_name_in_the_configuration():
     pages = (Path(__file__).parents[3] / "pyproject.toml").read_text("utf-8")
-    for name in module.HOSTED:
+    for name in hosted.HOSTED:
         assert f"\n{name} = [" in pages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,9 @@ from fakes.local_workers import LocalWorkers
 from tiny_families import save_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from distill_system.errors import RunStateError
 from distill_system.learner import Learner, LearnerGroup
+from distill_system.learner.export_weights import save_model
 from distill_system.run.export import export_model
 from distill_system.run.vocabulary import stop_token_ids
 
@@ -57,7 +60,7 @@ def test_the_folder_loads_in_plain_transformers_with_its_card(context, tiny_mode
 def test_a_failure_halfway_leaves_no_folder_that_counts_as_done(
     context, tiny_model_folder, tmp_path
 ):
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(RunStateError, match=r"cannot be exported to .*student: no space.*--resume"):
         _export(context, tiny_model_folder(), tmp_path / "student", breaks=True)
     assert not (tmp_path / "student").exists()
     _export(context, tiny_model_folder(), tmp_path / "student")
@@ -89,3 +92,19 @@ def test_vllm_reads_the_same_ends(configure, tmp_path):
     _export(SimpleNamespace(config=config, tokenizer=tokenizer), source, tmp_path / "student")
     seen = reader.try_get_generation_config(str(tmp_path / "student"), trust_remote_code=False)
     assert seen.eos_token_id == [2, 5, 7, 9]
+
+
+def test_a_full_disk_is_told_and_gets_its_room_back(context, tiny_model_folder, small_disk):
+    """The weights alone are larger than the disk; they are written as a learner writes them."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder(seed=4), dtype=torch.float32)
+    direct, folder = small_disk.folder / "direct", small_disk.folder / "student"
+    with pytest.raises(RunStateError, match=r"(?i)no space left on device"):
+        save_model(model, direct, model.state_dict(), dtype=torch.float32)
+    shutil.rmtree(direct)
+
+    learner = SimpleNamespace(
+        export=lambda folder, _: save_model(model, folder, model.state_dict(), dtype=torch.float32)
+    )
+    with pytest.raises(RunStateError, match=r"cannot be exported to .*/student: .*Make room"):
+        export_model(context, learner, folder, facts={})
+    assert list(small_disk.folder.iterdir()) == []

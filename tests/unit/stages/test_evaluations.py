@@ -27,13 +27,22 @@ def run(tmp_path):
 def _write(run, label, *metrics, step=3, split="test"):
     names = [f"{name}_{how}" for name in metrics for how in ("greedy", "sampled")]
     scores = {name: {"mean": 1.0, "stderr": None} for name in [*names, "mean_length_greedy"]}
-    form = {"label": label, "step": step, "splits": {split: {"scores": scores}}, "distances": None}
+    others = {"prompt_ids": ["a"], "per_example": {}, "bootstrap": {}, "shown": []}
+    splits = {split: {"num_examples": 1, "scores": scores, **others}}
+    form = {"label": label, "step": step, "splits": splits, "distances": None}
     run.evaluations_directory.mkdir(parents=True, exist_ok=True)
     run.evaluation_path(label).write_text(json.dumps(form))
 
 
 def _metrics(*names):
     return f"evaluation.metrics=[{', '.join(names)}]"
+
+
+def _export(run):
+    """As far as anybody looks at a model that stands there."""
+    run.student_directory.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (run.student_directory / name).write_text("{}")
 
 
 def test_what_is_missing_or_lacks_a_metric_is_made(configure, run):
@@ -69,7 +78,7 @@ def test_the_steps_behind_the_student_are_those_it_was_evaluated_at(configure, r
 
 def test_a_person_who_asks_for_what_stands_is_told_so(configure, run):
     config = configure(_metrics("rouge_l"))
-    run.student_directory.mkdir(parents=True)
+    _export(run)
     for label in ("teacher", "before", "after"):
         _write(run, label, "rouge_l")
     record_start(config, run)
@@ -82,7 +91,7 @@ def test_a_person_who_asks_for_what_stands_is_told_so(configure, run):
 
 def test_other_sets_of_a_finished_run_are_refused_with_the_way_to_evaluate_them(configure, run):
     config = configure()
-    run.student_directory.mkdir(parents=True)
+    _export(run)
     record_start(config, run)
     other = configure("data.evaluation.more={type: jsonl, path: rows.jsonl}")
     with pytest.raises(RunStateError, match=r"evaluate \.\.\. --model .*/runs/run`$"):

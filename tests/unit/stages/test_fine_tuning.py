@@ -15,7 +15,14 @@ from trajectories import make_trajectories
 from distill_system.config.model import LearnerConfig, OptimizerConfig, SupervisedConfig
 from distill_system.errors import RunStateError
 from distill_system.learner import Learner, LearnerGroup, ModelSource
-from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
+from distill_system.observe import (
+    LiveView,
+    MetricLog,
+    OptionalWrites,
+    PromptLog,
+    RunDirectory,
+    Timings,
+)
 from distill_system.observe.metrics import read_metrics
 from distill_system.observe.prompt_log import read_prompts
 from distill_system.records import Author
@@ -83,9 +90,13 @@ def fine_tune(tiny_model_folder, tmp_path):
                 view=_StoppingView(request.make if by_signal else stop.set, stop_after),
                 resume=resume,
                 stop=request,
+                writes=OptionalWrites(),
             )
             group = LearnerGroup(LocalWorkers([learner]))
-            finished = FineTuning(context, "sft_student", CONFIG, group, ROWS).run(stop)
+            restarts: Any = SimpleNamespace(goes_on_after=lambda first: None)
+            faults: Any = SimpleNamespace(step=0)
+            fine_tuning = FineTuning(context, "sft_student", CONFIG, group, ROWS)
+            finished = fine_tuning.run(stop, restarts, faults)
         losses = {row.step: row.metrics["learner/loss"] for row in read_metrics(directory)}
         weights = torch.cat([p.detach().reshape(-1) for p in learner.model.parameters()])
         return finished, losses, weights, read_prompts(directory)

@@ -1,0 +1,181 @@
+"""The forms of what a run has recorded of itself in JSON, as far as anything is read from it.
+
+Every key may be missing, since an older version may have written the file, and others may stand
+beside these; what stands there is of this form.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe.run_files import read_form_if_exists
+
+_OPEN = ConfigDict(extra="allow")
+
+
+@with_config(_OPEN)
+class _Pool(TypedDict, total=False):
+    count: int
+    gpus: float
+
+
+@with_config(_OPEN)
+class _Threads(TypedDict, total=False):
+    threads: int
+
+
+@with_config(_OPEN)
+class _Rollout(TypedDict, total=False):
+    student_engine: _Threads
+    teacher_engine: _Threads
+
+
+@with_config(_OPEN)
+class _EvaluationKeys(TypedDict, total=False):
+    metrics: list[str]
+
+
+@with_config(_OPEN)
+class _Staleness(TypedDict, total=False):
+    max_staleness: int
+
+
+@with_config(_OPEN)
+class _Supervised(TypedDict, total=False):
+    steps: int
+
+
+@with_config(_OPEN)
+class _Distill(TypedDict, total=False):
+    steps: int
+    staleness: _Staleness
+
+
+@with_config(_OPEN)
+class _Model(TypedDict, total=False):
+    sft: _Supervised | None
+
+
+@with_config(_OPEN)
+class _Config(TypedDict, total=False):
+    """The keys of config.json that summary and report read."""
+
+    name: str
+    teacher: _Model
+    student: _Model
+    rollout: _Rollout
+    scoring: _Threads
+    learner: _Threads
+    distill: _Distill
+    evaluation: _EvaluationKeys
+    pools: dict[str, _Pool | None]
+
+
+@with_config(_OPEN)
+class _Machine(TypedDict, total=False):
+    cores: int | None
+    usable_cores: int | None
+
+
+@with_config(_OPEN)
+class _Environment(TypedDict, total=False):
+    """environment.json, see observe.environment."""
+
+    versions: dict[str, str]
+    git: dict[str, Any] | None
+    machine: _Machine
+    seeds: dict[str, int]
+    joined_cluster: bool
+
+
+@with_config(_OPEN)
+class _PoolSize(TypedDict):
+    present: int
+    wanted: int
+
+
+@with_config(_OPEN)
+class _Scaling(TypedDict):
+    """scaling/status.json, as far as no request of `scale` is asked for; see elastic."""
+
+    pools: dict[str, _PoolSize]
+
+
+class _Estimate(TypedDict):
+    mean: float | None
+    stderr: float | None
+
+
+class _Shown(TypedDict):
+    prompt: str
+    references: list[str]
+    greedy: str
+    sampled: str
+
+
+@with_config(_OPEN)
+class _Split(TypedDict):
+    num_examples: int
+    scores: dict[str, _Estimate]
+    prompt_ids: list[str]
+    per_example: dict[str, list[float | None]]
+    bootstrap: dict[str, list[float | None]]
+    shown: list[_Shown]
+
+
+def _check_lengths(split: _Split) -> _Split:
+    """The split.  Raises: ValueError unless every metric has a value of every example."""
+    count = split["num_examples"]
+    rows = {"prompt_ids": split["prompt_ids"], **split["per_example"]}
+    wrong = [name for name, row in rows.items() if len(row) != count]
+    replicates = {len(row) for row in split["bootstrap"].values()}
+    if wrong or len(replicates) > 1:
+        raise ValueError(f"expected {count} values of every example, got others of {wrong}")
+    return split
+
+
+@with_config(_OPEN)
+class _Evaluation(TypedDict):
+    """evaluations/<label>.json, see summary.write_evaluation."""
+
+    step: int
+    distances: dict[str, float | None] | None
+    splits: dict[str, Annotated[_Split, AfterValidator(_check_lengths)]]
+
+
+EVALUATION_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Evaluation)
+_CONFIG_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Config)
+_SCALING_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Scaling)
+_ENVIRONMENT_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Environment)
+
+
+def read_config(run: RunDirectory) -> dict[str, Any]:
+    """The configuration that the run recorded, of this version or an older; empty if there is none.
+
+    Raises: RunStateError if the file holds something else.
+    """
+    way_out = "Put back the configuration with which the run began"
+    return read_form_if_exists(run.config_path, _CONFIG_FORM, way_out=way_out) or {}
+
+
+def read_environment(run: RunDirectory) -> dict[str, Any]:
+    """Versions, machine and seeds that the run recorded; empty if there is no such file.
+
+    Raises: RunStateError if the file holds something else.
+    """
+    way_out = "Remove the file: the run writes it anew when it is continued"
+    return read_form_if_exists(run.environment_path, _ENVIRONMENT_FORM, way_out=way_out) or {}
+
+
+def read_pool_sizes(run: RunDirectory) -> dict[str, dict[str, int]]:
+    """Workers present and wanted of each pool; empty for a run that has not distilled.
+
+    Raises: RunStateError if the file holds something else.
+    """
+    path = run.path / "scaling" / "status.json"
+    found = read_form_if_exists(path, _SCALING_FORM, way_out="Remove it: the run writes another")
+    return {} if found is None else dict(found["pools"])
