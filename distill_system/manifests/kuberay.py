@@ -151,7 +151,7 @@ def _ray_job(run: _Run, config: RunConfig, cluster: Object) -> Object:
         "entrypoint": entrypoint(),
         "entrypointNumCpus": 1,
         "entrypointResources": json.dumps({DRIVER_PLACE: 1}),
-        "metadata": _job_metadata(run, config),
+        "metadata": _job_metadata(config),
         # Each retry is a new cluster; the run goes on from its newest checkpoint on the volume.
         "backoffLimit": run.request.retries,
         "shutdownAfterJobFinishes": True,
@@ -162,11 +162,11 @@ def _ray_job(run: _Run, config: RunConfig, cluster: Object) -> Object:
     return {**run.head("RayJob", "ray.io/v1"), "spec": spec}
 
 
-def _job_metadata(run: _Run, config: RunConfig) -> dict[str, str]:
-    """What Ray's dashboard shows of the job."""
+def _job_metadata(config: RunConfig) -> dict[str, str]:
+    """What Ray's dashboard shows of the job, and what `distill-system status` knows it by."""
     folder = PurePosixPath(config.runs_directory) / config.name
     return {
-        "job_name": run.name,
+        "job_name": config.name,
         "run": config.name,
         "folder": str(folder),
         "report": str(folder / "report.html"),

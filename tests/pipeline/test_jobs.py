@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import secrets
 import socket
@@ -109,13 +110,13 @@ def _processes(mark: str) -> list[psutil.Process]:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Below those that the system gives out, which another test's cluster may take meanwhile."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 20 * count):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return found[:count]
 
 
 def _accepts(port: int) -> bool:
