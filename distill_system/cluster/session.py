@@ -32,6 +32,7 @@ from distill_system.cluster.placement import (
     start_process,
 )
 from distill_system.cluster.predecessors import wait_until_gone
+from distill_system.cluster.ray_watch import RayWatch
 from distill_system.cluster.reach import require_joinable
 from distill_system.cluster.starting import StartingWorker
 from distill_system.cluster.workers import RayWorkers
@@ -63,6 +64,7 @@ class ClusterSession:
         self.groups: list[RayWorkers] = []
         self.starting: list[StartingWorker] = []
         self._requests: dict[str, WorkerRequest] = {}
+        self._watch = RayWatch()
 
     def __enter__(self) -> Self:
         address = os.environ.get("RAY_ADDRESS")
@@ -76,12 +78,15 @@ class ClusterSession:
         except BaseException:
             _shut_down()  # a local cluster may have started in part
             raise
+        self._watch.begin()
         return self
 
     def __exit__(self, *exception: object) -> None:
         # Ray ends a driver's workers and placement groups when the driver leaves. Returning them
         # one by one could hang: after SIGTERM to every process the cluster is ending too.
+        self._watch.expect_end()
         _shut_down()
+        self._watch.stop()
 
     def start_workers(self, request: WorkerRequest) -> RayWorkers:
         """Place and start one pool; see start_pools."""
