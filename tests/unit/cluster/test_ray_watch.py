@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import pytest
+import ray
 
 from distill_system.cluster import ray_watch
 from distill_system.cluster.ray_watch import RayWatch, ask_for_nodes
@@ -20,7 +21,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Any:
         def get_node_id(self) -> str:
             return "here"
 
-    monkeypatch.setattr(ray_watch.ray, "get_runtime_context", Context)
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
 
     def look(nodes: Any, *, before: Any = lambda watched: None) -> str:
         monkeypatch.setattr(ray_watch, "ask_for_nodes", lambda seconds: nodes)
@@ -66,13 +67,13 @@ def test_a_shutdown_may_take_its_time_and_no_longer(
 
 
 def test_a_question_that_hangs_or_fails_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_watch.ray, "nodes", lambda: threading.Event().wait(5.0))
+    monkeypatch.setattr(ray, "nodes", lambda: threading.Event().wait(5.0))
     assert ask_for_nodes(0.05) is None
 
     def fail() -> None:
         raise ConnectionError("gone")
 
-    monkeypatch.setattr(ray_watch.ray, "nodes", fail)
+    monkeypatch.setattr(ray, "nodes", fail)
     assert ask_for_nodes(0.05) is None
-    monkeypatch.setattr(ray_watch.ray, "nodes", lambda: [_node("here")])
+    monkeypatch.setattr(ray, "nodes", lambda: [_node("here")])
     assert ask_for_nodes(5.0) == [_node("here")]
