@@ -37,7 +37,7 @@ class RayWatch:
     def __init__(self, *, end: Callable[[str], None] | None = None) -> None:
         self._end = end_process if end is None else end
         self._stopped = threading.Event()
-        self._deadline: float | None = None
+        self._ending_since = float("inf")
 
     def begin(self) -> None:
         """Watch from now on; Ray answers now."""
@@ -50,7 +50,7 @@ class RayWatch:
 
     def expect_end(self) -> None:
         """Ray is being shut down: it may take SHUT_DOWN_SECONDS."""
-        self._deadline = time.monotonic() + SHUT_DOWN_SECONDS
+        self._ending_since = time.monotonic()
 
     def _watch(self) -> None:
         while not self._stopped.wait(LOOK_SECONDS):
@@ -59,13 +59,16 @@ class RayWatch:
                 self._end(problem)
                 return
 
+    def _is_ending(self) -> bool:
+        return self._ending_since < float("inf")
+
     def _find_problem(self) -> str:
-        if self._deadline is not None:
-            late = time.monotonic() > self._deadline
+        if self._is_ending():
+            late = time.monotonic() - self._ending_since > SHUT_DOWN_SECONDS
             return f"Ray did not shut down within {SHUT_DOWN_SECONDS:g} s" if late else ""
         nodes = ask_for_nodes(SILENT_SECONDS)
-        if self._deadline is not None:
-            return ""  # it is being shut down meanwhile, and answers no more
+        if self._is_ending():
+            return ""  # it is shut down meanwhile, and answers no more
         if nodes is None:
             return f"Ray's control process (gcs_server) has not answered for {SILENT_SECONDS:g} s"
         own = [node for node in nodes if node["NodeID"] == self._node]
