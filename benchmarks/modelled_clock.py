@@ -19,9 +19,10 @@ from distill_system.streams.asynchronous import AsynchronousStreams
 from distill_system.streams.lockstep import LockstepStreams
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from fakes.direct_transfer import DirectTransfer
 from simulated_pools import Clock, SimulatedWorkers
 
-WORK = ("advance", "generate", "score", "step")
+WORK = ("advance", "generate", "score_with_receipt", "step")
 
 
 class ClockedWorkers(SimulatedWorkers):
@@ -43,6 +44,9 @@ class ClockedWorkers(SimulatedWorkers):
         def end():
             call.result = result() if callable(result) else result
             call.is_done, self._busy[worker] = True, False
+            if call.second is not None:
+                call.result, call.second.result = call.result
+                call.second.is_done = True
             self._run(worker)
 
         self.clock.at(self.clock.now + seconds, end)
@@ -58,8 +62,9 @@ def simulate(setting: Setting) -> Measured:
         scorers=ScoringPool(groups["teacher_scoring"]),
         learner=LearnerGroup(groups["learner"]),
         evaluation=RolloutPool(groups["student_rollout"]),
-        elastic={},
+        placed={name: SimpleNamespace(workers=groups[name]) for name in POOLS},
     )
+    pools.weights = DirectTransfer(pools.learner, groups["student_rollout"])
     with TemporaryDirectory() as folder:
         context = SimpleNamespace(config=config, timings=Timings(RunDirectory(Path(folder))))
         if setting.max_staleness:

@@ -273,14 +273,16 @@ class ModelledScorer:
     def __init__(self, cost: tuple[float, float]) -> None:
         self._cost = cost
 
-    def score(self, chunk: TrajectoryChunk, needs: Any) -> tuple[list[TeacherTargets], float]:
-        """See TeacherScorer.score; nothing is in the targets."""
+    def score_with_receipt(
+        self, chunk: TrajectoryChunk, needs: Any
+    ) -> tuple[tuple[int, list[TeacherTargets]], float]:
+        """See TeacherScorer.score_with_receipt; nothing is in the targets."""
         seconds = self._cost[0] + self._cost[1] * chunk.num_tokens
         targets = [
             TeacherTargets(trajectory_id=t.trajectory_id, num_tokens=t.num_response_tokens)
             for t in chunk.trajectories
         ]
-        return targets, seconds
+        return (chunk.num_tokens, targets), seconds
 
 
 class ModelledLearner:

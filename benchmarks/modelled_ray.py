@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import cProfile
 import pstats
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,13 @@ from modelled_pools import EngineCost, ModelledLearner, ModelledRollout, Modelle
 from modelled_runs import POOLS, Measured, Setting, mean_ages
 from rich.console import Console
 
-from distill_system.cluster import ClusterSession, RayWorkers
+from distill_system.cluster import (
+    ClusterSession,
+    ElasticPool,
+    RayWorkers,
+    SupervisedWorkers,
+    WorkerRequest,
+)
 from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.driver import Driver
 from distill_system.learner import LearnerGroup
@@ -36,6 +43,9 @@ from distill_system.rollout import RolloutPool
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
 from distill_system.scoring import ScoringPool
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from fakes.direct_transfer import DirectTransfer
 
 PUBLISH_SECONDS = 60.0
 ROLLOUT_PROCESSES = 4
@@ -74,7 +84,12 @@ class Hosted:
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_"):
             return getattr(self.host, method)
-        return SimpleNamespace(remote=partial(self.host.answer.remote, self.at, method))
+        return SimpleNamespace(
+            remote=partial(self.host.answer.remote, self.at, method),
+            options=lambda **how: SimpleNamespace(
+                remote=partial(self.host.answer.options(**how).remote, self.at, method)
+            ),
+        )
 
     def __getstate__(self) -> tuple[Any, int]:
         return self.host, self.at
@@ -167,14 +182,27 @@ def _open_pools(setting: Setting, context: RunContext, hosts: Sequence[Any]) -> 
     }
     learner_group = LearnerGroup(groups["learner"])
     learner_group.connect_rollouts("modelled", None, setting.workers, PUBLISH_SECONDS)
+    supervised = {name: SupervisedWorkers(name, groups[name]) for name in POOLS}
+    students = RolloutPool(supervised["student_rollout"])
+    weights: Any = DirectTransfer(learner_group, groups["student_rollout"])
+    pools = context.config.pools.by_name
+    placed = {
+        name: ElasticPool(
+            workers=groups[name],
+            request=WorkerRequest(name=name, worker_class=Host, arguments=[{}], pool=pools[name]),
+        )
+        for name in POOLS
+        if name != "learner"
+    }
     return Pools(
-        students=RolloutPool(groups["student_rollout"]),
-        teachers=RolloutPool(groups["teacher_rollout"]),
-        scorers=ScoringPool(groups["teacher_scoring"]),
+        students=students,
+        teachers=RolloutPool(supervised["teacher_rollout"]),
+        scorers=ScoringPool(supervised["teacher_scoring"]),
         learner=learner_group,
-        evaluation=RolloutPool(groups["student_rollout"]),
-        elastic={},
-        connect_rollouts=lambda: None,
+        ranks=groups["learner"],
+        evaluation=students,
+        weights=weights,
+        placed=placed,
     )
 
 
