@@ -269,22 +269,33 @@ def _namespace(config: RunConfig, trains: bool) -> str:
 
 
 def _connect(address: str | None, config: RunConfig, namespace: str) -> None:
-    local = {} if address else local_arguments(config.cluster)
     try:
-        with listening_on("network" if address else config.cluster.listen_on):
-            ray.init(
-                address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
-                namespace=namespace,
-                job_config=JobConfig(metadata={"run": config.name}),
-                log_to_driver=False,
-                logging_level="ERROR",
-                **local,
-            )
+        try:
+            _init(address, config, namespace)
+        except Exception:
+            if address:
+                raise
+            # Ray gives the processes of a local cluster 30 s, which a busy machine may exceed.
+            ray.shutdown()
+            _init(address, config, namespace)
     except Exception as error:  # Ray raises bare Exception where a cluster does not start in time
         what = f"join the cluster of RAY_ADDRESS={address}" if address else "start a local cluster"
         causes = [str(cause) for cause in (error, error.__cause__) if cause is not None]
         why = ": ".join(" ".join(cause.split()) for cause in causes)
         raise ResourceError(f"Ray could not {what}: {why}") from error
+
+
+def _init(address: str | None, config: RunConfig, namespace: str) -> None:
+    local = {} if address else local_arguments(config.cluster)
+    with listening_on("network" if address else config.cluster.listen_on):
+        ray.init(
+            address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
+            namespace=namespace,
+            job_config=JobConfig(metadata={"run": config.name}),
+            log_to_driver=False,
+            logging_level="ERROR",
+            **local,
+        )
 
 
 def _shut_down() -> None:
