@@ -51,7 +51,7 @@ NODES = ({"cpus": 1}, {"cpus": 1}, {"cpus": 1})
 """Three workers fit a node, and seven do not fit two: what a node takes with it waits for another.
 The head keeps its cable."""
 
-DEADLINES = {"call_seconds": 40, "publish_seconds": 30, "start_seconds": 240}
+DEADLINES = {"call_seconds": 25, "publish_seconds": 20, "start_seconds": 240}
 MODES = ("lockstep", "asynchronous")
 MINUTE = 60.0
 

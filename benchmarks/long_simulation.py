@@ -2,7 +2,8 @@
 
 The streams and the pools that replace what is lost are the real ones (tests/simulated_losses.py).
 Every step must learn from its own prompts, at most S + 1 batches of each stream may be in flight,
-and nothing may grow: memory that Python holds after a tenth of the steps and at the end.
+and nothing may grow: the objects that Python holds, and the process's memory, after a tenth of the
+steps and at the end.
 
     python benchmarks/long_simulation.py [--steps 10000] [--seconds 10] [--seed 0]
 
@@ -15,10 +16,10 @@ import argparse
 import gc
 import sys
 import time
-import tracemalloc
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 from record import write_result
 
 from distill_system.config import load_config
@@ -54,16 +55,15 @@ def main() -> None:
     began = time.monotonic()
     with TemporaryDirectory() as folder:
         run = LossyRun(config, Path(folder), options.seed, num_prompts=PROMPTS)
-        memory: dict[int, int] = {}
+        held: list[tuple[int, int]] = []
 
         def look(step: int) -> None:
             if step in (options.steps // 10, options.steps):
                 gc.collect()
-                memory[step], _ = tracemalloc.get_traced_memory()
+                held.append((len(gc.get_objects()), psutil.Process().memory_info().rss))
 
-        tracemalloc.start()
         run.play(options.steps, mean_seconds=options.seconds, after_step=look)
-    first, last = memory.values()
+    (first_objects, first_bytes), (last_objects, last_bytes) = held[0], held[-1]
     assert run.most_in_flight <= (BOUND + 1) * BATCH
     write_result(
         "long_simulation",
@@ -75,8 +75,10 @@ def main() -> None:
             "lost_prompts": 0,
             "doubled_prompts": 0,
             "most_batches_in_flight": run.most_in_flight / BATCH,
-            "mebibytes_after_a_tenth": first / 2**20,
-            "mebibytes_at_the_end": last / 2**20,
+            "objects_after_a_tenth": first_objects,
+            "objects_at_the_end": last_objects,
+            "mebibytes_after_a_tenth": first_bytes / 2**20,
+            "mebibytes_at_the_end": last_bytes / 2**20,
             "seconds": time.monotonic() - began,
         },
         seeds={"seed": options.seed},

@@ -24,7 +24,17 @@ from collections.abc import Sequence
 
 
 class DistillError(Exception):
-    """Root of the tree: catch this to catch everything the system raises on purpose."""
+    """Root of the tree: catch this to catch everything the system raises on purpose.
+
+    worker: name of the worker in which it arose, pool-id; empty in this process.
+    """
+
+    worker = ""
+
+    @property
+    def pool(self) -> str:
+        """The pool of that worker."""
+        return self.worker.rpartition("-")[0]
 
 
 class ConfigError(DistillError, ValueError):
@@ -75,11 +85,6 @@ class WorkerLostError(WorkerError):
         self.brief = message.partition("\n")[0] if brief is None else brief
 
     @property
-    def pool(self) -> str:
-        """The pool that it belonged to."""
-        return self.worker.rpartition("-")[0]
-
-    @property
     def worker_id(self) -> int:
         """Its id in the pool; -1 where it is not known."""
         number = self.worker.rpartition("-")[2]
@@ -87,7 +92,16 @@ class WorkerLostError(WorkerError):
 
 
 class RepeatedLossError(WorkerLostError):
-    """The same call has lost a worker again: its arguments may be the cause."""
+    """The same call has lost a worker again: its arguments may be the cause.
+
+    call: the reference under which it began.
+    """
+
+    def __init__(
+        self, message: str, worker: str = "", brief: str | None = None, call: object = None
+    ) -> None:
+        super().__init__(message, worker, brief)
+        self.call = call
 
 
 class NonFiniteError(DistillError, ArithmeticError):

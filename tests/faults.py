@@ -157,11 +157,15 @@ class Injector:
                 return
 
     def inject(self, pool: str, way: Way) -> bool:
-        """Let a worker of a pool be lost; False if it has none that can be."""
+        """Let a worker of a pool be lost; False if it has none just now.
+
+        Where all of them are on the head, whose cable stays, one is killed in place of cut off.
+        """
         workers = find_workers(self.run, self.nodes)
         of_pool = sorted(name for name in workers if name.rpartition("-")[0] == pool)
         if way is Way.CUT:
-            of_pool = [name for name in of_pool if self._machine_of(workers[name]) is not None]
+            apart = [name for name in of_pool if self._machine_of(workers[name]) is not None]
+            way, of_pool = (way, apart) if apart else (Way.KILL, of_pool)
         if not of_pool:
             return False
         name = self._random.choice(of_pool)

@@ -16,7 +16,8 @@ from distill_system.observe.prompt_log import read_prompts
 
 CLOCKS = (
     *("seconds/", "tokens_per_second/", "busy_share/", "starved_share/", "blocked_share/"),
-    *("queued/", "workers/", "faults/", "learner/peak_memory_bytes"),
+    *("queued/", "workers/", "speedup/", "faults/", "disk/", "learner/peak_memory_bytes"),
+    "bytes_per_teacher_token/",  # a lost scorer takes what it had counted with it
 )
 """Metrics that the clock, the process's memory and what was lost say."""
 

@@ -178,20 +178,20 @@ class Transfer:
         self.learner, self.students = learner, students
         self.supervision: Any = None
         self.version = 0
+        self._members: tuple[int, ...] = ()
         self._receiving: dict[Call, int] = {}
 
     def break_up(self) -> None:
         """The group is opened anew before the next publish, which costs no time here."""
 
     def start_publish(self, version: int) -> list[Call]:
-        self.version = version
-        if not self.students.members:
+        self.version, self._members = version, self.students.members
+        if not self._members:
             return []
         return self.learner.start_publish(version)
 
     def receiving(self) -> dict[Call, str]:
-        members = self.students.members
-        self._receiving = dict(zip(self.learner.receiving(), members, strict=True))
+        self._receiving = dict(zip(self.learner.receiving(), self._members, strict=True))
         return {call: f"student_rollout-{worker}" for call, worker in self._receiving.items()}
 
     def finish_publish(self) -> None:

@@ -1,6 +1,7 @@
 """Everything that touches Ray: the session, placed workers, a deadline on every wait."""
 
 from distill_system.cluster.placement import ElasticPool, WorkerRequest
+from distill_system.cluster.reach import require_joinable
 from distill_system.cluster.session import ClusterSession
 from distill_system.cluster.starting import StartingWorker
 from distill_system.cluster.supervised import SupervisedWorkers
@@ -29,5 +30,6 @@ __all__ = [
     "joins_a_cluster",
     "machine_supply",
     "pools_demand",
+    "require_joinable",
     "require_room",
 ]

@@ -222,6 +222,8 @@ def _connect(address: str) -> _Client:
         try:
             client = _Client(address)
         except (KeyError, RuntimeError, json.JSONDecodeError) as error:
+            if "is running on the cluster" in str(error):  # a Ray before 2.0
+                raise
             raise ResourceError(
                 f"{address}: a web server answers there, and it is no Ray dashboard; {_DASHBOARD}"
             ) from error

@@ -78,6 +78,13 @@ def _say(host: str, port: int, greeting: bytes) -> bytes:
             return b""
 
 
+def require_joinable() -> None:
+    """Where RAY_ADDRESS is set, require_cluster; asked before what takes minutes is read."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        require_cluster(address)
+
+
 def require_cluster(address: str) -> None:
     """Check that a cluster of our Ray and Python answers at RAY_ADDRESS and takes our token.
 

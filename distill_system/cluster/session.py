@@ -6,6 +6,7 @@ On the way out, an existing cluster gets its resources back and a local one ends
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any, Self
 import ray
 from ray.job_config import JobConfig
 
+from distill_system.cluster.listening import listening_on, local_arguments
 from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.placement import (
     NAMESPACE,
@@ -30,7 +32,8 @@ from distill_system.cluster.placement import (
     start_process,
 )
 from distill_system.cluster.predecessors import wait_until_gone
-from distill_system.cluster.reach import require_cluster
+from distill_system.cluster.ray_watch import RayWatch
+from distill_system.cluster.reach import require_joinable
 from distill_system.cluster.starting import StartingWorker
 from distill_system.cluster.workers import RayWorkers
 from distill_system.config import RunConfig
@@ -45,35 +48,45 @@ POLL_SECONDS = 5.0
 
 
 class ClusterSession:
-    """Starts workers on the cluster of RAY_ADDRESS, or on a local one that ends with the block."""
+    """Starts workers on the cluster of RAY_ADDRESS, or on a local one that ends with the block.
 
-    def __init__(self, config: RunConfig, *, notify: Callable[[str], None]) -> None:
+    trains: the workers are those of the run itself, of which there is one driver at a time: in a
+    joined cluster those of a driver before this one are waited for.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, notify: Callable[[str], None], trains: bool = False
+    ) -> None:
         self.config = config
+        self.namespace = _namespace(config, trains)
         self.notify = notify
         self.monitor = LivenessMonitor()
         self.groups: list[RayWorkers] = []
         self.starting: list[StartingWorker] = []
         self._requests: dict[str, WorkerRequest] = {}
+        self._watch = RayWatch()
 
     def __enter__(self) -> Self:
         address = os.environ.get("RAY_ADDRESS")
-        if address:
-            require_cluster(address)
+        require_joinable()
         assert not ray.is_initialized(), "a process has one session at a time"
         try:
             with _signal_handlers_kept():
-                _connect(address, self.config)
+                _connect(address, self.config, self.namespace)
             if address:
-                wait_until_gone(_namespace(self.config), notify=self.notify)
+                wait_until_gone(self.namespace, notify=self.notify)
         except BaseException:
             _shut_down()  # a local cluster may have started in part
             raise
+        self._watch.begin()
         return self
 
     def __exit__(self, *exception: object) -> None:
         # Ray ends a driver's workers and placement groups when the driver leaves. Returning them
         # one by one could hang: after SIGTERM to every process the cluster is ending too.
+        self._watch.expect_end()
         _shut_down()
+        self._watch.stop()
 
     def start_workers(self, request: WorkerRequest) -> RayWorkers:
         """Place and start one pool; see start_pools."""
@@ -248,22 +261,25 @@ def _describe_demand(
     return ", ".join(parts)
 
 
-def _namespace(config: RunConfig) -> str:
-    """Of this run's workers in a cluster: by its folder, since runs of one name may have others."""
+def _namespace(config: RunConfig, trains: bool) -> str:
+    """The session's namespace in Ray: the run's own, by its folder, or this process's alone."""
     folder = str(Path(config.runs_directory).absolute() / config.name)
-    return f"{NAMESPACE}{config.name}-{zlib.crc32(folder.encode()):08x}"
+    number = zlib.crc32(folder.encode()) if trains else secrets.randbits(32)
+    return f"{NAMESPACE}{config.name}-{number:08x}"
 
 
-def _connect(address: str | None, config: RunConfig) -> None:
+def _connect(address: str | None, config: RunConfig, namespace: str) -> None:
+    local = {} if address else local_arguments(config.cluster)
     try:
-        ray.init(
-            address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
-            namespace=_namespace(config),
-            job_config=JobConfig(metadata={"run": config.name}),
-            log_to_driver=False,
-            logging_level="ERROR",
-            **({} if address else {"include_dashboard": config.cluster.dashboard}),
-        )
+        with listening_on("network" if address else config.cluster.listen_on):
+            ray.init(
+                address="auto" if address else "local",  # "auto" makes Ray read RAY_ADDRESS
+                namespace=namespace,
+                job_config=JobConfig(metadata={"run": config.name}),
+                log_to_driver=False,
+                logging_level="ERROR",
+                **local,
+            )
     except Exception as error:  # Ray raises bare Exception where a cluster does not start in time
         what = f"join the cluster of RAY_ADDRESS={address}" if address else "start a local cluster"
         causes = [str(cause) for cause in (error, error.__cause__) if cause is not None]

@@ -71,7 +71,7 @@ class StartingWorker:
             single = _single_worker(request, self._arguments)
             [place] = request_placements(single, first_id=worker_id)
         self._placement = place.again() if self._takes_over else place
-        self.no_place = ""  # what the cluster has instead, once it has shown to have none
+        self._no_place = ""
         self._handle: Any = None
         self._loaded: Any = None  # the reference of the worker's first call, `ready`
 
@@ -79,6 +79,11 @@ class StartingWorker:
     def name(self) -> str:
         """The worker's name in messages."""
         return f"{self._request.name}-{self.worker_id}"
+
+    @property
+    def no_place(self) -> str:
+        """What the cluster has, once it has found no place for this worker; else ""."""
+        return self._no_place
 
     @property
     def is_unplaced(self) -> bool:
@@ -128,9 +133,9 @@ class StartingWorker:
             )
             self._loaded = self._handle.ready.remote()
             # Each state has a deadline of its own: loading is timed from here.
-            self.stage, self._stage_since, self.no_place = StartStage.LOADING, now, ""
-        elif not self.no_place and now - self._stage_since > NO_PLACE_SECONDS:
-            self.no_place = f"no place for {bundle_of(self._request.pool)}: {describe_supply()}"
+            self.stage, self._stage_since, self._no_place = StartStage.LOADING, now, ""
+        elif not self._no_place and now - self._stage_since > NO_PLACE_SECONDS:
+            self._no_place = f"no place for {bundle_of(self._request.pool)}: {describe_supply()}"
         elif now - self._stage_since > limit:
             raise ResourceError(
                 f"the cluster did not place {bundle_of(self._request.pool)} for {self.name} within "

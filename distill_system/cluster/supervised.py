@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill_system.errors import DeadlineError, RepeatedLossError, WorkerLostError
+from distill_system.errors import (
+    DeadlineError,
+    DistillError,
+    NonFiniteError,
+    RepeatedLossError,
+    WorkerLostError,
+)
 from distill_system.workers import ElasticWorkers, Reference, Supervision
 
 MOST_LOSSES = 2
@@ -24,6 +30,7 @@ class _Call:
 
     references: of this attempt; the first is finished, a second is the result of a receipt.
     result: the caller's reference to the result of a receipt.
+    losses: workers that were lost with it.  is_moved: whether it was made again.
     """
 
     method: str
@@ -32,6 +39,7 @@ class _Call:
     references: tuple[Reference, ...]
     result: Reference | None = None
     losses: int = 0
+    is_moved: bool = False
 
 
 class SupervisedWorkers:
@@ -87,13 +95,16 @@ class SupervisedWorkers:
     ) -> list[Any]:
         """See Workers; a call that failed with its worker is made again, and waited for.
 
-        Raises: RepeatedLossError for one that has lost MOST_LOSSES workers.
+        So is one whose result is not finite, on another worker: the first one's memory may be bad.
+
+        Raises: RepeatedLossError for one that has lost MOST_LOSSES workers; NonFiniteError where
+            that is what cost them.
         """
         while True:
             now = [self._now(reference) for reference in references]
             try:
                 results = self.group.finish(now, what=what, fetch=fetch, seconds=seconds)
-            except (WorkerLostError, DeadlineError) as error:
+            except (WorkerLostError, DeadlineError, NonFiniteError) as error:
                 self._recover(error)
             else:
                 self._end(references)
@@ -130,7 +141,7 @@ class SupervisedWorkers:
         """These calls are over: their arguments need not be kept for another attempt."""
         for reference in references:
             call = self._calls.pop(reference, None)
-            if call is not None and call.result is not None and call.losses:
+            if call is not None and call.result is not None and call.is_moved:
                 self._moved[call.result] = call.references[1]
 
     def _now(self, reference: Reference) -> Reference:
@@ -138,27 +149,50 @@ class SupervisedWorkers:
         call = self._calls.get(reference)
         return reference if call is None else call.references[0]
 
-    def _recover(self, error: WorkerLostError | DeadlineError) -> None:
+    def _recover(self, error: WorkerLostError | DeadlineError | NonFiniteError) -> None:
         found = _losses(error)
         if self.supervision is None or not found or any(lost.pool != self.pool for lost in found):
             raise error
         for lost in found:
             self.supervision.lose(lost)
-        for began, call in self._calls.items():
-            if call.worker not in self.group.members:
-                self._make_again(began, call, error)
+        blamed: set[int] = set()
+        for began, call in list(self._calls.items()):
+            if call.worker in self.group.members:
+                continue
+            # A worker makes its calls in their order: the first that has not ended well is the one
+            # that it was lost with. Those behind it are made again without blame.
+            if call.worker not in blamed and not self._has_ended_well(call):
+                blamed.add(call.worker)
+                self._blame(began, call, error)
+            self._make_again(call)
 
-    def _make_again(self, began: Reference, call: _Call, error: Exception) -> None:
+    def _has_ended_well(self, call: _Call) -> bool:
+        try:
+            self.group.finish(call.references[:1], what="a call of a lost worker")
+        except DistillError:
+            return False
+        return True
+
+    def _blame(self, began: Reference, call: _Call, error: DistillError) -> None:
+        """Count a loss to a call.  Raises: RepeatedLossError, or NonFiniteError, at the last."""
         call.losses += 1
-        if call.losses >= MOST_LOSSES:
-            raise RepeatedLossError(
-                f"{call.method} has lost {call.losses} workers, the last of them so: {error}",
-                getattr(error, "worker", ""),
-            ) from error
+        if call.losses < MOST_LOSSES:
+            return
+        del self._calls[began]
+        if isinstance(error, NonFiniteError):
+            raise error
+        raise RepeatedLossError(
+            f"{call.method} has lost {call.losses} workers, the last of them so: {error}",
+            error.worker,
+            call=began,
+        ) from error
+
+    def _make_again(self, call: _Call) -> None:
         members = self.members
         # By what is under way there, so that one worker's calls go to all that are left.
         loads = [sum(each.worker == member for each in self._calls.values()) for member in members]
         call.worker = members[loads.index(min(loads))]
+        call.is_moved = True
         if len(call.references) > 1:
             start = self.group.start_with_receipt
             call.references = start(call.worker, call.method, *call.arguments)
@@ -166,8 +200,10 @@ class SupervisedWorkers:
             call.references = (self.group.start(call.worker, call.method, *call.arguments),)
 
 
-def _losses(error: WorkerLostError | DeadlineError) -> list[WorkerLostError]:
-    """The workers that are lost by this error: one that died, or all that are late."""
+def _losses(error: WorkerLostError | DeadlineError | NonFiniteError) -> list[WorkerLostError]:
+    """The workers that are lost by this error: one that died or is broken, or all that are late."""
     if isinstance(error, WorkerLostError):
         return [error]
+    if isinstance(error, NonFiniteError):
+        return [WorkerLostError(str(error), error.worker)]
     return [WorkerLostError(f"{name} hangs: {error}", name) for name in error.late]

@@ -144,6 +144,7 @@ def _to_distill_error(name: str, cause: BaseException, error: RayError, what: st
     if isinstance(cause, DistillError):
         renamed = type(cause)(f"{name}: {cause}")
         renamed.__dict__ |= cause.__dict__
+        renamed.worker = cause.worker or name
         return renamed
     # A constructor that raised is reported as a death too; there the traceback says more.
     if isinstance(cause, RayActorError) and not cause.actor_init_failed:

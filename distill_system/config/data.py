@@ -386,6 +386,14 @@ class DataConfig(ConfigModel):
         return self
 
     @property
+    def sources(self) -> dict[str, Source]:
+        """Every source of rows by its key in the configuration."""
+        single = {name: getattr(self, name) for name in ("teacher_sft", "student_sft", "held_out")}
+        named = {name: source for name, source in single.items() if source is not None}
+        named |= {f"evaluation.{split}": source for split, source in self.evaluation.items()}
+        return {f"data.{name}": each for name, each in {**named, **self.prompt_sources}.items()}
+
+    @property
     def prompt_sources(self) -> dict[str, Source]:
         """The sources of the prompts by their key below `data`."""
         if not isinstance(self.prompts, MixtureSource):

@@ -225,7 +225,11 @@ class ClusterConfig(ConfigModel):
     """The Ray cluster: the one of RAY_ADDRESS is joined, or a local one is started."""
 
     dashboard: bool = True
-    """Start the Ray dashboard of a local cluster, on localhost."""
+    """Start the Ray dashboard of a local cluster."""
+    listen_on: Literal["localhost", "network"] = "localhost"
+    """Who reaches a local cluster, its metrics and its dashboard: this machine alone, or every
+    machine that reaches this one (docs/security.md). A cluster that is joined listens as it was
+    started."""
     network_interface: Annotated[str, Field(min_length=1)] | None = None
     """Network interface over which learner ranks and rollout workers connect, such as eth0 or ib0:
     gloo and NCCL are told it on every node. Null: gloo takes the one that holds the node's address

@@ -39,6 +39,10 @@ class RunConfig(ConfigModel):
     """Name of the run, whose folder is runs_directory/name."""
     runs_directory: LocalPath = "runs"
     """Folder of all runs."""
+    runs_mirror: str | None = None
+    """Object store where the run's folder is kept too, such as s3://bucket/runs or gs://bucket/runs:
+    what is complete is sent there every minute and at the end, and fetched where the folder does
+    not hold the run. Credentials come from the environment alone."""
     seed: NonNegativeInt = 0
     """Every random choice of the run derives from it."""
     tokenizer: TokenizerConfig = PretrainedTokenizer()

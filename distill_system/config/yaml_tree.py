@@ -24,6 +24,9 @@ MAX_CHARACTERS, MAX_VALUES, MAX_DEPTH = 2**18, 100_000, 50
 _TOO_DEEP = f"expected lists and mappings of at most {MAX_DEPTH} levels, got deeper ones"
 
 
+_KINDS: dict[type[yaml.Node], str] = {yaml.MappingNode: "map", yaml.SequenceNode: "seq"}
+
+
 @dataclass(frozen=True)
 class Located:
     """A YAML value and where it was written, as file:line or as the override's own text."""
@@ -125,7 +128,7 @@ class _Writing:
         if len(parents) == MAX_DEPTH:
             raise ConfigError(f"{where}: {_TOO_DEEP}")
         inside = (*parents, id(node))
-        kind = {yaml.MappingNode: "map", yaml.SequenceNode: "seq"}.get(type(node))
+        kind = _KINDS.get(type(node))
         if kind is not None and node.tag != f"tag:yaml.org,2002:{kind}":
             raise ConfigError(_refused_tag(node, where))
         if isinstance(node, yaml.MappingNode):

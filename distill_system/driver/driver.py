@@ -16,16 +16,17 @@ import time
 from dataclasses import replace
 
 from distill_system.data import RunData
-from distill_system.driver.learner_restarts import LEARNER, LearnerRestarts
+from distill_system.driver.engine_drift import EngineDrift
+from distill_system.driver.learner_restarts import LearnerRestarts
 from distill_system.driver.measuring import Measuring
 from distill_system.driver.recorder import STAGE, RunRecorder
 from distill_system.driver.start_check import StartCheck
 from distill_system.elastic import ElasticPools, ScaleRequests
-from distill_system.errors import DeadlineError, WorkerLostError
+from distill_system.errors import DeadlineError, NonFiniteError, WorkerLostError
 from distill_system.observe import FaultLog
 from distill_system.records import StepResult
 from distill_system.run.context import RunContext
-from distill_system.run.pools import Pools
+from distill_system.run.pools import Pools, restart_learner
 from distill_system.streams import AsynchronousStreams, LockstepStreams, Streams
 
 
@@ -41,7 +42,7 @@ class Driver:
         self.config = context.config.distill
         self.pools = pools
         self.data = data
-        lost_from = [*pools.placed, LEARNER]
+        lost_from = [*pools.placed, pools.ranks.name]
         self.faults = FaultLog(context.run, STAGE, lost_from, writes=context.writes)
         self.streams = open_streams(context, pools, data)
         self.elastic = ElasticPools(
@@ -55,7 +56,9 @@ class Driver:
             fault_log=self.faults,
             notify=context.view.note,
         )
-        self.restarts = LearnerRestarts(context, pools, self.faults)
+        self.restarts = LearnerRestarts(
+            context, pools.ranks.name, self.faults, self._start_learner_anew
+        )
         pools.supervise(self.elastic)
         self._begin_life()
 
@@ -65,7 +68,8 @@ class Driver:
         self.streams.supervision = self.elastic.supervise(self.streams)
         self.recorder = RunRecorder(context, pools, self.streams, self.faults)
         self.start_check = StartCheck(context, pools, data)
-        self.measuring = Measuring(context, pools, data)
+        drift = EngineDrift(context, pools, data, self.streams.wait_for_weight_sync)
+        self.measuring = Measuring(context, pools, data, drift=drift)
 
     def run(self) -> None:
         """Check that engines and learner agree, evaluate, play every step, evaluate, export."""
@@ -73,7 +77,7 @@ class Driver:
             while True:
                 try:
                     return self._live()
-                except (WorkerLostError, DeadlineError) as error:
+                except (WorkerLostError, DeadlineError, NonFiniteError) as error:
                     self.restarts.lose(error)
                 self.streams.abandon()
                 self.restarts.restart()
@@ -118,6 +122,10 @@ class Driver:
                 self.pools.weights.publish(done)
                 self.measuring.evaluate_student("after", step=done)
         self.recorder.close(done)
+
+    def _start_learner_anew(self) -> None:
+        restart_learner(self.context, self.pools.ranks, self.pools.learner)
+        self.pools.weights.break_up()
 
     def step(self, step: int) -> StepResult:
         """One update of critics and student, and the new weights on their way to the rollouts."""

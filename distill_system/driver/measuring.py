@@ -11,6 +11,8 @@ from distill_system.config import RunConfig
 from distill_system.config.evaluation import MetricName
 from distill_system.config.objective import HELD_OUT, MOMENTS
 from distill_system.data import RunData
+from distill_system.driver.engine_drift import EngineDrift
+from distill_system.errors import TransferError
 from distill_system.evaluation import SplitEvaluation, evaluate_splits
 from distill_system.observe import write_evaluation
 from distill_system.records import Prompt, ScoredChunk, Stream, Trajectory
@@ -73,11 +75,13 @@ class Measuring:
         data: RunData,
         *,
         metrics: Sequence[MetricName] | None = None,
+        drift: EngineDrift | None = None,
     ) -> None:
         self.context = context
         self.pools = pools
         self.data = data
         self.metrics = context.config.evaluation.metrics if metrics is None else metrics
+        self._drift = drift
         self._teacher_held_out: list[ScoredChunk] = []
         self._held_out_alarm = _make_alarm(context.config, "held-out prompts")
         self._step_alarm = _make_alarm(context.config, "text of the step")
@@ -88,6 +92,16 @@ class Measuring:
         The KL is estimated on the text that the teacher sampled: the cross-entropy there, less the
         teacher's own.
         """
+        distances = self._measure_held_out()
+        try:
+            self._judge_held_out(distances)
+        except TransferError as error:
+            self._mend(error)
+            distances = self._measure_held_out()
+            self._judge_held_out(distances)
+        return {f"held_out/{name}": value for name, value in distances.items()}
+
+    def _measure_held_out(self) -> dict[str, float]:
         if not self._teacher_held_out:
             written = self._generate_held_out(self.pools.teachers)
             self._teacher_held_out = self._score(written, Stream.OFF_POLICY)
@@ -96,21 +110,30 @@ class Measuring:
         )
         distances = self.pools.learner.measure([*self._teacher_held_out, *student_held_out])
         own = _mean_logprob(self._teacher_held_out)
-        distances = {**distances, "forward_kl": distances["cross_entropy"] + own}
+        return {**distances, "forward_kl": distances["cross_entropy"] + own}
+
+    def _judge_held_out(self, distances: Mapping[str, float]) -> None:
         gap, largest = distances["logprob_gap"], distances["max_logprob_gap"]
         self._tell(self._held_out_alarm.judge(gap, largest))
-        return {f"held_out/{name}": value for name, value in distances.items()}
+
+    def _mend(self, error: TransferError) -> None:
+        if self._drift is None:
+            raise error
+        self._drift.mend(error)
 
     def check_step(self, metrics: Mapping[str, float]) -> None:
-        """Tell of engines that wrote a step's text with other weights than the learner's, or end
-        the run.
+        """Tell of engines that wrote a step's text with other weights than the learner's, or mend
+        them.
 
-        metrics: the step's.  Raises: TransferError.
+        metrics: the step's.  Raises: TransferError where nothing replaces a worker.
         """
         gap = metrics.get(STEP_GAP)
         # Truncated sampling says another number of each token than the whole distribution does.
         if gap is not None and self.context.config.rollout.sampling.top_p == 1.0:
-            self._tell(self._step_alarm.judge(gap))
+            try:
+                self._tell(self._step_alarm.judge(gap))
+            except TransferError as error:
+                self._mend(error)
 
     def _tell(self, note: str | None) -> None:
         if note is not None:

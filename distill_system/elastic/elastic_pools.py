@@ -288,8 +288,10 @@ class ElasticPools:
         while not self._present(pool):
             assert self._all_starting(pool), f"{pool} has lost its workers and replaces none"
             if self._poll(pool):
+                # Those of other pools that are ready join with it, and a step may wait for them.
+                holds_student = any(self._poll(name) for name in self._weights.pools)
                 self.adopt()
-                if pool in self._weights.pools:
+                if holds_student:
                     self._crew.bring_weights()
             else:
                 self._sleep(LOOK_SECONDS)

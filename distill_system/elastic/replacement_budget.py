@@ -34,6 +34,8 @@ class ReplacementBudget:
         while self._lost_at[0] < now - within:
             self._lost_at.popleft()
         count, most = len(self._lost_at), self._faults.max_replacements
+        if most == 0:
+            raise lost
         if count > most:
             raise WorkerLostError(
                 f"{lost}. {self._pool} has lost {count} of its workers within {within:g} s; "

@@ -18,9 +18,7 @@ from distill_system.config.data import (
     DatasetsSource,
     EmbeddedSource,
     FilesSource,
-    MixtureSource,
     PretrainedTokenizer,
-    Source,
 )
 from distill_system.data.tokenizers import is_template_text
 from distill_system.run.preparation import require_lasting_folder
@@ -101,7 +99,7 @@ def _data_paths(data: DataConfig) -> Iterator[tuple[str, str]]:
         yield "data.trajectory_store", data.trajectory_store
     if data.chat_template is not None and not is_template_text(data.chat_template):
         yield "data.chat_template", data.chat_template
-    for key, source in _sources(data):
+    for key, source in data.sources.items():
         if isinstance(source, DatasetsSource):
             if (Path(data.directory) / source.name).is_dir():
                 yield f"{key}.name", source.name
@@ -109,15 +107,3 @@ def _data_paths(data: DataConfig) -> Iterator[tuple[str, str]]:
             yield from ((f"{key}.path", path) for path in source.path)
         elif not isinstance(source, EmbeddedSource):
             yield f"{key}.path", str(source.path)
-
-
-def _sources(data: DataConfig) -> Iterator[tuple[str, Source]]:
-    """Every source by its key."""
-    single = ("teacher_sft", "student_sft", "held_out")
-    yield from ((f"data.{k}", getattr(data, k)) for k in single if getattr(data, k) is not None)
-    yield from ((f"data.evaluation.{k}", source) for k, source in data.evaluation.items())
-    if isinstance(data.prompts, MixtureSource):
-        for name, weighted in data.prompts.sources.items():
-            yield f"data.prompts.sources.{name}.source", weighted.source
-    else:
-        yield "data.prompts", data.prompts

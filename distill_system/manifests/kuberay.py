@@ -80,11 +80,12 @@ def build_objects(
     Raises: ConfigError if the configuration is too large for a ConfigMap.
     """
     run = _Run(kubernetes_name(config.name), request, config)
+    theirs = config_for_pods(config, groups, request.mount_path)
     cluster = _cluster_spec(run, groups, memory)
     return [
-        _config_map(run, config_for_pods(config, groups, request.mount_path)),
+        _config_map(run, theirs),
         _network_policy(run),
-        _ray_job(run, cluster) if request.kind == "job" else _ray_cluster(run, cluster),
+        _ray_job(run, theirs, cluster) if request.kind == "job" else _ray_cluster(run, cluster),
     ]
 
 
@@ -144,13 +145,13 @@ def _config_map(run: _Run, config: RunConfig) -> Object:
     return {**run.head("ConfigMap", "v1", f"{run.name}-config"), "data": {CONFIG_FILE: text}}
 
 
-def _ray_job(run: _Run, cluster: Object) -> Object:
+def _ray_job(run: _Run, config: RunConfig, cluster: Object) -> Object:
     spec = {
         "submissionMode": "K8sJobMode",
         "entrypoint": entrypoint(),
         "entrypointNumCpus": 1,
         "entrypointResources": json.dumps({DRIVER_PLACE: 1}),
-        "metadata": {"run": run.config.name},
+        "metadata": _job_metadata(config),
         # Each retry is a new cluster; the run goes on from its newest checkpoint on the volume.
         "backoffLimit": run.request.retries,
         "shutdownAfterJobFinishes": True,
@@ -161,13 +162,25 @@ def _ray_job(run: _Run, cluster: Object) -> Object:
     return {**run.head("RayJob", "ray.io/v1"), "spec": spec}
 
 
+def _job_metadata(config: RunConfig) -> dict[str, str]:
+    """What Ray's dashboard shows of the job, and what `distill-system status` knows it by."""
+    folder = PurePosixPath(config.runs_directory) / config.name
+    return {
+        "job_name": config.name,
+        "run": config.name,
+        "folder": str(folder),
+        "report": str(folder / "report.html"),
+        "steps": str(config.distill.steps),
+    }
+
+
 def _ray_cluster(run: _Run, cluster: Object) -> Object:
     return {**run.head("RayCluster", "ray.io/v1"), "spec": cluster}
 
 
 def entrypoint() -> str:
-    """The command of the job."""
-    return f"python -m distill_system train {CONFIG_FOLDER}/{CONFIG_FILE} --resume"
+    """The command of the job; by exec, so that Ray's SIGTERM meets the driver and no shell."""
+    return f"exec python -m distill_system train {CONFIG_FOLDER}/{CONFIG_FILE} --resume auto"
 
 
 def _network_policy(run: _Run) -> Object:

@@ -12,8 +12,8 @@ from distill_system.config.data import (
     JsonlSource,
     ParquetSource,
     PretrainedTokenizer,
-    Source,
 )
+from distill_system.data.tokenizers import is_template_text
 from distill_system.errors import ConfigError
 
 
@@ -44,9 +44,9 @@ def _file_paths(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "runs_directory", config.runs_directory
     if data.trajectory_store is not None:
         yield "data.trajectory_store", str(directory / data.trajectory_store)
-    if data.chat_template is not None and not {*"{\n"} & {*data.chat_template}:
+    if data.chat_template is not None and not is_template_text(data.chat_template):
         yield "data.chat_template", str(directory / data.chat_template)
-    for key, source in _sources(config):
+    for key, source in config.data.sources.items():
         if isinstance(source, FilesSource | JsonlSource | ParquetSource):
             paths = (source.path,) if isinstance(source.path, str) else source.path
             yield from ((f"{key}.path", str(directory / path)) for path in paths)
@@ -57,19 +57,9 @@ def _paths_unless_of_the_hub(config: RunConfig) -> Iterator[tuple[str, str]]:
     named = {"teacher.path": config.teacher.path, "student.path": config.student.path}
     if isinstance(config.tokenizer, PretrainedTokenizer):
         named["tokenizer.path"] = config.tokenizer.path
-    for key, source in _sources(config):
+    for key, source in config.data.sources.items():
         if isinstance(source, DatasetsSource):
             named[f"{key}.name"] = source.name
     for key, name in named.items():
         if name is not None and (name.startswith((".", "/")) or Path(name).exists()):
             yield key, name
-
-
-def _sources(config: RunConfig) -> Iterator[tuple[str, Source]]:
-    """Every source of rows by its key."""
-    data = config.data
-    for name in ("teacher_sft", "student_sft", "held_out"):
-        if getattr(data, name) is not None:
-            yield f"data.{name}", getattr(data, name)
-    yield from ((f"data.evaluation.{split}", source) for split, source in data.evaluation.items())
-    yield from ((f"data.{key}", source) for key, source in data.prompt_sources.items())

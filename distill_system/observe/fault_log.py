@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,3 +102,48 @@ class FaultLog(JsonLinesLog[FaultRow]):
 def read_faults(run: RunDirectory) -> list[FaultRow]:
     """All lines in the order written; see read_rows.  Raises: RunStateError."""
     return read_rows(run.faults_path, FaultRow, expected=_FIELDS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToldFault:
+    """A loss as a person is told of it: where, of whom, why, and what was done."""
+
+    stage: str
+    step: int
+    worker: str
+    cause: str
+    done: str
+
+
+def tell_faults(rows: Sequence[FaultRow]) -> list[ToldFault]:
+    """A line for each loss, with what followed it; "" where nothing did before the run ended."""
+    told = []
+    for at, row in enumerate(rows):
+        if row.event == "lost":
+            after = (other for other in rows[at:] if _answers(row, other))
+            told.append(
+                ToldFault(
+                    stage=row.stage,
+                    step=row.step,
+                    worker=row.worker,
+                    cause=row.cause.partition("\n")[0],
+                    done=next(map(_tell_end, after), ""),
+                )
+            )
+    return told
+
+
+def _answers(lost: FaultRow, row: FaultRow) -> bool:
+    """Whether a row says what became of a loss; ranks start anew together."""
+    if row.event == "replaced":
+        return row.worker == lost.worker
+    return (
+        row.event == "restarted" and row.worker.rpartition("-")[0] == lost.worker.rpartition("-")[0]
+    )
+
+
+def _tell_end(row: FaultRow) -> str:
+    seconds = f"after {row.seconds or 0.0:.1f} s"
+    if row.event == "replaced":
+        return f"replaced by {row.cause} {seconds}"
+    return f"all ranks anew {seconds}, {row.steps_again} steps made again"

@@ -26,7 +26,7 @@ PROJECT = "distill-system"
 class HostedTracker(ABC):
     """A run in another system: opened once, found again by what was kept of it.
 
-    run: its folder, in which trackers.json keeps identity and address.  name: the run's.
+    run: its folder, in which tracking.json keeps identity and address.  name: the run's.
     """
 
     title: str
@@ -182,7 +182,7 @@ HOSTED: dict[str, type[HostedTracker]] = {
 
 
 def read_trackers(run: RunDirectory) -> dict[str, dict[str, Any]]:
-    """What trackers.json keeps, by tracker; empty where there is none."""
+    """What tracking.json keeps, by tracker; empty where there is none."""
     return read_json(run.trackers_path) if run.trackers_path.exists() else {}
 
 

@@ -6,6 +6,7 @@ beside these; what stands there is of this form.
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, with_config
@@ -130,7 +131,7 @@ class _Split(TypedDict):
 def _check_lengths(split: _Split) -> _Split:
     """The split.  Raises: ValueError unless every metric has a value of every example."""
     count = split["num_examples"]
-    rows = {"prompt_ids": split["prompt_ids"], **split["per_example"]}
+    rows: dict[str, Sized] = {"prompt_ids": split["prompt_ids"], **split["per_example"]}
     wrong = [name for name, row in rows.items() if len(row) != count]
     replicates = {len(row) for row in split["bootstrap"].values()}
     if wrong or len(replicates) > 1:
@@ -147,10 +148,10 @@ class _Evaluation(TypedDict):
     splits: dict[str, Annotated[_Split, AfterValidator(_check_lengths)]]
 
 
-EVALUATION_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Evaluation)
-_CONFIG_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Config)
-_SCALING_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Scaling)
-_ENVIRONMENT_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Environment)
+EVALUATION_FORM: TypeAdapter[Any] = TypeAdapter(_Evaluation)
+_CONFIG_FORM: TypeAdapter[Any] = TypeAdapter(_Config)
+_SCALING_FORM: TypeAdapter[Any] = TypeAdapter(_Scaling)
+_ENVIRONMENT_FORM: TypeAdapter[Any] = TypeAdapter(_Environment)
 
 
 def read_config(run: RunDirectory) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from distill_system.observe.curves import (
     draw_supervised_loss,
     draw_throughput,
 )
+from distill_system.observe.fault_log import read_faults, tell_faults
 from distill_system.observe.formats import format_metric
 from distill_system.observe.metrics import MetricRow, read_metrics
 from distill_system.observe.pages import render_page
@@ -70,6 +71,7 @@ def _collect(run: RunDirectory) -> dict[str, Any]:
             *draw_curves(rows, "distill", STALENESS_CURVES),
         ],
         "pool_parts": POOL_PARTS,
+        "faults": tell_faults(read_faults(run)),
         "samples": collect_samples(run),
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
         "roles": name_roles(config),

@@ -35,7 +35,7 @@ class RunDirectory:
         self.prompts_path = self.path / "prompts.jsonl"  # the prompts of every step, a row a line
         self.faults_path = self.path / "faults.jsonl"  # what was lost and replaced, an event a line
         self.tensorboard_directory = self.path / "tensorboard"  # the metrics, a folder per stage
-        self.trackers_path = self.path / "trackers.json"  # the run's names and places in trackers
+        self.trackers_path = self.path / "tracking.json"  # the run's names and places in trackers
         self.tokenizer_directory = self.path / "tokenizer"
         self.models_directory = self.path / "models"  # folders made of models in other formats
         self.teacher_directory = self.path / "teacher"  # the teacher after its fine-tuning

@@ -144,10 +144,11 @@ def _remove_meeting_file() -> None:
 
     Nobody reads it any more, and vLLM leaves it there. Ranks in processes of their own keep it.
     """
-    from torch import distributed as dist
+    from torch import distributed
 
+    dist: Any = distributed  # torch names the stores in no way that mypy reads
     if dist.is_initialized():
-        store: Any = dist.distributed_c10d._get_default_store()  # torch names it nowhere else
+        store = dist.distributed_c10d._get_default_store()  # torch names it nowhere else
         while isinstance(store, dist.PrefixStore):
             store = store.underlying_store
         if isinstance(store, dist.FileStore):

@@ -133,15 +133,14 @@ def connect_learner(context: RunContext, workers: RayWorkers) -> LearnerGroup:
     return group
 
 
-def restart_learner(context: RunContext, pools: Pools) -> None:
-    """Start every rank of the learner anew, in their places, with the model they began from.
+def restart_learner(context: RunContext, ranks: RayWorkers, learner: LearnerGroup) -> None:
+    """Start every rank of a learner anew, in their places, with the model they began from.
 
     Raises: ResourceError, DeadlineError, WorkerLostError, or what a rank raised while loading.
     """
-    context.cluster.restart_gang(pools.ranks)
-    wait_until_ready(context, pools.ranks)
-    pools.learner.connect()
-    pools.weights.break_up()
+    context.cluster.restart_gang(ranks)
+    wait_until_ready(context, ranks)
+    learner.connect()
 
 
 def model_source(context: RunContext, model: ModelConfig) -> ModelSource:

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "learner.offload",
     "learner.shard_ranks",
     "runs_directory",
+    "runs_mirror",
     "trackers",
     "distill.measure_every",
     "distill.evaluate_every",

@@ -33,7 +33,7 @@ class _Record(TypedDict):
     commit: str
 
 
-_RECORD_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(_Record)
+_RECORD_FORM: TypeAdapter[Any] = TypeAdapter(_Record)
 
 
 def require_token(config: RunConfig) -> None:

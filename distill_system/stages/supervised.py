@@ -7,16 +7,21 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 
 from distill_system.config.model import ModelConfig, SupervisedConfig
 from distill_system.data import PromptFrontier
+from distill_system.driver.learner_restarts import LearnerRestarts
+from distill_system.errors import DeadlineError, NonFiniteError, WorkerLostError
 from distill_system.learner import LearnerGroup
-from distill_system.observe import PoolClock
+from distill_system.observe import FaultLog, PoolClock
 from distill_system.records import StepResult, Trajectory
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
 from distill_system.run.export import export_model
-from distill_system.run.pools import connect_learner, model_source
+from distill_system.run.pools import connect_learner, model_source, restart_learner
 from distill_system.run.worker_requests import learner_request
 from distill_system.workers import Reference
 
@@ -30,14 +35,19 @@ STEPS_IN_FLIGHT = 2
 def fine_tune(context: RunContext, rows: dict[str, Sequence[Trajectory]]) -> None:
     """Fine-tune each role of `rows`, side by side if the cluster has room; one failure ends all.
 
-    A role that is ended early exports nothing; --resume continues it from its newest checkpoint.
+    A lost rank starts its learner anew from the newest checkpoint, as in distillation. A role that
+    is ended early exports nothing; --resume continues it from its newest checkpoint.
     """
     stop = threading.Event()
     both_fit = context.cluster.has_room_for(context.config.pools.learner, len(rows))
     heard = context.stop.heard(seconds=context.config.deadlines.stop_seconds)
-    with heard, ThreadPoolExecutor(max_workers=len(rows) if both_fit else 1) as threads:
+    context.cluster.monitor.supervise(map(_learner_name, rows))
+    with ExitStack() as stack:
+        stack.enter_context(heard)
+        logs = {role: stack.enter_context(_fault_log(context, role)) for role in rows}
+        threads = stack.enter_context(ThreadPoolExecutor(len(rows) if both_fit else 1))
         futures = [
-            threads.submit(_fine_tune_role, context, role, trajectories, stop)
+            threads.submit(_fine_tune_role, context, role, trajectories, stop, logs[role])
             for role, trajectories in rows.items()
         ]
         try:
@@ -54,8 +64,20 @@ def fine_tune(context: RunContext, rows: dict[str, Sequence[Trajectory]]) -> Non
             raise
 
 
+def _learner_name(role: str) -> str:
+    return f"sft_{role}_learner"
+
+
+def _fault_log(context: RunContext, role: str) -> FaultLog:
+    return FaultLog(context.run, f"sft_{role}", [_learner_name(role)])
+
+
 def _fine_tune_role(
-    context: RunContext, role: str, rows: Sequence[Trajectory], stop: threading.Event
+    context: RunContext,
+    role: str,
+    rows: Sequence[Trajectory],
+    stop: threading.Event,
+    faults: FaultLog,
 ) -> None:
     if context.stop.is_made:
         return  # while the other role was fine-tuned
@@ -65,7 +87,7 @@ def _fine_tune_role(
     with context.timings.stage(stage):
         request = learner_request(
             context,
-            name=f"{stage}_learner",
+            name=_learner_name(role),
             source=model_source(context, model),
             objective=None,
             compute_dtype=model.sft.compute_dtype,
@@ -74,9 +96,20 @@ def _fine_tune_role(
         )
         workers = context.cluster.start_workers(request)
         learner = connect_learner(context, workers)
-        fine_tuning = FineTuning(context, stage, model.sft, learner, rows)
-        if not fine_tuning.run(stop):
-            return
+        start_anew = partial(restart_learner, context, workers, learner)
+        restarts = LearnerRestarts(context, workers.name, faults, start_anew)
+        while True:
+            fine_tuning = FineTuning(context, stage, model.sft, learner, rows)
+            try:
+                if not fine_tuning.run(stop, restarts, faults):
+                    return
+                break
+            except (WorkerLostError, DeadlineError, NonFiniteError) as error:
+                if stop.is_set():
+                    raise  # the other role has failed, and this one's workers were ended
+                restarts.lose(error)
+            restarts.restart()
+            context = replace(context, resume=True)
         export_model(context, learner, sft_directory(context.run, role), facts={"stage": stage})
         fine_tuning.store.clear()
         learner.close()
@@ -104,12 +137,14 @@ class FineTuning:
         folder = context.run.checkpoints_directory / stage
         self.store = CheckpointStore(folder, keep=1, writes=context.writes)
 
-    def run(self, stop: threading.Event) -> bool:
+    def run(self, stop: threading.Event, restarts: LearnerRestarts, faults: FaultLog) -> bool:
         """Train, from the newest checkpoint if the run is resumed; returns False if stopped early.
 
         stop: when it is set, no further updates are begun.
+        restarts: told where the run goes on.  faults: told of the steps done.
         """
         first = self._resume()
+        restarts.goes_on_after(first)
         task = self.context.view.start(
             self.stage,
             self.config.steps,
@@ -118,6 +153,7 @@ class FineTuning:
         )
         with self.store.finished_on_failure(self.learner):
             for result, prompt_ids in self._results(first, stop):
+                faults.step = result.step + 1
                 self.context.log.log(self.stage, result.step, result.metrics)
                 self.context.prompts.log(self.stage, result.step, {"off_policy": prompt_ids})
                 task.update(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
-from distill_system.cluster import ClusterSession, require_room
+from distill_system.cluster import ClusterSession, require_joinable, require_room
 from distill_system.config import RunConfig
 from distill_system.data import RunData
 from distill_system.data.run_data import SetName
@@ -45,6 +45,7 @@ from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
 from distill_system.run.export import holds_model
+from distill_system.run.mirror import mirrored
 from distill_system.run.model_checks import check_data, check_engine
 from distill_system.run.model_data import load_model_data
 from distill_system.run.model_sources import with_folders
@@ -95,7 +96,8 @@ def train(
     """
     if "push" in stages:
         require_token(config)
-    with locked(run_directory(config), notify=notify):
+    folder = run_directory(config)
+    with locked(folder, notify=notify), mirrored(config, folder, notify=notify):
         run = open_run(config)
         if resume is True:
             _require_begun(run)
@@ -130,6 +132,8 @@ def _make(
     # A stage that is done already is not in `work`; a run whose work is done starts no cluster.
     work = [stage for stage in _due(config, run) if stage in stages]
     _require_inputs(config, run, work)
+    if work:
+        require_joinable()
     for stage, steps in _checkpointed(config, run, work).items():
         store = CheckpointStore(run.checkpoints_directory / stage, keep=1)
         # Refuse a missing --resume now, before workers have been started for nothing.
@@ -273,7 +277,7 @@ def open_context(
             )
         )
         prompts = stack.enter_context(PromptLog(run, writes=writes))
-        cluster = stack.enter_context(ClusterSession(config, notify=view.note))
+        cluster = stack.enter_context(ClusterSession(config, notify=view.note, trains=True))
         gauges = stack.enter_context(RunGauges(config, report=run.report_path))
         log.add_tracker("Prometheus", gauges)
         view.listen(gauges.show_progress)

@@ -21,7 +21,7 @@ from itertools import chain
 from typing import Any
 
 from distill_system.data import RunData
-from distill_system.errors import DeadlineError, TransferError, WorkerLostError
+from distill_system.errors import DeadlineError, NonFiniteError, TransferError, WorkerLostError
 from distill_system.observe import Wait, staleness_metrics
 from distill_system.records import ScoredChunk, Stream
 from distill_system.run.context import RunContext
@@ -66,6 +66,9 @@ class AsynchronousStreams(Streams):
         self._receiving: dict[Reference, str] = {}
         self._failure: TransferError | WorkerLostError | None = None
         self._is_to_send_again = False
+        self._doubted: set[tuple[Stream, int]] = (
+            set()
+        )  # text of which a scorer's numbers were not finite
 
     def begin(self, step: int) -> None:
         """Open the windows and begin to write."""
@@ -158,7 +161,7 @@ class AsynchronousStreams(Streams):
             self._scorers.lose(worker)
         for stream, flow in self._flows.items():
             if POOL_OF[stream] == pool and worker in flow.writers.members:
-                flow.writers.leave(worker)
+                flow.writers.leave(worker, is_lost=True)
 
     def admit_workers(self) -> None:
         """See Streams; a student worker gets prompts once it holds published weights."""
@@ -206,6 +209,7 @@ class AsynchronousStreams(Streams):
             look_up=look_up,
             sampling=self._sampling(),
             seed=self.config.seed,
+            leave_out=self._leave_out if self.config.faults.fatal_prompts == "leave_out" else None,
             clock=self._clock,
         )
 
@@ -274,6 +278,19 @@ class AsynchronousStreams(Streams):
                 self._scorers.collect(receipts)
             except WorkerLostError as lost:
                 self._lose(lost)
+            except NonFiniteError as error:
+                self._doubt_scores(error)
+
+    def _doubt_scores(self, error: NonFiniteError) -> None:
+        """Numbers that are not finite are asked for once more, of another scorer.
+
+        Raises: `error` where two scorers say so of the same text.
+        """
+        doubted = self._scorers.texts_of(error.worker)
+        if not doubted or doubted & self._doubted:
+            raise error
+        self._doubted |= doubted
+        self._lose(WorkerLostError(str(error), error.worker))
 
     def _lose_hanging(self) -> None:
         """A call that takes longer than any may: its worker is lost."""

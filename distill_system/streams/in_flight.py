@@ -43,6 +43,10 @@ class State(Enum):
     DROPPED = auto()
 
 
+SUSPECT, FATAL = 2, 4
+"""An entry that was written by so many lost workers may be the cause, and is written alone from
+then on; after so many, it is."""
+
 PROMISED = (State.GIVEN, State.WRITING)
 ARRIVED = (State.WRITTEN, State.SCORING, State.SCORED)
 
@@ -57,6 +61,7 @@ class Entry:
     request, name: what a writer is asked for, and the name of the trajectory that answers it; none
         for a row of data.
     worker: the rollout worker that writes it, or wrote it.
+    num_losses: workers that were lost while they wrote it.
     trajectory, arrived_at: the text, and when it was heard of (seconds of the streams' clock).
     chunk: what it is scored in.
     """
@@ -69,6 +74,7 @@ class Entry:
     request: GenerationRequest | None = None
     name: str = ""
     worker: int | None = None
+    num_losses: int = 0
     trajectory: Trajectory | None = None
     arrived_at: float = 0.0
     chunk: ScoredChunk | None = None
@@ -94,6 +100,7 @@ class InFlight:
         self.num_dropped = 0
         self._num_in_flight = 0
         self._is_demanded = False
+        self._had_suspects = False
         # Two views of the entries, kept by _put and _remove alone. Both keep the order in which
         # entries came to their state.
         self._by_state: dict[tuple[int | None, State], dict[int, Entry]] = {}
@@ -114,6 +121,12 @@ class InFlight:
         """Entries whose writer has left, in the order of giving out."""
         found = [e for entries in self._in(State.GIVEN) for e in entries.values()]
         return sorted(found, key=lambda entry: entry.number)
+
+    def holds_suspect(self, worker: int) -> bool:
+        """Whether a worker writes what may be the cause of losses."""
+        if not self._had_suspects:
+            return False  # asked for every prompt that is given out
+        return any(e.num_losses >= SUSPECT for e in self._by_worker.get(worker, {}).values())
 
     def num_writing(self, worker: int | None = None) -> int:
         """Entries that a worker writes; None counts those of all workers."""
@@ -194,11 +207,13 @@ class InFlight:
         entry.worker = worker
         self._move(entry, State.WRITING)
 
-    def hand_back(self, worker: int) -> None:
+    def hand_back(self, worker: int, *, is_lost: bool = False) -> None:
         """WRITING -> GIVEN for all that a worker has: it leaves, or is lost."""
         for entry in list(self._by_worker.get(worker, {}).values()):
             self._move(entry, State.GIVEN)
             entry.worker = None
+            entry.num_losses += is_lost
+            self._had_suspects |= entry.num_losses >= SUSPECT
 
     def find_writing(self, worker: int, name: str) -> Entry:
         """The entry that a worker writes under this trajectory's name."""

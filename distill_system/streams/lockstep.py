@@ -52,8 +52,9 @@ class LockstepStreams(Streams):
     def begin(self, step: int) -> None:
         """Let the teacher write this step's off-policy stream."""
         super().begin(step)
-        self._students = RolloutPool(self._watched["student_rollout"])
-        self._teachers = RolloutPool(self._watched["teacher_rollout"])
+        leave_out = self._leave_out if self.config.faults.fatal_prompts == "leave_out" else None
+        self._students = RolloutPool(self._watched["student_rollout"], leave_out=leave_out)
+        self._teachers = RolloutPool(self._watched["teacher_rollout"], leave_out=leave_out)
         self._scorers = ScoringPool(self._watched["teacher_scoring"])
         self._ask_ahead(step)
 
@@ -139,13 +140,13 @@ class LockstepStreams(Streams):
         if self.replay is not None:
             chosen = self.replay.choose(step) is StepKind.DATA
             self._ahead = self._take_off_policy() if chosen else []
-        written: Sequence[Trajectory] = ()
+        written: Sequence[Trajectory | None] = ()
         if self._writing is not None:
             written = self._finish_writing("teacher", self._teachers, self._writing)
             self._writing = None
         answers = iter(written)
         stream = [next(answers) if isinstance(item, Prompt) else item for item in self._ahead]
-        return self._feed("off_policy", stream)
+        return self._feed("off_policy", _without_gaps(stream))
 
     def _take_off_policy(self) -> list[Prompt | Trajectory]:
         taken = self.mixture.frontier.take(self._sequences(Stream.OFF_POLICY))
@@ -161,21 +162,22 @@ class LockstepStreams(Streams):
             return ()
         prompts = [self.data.prompts[index] for index in self.student.take(count)]
         pending = self._students.start(prompts, *self._how(step))
-        written = self._finish_writing("student", self._students, pending)
+        written = _without_gaps(self._finish_writing("student", self._students, pending))
         if self.replay is not None:
             self.replay.keep(written)
         return written
 
     def _finish_writing(
         self, author: str, pool: RolloutPool, pending: PendingRollouts
-    ) -> Sequence[Trajectory]:
+    ) -> Sequence[Trajectory | None]:
         self._wait(pending.calls, what="rollouts")
-        written = self._count(author, pool.finish(pending))
+        each = pool.finish_each(pending)
+        written = self._count(author, _without_gaps(each))
         self._watched[f"{author}_rollout"].hand_on(
             num_tokens=sum(trajectory.num_response_tokens for trajectory in written),
             num_sequences=len(written),
         )
-        return written
+        return each
 
     def _score(self, trajectories: Sequence[Trajectory], stream: Stream) -> list[ScoredChunk]:
         """Let the teacher read while others work; nobody waits here."""
@@ -211,3 +213,8 @@ class LockstepStreams(Streams):
     def _how(self, step: int) -> tuple[Sampling, int, str]:
         """Sampling, seed and label of a step's rollouts."""
         return self._sampling(), self.config.seed, f"step_{step}"
+
+
+def _without_gaps(written: Sequence[Trajectory | None]) -> list[Trajectory]:
+    """Without the places of prompts that were left out."""
+    return [trajectory for trajectory in written if trajectory is not None]

@@ -122,6 +122,12 @@ class Scorers:
         self._members.discard(worker)
         self.workers.leave(worker)
 
+    def texts_of(self, name: str) -> set[tuple[Stream, int]]:
+        """Stream and number of what a scorer, called pool-id, reads now."""
+        number = name.rpartition("-")[2]
+        calls = [call for call in self._calls.values() if str(call.worker) == number]
+        return {(call.stream, entry.number) for call in calls for entry in call.entries}
+
     def join(self, worker: int) -> None:
         """A scorer has joined the group."""
         self._members.add(worker)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import partial
 
 from distill_system.data import PromptFrontier
+from distill_system.errors import WorkerLostError
 from distill_system.records import Author, Prompt, Stream, Trajectory
-from distill_system.rollout import GenerationRequest, Sampling
-from distill_system.streams.in_flight import InFlight
+from distill_system.rollout import GenerationRequest, LeaveOut, Sampling, fatal_prompt
+from distill_system.streams.in_flight import FATAL, SUSPECT, Entry, InFlight
 from distill_system.streams.writers import Writers
 
 LookUp = Callable[[int], Prompt | Trajectory]
@@ -19,7 +20,9 @@ LookUp = Callable[[int], Prompt | Trajectory]
 class StreamFlow:
     """Gives out prompts as the window allows; the buffer knows what becomes of them.
 
-    sampling, seed: how every prompt is answered.  clock: seconds that never run backwards.
+    sampling, seed: how every prompt is answered.
+    leave_out: for prompts that cost a worker each time they are answered; None ends the run.
+    clock: seconds that never run backwards.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class StreamFlow:
         look_up: LookUp,
         sampling: Sampling,
         seed: int,
+        leave_out: LeaveOut | None,
         clock: Callable[[], float],
     ) -> None:
         self.stream = stream
@@ -43,22 +47,16 @@ class StreamFlow:
         self._request = partial(GenerationRequest, sampling=sampling, seed=seed)
         # Labels of a resumed run go on where an unbroken run would be, so that samples differ.
         self._first_number = buffer.window.first_step * buffer.window.batch_size
+        self._leave_out = leave_out
         self._clock = clock
 
     def give_out(self) -> None:
         """Every prompt that the window has room for, to the least loaded worker, one by one."""
-        self._write_again()
+        if not self._write_again():
+            return  # a worker is to become idle first
         while (found := self.writers.find_free(self.buffer.may_give)) is not None:
             worker, version = found
-            entry = self.buffer.give(version, self._draw)
-            item = self._look_up(entry.prompt)
-            if isinstance(item, Prompt):
-                label = f"ticket_{self._first_number + entry.number}"
-                entry.request = self._request(prompt=item, label=label)
-                entry.name = entry.request.name(self._author)
-                self.writers.write(worker, entry)
-            else:
-                self.buffer.arrive(entry, item, self._clock())
+            self._begin(self.buffer.give(version, self._draw), worker)
 
     def awaits_weights(self, newest: int) -> bool:
         """Whether a worker that held this version would be given a prompt."""
@@ -68,9 +66,51 @@ class StreamFlow:
     def _draw(self) -> int:
         return self._frontier.take(1)[0]
 
-    def _write_again(self) -> None:
-        """What a worker left behind, under its old name, so that it becomes the same sample."""
-        for entry in self.buffer.handed_back():
-            found = self.writers.find_free(partial(operator.le, entry.needs_version))
-            if found is not None:
-                self.writers.write(found[0], entry)
+    def _begin(self, entry: Entry, worker: int) -> None:
+        """Let a worker answer the entry's prompt, or take what stands there already."""
+        item = self._look_up(entry.prompt)
+        if isinstance(item, Prompt):
+            label = f"ticket_{self._first_number + entry.number}"
+            entry.request = self._request(prompt=item, label=label)
+            entry.name = entry.request.name(self._author)
+            self.writers.write(worker, entry)
+        else:
+            self.buffer.arrive(entry, item, self._clock())
+
+    def _write_again(self) -> bool:
+        """What a worker left behind, under its old name, so that it becomes the same sample.
+
+        Returns whether nothing waits for a worker of its own.
+        """
+        for entry in sorted(self.buffer.handed_back(), key=lambda each: each.num_losses >= SUSPECT):
+            suits = partial(operator.le, entry.needs_version)
+            if entry.num_losses < SUSPECT:
+                found = self.writers.find_free(suits)
+                if found is not None:
+                    self.writers.write(found[0], entry)
+                continue
+            idle = self.writers.find_idle(suits)
+            if idle is None:
+                return False
+            if entry.num_losses >= FATAL:
+                self._replace_prompt(entry, idle)
+            else:
+                self.writers.write(idle, entry)
+        return True
+
+    def _replace_prompt(self, entry: Entry, worker: int) -> None:
+        """Another prompt for an entry whose own costs a worker each time it is answered.
+
+        Raises: WorkerLostError that names the prompt, unless such are left out.
+        """
+        assert entry.request is not None, "it was written before"
+        prompt = entry.request.prompt
+        lost = WorkerLostError(
+            f"{entry.num_losses} workers were lost while they answered it, the last two with "
+            "nothing else"
+        )
+        if self._leave_out is None:
+            raise fatal_prompt(prompt, lost)
+        self._leave_out(prompt, lost)
+        entry.prompt, entry.num_losses = self._draw(), 0
+        self._begin(entry, worker)

@@ -15,7 +15,14 @@ from typing import Any
 from distill_system.data import PromptFrontier, RunData, source_shares
 from distill_system.errors import DeadlineError, WorkerLostError
 from distill_system.observe import PoolClock, text_metrics
-from distill_system.records import PoolActivity, ScoredChunk, StepResult, Stream, Trajectory
+from distill_system.records import (
+    PoolActivity,
+    Prompt,
+    ScoredChunk,
+    StepResult,
+    Stream,
+    Trajectory,
+)
 from distill_system.rollout import Sampling
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
@@ -190,6 +197,13 @@ class Streams(ABC):
             raise late
         for name in late.late:
             self._lose(WorkerLostError(f"{name} hangs: {late}", name))
+
+    def _leave_out(self, prompt: Prompt, lost: WorkerLostError) -> None:
+        """Go on without a prompt that costs a worker each time it is answered."""
+        self.context.view.note(
+            f"prompt {prompt.prompt_id!r} is left out (faults.fatal_prompts): it costs a worker "
+            f"each time it is answered, the last one so: {lost.brief}"
+        )
 
     def _queued(self) -> dict[str, int]:
         """Items that wait before each pool; pools before which nothing can wait are left out."""

@@ -80,8 +80,8 @@ class Writers:
         best: tuple[int, int, int] | None = None
         total = count = 0
         for worker, state in self._states.items():
-            if state.version == NO_VERSION:
-                continue  # it has no share of what is given out yet
+            if state.version == NO_VERSION or self._buffer.holds_suspect(worker):
+                continue  # it has no share of what is given out
             load = self._buffer.num_writing(worker)
             total, count = total + load, count + 1
             if best is not None and load >= best[0]:
@@ -93,6 +93,13 @@ class Writers:
         if best is None or best[0] * count > total:
             return None
         return best[1], best[2]
+
+    def find_idle(self, suits: Callable[[int], bool]) -> int | None:
+        """A worker that writes nothing and whose version suits; None if there is none."""
+        for worker, state in self._states.items():
+            if not self._buffer.num_writing(worker) and suits(state.version):
+                return worker
+        return None
 
     def write(self, worker: int, entry: Entry) -> None:
         """Let a worker write an entry from its next slice on."""
@@ -127,11 +134,11 @@ class Writers:
         self._states[worker] = WorkerState(version)
         self.workers.join(worker)
 
-    def leave(self, worker: int) -> None:
+    def leave(self, worker: int, *, is_lost: bool = False) -> None:
         """Let a worker go; what it was writing is handed back to the buffer."""
         for reference in self._states.pop(worker).slices:
             del self._worker_of[reference]
-        self._buffer.hand_back(worker)
+        self._buffer.hand_back(worker, is_lost=is_lost)
         self.workers.leave(worker)
 
     def hold(self, worker: int, version: int) -> None:

@@ -8,10 +8,11 @@ result a second time.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distill_system.errors import DistillError
 from distill_system.workers import StartedWorker
 from fakes.interfaces import require_call
 
@@ -43,6 +44,9 @@ class LocalWorkers:
         self.objects: dict[int, Any] = dict(enumerate(objects))
         self.stands_for = stands_for
         self.calls: list[tuple[int, str]] = []
+        # Told of the worker as a call begins; what it raises is what the call fails with.
+        self.may_fetch_again = False  # as who looks what a lost worker had ended well
+        self.before_each_call: Callable[[int], None] = lambda worker_id: None
         self._next_id = len(self.objects)
         self._num_vacant = 0
         self._begun: set[Done] = set()
@@ -85,7 +89,12 @@ class LocalWorkers:
         worker = self.objects[worker_id]
         require_call(self.stands_for or type(worker), method, arguments)
         self.calls.append((worker_id, method))
-        call = _run(getattr(worker, method), arguments)
+        try:
+            self.before_each_call(worker_id)
+        except DistillError as error:
+            call = Call(error=error)
+        else:
+            call = _run(getattr(worker, method), arguments)
         self._begun.add(call)
         return call
 
@@ -135,7 +144,8 @@ class LocalWorkers:
     def _look(self, reference: Done, what: str) -> Any:
         is_ours = reference in self._begun or not isinstance(reference, Call)
         assert is_ours, f"{what}: the call is another group's"
-        assert reference not in self._fetched, f"{what}: the result was fetched before"
+        is_new = self.may_fetch_again or reference not in self._fetched
+        assert is_new, f"{what}: the result was fetched before"
         if reference.error is not None:
             raise reference.error
         return reference.value

@@ -30,12 +30,16 @@ class LateStart:
         self.arguments = arguments
         self.is_ready = False
         self.error: Exception | None = None
-        self.no_place = ""
+        self.cluster_has = ""
         self.is_over = False
 
     @property
     def name(self) -> str:
         return f"{self.request.name}-{self.worker_id}"
+
+    @property
+    def no_place(self) -> str:
+        return self.cluster_has
 
     @property
     def is_unplaced(self) -> bool:

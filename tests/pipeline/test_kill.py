@@ -3,7 +3,7 @@
 kill -9 of the driver, alone or with everything it started, at random moments of its life: while
 workers start, while models are measured, between and within steps, while a checkpoint is written,
 while the student is exported. DISTILL_SYSTEM_KILLS sets how often; each life costs the start of a
-cluster.
+cluster. So is one that loses its workers, one after another, and goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faults import Injector, Planned, Way, read_outcomes
 from pipeline.command_line import Run, write_configuration
 from run_comparison import judge
 
@@ -74,6 +75,38 @@ def test_a_run_killed_again_and_again_is_the_unbroken_run(launch: Launch, folder
     _check_prompts(ours)
     lives.check_clock(ours)
     assert _files(ours) == _files(theirs)
+    _check_lost_workers(launch, folder)
+
+
+def _check_lost_workers(launch: Launch, folder: Path) -> None:
+    """A run that loses a worker of every kind is the unbroken one too, in one life.
+
+    Every pool has one worker, so that a run cannot go on with others. The teacher's is stopped: it
+    says nothing any more, and is lost when its deadline is over.
+    """
+    broken, unbroken = RunDirectory(folder / "broken"), RunDirectory(folder / "unbroken")
+    deadlines = ("deadlines.call_seconds=25", "deadlines.publish_seconds=20")
+    run = launch("train", folder / "run.yaml", "name=broken", *deadlines)
+    injector = Injector(run, broken, seed=13)
+    ways = {
+        "student_rollout": Way.KILL,
+        "teacher_scoring": Way.KILL,
+        "teacher_rollout": Way.STOP,
+        "learner": Way.KILL,
+    }
+    planned = [
+        Planned(step=3 + 5 * at, pool=pool, way=way, moment=0.1)
+        for at, (pool, way) in enumerate(ways.items())
+    ]
+    injector.carry_out(planned)
+    run.finish(LIFE_SECONDS)
+    assert run.code == 0, run.stderr
+    assert run.orphans() == []
+    assert {fault.pool for fault in injector.done} == set(ways), "all of them before its end"
+    for outcome in read_outcomes(injector.done, broken):
+        assert outcome.back_after is not None, outcome
+    verdict = judge(broken, unbroken)
+    assert verdict.is_the_same, verdict
 
 
 def _kinds() -> list[str]:

@@ -89,7 +89,12 @@ def shown(tiny_model_folder, tmp_path_factory):
                 Path(context.address_info["session_dir"]) / "prom_metrics_service_discovery.json"
             )
             yield SimpleNamespace(
-                url=url, nodes=nodes, worker=worker, run=run, dashboard=context.dashboard_url
+                url=url,
+                nodes=nodes,
+                worker=worker,
+                run=run,
+                dashboard=context.dashboard_url,
+                cluster=context.address_info["gcs_address"],
             )
     finally:
         ray.shutdown()
@@ -165,7 +170,7 @@ import ray
 from rich.console import Console
 from distill_system.observe import JobPage, LiveView
 
-ray.init(log_to_driver=False)
+ray.init(address=sys.argv[1], log_to_driver=False)
 said = []
 page = JobPage("night", pathlib.Path("/runs/night/report.html"), notify=said.append)
 view = LiveView("night", console=Console(file=io.StringIO()))
@@ -181,7 +186,8 @@ def test_a_submitted_job_says_in_rays_dashboard_which_run_it_is_and_how_far(show
     (tmp_path / "job.py").write_text(JOB, "utf-8")
     client = JobSubmissionClient(f"http://{shown.dashboard}")
     job = client.submit_job(
-        entrypoint=f"{sys.executable} {tmp_path / 'job.py'}",
+        # "auto" would find any cluster that this machine has
+        entrypoint=f"{sys.executable} {tmp_path / 'job.py'} {shown.cluster}",
         metadata={"owner": "me"},
         runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}},
     )

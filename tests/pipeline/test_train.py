@@ -46,8 +46,8 @@ TINY: dict[str, Any] = {
             )
         },
     },
-    "teacher": {"sft": {"steps": 60}},
-    "student": {"sft": {"steps": 40}},
+    "teacher": {"sft": {"steps": 60, "batch_size": 16}},
+    "student": {"sft": {"steps": 40, "batch_size": 16}},
     "distill": {
         "steps": 6,
         "student_prompts_per_step": 8,

@@ -42,16 +42,17 @@ def _read(path: Path) -> Any:
 def test_a_run_stops_early_and_exports_its_best_student_as_it_was_evaluated(
     configuration: Path, launch_without_vllm: Launch
 ) -> None:
-    """The rate is so high that the first steps are the best; measured is what bfloat16 holds."""
-    lowest_loss = "metric: held_out/cross_entropy, mode: min"
+    """The rate is so high that the first step is the worst: with mode max the best one, not the
+    last. Measured is what bfloat16 holds."""
+    highest_loss = "metric: held_out/cross_entropy, mode: max"
     train = launch_without_vllm(
         "train",
         configuration,
         "distill.steps=30",
         "distill.optimizer.learning_rate=0.03",
         "distill.measure_every=1",
-        f"distill.early_stopping={{{lowest_loss}, patience: 2}}",
-        f"distill.keep_best={{{lowest_loss}}}",
+        f"distill.early_stopping={{{highest_loss}, patience: 2}}",
+        f"distill.keep_best={{{highest_loss}}}",
         "export={dtype: bfloat16, weights: best}",
     ).finish()
     assert train.code == 0, train.stderr
@@ -60,13 +61,13 @@ def test_a_run_stops_early_and_exports_its_best_student_as_it_was_evaluated(
     rows = [json.loads(line)["metrics"] for line in lines]
     _assert_engine_and_learner_read_alike(rows)
     losses = [row["held_out/cross_entropy"] for row in rows]
-    lowest = min(range(len(losses)), key=losses.__getitem__)
-    assert len(losses) == lowest + 3 < 31, "two measurements without a gain after the best"
+    best_step = max(range(len(losses)), key=losses.__getitem__)
+    assert best_step > 0, "there is no checkpoint of step 0"
+    assert len(losses) == best_step + 3 < 31, "two measurements without a gain after the best"
     assert "distill.early_stopping: held_out/cross_entropy was not better" in train.stderr
 
     after = _read(run / "evaluations/after.json")
-    best_step = min(range(1, len(losses)), key=losses.__getitem__)
-    assert after["step"] == best_step, "of the best checkpoint; there is none of step 0"
+    assert after["step"] == best_step
     best = run / f"checkpoints/distill/step_{after['step']:06d}"
     best_weights = load_file(best / "model/shard-00001-model-00001-of-00001.safetensors")
     exported = load_file(run / "student/model.safetensors")

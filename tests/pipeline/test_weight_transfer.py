@@ -1,4 +1,7 @@
-"""Real vLLM engines in two Ray processes, fed by a torch model in a third, over gloo."""
+"""Real vLLM engines in two Ray processes, fed by a torch model in a third, over gloo.
+
+Its input and output matrices are one; test_families.py publishes models in which they are two.
+"""
 
 import sys
 import time
@@ -224,16 +227,9 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-both_heads = pytest.mark.parametrize(
-    "setting", [True, False], ids=["tied", "untied"], indirect=True, scope="module"
-)
-any_head = pytest.mark.parametrize("setting", [True], ids=["tied"], indirect=True, scope="module")
-"""For what is no matter of the weights' values."""
-
-
 @pytest.fixture(scope="module")
-def setting(request: pytest.FixtureRequest, cluster: None, tiny_model_folder: Any) -> Any:
-    folder = tiny_model_folder(tie_word_embeddings=request.param, vocab_size=VOCABULARY)
+def setting(cluster: None, tiny_model_folder: Any) -> Any:
+    folder = tiny_model_folder(tie_word_embeddings=True, vocab_size=VOCABULARY)
     setting = Setting(folder)
     yield setting
     for handle in [setting.learner, *setting.workers]:
@@ -253,7 +249,6 @@ def _assert_equals_the_learner(setting: Setting, version: int) -> None:
             np.testing.assert_allclose(trajectory.behaviour_logprobs, truth, atol=1e-4)
 
 
-@both_heads
 def test_every_worker_writes_what_the_learner_would_after_each_publish(setting: Setting) -> None:
     _assert_equals_the_learner(setting, version=0)
     before = ray.get(setting.learner.decode_greedily.remote(_prompts()))
@@ -265,21 +260,18 @@ def test_every_worker_writes_what_the_learner_would_after_each_publish(setting: 
     assert sum(old != new for old, new in zip(before, after, strict=True)) > 6
 
 
-@both_heads
 def test_a_flipped_bit_is_caught_and_the_next_publish_heals(setting: Setting) -> None:
     [version, _] = setting.versions()
     ray.get(setting.learner.flip_a_bit_of_the_next_version.remote())
     with pytest.raises(TransferError, match="digest"):
         setting.publish(version + 1)
-    for worker in setting.workers:
-        with pytest.raises(TransferError, match="publish the weights again"):
-            ray.get(worker.generate.remote(_prompts(1), GREEDY, 0, "x"))
     assert setting.versions() == [version, version]
+    ray.get(setting.learner.perturb.remote(version))
+    _assert_equals_the_learner(setting, version)  # nothing of what came was taken in
     setting.publish(version + 2)
     _assert_equals_the_learner(setting, version + 2)
 
 
-@both_heads
 def test_an_update_that_failed_in_one_worker_alone_is_replaced_by_the_next(
     setting: Setting,
 ) -> None:
@@ -287,13 +279,11 @@ def test_an_update_that_failed_in_one_worker_alone_is_replaced_by_the_next(
     unknown = {"names": ["w"], "dtype_names": [], "shapes": []}
     with pytest.raises(TransferError, match="update_weights failed in student_rollout-0"):
         ray.get(setting.workers[0].receive_weights.remote(version + 1, unknown))
-    with pytest.raises(TransferError, match="broken"):
-        ray.get(setting.workers[0].generate.remote(_prompts(1), GREEDY, 0, "x"))
+    _assert_equals_the_learner(setting, version)
     setting.publish(version + 1)
     _assert_equals_the_learner(setting, version + 1)
 
 
-@both_heads
 def test_a_step_that_begins_once_the_weights_are_packed_does_not_change_what_arrives(
     setting: Setting,
 ) -> None:
@@ -310,7 +300,6 @@ def test_a_step_that_begins_once_the_weights_are_packed_does_not_change_what_arr
         assert [t.response_ids.tolist() for t in trajectories] == ray.get(expected)
 
 
-@both_heads
 def test_workers_come_and_go_between_two_publishes(setting: Setting) -> None:
     version, _ = setting.versions()
     setting.connect(setting.workers[:1])
@@ -325,7 +314,6 @@ def test_workers_come_and_go_between_two_publishes(setting: Setting) -> None:
     _assert_equals_the_learner(setting, version + 2)
 
 
-@any_head
 def test_a_bfloat16_engine_holds_the_learners_weights_on_average(
     setting: Setting, tiny_model_folder: Any
 ) -> None:
@@ -363,15 +351,17 @@ def test_a_bfloat16_engine_holds_the_learners_weights_on_average(
     assert 1e-4 < np.abs(said - np.concatenate(truths)).mean() < 0.1
 
 
-@any_head
-def test_who_keeps_a_version_waiting_is_named(setting: Setting) -> None:
+def test_a_transfer_that_an_engine_holds_up_fails_in_time_and_a_late_rank_is_named(
+    setting: Setting,
+) -> None:
     version, _ = setting.versions()
     setting.connect(setting.workers, seconds=2.0)
-    asleep = setting.workers[1].sleep.remote(3.0)
-    with pytest.raises(DeadlineError, match=rf"version {version + 1} .*student_rollout-1"):
+    asleep = setting.workers[1].sleep.remote(4.0)
+    with pytest.raises(TransferError, match="student_rollout-"):
         setting.publish(version + 1)
     ray.get(asleep)
-    setting.publish(version + 2)  # what came too late was taken in before
+    setting.connect(setting.workers, seconds=2.0)
+    setting.publish(version + 2)
     assert setting.versions() == [version + 2] * 2
     ray.get(setting.learner.gather_slowly.remote(3.0))
     with pytest.raises(DeadlineError, match=r"gather weight version .* from learner-0:"):
@@ -381,7 +371,6 @@ def test_who_keeps_a_version_waiting_is_named(setting: Setting) -> None:
     assert setting.versions() == [version + 4] * 2
 
 
-@any_head
 def test_samples_depend_on_the_seed_and_not_on_who_writes_them(setting: Setting) -> None:
     prompts = _prompts()
     one = _pool(setting.workers[:1]).generate(prompts, WARM, 5, "step-1")
@@ -393,7 +382,6 @@ def test_samples_depend_on_the_seed_and_not_on_who_writes_them(setting: Setting)
     assert [t.trajectory_id for t in two] == [f"step-1/student/{p.prompt_id}" for p in prompts]
 
 
-@any_head
 def test_a_response_keeps_its_end_of_sequence_token_and_nothing_after_it(setting: Setting) -> None:
     trajectories = _pool(setting.workers).generate(_prompts(40), WARM, 1, "eos")
     by_finish = {Finish.STOP: 0, Finish.LENGTH: 0}
@@ -406,7 +394,6 @@ def test_a_response_keeps_its_end_of_sequence_token_and_nothing_after_it(setting
     assert min(by_finish.values()) > 0
 
 
-@any_head
 def test_a_prompt_that_does_not_fit_is_refused_with_its_id(setting: Setting) -> None:
     length = MAX_MODEL_LENGTH - MAX_RESPONSE + 1
     long = Prompt(prompt_id="long", token_ids=np.full(length, 5, np.int32), text="")
@@ -418,7 +405,6 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_id(setting: Setting) -> 
     assert len(ray.get(setting.workers[0].generate.remote(_prompts(2), GREEDY, 0, "x"))) == 2
 
 
-@any_head
 def test_a_dead_worker_ends_a_publish_and_the_others_can_be_connected_anew(
     setting: Setting,
 ) -> None:

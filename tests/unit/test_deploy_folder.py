@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import cli as ray_command
 
-from distill_system.config import load_config
+from distill_system.config import RunConfig, load_config
 from distill_system.manifests import ManifestRequest
 from distill_system.stages.manifests import render_manifests
 
@@ -106,13 +107,8 @@ def test_what_is_copied_is_sent_and_nothing_else() -> None:
         for source in rest.split()[:-1]
     ]
     assert sorted(copied) == sorted({rule.split("/")[0] for rule in sent})
-    for rule in sent:
-        assert any(fnmatch.fnmatch(str(p.relative_to(ROOT)), rule) for p in _files_of(rule)), rule
+    assert [rule for rule in sent if not [*ROOT.glob(rule)]] == []
     assert not {"runs", ".git", ".venv", "configs"} & {*copied}
-
-
-def _files_of(rule: str) -> list[Path]:
-    return list(ROOT.glob(rule))
 
 
 def _pins(name: str) -> dict[str, str]:
@@ -170,7 +166,7 @@ def _cluster(path: Path) -> dict[str, Any]:
 # ---- Kubernetes ----------------------------------------------------------------------------------
 
 
-def test_the_example_is_what_the_command_renders_today() -> None:
+def test_the_example_is_what_the_command_renders_today(tmp_path: Path) -> None:
     """Where it is not: write it anew with the command in its first line."""
     text = (DEPLOY / "kubernetes/quickstart.yaml").read_text(encoding="utf-8")
     image, claim = re.findall(r"--image (\S+) --storage-claim (\S+)", text.splitlines()[0])[0]
@@ -181,7 +177,59 @@ def test_the_example_is_what_the_command_renders_today() -> None:
         workers_per_pod={},
         device_gib=80.0,
     )
-    assert text.partition("\n---\n")[2] == rendered.partition("---\n")[2]
+    (example, run), (today, run_today) = (_split(each, tmp_path) for each in (text, rendered))
+    assert example == today
+    assert run == run_today
     storage = yaml.safe_load((DEPLOY / "kubernetes/storage.yaml").read_text(encoding="utf-8"))
     assert storage["metadata"]["name"] == claim
     assert storage["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def _split(text: str, folder: Path) -> tuple[list[dict[str, Any]], RunConfig]:
+    """The objects without the run's configuration, and that; keys since then have their default."""
+    objects = list(yaml.safe_load_all(text))
+    [config_map] = [each for each in objects if each["kind"] == "ConfigMap"]
+    [(name, config)] = config_map.pop("data").items()
+    (folder / name).write_text(config, encoding="utf-8")
+    return objects, load_config([folder / name])
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def _lines_of_the_page() -> list[list[str]]:
+    """Every command of docs/deploy.md as words, without the environment variables before it."""
+    page = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    lines = re.sub(r"\\\n\s*", " ", "".join(blocks)).splitlines()
+    words = [re.sub(r"\$\([^)]*\)", "ID", line).split() for line in lines]
+    return [[w for i, w in enumerate(line) if i or "=" not in w] for line in words]
+
+
+def test_ray_takes_the_lines_of_the_page() -> None:
+    lines = [line[1:] for line in _lines_of_the_page() if line[0] == "ray"]
+    assert len(lines) >= 5
+    for words in lines:
+        command: Any = ray_command
+        while hasattr(command, "commands"):
+            command, words = command.commands[words[0].replace("_", "-")], words[1:]
+        try:
+            command.make_context(command.name, list(words))
+        except Exception as error:
+            pytest.fail(f"ray {command.name} {words}: {error}")
+
+
+def test_docker_builds_the_target_that_the_page_names() -> None:
+    [build] = [line for line in _lines_of_the_page() if line[:2] == ["docker", "build"]]
+    options = dict(pairwise(build))
+    assert (ROOT / options["--file"]).samefile(DEPLOY / "Dockerfile")
+    assert options["--target"] in _stages()
+    runs = [line for line in _lines_of_the_page() if line[:2] == ["docker", "run"]]
+    assert runs
+    assert all(options["--tag"] in line for line in runs)
+
+
+def test_files_that_the_page_applies_exist() -> None:
+    named = [w for line in _lines_of_the_page() for w in line if w.startswith("deploy/")]
+    assert len(named) >= 4
+    assert [path for path in named if not (ROOT / path).is_file()] == []

@@ -35,7 +35,8 @@ PACKAGE = ROOT / "distill_system"
 README = ROOT / "README.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
 PAGES = [
-    *(README, CHANGELOG, ROOT / "configs/README.md", ROOT / "deploy/README.md"),
+    *(README, CHANGELOG, ROOT / "SECURITY.md"),
+    *(ROOT / "configs/README.md", ROOT / "deploy/README.md"),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 OF_TODAY = [page for page in PAGES if page != CHANGELOG]
@@ -65,8 +66,8 @@ OF_OTHERS = {
     *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "MLFLOW_EXPERIMENT_NAME"),
     *("TRACKIO_PROJECT", "TRACKIO_SPACE_ID", "HF_TOKEN"),
     *("MALLOC_MMAP_THRESHOLD_", "getsignal"),
-    # Kubernetes
-    "ReadWriteMany",
+    # Kubernetes, Ray
+    *("ReadWriteMany", "RAY_USE_TLS"),
     # TRL
     *("SFTTrainer", "DistillationTrainer", "AsyncDistillationTrainer", "batch_rebalance"),
     *("group_by_length", "padding_free", "ChunkedDivergenceFunction"),
@@ -168,7 +169,8 @@ def _wrong_options(line: str) -> list[str]:
     commands, named = _options_of_commands(), re.findall(r"distill-system ([a-z]+)", line)
     wrong = [name for name in named if name not in commands]
     script = re.search(r"benchmarks/\w+\.py", line)
-    options = OPTION.findall(line)
+    _, command, after = line.partition("distill-system " + named[0] if named else "\n")
+    options = OPTION.findall(after if command else line)  # what stands before is another program's
     if named and not wrong:
         known = set.union(*(commands[name] for name in named))
     elif script:
@@ -192,6 +194,7 @@ def test_wrong_options_are_told_from_right_ones() -> None:
     assert _wrong_options("python benchmarks/pipeline.py real --fixed-stale 1") == ["--fixed-stale"]
     assert _wrong_options("--samples-per-prompts 4") == ["--samples-per-prompts"]
     assert _wrong_options("pip install --no-deps x") == []
+    assert _wrong_options("docker run --rm image distill-system train a.yaml --now") == ["--now"]
 
 
 # ---- configuration -------------------------------------------------------------------------------
@@ -216,6 +219,7 @@ def _keys(page: Path) -> list[str]:
     dotted = [key for text in _inline(page) for key in _dotted_keys(text)]
     assigned = [key for line in _code(page) for key in re.findall(r"(?<=\s)([a-z_.]+)=", line)]
     keys = {*dotted, *(key for key in assigned if "." in key)}
+    keys = {key for key in keys if not key.endswith((".json", ".jsonl"))}  # files of a run
     return sorted(key for key in keys if key.split(".")[0] in RunConfig.model_fields)
 
 

@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"run", "streams", "elastic"},
     # several runs, and what goes before and after them
     "planning": RECORDS | {"language_model", "learner", "objectives", "scoring"},
-    "manifests": RECORDS | {"planning"},
+    "manifests": RECORDS | {"data", "planning"},
     "comparison": RECORDS | {"evaluation", "observe", "standard_errors"},
     "stages": RECORDS
     | {"data", "learner", "cluster", "observe", "run", "driver", "planning", "comparison"}

@@ -66,6 +66,9 @@ def test_a_dashboard_that_wants_a_token_says_where_one_is_given(code: int, said:
 
 
 def test_another_ray_is_named_beside_ours() -> None:
+    with _web_server(200, json.dumps({"ray_version": "1.13.0"})) as port:
+        said = _refusal(JobClient, f"127.0.0.1:{port}")
+    assert "Ray version 1.13.0 is running on the cluster" in said
     with _web_server(200, json.dumps({"ray_version": "2.9.3"})) as port:
         said = _refusal(JobClient, f"127.0.0.1:{port}")
     assert "the cluster runs Ray 2.9.3, and this version of distill-system runs with Ray 2." in said
@@ -94,9 +97,9 @@ def test_schemes_that_cannot_be_joined_are_told_before_anything_is_asked(address
 
 def test_the_address_given_counts_before_what_the_environment_says(monkeypatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
-    with _web_server(200, json.dumps({"ray_version": "0.1"})) as port:
+    with _web_server(200, json.dumps({"ray_version": "2.1"})) as port:
         monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:7")
-        assert "the cluster runs Ray 0.1" in _refusal(JobClient, f"http://127.0.0.1:{port}")
+        assert "the cluster runs Ray 2.1" in _refusal(JobClient, f"http://127.0.0.1:{port}")
     with pytest.raises(ResourceError, match=r"answers at http://127\.0\.0\.1:7:"):
         JobClient(None)
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")

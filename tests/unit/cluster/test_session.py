@@ -16,11 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray._private import ray_constants
 
 from distill_system.cluster import ClusterSession, RayWorkers
+from distill_system.cluster.listening import local_arguments
 from distill_system.cluster.predecessors import wait_until_gone
 from distill_system.config import RunConfig
-from distill_system.config.pools import PoolConfig
+from distill_system.config.pools import ClusterConfig, PoolConfig
 from distill_system.errors import ResourceError, RunStateError, WorkerError
 from distill_system.logs import log_environment
 
@@ -134,15 +136,28 @@ def test_the_handler_of_sigterm_is_left_as_it_was(
     assert signal.getsignal(signal.SIGTERM) is sigterm_handler
 
 
+def test_a_cluster_is_reached_from_this_machine_alone_unless_asked(session: ClusterSession) -> None:
+    assert ray.util.get_node_ip_address() == "127.0.0.1"
+    assert ray_constants.ENABLE_RAY_CLUSTER, "what others start in this process listens as before"
+    wide = ClusterConfig(listen_on="network", dashboard=False)
+    assert local_arguments(wide) == {"include_dashboard": False, "dashboard_host": "0.0.0.0"}
+
+
 def test_sigterm_is_heard_after_a_session_too() -> None:
-    """Ray's end would leave the system's own answer, which ends a process without a word."""
+    """Ray's end would leave the system's own answer, which ends a process without a word.
+
+    And the session of that process listens where others reach it, as it is asked to.
+    """
     program = """
 import os, signal, sys
 from distill_system.cluster import ClusterSession
 from distill_system.config import load_config
+from ray._private.services import node_ip_address_from_perspective
+import ray
 signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
-with ClusterSession(load_config([sys.argv[1]], ["cluster.dashboard=false"]), notify=print):
-    pass
+overrides = ["cluster.dashboard=false", "cluster.listen_on=network"]
+with ClusterSession(load_config([sys.argv[1]], overrides), notify=print):
+    assert ray.util.get_node_ip_address() == node_ip_address_from_perspective()
 os.kill(os.getpid(), signal.SIGTERM)
 print("alive", flush=True)
 """
@@ -157,6 +172,16 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(ResourceError, match=r"RAY_ADDRESS=127\.0\.0\.1:9.*unset RAY_ADDRESS"):
         ClusterSession(config, notify=print).__enter__()
+
+
+def test_only_the_driver_of_the_run_itself_meets_drivers_before_it(config: RunConfig) -> None:
+    """Others may evaluate models beside it, and so may a run of this name elsewhere."""
+    first, second = (ClusterSession(config, notify=print, trains=True) for _ in range(2))
+    assert first.namespace == second.namespace
+    elsewhere = config.model_copy(update={"runs_directory": "/elsewhere"})
+    others = [ClusterSession(config, notify=print) for _ in range(2)]
+    others.append(ClusterSession(elsewhere, notify=print, trains=True))
+    assert len({first.namespace, *(other.namespace for other in others)}) == 4
 
 
 DRIVER = """

@@ -409,8 +409,9 @@ def test_names_are_what_kubernetes_takes(run: str, name: str) -> None:
 
 
 def test_the_entrypoint_is_a_line_that_the_command_takes(render: Render) -> None:
-    [program, dash_m, package, command, *rest] = render().of("RayJob")["spec"]["entrypoint"].split()
-    assert [program, dash_m, package] == ["python", "-m", "distill_system"]
+    words = render().of("RayJob")["spec"]["entrypoint"].split()
+    assert words[:4] == ["exec", "python", "-m", "distill_system"]
+    command, *rest = words[4:]
     commands = get_command(app).commands  # type: ignore[attr-defined]
     context = commands[command].make_context(command, rest)
     [config] = context.params["settings"]

@@ -241,10 +241,20 @@ def test_tensor_parallelism_divides_an_engines_weights(families: list[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "name", ["ammd_paper", "ammd_soft_advantage", "dac_kl", "minillm", "sinkd", "top_k"]
+    ("name", "settings"),
+    [
+        ("ammd_paper", ()),
+        ("ammd_soft_advantage", ()),
+        ("dac_kl", ()),
+        ("minillm", ()),
+        ("sinkd", ("distill.objective.off_policy.iterations=2",)),  # of 20, each a second to plan
+        ("top_k", ()),
+    ],
 )
-def test_methods_are_planned_by_their_own_code(families: list[str], name: str) -> None:
-    config = load_config([QUICKSTART, recipe_path(name)], [*families, *FEW_ROWS])
+def test_methods_are_planned_by_their_own_code(
+    families: list[str], name: str, settings: tuple[str, ...]
+) -> None:
+    config = load_config([QUICKSTART, recipe_path(name)], [*families, *FEW_ROWS, *settings])
     plan = plan_run(config, device_gib=80).plan
     assert plan is not None
     learner = next(worker for worker in plan.workers if worker.pool == "learner")

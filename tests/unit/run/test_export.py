@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_a_full_disk_is_told_and_gets_its_room_back(context, tiny_model_folder, 
         save_model(model, direct, model.state_dict(), dtype=torch.float32)
     shutil.rmtree(direct)
 
-    learner = SimpleNamespace(
+    learner: Any = SimpleNamespace(
         export=lambda folder, _: save_model(model, folder, model.state_dict(), dtype=torch.float32)
     )
     with pytest.raises(RunStateError, match=r"cannot be exported to .*/student: .*Make room"):

@@ -93,7 +93,10 @@ def fine_tune(tiny_model_folder, tmp_path):
                 writes=OptionalWrites(),
             )
             group = LearnerGroup(LocalWorkers([learner]))
-            finished = FineTuning(context, "sft_student", CONFIG, group, ROWS).run(stop)
+            restarts: Any = SimpleNamespace(goes_on_after=lambda first: None)
+            faults: Any = SimpleNamespace(step=0)
+            fine_tuning = FineTuning(context, "sft_student", CONFIG, group, ROWS)
+            finished = fine_tuning.run(stop, restarts, faults)
         losses = {row.step: row.metrics["learner/loss"] for row in read_metrics(directory)}
         weights = torch.cat([p.detach().reshape(-1) for p in learner.model.parameters()])
         return finished, losses, weights, read_prompts(directory)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from distill_system.cli import app
 from distill_system.config import dump_config, load_config
-from distill_system.errors import DataError, DistillError, RunStateError
+from distill_system.errors import DataError, DistillError, ResourceError, RunStateError
 from distill_system.learner import describe_file
 from distill_system.observe import RunDirectory
 from distill_system.observe.run_lock import locked
@@ -311,3 +311,34 @@ def test_the_folder_is_held_until_the_command_ends(configure, monkeypatch):
     train(config, stages=("report",))
     assert held == [True]
     assert not run.lock_path.exists()
+
+
+def test_a_cluster_that_is_not_there_is_told_before_data_are_read(configure, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    config = configure("data.prompts.path=gone.jsonl")
+    with pytest.raises(ResourceError, match=r"no Ray cluster answers at RAY_ADDRESS=127\.0"):
+        train(config)
+
+
+def test_resume_is_refused_where_there_is_no_run_and_auto_goes_on(configure, tmp_path):
+    config = configure("data.prompts.path=gone.jsonl")
+    with pytest.raises(RunStateError, match=r"nothing to go on from, .*/run holds no run.*auto"):
+        train(config, resume=True)
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(DataError, match=r"gone\.jsonl"):
+        train(config, resume="auto")
+
+
+def test_resume_says_which_stage_has_no_checkpoint(configure):
+    config = configure("data.prompts.path=gone.jsonl")
+    _made(config, "tokenizer").config_path.write_text(dump_config(config))
+    said: list[str] = []
+    with pytest.raises(DistillError):
+        train(config, resume=True, notify=said.append)
+    assert [line for line in said if "checkpoint" in line] == [
+        f"distill: no checkpoint in {config.runs_directory}/run/checkpoints/distill, it begins anew"
+    ]
+    said.clear()
+    with pytest.raises(DistillError):
+        train(config, resume="auto", notify=said.append)
+    assert not any("checkpoint" in line for line in said)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,9 @@ from fakes.hand_clock import HandClock
 from fakes.local_workers import Done, LocalWorkers
 from simulated_pools import make_prompts, make_rows
 
+from distill_system.cluster import SupervisedWorkers
 from distill_system.config import load_config
+from distill_system.errors import WorkerLostError
 from distill_system.learner import Learner, LearnerGroup
 from distill_system.observe import RunDirectory, Timings
 from distill_system.records import (
@@ -193,6 +196,7 @@ class Run:
         seconds=0.0,
         step_seconds=0.0,
         workers=LocalWorkers,
+        supervised=False,
     ):
         self.config = load_config(
             [QUICKSTART],
@@ -232,18 +236,39 @@ class Run:
         )
         weights: Any = DirectTransfer(learner, self.students)
         nothing: Any = None
+        groups = {
+            "student_rollout": self.students,
+            "teacher_rollout": self.teachers,
+            "teacher_scoring": self.scorers,
+        }
+        self.callers: dict[str, Any] = {
+            name: SupervisedWorkers(name, group) if supervised else group
+            for name, group in groups.items()
+        }
         self.pools = Pools(
-            students=RolloutPool(self.students),
-            teachers=RolloutPool(self.teachers),
-            scorers=ScoringPool(self.scorers),
+            students=RolloutPool(self.callers["student_rollout"]),
+            teachers=RolloutPool(self.callers["teacher_rollout"]),
+            scorers=ScoringPool(self.callers["teacher_scoring"]),
             learner=learner,
-            evaluation=RolloutPool(self.students),
+            evaluation=RolloutPool(self.callers["student_rollout"]),
             ranks=nothing,
             weights=weights,
             placed={},
         )
         self.context, self.data = context, data
         self.streams = LockstepStreams(context, self.pools, data, clock=self.clock)
+
+    def supervise(self, supervision):
+        for workers in self.callers.values():
+            workers.supervision = supervision
+        self.streams.supervision = supervision
+
+    def learned_texts(self):
+        """Of each step: stream, name and tokens of every trajectory, in their order."""
+        return {
+            step: [(stream, t.trajectory_id, t.token_ids.tolist()) for stream, t in fed]
+            for step, fed in self.learned.items()
+        }
 
     def _pause(self, seconds):
         """What a call of this length does with the clock."""
@@ -590,3 +615,52 @@ def test_workers_leave_and_join_between_take_and_learn_without_a_trace_in_the_te
     assert _content(run.learned) == _content(same.learned)
     assert joined.sampling is not None, "who joined was asked to write"
     assert [counts[step] for step in (0, 1, 3, 5, 6)] == [2, 2, 1, 2, 2]
+
+
+class _Supervisor:
+    """Replaces at once whoever is lost in a run's pools."""
+
+    def __init__(self, run):
+        self.run, self.lost = run, []
+        self.groups = {
+            "student_rollout": run.students,
+            "teacher_rollout": run.teachers,
+            "teacher_scoring": run.scorers,
+        }
+
+    def lose(self, lost):
+        group = self.groups[lost.pool]
+        if lost.worker_id in group.members:
+            self.lost.append(lost.worker)
+            self.run.streams.forget_worker(lost.pool, lost.worker_id)
+            successor = group.objects[lost.worker_id]  # that holds the same weights
+            place = group.vacate(lost.worker_id)
+            group.add(StartedWorker(group.take_id(), successor, place))
+            self.run.streams.admit_workers()
+
+    def notice(self):
+        """Nobody dies unheard here."""
+
+    def wait_for_worker(self, pool):
+        raise AssertionError("there is one")
+
+
+def test_lost_workers_change_nothing_that_a_step_learns_from(tmp_path):
+    """One call in five, of any pool, costs the worker that was to answer it."""
+    unbroken = Run(tmp_path / "unbroken", students=3)
+    unbroken.play()
+    broken = Run(tmp_path / "broken", students=3, supervised=True)
+    supervisor = _Supervisor(broken)
+    broken.supervise(supervisor)
+    draw = random.Random(1)
+
+    def die(pool, worker):
+        if draw.random() < 1 / 5:
+            raise WorkerLostError(f"{pool}-{worker} died", f"{pool}-{worker}")
+
+    for pool, group in supervisor.groups.items():
+        group.before_each_call, group.may_fetch_again = partial(die, pool), True
+    broken.play()
+    assert len(supervisor.lost) > 5
+    assert len({name.rpartition("-")[0] for name in supervisor.lost}) == 3
+    assert broken.learned_texts() == unbroken.learned_texts()

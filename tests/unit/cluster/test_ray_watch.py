@@ -1,0 +1,79 @@
+"""What the watch over Ray makes of its answers, and of none."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import ray
+
+from distill_system.cluster import ray_watch
+from distill_system.cluster.ray_watch import RayWatch, ask_for_nodes
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Begins to watch a Ray that answers as is given; returns what the run is ended with, or ""."""
+    monkeypatch.setattr(ray_watch, "LOOK_SECONDS", 0.01)
+
+    class Context:
+        def get_node_id(self) -> str:
+            return "here"
+
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+
+    def look(nodes: Any, *, before: Any = lambda watched: None) -> str:
+        monkeypatch.setattr(ray_watch, "ask_for_nodes", lambda seconds: nodes)
+        said: list[str] = []
+        ended = threading.Event()
+
+        def end(problem: str) -> None:
+            said.append(problem)
+            ended.set()
+
+        watched = RayWatch(end=end)
+        watched.begin()
+        before(watched)
+        ended.wait(0.5)
+        watched.stop()
+        return said[0] if said else ""
+
+    return look
+
+
+def _node(name: str, *, alive: bool = True) -> dict[str, object]:
+    return {"NodeID": name, "Alive": alive}
+
+
+def test_a_ray_that_answers_ends_nothing(watch: Any) -> None:
+    assert watch([_node("here"), _node("there", alive=False)]) == "", "another node may be lost"
+
+
+def test_a_control_process_that_says_nothing_ends_the_run(watch: Any) -> None:
+    assert "gcs_server" in watch(None)
+
+
+def test_a_machine_that_ray_has_given_up_ends_the_run(watch: Any) -> None:
+    assert "raylet" in watch([_node("there"), _node("here", alive=False)])
+
+
+def test_a_shutdown_may_take_its_time_and_no_longer(
+    watch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert watch(None, before=RayWatch.expect_end) == "", "it answers no more, as it should"
+    monkeypatch.setattr(ray_watch, "SHUT_DOWN_SECONDS", 0.05)
+    assert "did not shut down" in watch(None, before=RayWatch.expect_end)
+
+
+def test_a_question_that_hangs_or_fails_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: threading.Event().wait(5.0))
+    assert ask_for_nodes(0.05) is None
+
+    def fail() -> None:
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(ray, "nodes", fail)
+    assert ask_for_nodes(0.05) is None
+    monkeypatch.setattr(ray, "nodes", lambda: [_node("here")])
+    assert ask_for_nodes(5.0) == [_node("here")]
