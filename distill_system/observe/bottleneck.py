@@ -190,7 +190,8 @@ class _StepModel:
     def _count_spare(self, pool: str) -> int:
         for count in range(round(self._workers[pool]) - 1, 0, -1):
             fewer = self.resize(pool, -count)
-            longest = max(time for name, time in self.times.items() if name != pool)
+            others = (time for name, time in self.times.items() if name != pool)
+            longest = max(others, default=0.0)  # a pool that was recorded alone
             has_room = fewer[pool] <= FULLY_BUSY * longest
             if has_room and self.step(fewer) <= UNCHANGED * self.step(self.times):
                 return count

@@ -10,6 +10,7 @@ import torch
 from distill_system.config import RunConfig, load_config
 from distill_system.config.objective import AmmdConfig
 from distill_system.learner import ModelSource
+from distill_system.observe import RunDirectory
 from distill_system.run.worker_requests import learner_request, wire_format
 from distill_system.weights import WireFormat
 
@@ -64,7 +65,7 @@ def test_every_rank_of_a_distillation_and_none_of_a_fine_tuning_gets_it(
     objective: AmmdConfig | None,
 ) -> None:
     config = _load("rollout.student_engine.dtype=bfloat16", "pools.learner.count=2")
-    context: Any = SimpleNamespace(config=config)
+    context: Any = SimpleNamespace(config=config, run=RunDirectory("runs/run"))
     request = learner_request(
         context,
         name="learner",
