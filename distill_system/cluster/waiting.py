@@ -37,6 +37,7 @@ def wait_for(
     what: str,
     seconds: float,
     fetch: bool = True,
+    key: str | None = None,
 ) -> list[Any]:
     """Results of all references in their order; raises the first failure as soon as it is known.
 
@@ -45,6 +46,7 @@ def wait_for(
         monitor: names the workers; the death of any of them ends the wait.
         what: what is waited for, for messages.
         seconds: the deadline, counted from the last result that came: slow progress is no failure.
+        key: of the configuration, which sets the deadline; for messages.
         fetch: whether to copy the results into this process. Without it a failed call counts as
             done, and the failure shows in the call that takes its result as an argument.
 
@@ -67,7 +69,7 @@ def wait_for(
             last_news = now
             results |= {ref: _fetch(ref, monitor, what) if fetch else None for ref in done}
         elif now - last_news >= seconds:
-            raise deadline_error(references, pending, monitor, what=what, seconds=seconds)
+            raise deadline_error(references, pending, monitor, what=what, seconds=seconds, key=key)
         else:
             monitor.require_alive(seconds=0.0, waiting_for=what)
     return [results[reference] for reference in references] if fetch else []
@@ -160,12 +162,16 @@ def deadline_error(
     *,
     what: str,
     seconds: float,
+    key: str | None = None,
 ) -> DeadlineError:
-    """The error for calls of which none has ended in `seconds`; names the workers that are late."""
+    """The error for calls of which none has ended in `seconds`; names the workers that are late.
+
+    key: of the configuration, which sets the deadline.
+    """
     late = sorted({monitor.worker_of(reference) for reference in pending})
     return DeadlineError(
         f"waited {seconds:.0f} s for {what} from {', '.join(late)}: {len(pending)} of "
-        f"{len(references)} results did not come. Raise the deadline under `deadlines`, or look at "
-        "the worker's log in the Ray dashboard",
+        f"{len(references)} results did not come. Raise {key or 'the deadline under `deadlines`'}, "
+        "or look at the worker's log in the Ray dashboard",
         late,
     )

@@ -13,6 +13,8 @@ from distill_system.cluster.placement import Placement, release_placements
 from distill_system.cluster.waiting import deadline_error, wait_any, wait_for
 from distill_system.workers import Reference, StartedWorker
 
+CALL_KEY = "deadlines.call_seconds"
+
 
 class RayWorkers:
     """Workers of one class, each in its own process; implements distill_system.workers.
@@ -89,8 +91,9 @@ class RayWorkers:
 
         Raises: the worker's own DistillError; WorkerLostError with its traceback; DeadlineError.
         """
+        key = CALL_KEY if seconds is None else None
         seconds = self.call_seconds if seconds is None else seconds
-        return wait_for(references, self._monitor, what=what, seconds=seconds, fetch=fetch)
+        return wait_for(references, self._monitor, what=what, seconds=seconds, fetch=fetch, key=key)
 
     def take_id(self) -> int:
         """A new worker id. Ids are never used twice, not even after a start that failed."""
@@ -169,7 +172,9 @@ class RayWorkers:
         self._silent_seconds = 0.0 if done else self._silent_seconds + time.monotonic() - began
         if self._silent_seconds >= self.call_seconds:
             every, silent = [*references, *unhurried], self._silent_seconds
-            raise deadline_error(every, every, self._monitor, what=what, seconds=silent)
+            raise deadline_error(
+                every, every, self._monitor, what=what, seconds=silent, key=CALL_KEY
+            )
         return done
 
     def stop(self) -> None:
