@@ -42,9 +42,14 @@ format: environment ## format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: environment ## write docs/configuration.md anew from the configuration models
+EXAMPLE := deploy/kubernetes/quickstart.yaml
+
+docs: environment ## write docs/configuration.md and the Kubernetes example anew
 	$(BIN)/python -m distill_system.config.reference > docs/configuration.md.new
 	mv docs/configuration.md.new docs/configuration.md
+	head -2 $(EXAMPLE) > $(EXAMPLE).new
+	$(BIN)/$$(sed -n '1s/^# //p' $(EXAMPLE)) >> $(EXAMPLE).new
+	mv $(EXAMPLE).new $(EXAMPLE)
 
 # With whatever Python is there: the machine that has a GPU may have neither Ray nor vLLM.
 gpu-check: ## what one GPU can prove, in ten minutes: docs/gpu.md (GPU_PYTHON=python3)
