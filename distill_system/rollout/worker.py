@@ -227,14 +227,20 @@ class RolloutWorker:
         version arrives.
         """
         started = time.perf_counter()
+        is_loaded = False
         try:
             self._call_transfer("start_weight_update")
             self._call_transfer("update_weights", update_info=update_info)
             self._call_transfer("finish_weight_update")
-        finally:
-            self._holds_whole_weights = all(self._call_transfer("holds_whole_weights"))
-        num_bytes, digest = self._call_transfer("received_seal")[0]
-        self._engine.commit_version(version)
+            is_loaded = True
+            num_bytes, digest = self._call_transfer("received_seal")[0]
+            self._engine.commit_version(version)
+        except BaseException:
+            # What is loaded and has no version would be taken for the version before.
+            keeps = not is_loaded and all(self._call_transfer("holds_whole_weights"))
+            self._holds_whole_weights = self._holds_whole_weights and keeps
+            raise
+        self._holds_whole_weights = True
         return WeightVersion(
             version=version,
             num_bytes=num_bytes,

@@ -91,12 +91,16 @@ def test_the_driver_can_name_workers_and_publishers_without_loading_vllm() -> No
 
 
 class FakeEngine:
-    """Answers everything with COMPLETION, and fails in one call of the weight transfer."""
+    """Answers everything with COMPLETION, and fails in one call of the weight transfer.
+
+    is_whole: whether its weights are one version's after that.
+    """
 
     vocabulary_size, version = 100, 3
 
-    def __init__(self, failing_call: str = "") -> None:
+    def __init__(self, failing_call: str = "", *, is_whole: bool = True) -> None:
         self.failing_call = failing_call
+        self.is_whole = is_whole
         self.seeds: list[int] = []
         self.added: dict[str, int] = {}
         self.waiting: list[str] = []
@@ -119,7 +123,7 @@ class FakeEngine:
     def call_transfer(self, method: str, **arguments: object) -> list[Any]:
         if method == self.failing_call:
             raise RuntimeError("connection closed by peer")
-        return [(8, 5)]
+        return [self.is_whole] if method == "holds_whole_weights" else [(8, 5)]
 
     def commit_version(self, version: int) -> None:
         self.version = version
@@ -155,14 +159,31 @@ def _working(engine: FakeEngine) -> RolloutWorker:
 REQUEST = GenerationRequest(prompt=PROMPT, label="step-1", sampling=SAMPLING, seed=4)
 
 
-@pytest.mark.parametrize(
-    "failing_call",
-    ["start_weight_update", "update_weights", "finish_weight_update", "received_seal"],
-)
-def test_nothing_is_written_after_a_failed_transfer_until_whole_weights_arrive(
+@pytest.mark.parametrize("failing_call", ["start_weight_update", "update_weights"])
+def test_weights_that_do_not_arrive_leave_the_worker_writing_with_those_it_had(
     failing_call: str,
 ) -> None:
     engine = FakeEngine(failing_call)
+    worker = _working(engine)
+    with pytest.raises(TransferError, match=f"{failing_call} failed"):
+        worker.receive_weights(4, {})
+    assert worker.weight_version() == 3
+    assert len(worker.generate([PROMPT], SAMPLING, 4, "step-1")) == 1
+    assert worker.advance([REQUEST], 1.0).version == 3
+
+
+@pytest.mark.parametrize(
+    ("failing_call", "is_whole"),
+    [
+        ("update_weights", False),
+        ("finish_weight_update", False),
+        ("received_seal", True),  # whole, but of a version that nobody has confirmed
+    ],
+)
+def test_nothing_is_written_with_half_loaded_weights_until_whole_ones_arrive(
+    failing_call: str, is_whole: bool
+) -> None:
+    engine = FakeEngine(failing_call, is_whole=is_whole)
     worker = _working(engine)
     with pytest.raises(TransferError, match=rf"{failing_call} failed in teacher_rollout-0.*peer"):
         worker.receive_weights(4, {})
