@@ -40,6 +40,9 @@ from distill_system.workers import StartedWorker
 SECONDS = 10.0
 """For one version to reach every worker."""
 
+PATIENCE = 2000.0
+"""A step that takes longer waits for what never comes."""
+
 
 class LossyWorkers(SimulatedWorkers):
     """A pool whose workers can be lost; implements ElasticWorkers.
@@ -295,6 +298,7 @@ class LossyRun:
     most_in_flight: int = 0
 
     def __post_init__(self) -> None:
+        self._step_since = 0.0
         self.draw = draw = random.Random(self.seed)
         self.clock = clock = Clock()
         make = {
@@ -392,7 +396,7 @@ class LossyRun:
                     self._begin_again(step, saved[1])
 
     def _play_step(self, step: int) -> None:
-        self.log.step = step
+        self.log.step, self._step_since = step, self.clock.now
         scored = self.streams.take(step)
         self.elastic.advance()
         if self.elastic.has_changes():
@@ -419,6 +423,8 @@ class LossyRun:
         wait = self.draw.expovariate(1.0 / mean_seconds)
 
         def strike() -> None:
+            waited = self.clock.now - self._step_since
+            assert waited < PATIENCE, f"step {self.log.step} does not come, after {waited:.0f} s"
             self._lose_one()
             self._plan_next(mean_seconds)
 
