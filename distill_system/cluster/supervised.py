@@ -31,6 +31,7 @@ class _Call:
     references: of this attempt; the first is finished, a second is the result of a receipt.
     result: the caller's reference to the result of a receipt.
     losses: workers that were lost with it.  is_moved: whether it was made again.
+    fatal: why it is not made again any more.
     """
 
     method: str
@@ -40,6 +41,7 @@ class _Call:
     result: Reference | None = None
     losses: int = 0
     is_moved: bool = False
+    fatal: DistillError | None = None
 
 
 class SupervisedWorkers:
@@ -101,6 +103,7 @@ class SupervisedWorkers:
             that is what cost them.
         """
         while True:
+            self._raise_fatal(references)
             now = [self._now(reference) for reference in references]
             try:
                 results = self.group.finish(now, what=what, fetch=fetch, seconds=seconds)
@@ -157,14 +160,15 @@ class SupervisedWorkers:
             self.supervision.lose(lost)
         blamed: set[int] = set()
         for began, call in list(self._calls.items()):
-            if call.worker in self.group.members:
+            if call.worker in self.group.members or call.fatal is not None:
                 continue
             # A worker makes its calls in their order: the first that has not ended well is the one
             # that it was lost with. Those behind it are made again without blame.
             if call.worker not in blamed and not self._has_ended_well(call):
                 blamed.add(call.worker)
                 self._blame(began, call, error)
-            self._make_again(call)
+            if call.fatal is None:
+                self._make_again(call)
 
     def _has_ended_well(self, call: _Call) -> bool:
         try:
@@ -174,18 +178,27 @@ class SupervisedWorkers:
         return True
 
     def _blame(self, began: Reference, call: _Call, error: DistillError) -> None:
-        """Count a loss to a call.  Raises: RepeatedLossError, or NonFiniteError, at the last."""
+        """Count a loss to a call; at the last, whoever waits for it is to hear of it."""
         call.losses += 1
         if call.losses < MOST_LOSSES:
             return
-        del self._calls[began]
         if isinstance(error, NonFiniteError):
-            raise error
-        raise RepeatedLossError(
+            call.fatal = error
+            return
+        call.fatal = RepeatedLossError(
             f"{call.method} has lost {call.losses} workers, the last of them so: {error}",
             error.worker,
             call=began,
-        ) from error
+        )
+        call.fatal.__cause__ = error
+
+    def _raise_fatal(self, references: Sequence[Reference]) -> None:
+        """Raise what has come of a call among these that is not made again any more."""
+        for reference in references:
+            call = self._calls.get(reference)
+            if call is not None and call.fatal is not None:
+                del self._calls[reference]
+                raise call.fatal
 
     def _make_again(self, call: _Call) -> None:
         members = self.members

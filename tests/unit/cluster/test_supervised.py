@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fakes.local_workers import LocalWorkers
 
-from distill_system.cluster import SupervisedWorkers
+from distill_system.cluster import SupervisedWorkers, supervised
 from distill_system.errors import DeadlineError, ModelError, RepeatedLossError, WorkerLostError
 from distill_system.workers import StartedWorker
 
@@ -112,6 +112,20 @@ def test_a_call_that_costs_a_second_worker_is_told_by_its_reference() -> None:
     assert caught.value.call is fatal
     assert len(scribes.lost) == 2
     assert scribes.finish(fine) in (["a by 0"], ["a by 2"], ["a by 3"]), "the other goes on"
+
+
+def test_a_fatal_call_is_told_to_who_waits_for_it_and_to_nobody_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Calls of others queue at the same worker: the teacher's next batch, and held-out prompts."""
+    monkeypatch.setattr(supervised, "MOST_LOSSES", 1)
+    scribes = Scribes(lambda number, word: number == 0)
+    later, now = scribes.workers.start(0, "say", "a"), scribes.workers.start(0, "say", "b")
+    assert scribes.finish(now) == ["b by 1"], "the one before it was blamed"
+    with pytest.raises(RepeatedLossError) as caught:
+        scribes.finish(later)
+    assert caught.value.call is later
+    assert scribes.lost == ["scribes-0"]
 
 
 def test_a_workers_own_error_loses_nobody() -> None:
