@@ -158,13 +158,13 @@ def test_a_run_survives_ctrl_c_and_a_killed_worker_and_is_then_done(
     assert json.loads(last_row)["step"] == interrupted_at, "nothing that was learned is lost"
 
     assert "add --resume" in _refused(configuration, "distill.steps=40")
-    run = launch(*setting, "--resume")
+    run = launch(*setting, "--resume", "faults.max_replacements=0")
     wait_until(lambda: _last_step(configuration) > interrupted_at, run)
     title, name = random.choice(WORKERS)
     run.workers(title)[0].kill()
     run.finish(seconds=60)
     _assert_one_message(run, " died while the run waited for ", "--resume")
-    assert re.search(rf"^WorkerError: {name}-0 \(process", run.stderr, re.MULTILINE)
+    assert re.search(rf"^WorkerLostError: {name}-0 \(process", run.stderr, re.MULTILINE)
 
     run = launch(*setting, "--resume").finish()
     assert run.code == 0, run.stderr

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -60,7 +61,11 @@ class Cluster:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        _wait(lambda: _accepts(self.dashboard), START_SECONDS)
+        try:
+            _wait(lambda: _accepts(self.dashboard), START_SECONDS)
+        except AssertionError:
+            self.end()
+            raise
 
     def command(self, *arguments: object, code: int = 0, **environment: str) -> str:
         """What a command of ours writes to both of its streams; it must end with this code."""
@@ -135,11 +140,12 @@ def _wait(condition: Callable[[], Any], seconds: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    # Ray's sockets lie below it, and a socket's path has at most 107 bytes.
-    started = Cluster(tmp_path_factory.mktemp("c"))
-    yield started
-    started.end()
+def cluster() -> Iterator[Cluster]:
+    # Ray's sockets lie below it, and a socket's path has at most 107 bytes: pytest's is too long.
+    with TemporaryDirectory(prefix="ray-") as folder:
+        started = Cluster(Path(folder))
+        yield started
+        started.end()
 
 
 @pytest.fixture

@@ -182,10 +182,23 @@ assert said == [], said
 """
 
 
+def _submit(client, **job):
+    """The job's id; Ray refuses jobs until the agent of a node has said that it is there."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
+
+
 def test_a_submitted_job_says_in_rays_dashboard_which_run_it_is_and_how_far(shown, tmp_path):
     (tmp_path / "job.py").write_text(JOB, "utf-8")
     client = JobSubmissionClient(f"http://{shown.dashboard}")
-    job = client.submit_job(
+    job = _submit(
+        client,
         # "auto" would find any cluster that this machine has
         entrypoint=f"{sys.executable} {tmp_path / 'job.py'} {shown.cluster}",
         metadata={"owner": "me"},

@@ -207,8 +207,12 @@ def test_workers_of_a_killed_driver_are_waited_for_and_those_of_a_living_one_ref
     """What a retry meets that begins as soon as its driver was killed."""
     arguments = [sys.executable, "-c", DRIVER, ray.get_runtime_context().gcs_address, "another"]
     said: list[str] = []
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as driver:
+    # A driver finds a cluster that listens on localhost only if it looks there (docs/security.md).
+    looks_there = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=looks_there) as driver:
+        threading.Timer(120.0, driver.kill).start()  # or readline would wait for ever
         try:
+            assert driver.stdout is not None
             assert driver.stdout.readline() == "begun\n"
             wait_until_gone("a third", notify=said.append, seconds=0.0)
             with pytest.raises(RunStateError, match=r"trains this run already.*learner-0-abcdef"):

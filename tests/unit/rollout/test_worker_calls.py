@@ -58,7 +58,7 @@ class Engine:
         self.transfers.append((method, arguments))
         if method in self.failing:
             raise self.failing[method]
-        return [(96, 1234)]
+        return [self.is_whole] if method == "holds_whole_weights" else [(96, 1234)]
 
     def commit_version(self, version):
         self.version = version
@@ -240,11 +240,24 @@ def test_weights_that_arrived_are_committed_under_their_version(make_worker):
 
 
 @pytest.mark.parametrize("way", ["generate", "advance"])
-@pytest.mark.parametrize("method", ["start_weight_update", "update_weights", "received_seal"])
+@pytest.mark.parametrize("method", ["start_weight_update", "update_weights"])
+def test_an_update_that_does_not_arrive_leaves_the_version_before(make_worker, way, method):
+    made = make_worker()
+    made.worker.receive_weights(3, {})
+    made.engine.failing = {method: TransferError("the peer is gone")}
+    with pytest.raises(TransferError, match=f"{method} failed .* version 3: the peer is gone"):
+        made.worker.receive_weights(4, {})
+    assert _ask(made, way, TWO)
+    assert made.worker.weight_version() == 3
+
+
+@pytest.mark.parametrize("way", ["generate", "advance"])
+@pytest.mark.parametrize("method", ["update_weights", "received_seal"])
 def test_a_broken_update_is_told_and_nothing_is_written_until_a_whole_one(make_worker, way, method):
     made = make_worker()
     made.worker.receive_weights(3, {})
     made.engine.failing = {method: ValueError("half of it")}
+    made.engine.is_whole = method == "received_seal"  # then no version was confirmed
     with pytest.raises(TransferError) as caught:
         made.worker.receive_weights(4, {})
     assert str(caught.value) == (
