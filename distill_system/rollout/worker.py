@@ -237,8 +237,7 @@ class RolloutWorker:
             self._engine.commit_version(version)
         except BaseException:
             # What is loaded and has no version would be taken for the version before.
-            keeps = not is_loaded and all(self._call_transfer("holds_whole_weights"))
-            self._holds_whole_weights = self._holds_whole_weights and keeps
+            self._holds_whole_weights &= not is_loaded and self._is_whole()
             raise
         self._holds_whole_weights = True
         return WeightVersion(
@@ -247,6 +246,13 @@ class RolloutWorker:
             digest=digest,
             seconds=time.perf_counter() - started,
         )
+
+    def _is_whole(self) -> bool:
+        """Whether the engine says that its weights are those of one version."""
+        try:
+            return all(self._call_transfer("holds_whole_weights"))
+        except TransferError:
+            return False  # an engine that does not even say so
 
     def weight_version(self) -> int:
         """The version committed last; 0 is the model folder's own weights."""

@@ -29,6 +29,7 @@ class Engine:
         self.version = 0
         self.asked, self.under_way, self.transfers = [], {}, []
         self.failing: dict[str, Exception] = {}
+        self.is_whole = True
 
     def complete(self, prompts, sampling, seeds):
         self.asked += zip(
