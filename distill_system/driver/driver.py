@@ -55,6 +55,7 @@ class Driver:
             faults=context.config.faults,
             fault_log=self.faults,
             notify=context.view.note,
+            is_ending=lambda: context.stop.is_made,
         )
         self.restarts = LearnerRestarts(
             context, pools.ranks.name, self.faults, self._start_learner_anew

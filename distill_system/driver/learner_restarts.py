@@ -42,10 +42,11 @@ class LearnerRestarts:
     def lose(self, error: Loss) -> None:
         """A rank is lost, by this error.
 
-        Raises: `error` if it is of another worker, or if the ranks are not started anew any more.
+        Raises: `error` if it is of another worker, if the ranks are not started anew any more, or
+            as the run ends.
         """
         lost = self._find_rank(error)
-        if lost is None:
+        if lost is None or self._context.stop.is_made:
             raise error
         if self._lost is None:
             self._since = time.monotonic()

@@ -138,6 +138,8 @@ class ElasticPools:
 
     pools: every pool but the learner; those whose bounds leave no room keep their size.
     notify: takes one line for the person who watches the run.
+    is_ending: whether a person has ended the run: nobody is replaced any more, since what was sent
+        to this process may have ended the workers too.
     """
 
     def __init__(
@@ -152,6 +154,7 @@ class ElasticPools:
         faults: FaultsConfig,
         fault_log: FaultRecord,
         notify: Callable[[str], None],
+        is_ending: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -163,6 +166,7 @@ class ElasticPools:
         self._weights = weights
         self._fault_log = fault_log
         self._notify = notify
+        self._is_ending = is_ending
         self._clock = clock
         self._sleep = sleep
         self._scaler = AutoScaler(
@@ -255,10 +259,10 @@ class ElasticPools:
     def lose(self, lost: WorkerLostError) -> None:
         """End this worker, if nobody has, and begin to replace it in its place.
 
-        Raises: `lost` itself where faults.max_replacements are used up, or for a worker of another
-        pool.
+        Raises: `lost` itself where faults.max_replacements are used up, for a worker of another
+        pool, or as the run ends.
         """
-        if lost.pool not in self._pools:
+        if lost.pool not in self._pools or self._is_ending():
             raise lost
         name, worker_id, workers = lost.pool, lost.worker_id, self._pools[lost.pool].workers
         if worker_id not in workers.members:
@@ -286,6 +290,8 @@ class ElasticPools:
         Raises: ResourceError, DeadlineError or what loading raised, if none comes.
         """
         while not self._present(pool):
+            if self._is_ending():
+                raise WorkerLostError(f"{pool} has no worker left, and the run ends")
             assert self._all_starting(pool), f"{pool} has lost its workers and replaces none"
             if self._poll(pool):
                 # Those of other pools that are ready join with it, and a step may wait for them.

@@ -28,6 +28,7 @@ def make(tmp_path):
         context: Any = SimpleNamespace(
             config=SimpleNamespace(faults=FaultsConfig(max_replacements=most)),
             view=SimpleNamespace(note=notes.append),
+            stop=SimpleNamespace(is_made=False),
         )
         log = FaultLog(RunDirectory(tmp_path), "distill", ["learner"])
         made.append(log)
@@ -120,3 +121,10 @@ def test_without_a_budget_the_first_loss_ends_the_run_with_its_own_error(make, e
     with pytest.raises(type(error)) as caught:
         restarts.lose(error)
     assert str(caught.value) == str(error)
+
+
+def test_nothing_starts_anew_once_a_person_has_ended_the_run(make):
+    restarts, _, _ = make()
+    restarts._context.stop.is_made = True
+    with pytest.raises(WorkerLostError, match="died of something"):
+        restarts.lose(_died())

@@ -34,6 +34,7 @@ class Run:
         self.requests = ScaleRequests(RunDirectory(folder))
         self.said: list[str] = []
         self.events: list[str] = []
+        self.is_ending = False
         self.faults: list[tuple[str, str]] = []
         self.busy: set[tuple[str, int]] = set()
         self.asked: list[tuple[str, int]] = []
@@ -52,6 +53,7 @@ class Run:
             faults=FaultsConfig(max_replacements=2, within_seconds=100.0),
             fault_log=self,
             notify=self.said.append,
+            is_ending=lambda: self.is_ending,
             clock=lambda: self.seconds,
             sleep=self._sleep,
         )
@@ -418,3 +420,13 @@ def test_a_smaller_size_takes_back_a_replacement(run: Run) -> None:
         (1,),
         1,
     )
+
+
+def test_nobody_is_replaced_once_a_person_has_ended_the_run(run: Run) -> None:
+    run.elastic.lose(_dead("teacher_scoring-0"))
+    run.elastic.lose(_dead("teacher_scoring-1"))
+    run.is_ending = True
+    with pytest.raises(WorkerLostError, match="student_rollout-0 died of something"):
+        run.elastic.lose(_dead("student_rollout-0"))
+    with pytest.raises(WorkerLostError, match="the run ends"):
+        run.elastic.wait_for_worker("teacher_scoring")
