@@ -114,8 +114,8 @@ class LivenessMonitor:
         found = []
         for name, probe in asked.items():
             if probe not in answered:
-                said = f"{name} did not answer within {seconds:g} s, after {waiting_for}"
-                found.append(WorkerLostError(said, name))
+                said = f"{name} said nothing for {seconds:g} s while the run waited for"
+                found.append(WorkerLostError(f"{said} {waiting_for}", name))
                 continue
             try:
                 ray.get(probe)

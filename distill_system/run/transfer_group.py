@@ -124,7 +124,7 @@ class TransferGroup:
         if isinstance(error, WorkerLostError) and error.pool not in self.pools:
             raise error
         lost = self._monitor.find_unresponsive(
-            self.names, seconds=ANSWER_SECONDS, waiting_for=f"the transfer failed: {error}"
+            self.names, seconds=ANSWER_SECONDS, waiting_for="weights to reach the engines"
         )
         if not lost and not isinstance(error, WorkerLostError):
             self._failures += 1
