@@ -82,10 +82,14 @@ def ask_for_nodes(seconds: float) -> list[dict[str, object]] | None:
     answer: list[list[dict[str, object]]] = []
 
     def ask() -> None:
-        try:
-            answer.append(ray.nodes())
-        except Exception:  # whatever Ray raises here, it does not answer
-            time.sleep(seconds)
+        end = time.monotonic() + seconds
+        while not answer and time.monotonic() < end:
+            try:
+                answer.append(ray.nodes())
+            except (
+                Exception
+            ):  # whatever Ray raises, it does not answer yet: it may be starting anew
+                time.sleep(min(1.0, seconds / 10))
 
     asking = threading.Thread(target=ask, name="question to Ray", daemon=True)
     asking.start()

@@ -81,6 +81,7 @@ class Driver:
                 except (WorkerLostError, DeadlineError, NonFiniteError) as error:
                     self.restarts.lose(error)
                 self.streams.abandon()
+                self.pools.forget_calls()
                 self.restarts.restart()
                 self.context = replace(self.context, resume=True)
                 self.streams = open_streams(self.context, self.pools, self.data)

@@ -85,6 +85,7 @@ class LearnerRestarts:
                 "again"
             )
             self._lost = None
+        self._faults.step = first
 
     def _find_rank(self, error: Loss) -> WorkerLostError | None:
         """The rank that an error tells of; None if it tells of another worker."""

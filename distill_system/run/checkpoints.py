@@ -168,17 +168,12 @@ class CheckpointStore:
         """
         try:
             yield
-        except DeadlineError:
-            raise  # a worker hangs: waiting for the learner now could hang as well
-        except WorkerLostError as lost:
-            if lost.pool.endswith("learner"):
-                raise
-            with suppress(DistillError):
-                self.finish(learner, wait=True)
-            raise
-        except DistillError:
-            with suppress(DistillError):
-                self.finish(learner, wait=True)
+        except DistillError as error:
+            # Where a worker hangs, or the learner is lost, waiting for it now could hang as well.
+            is_lost = isinstance(error, WorkerLostError) and error.pool.endswith("learner")
+            if not is_lost and not isinstance(error, DeadlineError):
+                with suppress(DistillError):
+                    self.finish(learner, wait=True)
             raise
 
     def latest(self) -> Checkpoint | None:

@@ -58,9 +58,20 @@ class Pools:
     def supervise(self, supervision: Supervision) -> None:
         """From now on, losses of workers are told to this, and calls are made again."""
         self.weights.supervise(supervision, self.placed)
+        for workers in self._supervised():
+            workers.supervision = supervision
+
+    def forget_calls(self) -> None:
+        """Nobody waits any more for what is under way: it is not made again."""
+        for workers in self._supervised():
+            workers.forget_all()
+
+    def _supervised(self) -> list[SupervisedWorkers]:
+        found = []
         for pool in (self.students, self.teachers, self.scorers, self.evaluation):
             assert isinstance(pool.workers, SupervisedWorkers), "open_pools makes them so"
-            pool.workers.supervision = supervision
+            found.append(pool.workers)
+        return found
 
 
 def open_pools(context: RunContext, *, student_path: str) -> Pools:

@@ -75,5 +75,15 @@ def test_a_question_that_hangs_or_fails_is_no_answer(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ray, "nodes", fail)
     assert ask_for_nodes(0.05) is None
+    answers = iter([ConnectionError("it starts anew"), [_node("here")]])
+
+    def come_back() -> object:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray, "nodes", come_back)
+    assert ask_for_nodes(5.0) == [_node("here")]
     monkeypatch.setattr(ray, "nodes", lambda: [_node("here")])
     assert ask_for_nodes(5.0) == [_node("here")]

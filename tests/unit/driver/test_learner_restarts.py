@@ -71,6 +71,7 @@ def test_a_lost_rank_starts_all_anew_and_what_it_cost_is_written_down(make, tmp_
     assert "all ranks start anew" in notes[0]
     assert "7 steps are made again" in notes[1]
     assert log.metrics() == {"faults/learner": 1.0}
+    assert log.step == 10, "losses from here on are told from here"
     restarts.goes_on_after(10)
     assert len(read_faults(RunDirectory(tmp_path))) == 2, "it is told once"
 
