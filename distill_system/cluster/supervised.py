@@ -63,8 +63,8 @@ class SupervisedWorkers:
 
     @property
     def members(self) -> tuple[int, ...]:
-        """See Workers; waits where every worker is lost."""
-        if not self.group.members and self.supervision is not None:
+        """See Workers; waits where every worker is lost. A pool without places has no workers."""
+        if not self.group.members and self.group.count and self.supervision is not None:
             self.supervision.wait_for_worker(self.pool)
         return self.group.members
 

@@ -25,12 +25,21 @@ def machine_supply() -> dict[str, float]:
 
 
 def pools_demand(config: RunConfig, names: Collection[str] | None = None) -> dict[str, float]:
-    """Everything that these pools reserve together, by resource; None: all of a distillation."""
+    """Everything that these pools reserve together, by resource; None: all of a distillation, at
+    its fullest moment."""
+    if names is not None:
+        return _together(config, names)
+    steps = _together(config, config.started_pools)
+    first = _together(config, ["teacher_rollout"] if config.teacher_writes_first else [])
+    return {name: max(steps.get(name, 0.0), first.get(name, 0.0)) for name in steps | first}
+
+
+def _together(config: RunConfig, names: Collection[str]) -> dict[str, float]:
     total: dict[str, float] = {}
-    for name, pool in config.pools.by_name.items():
-        if names is None or name in names:
-            for resource, amount in bundle_of(pool).items():
-                total[resource] = total.get(resource, 0.0) + pool.count * amount
+    for name in names:
+        pool = config.pools.by_name[name]
+        for resource, amount in bundle_of(pool).items():
+            total[resource] = total.get(resource, 0.0) + pool.count * amount
     return total
 
 

@@ -193,8 +193,10 @@ class DistillConfig(ConfigModel):
     fixed random subspace: a smaller class of critics, for less computation, memory and transfer.
     null: no projection. Applies to the game and to the measured distances."""
     optimizer: OptimizerConfig
-    measure_every: PositiveInt = 25
-    """Steps between measurements of both distances on data.held_out."""
+    measure_every: PositiveInt | None = 25
+    """Steps between measurements of both distances on data.held_out. null: nothing is measured
+    there, and neither the teacher's engines nor its scorers are started for it; a teacher that
+    writes for no step is not evaluated either."""
     evaluate_every: PositiveInt | Literal["epoch"] | None = None
     """Steps between evaluations during training, a multiple of measure_every. epoch: at the end of
     every pass over data.prompts, by the student, or by the teacher where the student does not
@@ -226,7 +228,7 @@ class DistillConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
-        if isinstance(self.evaluate_every, int) and self.evaluate_every % self.measure_every:
+        if isinstance(self.evaluate_every, int) and self.evaluate_every % (self.measure_every or 1):
             raise ValueError(
                 "evaluate_every must be a multiple of measure_every, got "
                 f"{self.evaluate_every} and {self.measure_every}"
@@ -249,6 +251,10 @@ class DistillConfig(ConfigModel):
                 "replay chooses the stream of each step as it begins, the streams may not run "
                 "ahead: expected staleness.max_staleness=0, got "
                 f"{self.staleness.max_staleness}"
+            )
+        if self.replay is not None and self.measure_every is None:
+            raise ValueError(
+                "replay follows the loss on data.held_out: expected measure_every > 0, got null"
             )
         both = self.objective.reads("on_policy") and self.objective.reads("off_policy")
         if self.replay is not None and not (both and sources == ("dataset",)):

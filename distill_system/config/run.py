@@ -15,6 +15,7 @@ from distill_system.config.distill import DistillConfig
 from distill_system.config.evaluation import HELD_OUT_MEASURES, EvaluationConfig
 from distill_system.config.export import ExportConfig, HubConfig
 from distill_system.config.model import LearnerConfig, ModelConfig
+from distill_system.config.pool_readers import find_readers
 from distill_system.config.pools import (
     ELASTIC_POOLS,
     ClusterConfig,
@@ -95,6 +96,30 @@ class RunConfig(ConfigModel):
         return "nccl" if whole and self.rollout.engine == "vllm" else "gloo"
 
     @property
+    def pool_readers(self) -> dict[str, tuple[str, ...]]:
+        """Each configured pool with those who read it while the steps go on; () if nobody does."""
+        return find_readers(self.distill, self.pools)
+
+    @property
+    def started_pools(self) -> dict[str, PoolConfig]:
+        """The pools of the steps, by name: those that somebody reads. One that would stand beside
+        a pool that is not started stands by itself."""
+        names = [name for name, readers in self.pool_readers.items() if readers]
+        pools = {name: self.pools.by_name[name] for name in names}
+        return {
+            name: pool
+            if pool.colocate_with is None or pool.colocate_with in names
+            else pool.model_copy(update={"colocate_with": None})
+            for name, pool in pools.items()
+        }
+
+    @property
+    def teacher_writes_first(self) -> bool:
+        """Whether teacher_rollout starts before the others, writes what is measured and evaluated
+        of it, and ends: no step reads it."""
+        return not self.pool_readers["teacher_rollout"] and self.distill.measure_every is not None
+
+    @property
     def _student_pools(self) -> dict[str, PoolConfig]:
         """The pools whose workers hold the student and receive its weights, by name."""
         names = ("student_rollout", "evaluation")
@@ -162,7 +187,8 @@ class RunConfig(ConfigModel):
     @model_validator(mode="after")
     def _check_best(self) -> RunConfig:
         distill = self.distill
-        known = [f"held_out/{name}" for name in HELD_OUT_MEASURES]
+        measured = HELD_OUT_MEASURES if distill.measure_every is not None else ()
+        known = [f"held_out/{name}" for name in measured]
         known += [name for split in self.data.evaluation for name in self.evaluation.names(split)]
         asked = {"keep_best": distill.keep_best, "early_stopping": distill.early_stopping}
         for key, chosen in asked.items():
@@ -205,7 +231,7 @@ class RunConfig(ConfigModel):
                 "scaling.automatic=false"
             )
         if self.scaling.automatic and not any(
-            self.pools.by_name[name].is_elastic for name in ELASTIC_POOLS
+            pool.is_elastic for name, pool in self.started_pools.items() if name in ELASTIC_POOLS
         ):
             raise ValueError(
                 "scaling.automatic has nothing to change: expected min_count below max_count in "

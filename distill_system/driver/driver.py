@@ -21,6 +21,7 @@ from distill_system.driver.learner_restarts import LearnerRestarts
 from distill_system.driver.measuring import Measuring
 from distill_system.driver.recorder import STAGE, RunRecorder
 from distill_system.driver.start_check import StartCheck
+from distill_system.driver.teacher_text import TeacherText
 from distill_system.elastic import ElasticPools, ScaleRequests
 from distill_system.errors import DeadlineError, NonFiniteError, WorkerLostError
 from distill_system.observe import FaultLog
@@ -37,11 +38,20 @@ class Driver:
     the run: all ranks start anew, and the next life begins where the newest checkpoint was.
     """
 
-    def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        pools: Pools,
+        data: RunData,
+        *,
+        teacher_text: TeacherText | None = None,
+    ) -> None:
+        """teacher_text: what the teacher's engines wrote before these pools were started."""
         self.context = context
         self.config = context.config.distill
         self.pools = pools
         self.data = data
+        self.teacher_text = teacher_text or TeacherText()
         lost_from = [*pools.placed, pools.ranks.name]
         self.faults = FaultLog(context.run, STAGE, lost_from, writes=context.writes)
         self.streams = open_streams(context, pools, data)
@@ -68,9 +78,10 @@ class Driver:
         context, pools, data = self.context, self.pools, self.data
         self.streams.supervision = self.elastic.supervise(self.streams)
         self.recorder = RunRecorder(context, pools, self.streams, self.faults)
-        self.start_check = StartCheck(context, pools, data)
+        text = self.teacher_text
+        self.start_check = StartCheck(context, pools, data, teacher_text=text.start_check)
         drift = EngineDrift(context, pools, data, self.streams.wait_for_weight_sync)
-        self.measuring = Measuring(context, pools, data, drift=drift)
+        self.measuring = Measuring(context, pools, data, drift=drift, teacher_text=text.held_out)
 
     def run(self) -> None:
         """Check that engines and learner agree, evaluate, play every step, evaluate, export."""
@@ -175,9 +186,9 @@ class Driver:
         num_prompts = len(self.measuring.data.prompts)
         return self.config.evaluates_after(done, num_prompts=num_prompts)
 
-    def _is_due(self, done: int, every: int) -> bool:
+    def _is_due(self, done: int, every: int | None) -> bool:
         is_last = done == self.config.steps or self.recorder.stopping.is_due
-        return done % every == 0 or is_last
+        return is_last or (every is not None and done % every == 0)
 
 
 def open_streams(context: RunContext, pools: Pools, data: RunData) -> Streams:

@@ -65,8 +65,72 @@ def _mean_logprob(scored: Sequence[ScoredChunk]) -> float:
     return total / sum(t.num_response_tokens for t in trajectories)
 
 
-class Measuring:
-    """Evaluates through the run's own pools; the teacher's held-out part is made once."""
+class Evaluating:
+    """Lets a pool's model answer, and writes down how well it did."""
+
+    def __init__(
+        self, context: RunContext, data: RunData, *, metrics: Sequence[MetricName] | None = None
+    ) -> None:
+        self.context = context
+        self.data = data
+        self.metrics = context.config.evaluation.metrics if metrics is None else metrics
+
+    def evaluate_teacher_of(self, pool: RolloutPool, *, again: bool = False) -> None:
+        """Write evaluations/teacher.json unless it stands.  again: even if it does."""
+        if again or not self.context.run.evaluation_path("teacher").exists():
+            splits = self.evaluate(pool, self.data.evaluation)
+            self.write("teacher", step=0, version=None, splits=splits, distances=None)
+
+    def evaluate(
+        self, pool: RolloutPool, splits: Mapping[str, Sequence[Prompt]]
+    ) -> dict[str, SplitEvaluation]:
+        """The scores of a pool's model."""
+        config, tokenizer = self.context.config, self.context.tokenizer
+        return score_splits(pool, splits, config, tokenizer, metrics=self.metrics)
+
+    def write_held_out(self, pool: RolloutPool) -> list[Trajectory]:
+        """Text to measure on: the same prompts and seeds each time, so that a distance moves with
+        the weights alone."""
+        config = self.context.config
+        longest = config.rollout.sampling.max_response_tokens
+        sampling = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=longest)
+        return pool.generate(self.data.held_out, sampling, config.seed, "held_out")
+
+    def write(
+        self,
+        label: str,
+        *,
+        step: int,
+        version: int | None,
+        splits: Mapping[str, SplitEvaluation],
+        distances: Mapping[str, float] | None,
+    ) -> None:
+        """Write evaluations/<label>.json.  version: of the student; None for the teacher."""
+        write_evaluation(
+            self.context.run,
+            label,
+            step=step,
+            weight_version=version,
+            weights=self._describe_weights(is_student=version is not None),
+            splits=splits,
+            distances=distances,
+            writes=self.context.writes,
+        )
+
+    def _describe_weights(self, *, is_student: bool) -> dict[str, str]:
+        """In which precision an engine held the weights that were evaluated."""
+        config = self.context.config
+        if is_student:
+            return {"dtype": config.rollout.student_engine.dtype, "rounding": config.rounding}
+        dtype = config.rollout.teacher_engine.dtype  # read from the teacher's own files
+        return {"dtype": dtype, "rounding": "none" if dtype == "float32" else "nearest"}
+
+
+class Measuring(Evaluating):
+    """Evaluates through the run's own pools; the teacher's held-out part is made once.
+
+    teacher_text: what its engines wrote of it, where they have ended.
+    """
 
     def __init__(
         self,
@@ -76,12 +140,12 @@ class Measuring:
         *,
         metrics: Sequence[MetricName] | None = None,
         drift: EngineDrift | None = None,
+        teacher_text: Sequence[Trajectory] = (),
     ) -> None:
-        self.context = context
+        super().__init__(context, data, metrics=metrics)
         self.pools = pools
-        self.data = data
-        self.metrics = context.config.evaluation.metrics if metrics is None else metrics
         self._drift = drift
+        self._teacher_text = teacher_text
         self._teacher_held_out: list[ScoredChunk] = []
         self._held_out_alarm = _make_alarm(context.config, "held-out prompts")
         self._step_alarm = _make_alarm(context.config, "text of the step")
@@ -90,8 +154,10 @@ class Measuring:
         """d_on, d_off, cross-entropy and forward KL of the student as it is now, by their names.
 
         The KL is estimated on the text that the teacher sampled: the cross-entropy there, less the
-        teacher's own.
+        teacher's own. Empty where nothing is measured (distill.measure_every=null).
         """
+        if self.context.config.distill.measure_every is None:
+            return {}
         distances = self._measure_held_out()
         try:
             self._judge_held_out(distances)
@@ -103,11 +169,9 @@ class Measuring:
 
     def _measure_held_out(self) -> dict[str, float]:
         if not self._teacher_held_out:
-            written = self._generate_held_out(self.pools.teachers)
+            written = self._teacher_text or self.write_held_out(self.pools.teachers)
             self._teacher_held_out = self._score(written, Stream.OFF_POLICY)
-        student_held_out = self._score(
-            self._generate_held_out(self.pools.evaluation), Stream.ON_POLICY
-        )
+        student_held_out = self._score(self.write_held_out(self.pools.evaluation), Stream.ON_POLICY)
         distances = self.pools.learner.measure([*self._teacher_held_out, *student_held_out])
         own = _mean_logprob(self._teacher_held_out)
         return {**distances, "forward_kl": distances["cross_entropy"] + own}
@@ -140,10 +204,10 @@ class Measuring:
             self.context.view.note(note)
 
     def evaluate_teacher(self, *, again: bool = False) -> None:
-        """Write evaluations/teacher.json unless it stands.  again: even if it does."""
-        if again or not self.context.run.evaluation_path("teacher").exists():
-            splits = self._evaluate(self.pools.teachers, self.data.evaluation)
-            self._write("teacher", step=0, version=None, splits=splits, distances=None)
+        """See evaluate_teacher_of; engines that are not there now have been evaluated, or are not
+        asked."""
+        if self.pools.teachers.workers.count:
+            self.evaluate_teacher_of(self.pools.teachers, again=again)
 
     def evaluate_student(
         self, label: str, *, step: int, num_examples: int | None = None
@@ -153,11 +217,15 @@ class Measuring:
         num_examples: the first so many of each split; None takes all.
         """
         chosen = {name: split[:num_examples] for name, split in self.data.evaluation.items()}
-        splits = self._evaluate(self.pools.evaluation, chosen)
+        splits = self.evaluate(self.pools.evaluation, chosen)
         distances = self.measure_distances()
-        losses = {name: distances[f"held_out/{name}"] for name in ("cross_entropy", "forward_kl")}
-        plain = {stream: distances[f"held_out/{stream}_distance"] for stream in map(str, Stream)}
-        self._write(label, step=step, version=step, splits=splits, distances=losses | plain)
+        self.write(
+            label,
+            step=step,
+            version=step,
+            splits=splits,
+            distances=_recorded(distances) if distances else None,
+        )
         scores = {
             f"evaluation/{split}/{metric}": estimate.mean
             for split, evaluation in splits.items()
@@ -165,51 +233,16 @@ class Measuring:
         }
         return scores | distances
 
-    def _evaluate(
-        self, pool: RolloutPool, splits: Mapping[str, Sequence[Prompt]]
-    ) -> dict[str, SplitEvaluation]:
-        config, tokenizer = self.context.config, self.context.tokenizer
-        return score_splits(pool, splits, config, tokenizer, metrics=self.metrics)
-
-    def _generate_held_out(self, pool: RolloutPool) -> list[Trajectory]:
-        """The same prompts and seeds each time, so that a distance moves with the weights alone."""
-        config = self.context.config
-        longest = config.rollout.sampling.max_response_tokens
-        sampling = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=longest)
-        return pool.generate(self.data.held_out, sampling, config.seed, "held_out")
-
     def _score(self, trajectories: Sequence[Trajectory], stream: Stream) -> list[ScoredChunk]:
         ranks = self.context.config.pools.learner.count
         needs = HELD_OUT if stream is Stream.ON_POLICY else MOMENTS
         return self.pools.scorers.score(trajectories, stream, needs=needs, num_shares=ranks)
 
-    def _write(
-        self,
-        label: str,
-        *,
-        step: int,
-        version: int | None,
-        splits: Mapping[str, SplitEvaluation],
-        distances: Mapping[str, float] | None,
-    ) -> None:
-        write_evaluation(
-            self.context.run,
-            label,
-            step=step,
-            weight_version=version,
-            weights=self._describe_weights(is_student=version is not None),
-            splits=splits,
-            distances=distances,
-            writes=self.context.writes,
-        )
 
-    def _describe_weights(self, *, is_student: bool) -> dict[str, str]:
-        """In which precision an engine held the weights that were evaluated."""
-        config = self.context.config
-        if is_student:
-            return {"dtype": config.rollout.student_engine.dtype, "rounding": config.rounding}
-        dtype = config.rollout.teacher_engine.dtype  # read from the teacher's own files
-        return {"dtype": dtype, "rounding": "none" if dtype == "float32" else "nearest"}
+def _recorded(distances: Mapping[str, float]) -> dict[str, float]:
+    """Of what was measured, what an evaluation keeps, under its names there."""
+    losses = {name: distances[f"held_out/{name}"] for name in ("cross_entropy", "forward_kl")}
+    return losses | {str(s): distances[f"held_out/{s}_distance"] for s in Stream}
 
 
 def _make_alarm(config: RunConfig, text: str) -> GapAlarm:

@@ -156,10 +156,19 @@ class EngineReading:
 class StartCheck:
     """Compares every pool of engines with the torch model that reads its text."""
 
-    def __init__(self, context: RunContext, pools: Pools, data: RunData) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        pools: Pools,
+        data: RunData,
+        *,
+        teacher_text: Sequence[Trajectory] = (),
+    ) -> None:
+        """teacher_text: what the teacher's engines wrote for this, where they have ended."""
         self.context = context
         self.pools = pools
         self.data = data
+        self._teacher_text = teacher_text
 
     def run(self) -> dict[str, float]:
         """Write, read, compare; shows a line per pool and returns the gaps as metrics.
@@ -178,25 +187,23 @@ class StartCheck:
         return metrics
 
     def _readings(self) -> Iterator[EngineReading]:
+        pools = {"student": self.pools.students}
+        if self.pools.evaluation is not self.pools.students:
+            pools["evaluation"] = self.pools.evaluation
+        if self.pools.scorers.workers.count:  # or nobody reads the teacher's
+            pools["teacher"] = self.pools.teachers
         # All engines write at the same time; what is left to wait for is the slowest.
-        students = self._start(self.pools.students)
-        teachers = self._start(self.pools.teachers)
-        separate = self.pools.evaluation is not self.pools.students
-        evaluation = self._start(self.pools.evaluation) if separate else None
-        yield self._read("student", self.pools.students, students)
-        if evaluation is not None:
-            yield self._read("evaluation", self.pools.evaluation, evaluation)
-        yield self._read("teacher", self.pools.teachers, teachers)
+        pending = {
+            role: start_writing(pool, self.context.config, self.data)
+            for role, pool in pools.items()
+            if pool.workers.count
+        }
+        for role, calls in pending.items():
+            yield self._read(role, pools[role].finish(calls))
+        if self._teacher_text:
+            yield self._read("teacher", self._teacher_text)
 
-    def _start(self, pool: RolloutPool) -> PendingRollouts:
-        config = self.context.config
-        longest = min(MAX_RESPONSE_TOKENS, config.rollout.sampling.max_response_tokens)
-        sampling = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=longest)
-        prompts = choose_by_length(self.data.prompts, max(NUM_PROMPTS, pool.workers.count))
-        return pool.start(prompts, sampling, config.seed, LABEL)
-
-    def _read(self, role: str, pool: RolloutPool, pending: PendingRollouts) -> EngineReading:
-        written = pool.finish(pending)
+    def _read(self, role: str, written: Sequence[Trajectory]) -> EngineReading:
         is_teacher = role == "teacher"
         read = self.pools.scorers if is_teacher else self.pools.learner
         path = self.context.teacher_path if is_teacher else self.context.student_path
@@ -212,6 +219,14 @@ class StartCheck:
             trajectories=written,
             torch_logprobs=read.read_logprobs(written),
         )
+
+
+def start_writing(pool: RolloutPool, config: RunConfig, data: RunData) -> PendingRollouts:
+    """Let every engine of a pool write a few tokens."""
+    longest = min(MAX_RESPONSE_TOKENS, config.rollout.sampling.max_response_tokens)
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=longest)
+    prompts = choose_by_length(data.prompts, max(NUM_PROMPTS, pool.workers.count))
+    return pool.start(prompts, sampling, config.seed, LABEL)
 
 
 def find_precision(config: RunConfig, role: str, *, is_quantised: bool = False) -> str:

@@ -57,14 +57,14 @@ class PodGroup:
 
 
 def pod_groups(config: RunConfig, *, workers_per_pod: Mapping[str, int]) -> list[PodGroup]:
-    """The groups that hold all pools of a run.
+    """The groups that hold all pools of a run that are started.
 
     workers_per_pod: workers of a pool in one of its pods, where it is not what `default_workers`
         says.
     Raises: ConfigError if workers_per_pod names no pool that stands by itself, or a pool asks for a
         custom resource of a group's name.
     """
-    pools = config.pools.by_name
+    pools = _placed_pools(config)
     standing = {name: pool for name, pool in pools.items() if pool.colocate_with is None}
     if unknown := sorted(workers_per_pod.keys() - standing.keys()):
         raise ConfigError(
@@ -107,10 +107,19 @@ def with_places(config: RunConfig, groups: list[PodGroup]) -> RunConfig:
         )
         for group in groups
         for name, pool in config.pools.by_name.items()
-        # The place of a worker beside another is that of the other.
-        if name in group.pools and pool.colocate_with is None
+        # The place of a worker beside another is that of the other, while that is there.
+        if name in group.pools and config.started_pools.get(name, pool).colocate_with is None
     }
     return config.model_copy(update={"pools": config.pools.model_copy(update=updates)})
+
+
+def _placed_pools(config: RunConfig) -> dict[str, PoolConfig]:
+    """The pools that are placed at some time of the run."""
+    every = config.pools.by_name
+    if config.teacher_writes_first:  # and a scorer beside it has its place afterwards
+        placed = {"teacher_rollout", *config.started_pools}
+        return {name: pool for name, pool in every.items() if name in placed}
+    return config.started_pools
 
 
 def _place_of(group: str) -> str:
@@ -147,11 +156,13 @@ def _group(config: RunConfig, name: str, pool: PoolConfig, workers: int) -> PodG
     counts = dict.fromkeys(names, workers)
     cpus, gpus = _units(config, name)
     together = {each: config.pools.by_name[each] for each in names}
+    # Engines that end before the steps leave their pods to the autoscaler, which removes them.
+    is_left = name == "teacher_rollout" and config.teacher_writes_first and len(names) == 1
     return PodGroup(
         name=name,
         pools=names,
         worker_counts=counts,
-        fewest=math.ceil(pool.fewest / workers),
+        fewest=0 if is_left else math.ceil(pool.fewest / workers),
         count=math.ceil(pool.count / workers),
         most=math.ceil(pool.most / workers),
         cpus=_whole(workers * cpus),
@@ -162,7 +173,8 @@ def _group(config: RunConfig, name: str, pool: PoolConfig, workers: int) -> PodG
 
 def _beside(config: RunConfig, name: str) -> Iterator[str]:
     """The pools whose workers stand beside those of this one."""
-    return (other for other, pool in config.pools.by_name.items() if pool.colocate_with == name)
+    placed = _placed_pools(config).items()
+    return (other for other, pool in placed if pool.colocate_with == name)
 
 
 def _units(config: RunConfig, name: str) -> tuple[float, float]:

@@ -65,8 +65,8 @@ class Plan:
     """A run before it starts.
 
     at_once: workers that run side by side in the distillation; before: the fine-tunings, which come
-    first. wire_bytes_per_token: what a scorer sends of one response token; publish_bytes: of one
-    weight version to one student worker.
+    first, and teacher engines that no step reads. wire_bytes_per_token: what a scorer sends of one
+    response token; publish_bytes: of one weight version to one student worker.
     """
 
     name: str
@@ -118,7 +118,7 @@ def make_plan(config: RunConfig, *, vocabulary: int | None, device_gib: float) -
         name=config.name,
         student=student,
         teacher=teacher,
-        before=_fine_tunings(config, shapes, device),
+        before=(*_fine_tunings(config, shapes, device), *_first(config, shapes, device)),
         at_once=_distillation(config, shapes, device),
         device_bytes=device,
         longest=longest_sequence(config),
@@ -157,18 +157,18 @@ def _fine_tunings(
 def _distillation(
     config: RunConfig, shapes: Mapping[Role, ModelShape], device: float
 ) -> tuple[WorkerPlan, ...]:
-    """All pools; those without work are started too."""
+    """The pools that somebody reads."""
     pools, student, teacher = config.pools, shapes["student"], shapes["teacher"]
     needs = teacher_needs(config)
     learner = learner_memory(distillation_load(config, student, teacher))
     scorer = scorer_memory(config, teacher)
-    return (
+    plans = (
         _engine(config, "student", student, device),
         _engine(config, "teacher", teacher, device),
         _worker(
             "teacher_scoring",
             pools.teacher_scoring,
-            "the teacher in torch" if needs.anything else "the teacher in torch, idle",
+            "the teacher in torch" if needs.anything else "the teacher in torch, to measure",
             scorer,
             device,
         ),
@@ -179,6 +179,15 @@ def _distillation(
             else []
         ),
     )
+    return tuple(plan for plan in plans if plan.pool in config.started_pools)
+
+
+def _first(
+    config: RunConfig, shapes: Mapping[Role, ModelShape], device: float
+) -> tuple[WorkerPlan, ...]:
+    """The teacher's engines, where they write and end before the other pools start."""
+    first = replace(_engine(config, "teacher", shapes["teacher"], device), note="")
+    return (first,) if config.teacher_writes_first else ()
 
 
 def _worker(

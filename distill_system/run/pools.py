@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distill_system.cluster import (
@@ -42,8 +43,10 @@ class Pools:
     `students` if none is configured.
     ranks: the learner's processes.
     weights: how the learner's weights reach the student's engines.
-    placed: every pool but the learner, by name: those whose workers are replaced when they are
-    lost, and may come and go where their bounds allow it.
+    placed: every started pool but the learner, by name: those whose workers are replaced when they
+    are lost, and may come and go where their bounds allow it.
+
+    A pool that nobody reads (RunConfig.pool_readers) is not started, and has no workers.
     """
 
     students: RolloutPool
@@ -75,7 +78,8 @@ class Pools:
 
 
 def open_pools(context: RunContext, *, student_path: str) -> Pools:
-    """Start all pools at once, wait until all are ready, connect learner and student rollouts."""
+    """Start all pools that somebody reads at once, wait until all are ready, connect learner and
+    student rollouts."""
     requests = _distillation_requests(context, student_path)
     counts = ", ".join(f"{request.name} x{len(request.arguments)}" for request in requests)
     context.view.note(f"starting workers: {counts}")
@@ -88,7 +92,10 @@ def open_pools(context: RunContext, *, student_path: str) -> Pools:
     for workers in started.values():
         wait_until_ready(context, workers)
     context.view.note(f"all workers are ready, after {time.monotonic() - began:.0f} s")
-    supervised = {name: SupervisedWorkers(name, workers) for name, workers in started.items()}
+    supervised = {
+        name: SupervisedWorkers(name, started.get(name) or _nobody(context, name))
+        for name in context.config.pools.by_name
+    }
     students = RolloutPool(supervised["student_rollout"])
     separate = supervised.get("evaluation")
     return Pools(
@@ -133,7 +140,30 @@ def _distillation_requests(context: RunContext, student_path: str) -> list[Worke
     ]
     if config.pools.evaluation is not None:
         requests.append(rollout_request(context, "evaluation", Author.STUDENT, student_path))
-    return requests
+    started = config.started_pools
+    return [
+        replace(request, colocate_with=started[request.name].colocate_with)
+        for request in requests
+        if request.name in started
+    ]
+
+
+def _nobody(context: RunContext, name: str) -> RayWorkers:
+    """A pool that is not started."""
+    seconds, monitor = context.config.deadlines.call_seconds, context.cluster.monitor
+    return RayWorkers(name, [], [], call_seconds=seconds, monitor=monitor)
+
+
+@contextmanager
+def teacher_engines(context: RunContext) -> Iterator[RolloutPool]:
+    """The teacher's engines alone, before the other pools start; they end with the block."""
+    request = rollout_request(context, "teacher_rollout", Author.TEACHER, context.teacher_path)
+    workers = context.cluster.start_workers(request)
+    try:
+        wait_until_ready(context, workers)
+        yield RolloutPool(workers)
+    finally:
+        context.cluster.stop_workers(workers)
 
 
 def connect_learner(context: RunContext, workers: RayWorkers) -> LearnerGroup:

@@ -6,11 +6,29 @@ from collections.abc import Iterator
 
 from distill_system.config import RunConfig
 from distill_system.config.model import OptimizerConfig
+from distill_system.config.pool_readers import STEPS
 
 
 def settings_notes(config: RunConfig) -> list[str]:
     """A line for each setting that is fitted to the run."""
-    return list(_fitted_warmups(config))
+    return [*_fitted_warmups(config), *_idle_pools(config)]
+
+
+def _idle_pools(config: RunConfig) -> Iterator[str]:
+    """What is not started, or not for the steps."""
+    for name, readers in config.pool_readers.items():
+        if name == "teacher_rollout" and config.teacher_writes_first:
+            yield (
+                "teacher_rollout writes held-out text and its evaluation before the other pools "
+                "start, and ends: no step reads it (distill.measure_every=null does without)"
+            )
+        elif not readers:
+            yield f"not started: {name} (nobody reads it)"
+        elif name == "teacher_scoring" and STEPS not in readers:
+            yield (
+                f"teacher_scoring is started for {' and '.join(readers)} alone "
+                "(distill.measure_every=null does without)"
+            )
 
 
 def _fitted_warmups(config: RunConfig) -> Iterator[str]:

@@ -59,7 +59,11 @@ def plan_steps(
 
 def _pilot(name: str, config: RunConfig, folder: Path) -> Job:
     distill = config.distill.model_copy(
-        update={"steps": PILOT_STEPS, "measure_every": PILOT_STEPS, "evaluate_every": None}
+        update={
+            "steps": PILOT_STEPS,
+            "measure_every": config.distill.measure_every and PILOT_STEPS,
+            "evaluate_every": None,
+        }
     )
     evaluation = {
         split: source.model_copy(update={"num_examples": PILOT_EXAMPLES})

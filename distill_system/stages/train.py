@@ -15,6 +15,7 @@ from distill_system.data import RunData
 from distill_system.data.run_data import SetName
 from distill_system.driver import Driver
 from distill_system.driver.measuring import Measuring
+from distill_system.driver.teacher_text import write_teacher_text
 from distill_system.errors import DistillError, RunStateError
 from distill_system.evaluation import check_evaluation
 from distill_system.logs import (
@@ -328,8 +329,9 @@ def _run_sft(context: RunContext) -> None:
 
 def _run_distill(context: RunContext) -> None:
     with context.timings.stage("distill"):
+        text = write_teacher_text(context)
         pools = open_pools(context, student_path=context.student_path)
-        Driver(context, pools, context.data).run()
+        Driver(context, pools, context.data, teacher_text=text).run()
 
 
 def _run_evaluate(context: RunContext) -> None:
@@ -344,10 +346,14 @@ def _run_evaluate(context: RunContext) -> None:
     # The two students differ, so each gets pools of its own, one after the other.
     for label in [label for label in students if label in lacking] or ["after"]:
         with context.timings.stage("evaluate"):
+            again = "teacher" in find_lacking(config, run)
+            held_out = write_teacher_text(context, metrics=metrics, again=again).held_out
             pools = open_pools(context, student_path=students[label])
-            measuring = Measuring(context, pools, context.data, metrics=metrics)
+            measuring = Measuring(
+                context, pools, context.data, metrics=metrics, teacher_text=held_out
+            )
             pools.weights.publish(steps[label])
-            measuring.evaluate_teacher(again="teacher" in find_lacking(config, run))
+            measuring.evaluate_teacher(again=again)
             if label in lacking:
                 measuring.evaluate_student(label, step=steps[label])
             context.cluster.stop_all()

@@ -321,7 +321,7 @@ class AsynchronousStreams(Streams):
         if self.supervision is None:
             return
         for pool in {"teacher_scoring", *(POOL_OF[stream] for stream in self._flows)}:
-            if not self._watched[pool].members:
+            if self._watched[pool].count and not self._watched[pool].members:
                 self.supervision.wait_for_worker(pool)
         if self._is_to_send_again:
             self.wait_for_weight_sync()

@@ -15,6 +15,8 @@ from distill_system.streams.writers import Writers
 
 LookUp = Callable[[int], Prompt | Trajectory]
 """What stands at an index of the frontier: a prompt to answer, or what is written already."""
+NOBODY = -1
+"""Stands for the writer of what is written already, in a pool without workers."""
 
 
 class StreamFlow:
@@ -54,9 +56,15 @@ class StreamFlow:
         """Every prompt that the window has room for, to the least loaded worker, one by one."""
         if not self._write_again():
             return  # a worker is to become idle first
-        while (found := self.writers.find_free(self.buffer.may_give)) is not None:
+        while (found := self._find_writer()) is not None:
             worker, version = found
             self._begin(self.buffer.give(version, self._draw), worker)
+
+    def _find_writer(self) -> tuple[int, int] | None:
+        """A worker and its version; nobody in particular, where rows alone need none to write."""
+        if not self.writers.workers.count:
+            return (NOBODY, 0) if self.buffer.may_give(0) else None
+        return self.writers.find_free(self.buffer.may_give)
 
     def awaits_weights(self, newest: int) -> bool:
         """Whether a worker that held this version would be given a prompt."""

@@ -77,7 +77,8 @@ class Streams(ABC):
             "teacher_scoring": self.pools.scorers.workers,
         }
         if self.is_asynchronous:  # a slice of decoding is no call that could be made again
-            pools = {name: self.pools.placed[name].workers for name in pools}
+            placed = self.pools.placed
+            pools |= {name: placed[name].workers for name in pools.keys() & placed.keys()}
         self._watched = {
             name: WatchedWorkers(workers, self._clock) for name, workers in pools.items()
         }
@@ -156,6 +157,7 @@ class Streams(ABC):
         activity = {
             pool: watched.pop_activity(queued=queued.get(pool, 0))
             for pool, watched in self._watched.items()
+            if watched.count
         }
         return activity | {"learner": self._learner_clock.pop(self._clock())}
 

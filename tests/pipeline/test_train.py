@@ -176,13 +176,31 @@ def test_more_workers_make_the_same_first_step(unbroken):
 
 
 def test_adapters_in_little_memory_reach_the_engines_and_the_export(unbroken):
-    """LoRA, microbatches and activation checkpointing at once; what is frozen stays as it was."""
+    """LoRA, microbatches and activation checkpointing at once; what is frozen stays as it was.
+
+    No step reads the teacher's engines: they write first, what they would have written later.
+    """
     update = {"type": "lora", "rank": 4, "save_adapter": True}
-    run = _beside(unbroken, "adapted", steps=2, update=update)
+    objective = json.loads((unbroken / "config.json").read_text())["distill"]["objective"]
+    alone = {**objective, "on_policy_weight": 1.0}
+    run = _beside(unbroken, "adapted", steps=2, update=update, objective=alone)
     little = ("learner.max_tokens_per_microbatch=200", "learner.activation_checkpointing=true")
     update_key = "distill.update={type: lora, rank: 4, save_adapter: true}"
-    _train(run.parent, "name=adapted", "distill.steps=2", update_key, *little)
+    alone_key = "distill.objective.on_policy_weight=1"
+    _train(run.parent, "name=adapted", "distill.steps=2", update_key, alone_key, *little)
     _check_sampler_follows(run)
+    assert "workers/teacher_rollout" not in _learned(run)[2]
+    for name in ("teacher", "before"):
+        answers, same = (
+            json.loads((folder / "evaluations" / f"{name}.json").read_text())["splits"]
+            for folder in (run, unbroken)
+        )
+        assert answers == same
+    first, other = (_rows(folder)[0]["metrics"] for folder in (run, unbroken))
+    for name in ("held_out/cross_entropy", "held_out/forward_kl", "held_out/off_policy_distance"):
+        assert first[name] == pytest.approx(other[name], rel=1e-5)
+    gap = "start_check/teacher_max_logprob_gap"
+    assert first[gap] == pytest.approx(other[gap], abs=1e-6)
     assert _learned(run)[2]["learner/microbatches"] > 1
     before, after = (
         load_file(folder / "model.safetensors") for folder in (run / "student_sft", run / "student")

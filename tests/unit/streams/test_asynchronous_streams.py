@@ -335,6 +335,23 @@ def test_rows_of_data_may_be_under_way_twice(tmp_path):
         assert fed == sorted(f"row:{index}" for index in walk.take(4))
 
 
+def test_rows_need_neither_engines_nor_scorers(tmp_path):
+    """With and without idle pools, steps learn from the same rows in the same order."""
+    overrides = [
+        "distill.objective={type: token_matching, off_policy: {type: cross_entropy}}",
+        *("distill.off_policy_source=dataset", "distill.staleness.max_staleness=2"),
+    ]
+    whole, lean = (
+        play(tmp_path, seed=1, overrides=overrides, rows=make_rows("row", 9), workers=workers)
+        for workers in ((2, 1, 1), (2, 0, 0))
+    )
+    assert len(lean.learner.trained) == STEPS
+    names = [[t.trajectory_id for _, t in step] for step in lean.learner.trained]
+    assert names == [[t.trajectory_id for _, t in step] for step in whole.learner.trained]
+    assert lean.state == whole.state
+    assert lean.streams.pop_activity().keys() == {"student_rollout", "learner"}
+
+
 def test_what_is_dropped_is_given_out_again_and_learned_from(tmp_path):
     """A seed at which some come too late: each is dropped once, and its prompt trained on later."""
     played = play(
