@@ -40,15 +40,20 @@ def use_node_address(address: str) -> None:
         if holder is not None:  # behind address translation no interface holds it: gloo's own way
             os.environ[INTERFACE_VARIABLES[0]] = holder
         return
+    missing = find_missing_interface(named)
+    if missing is not None:
+        raise ResourceError(
+            f"the node {address} ({socket.gethostname()}) has no network interface {missing!r}, "
+            f"which cluster.network_interface or {INTERFACE_VARIABLES[0]} names; it has "
+            f"{describe_interfaces()}. Name one that every node of the cluster has, or leave "
+            "the key out: then each node uses the interface that holds its address"
+        )
+
+
+def find_missing_interface(named: str) -> str | None:
+    """The first of these interfaces, names with commas between, that this host does not have."""
     # gloo takes a list of names; what NCCL takes beyond that is NCCL's own to refuse.
-    for name in named.split(","):
-        if name not in _addresses():
-            raise ResourceError(
-                f"the node {address} ({socket.gethostname()}) has no network interface {name!r}, "
-                f"which cluster.network_interface or {INTERFACE_VARIABLES[0]} names; it has "
-                f"{describe_interfaces()}. Name one that every node of the cluster has, or leave "
-                "the key out: then each node uses the interface that holds its address"
-            )
+    return next((name for name in named.split(",") if name not in _addresses()), None)
 
 
 def node_address() -> str:

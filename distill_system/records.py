@@ -115,6 +115,8 @@ class Trajectory:
     behaviour_logprobs: float32 [T], nats, at the sampling temperature and truncation; empty [0] for
     Author.DATASET, whose behaviour policy is unknown.
     weight_versions: spans that cover [0, T) in order; empty unless the student wrote it.
+    kept_ids: int32 [T, K], the tokens that truncated sampling left to the student at each place,
+    the written one among them, -1 where there are fewer; None where it was not recorded.
     """
 
     trajectory_id: str
@@ -126,6 +128,7 @@ class Trajectory:
     temperature: float
     finish: Finish
     weight_versions: tuple[VersionSpan, ...] = ()
+    kept_ids: Int32Array | None = None
 
     def __post_init__(self) -> None:
         name, num_response = self.trajectory_id, self.num_response_tokens
@@ -138,6 +141,11 @@ class Trajectory:
         expected = 0 if self.author is Author.DATASET else num_response
         actual = self.behaviour_logprobs.shape
         _require(actual == (expected,), name, f"behaviour_logprobs [{expected}]", actual)
+        if self.kept_ids is not None:
+            is_kept = (self.kept_ids == self.response_ids[:, None]).any(axis=-1)
+            _require(
+                bool(is_kept.all()), name, "kept_ids with each token written", self.kept_ids.shape
+            )
         if self.weight_versions:
             edges = [0, *(span.end for span in self.weight_versions)]
             starts = [span.start for span in self.weight_versions]
@@ -166,13 +174,15 @@ def trajectory_to_plain(trajectory: Trajectory) -> dict[str, Any]:
     """A trajectory as numbers, texts and lists, for JSON; float32 comes back as it was."""
     plain = {field.name: getattr(trajectory, field.name) for field in fields(trajectory)}
     spans = [(span.version, span.start, span.end) for span in trajectory.weight_versions]
-    arrays = {name: plain[name].tolist() for name in ("token_ids", "behaviour_logprobs")}
+    names = ("token_ids", "behaviour_logprobs", "kept_ids")
+    arrays = {name: plain[name].tolist() for name in names if plain[name] is not None}
     return plain | arrays | {"weight_versions": spans}
 
 
 def trajectory_from_plain(plain: Mapping[str, Any]) -> Trajectory:
     """What trajectory_to_plain was given."""
     spans = (VersionSpan(version=v, start=s, end=e) for v, s, e in plain["weight_versions"])
+    kept = plain.get("kept_ids")
     return Trajectory(
         **{
             **plain,
@@ -181,6 +191,7 @@ def trajectory_from_plain(plain: Mapping[str, Any]) -> Trajectory:
             "token_ids": np.array(plain["token_ids"], np.int32),
             "behaviour_logprobs": np.array(plain["behaviour_logprobs"], np.float32),
             "weight_versions": tuple(spans),
+            "kept_ids": None if kept is None else np.array(kept, np.int32),
         }
     )
 

@@ -33,6 +33,8 @@ OURS: dict[str, tuple[str, str]] = {
     "cutoff_len": (f"{PROMPT}, {RESPONSE}", LENGTHS),
     "temperature": ("rollout.sampling.temperature", ""),
     "top_p": ("rollout.sampling.top_p", ""),
+    "top_k": ("rollout.sampling.top_k", "null keeps all; of a loss: distill.objective.*.k"),
+    "min_p": ("rollout.sampling.min_p", ""),
     # steps and batches
     "per_device_train_batch_size": (BATCH, "sequences of a step on all ranks together"),
     "train_batch_size": (BATCH, "sequences of a step on all ranks together"),

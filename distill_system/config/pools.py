@@ -187,6 +187,29 @@ class ScalingConfig(ConfigModel):
     spare_share: Share = 0.1
     """A pool shrinks only if the workers that stay would still be idle for this share of their
     time, so that it need not grow again."""
+    total_gpus: PositiveFloat | None = None
+    """GPUs that the pools whose size may change have together. A pool that is to grow takes them
+    from one with spare time, and none gives any up for nothing. null: each pool for itself."""
+    total_cpus: PositiveFloat | None = None
+    """The same of CPUs; one of the two may be given."""
+
+    @property
+    def budget(self) -> tuple[Literal["gpus", "cpus"], float] | None:
+        """What the pools that may change have together, if it is bounded."""
+        if self.total_gpus is not None:
+            return "gpus", self.total_gpus
+        return None if self.total_cpus is None else ("cpus", self.total_cpus)
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> ScalingConfig:
+        if self.total_gpus is not None and self.total_cpus is not None:
+            raise ValueError(
+                f"expected total_gpus or total_cpus, got both, {self.total_gpus:g} and "
+                f"{self.total_cpus:g}"
+            )
+        if self.budget is not None and not self.automatic:
+            raise ValueError("total_gpus and total_cpus bound what automatic=true does")
+        return self
 
 
 class DeadlinesConfig(ConfigModel):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from distill_system.config.base import ConfigModel
+from distill_system.config.objective.needs import StreamName
 
 EngineName = Literal["vllm", "transformers"]
 """The library that generates."""
+
+
+MOST_KEPT = 1024
+"""Largest top_k: so many token ids travel with each token."""
 
 
 class SamplingConfig(ConfigModel):
@@ -20,8 +25,61 @@ class SamplingConfig(ConfigModel):
     tokens are drawn evenly."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus truncation; 1 samples from the full distribution."""
+    top_k: Annotated[int, Field(ge=1, le=MOST_KEPT)] | None = None
+    """Only the so many most likely tokens are sampled; null: all. With it, what could have been
+    sampled is recorded with each token, so that text of truncated sampling can be weighted
+    (distill.staleness.importance) and engines and learner compared."""
+    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Only tokens at least so likely, times the likeliest one, are sampled. It cuts first, then
+    top_k, then top_p of what is left."""
     max_response_tokens: PositiveInt
     """A response is cut at this length."""
+    max_on_policy_tokens: PositiveInt | None = None
+    """Steps learn from the first so many tokens of the student's responses: its engines end them
+    there. Evaluations, measures and the teacher's text go on to max_response_tokens. null: so do
+    these."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplingConfig:
+        if self.longest("on_policy") > self.max_response_tokens:
+            raise ValueError(
+                f"expected max_on_policy_tokens of at most max_response_tokens="
+                f"{self.max_response_tokens}, got {self.max_on_policy_tokens}"
+            )
+        return self
+
+    def longest(self, stream: StreamName) -> int:
+        """Most response tokens that a step learns from in a sequence of this stream."""
+        cut = self.max_on_policy_tokens if stream == "on_policy" else None
+        return cut or self.max_response_tokens
+
+    @property
+    def can_be_read_again(self) -> bool:
+        """Whether another model can say how likely it samples a token: nothing is cut off, or what
+        is kept is recorded."""
+        return self.top_k is not None or (self.top_p == 1.0 and self.min_p == 0.0)
+
+
+class NgramConfig(ConfigModel):
+    """Prompt lookup: what followed the last tokens where they stood before is guessed to follow
+    again, and one forward pass checks all guesses. The samples' distribution and log-probabilities
+    are the model's own. Pays where answers repeat their prompts or themselves."""
+
+    type: Literal["ngram"]
+    tokens: Annotated[int, Field(ge=1, le=32)] = 4
+    """Tokens that are guessed at once."""
+    min_match: PositiveInt = 2
+    """Fewest last tokens that must have stood before."""
+    max_match: PositiveInt = 4
+    """Most last tokens that are looked for, the longest match first."""
+
+    @model_validator(mode="after")
+    def _check(self) -> NgramConfig:
+        if self.min_match > self.max_match:
+            raise ValueError(
+                f"expected min_match <= max_match, got {self.min_match} and {self.max_match}"
+            )
+        return self
 
 
 class EngineConfig(ConfigModel):
@@ -46,6 +104,8 @@ class EngineConfig(ConfigModel):
     enable_prefix_caching: bool = False
     """Share the cache of common prompt prefixes. Off by default, so that runs are reproducible bit
     for bit."""
+    speculative: NgramConfig | None = None
+    """Guess several tokens and check them in one forward pass; null writes one at a time."""
 
 
 class RolloutConfig(ConfigModel):

@@ -173,14 +173,15 @@ class RunConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _check_importance(self) -> RunConfig:
-        importance, top_p = self.distill.staleness.importance, self.rollout.sampling.top_p
-        if importance != "none" and top_p < 1.0:
+        importance, sampling = self.distill.staleness.importance, self.rollout.sampling
+        if importance != "none" and not sampling.can_be_read_again:
             raise ValueError(
                 "distill.staleness.importance divides the student's probability of a token by that "
-                "which it was sampled with; rollout.sampling.top_p < 1 cuts tokens off and scales "
-                "up the rest, otherwise under each version of the student, so that the two do not "
-                f"compare: expected top_p=1 or importance=none, got top_p={top_p} and "
-                f"importance={importance}"
+                "which it was sampled with; rollout.sampling.top_p and min_p cut tokens off and "
+                "scale up the rest, otherwise under each version of the student: expected top_k "
+                "too, with which the tokens that are left are recorded, or top_p=1 and min_p=0, or "
+                f"importance=none, got top_p={sampling.top_p}, min_p={sampling.min_p}, top_k=null "
+                f"and importance={importance}"
             )
         return self
 
@@ -237,7 +238,24 @@ class RunConfig(ConfigModel):
                 "scaling.automatic has nothing to change: expected min_count below max_count in "
                 f"one of pools.{', pools.'.join(ELASTIC_POOLS)}"
             )
+        if self.scaling.budget is not None:
+            self._check_budget(*self.scaling.budget)
         return self
+
+    def _check_budget(self, resource: Literal["gpus", "cpus"], total: float) -> None:
+        pools = {name: pool for name, pool in self.started_pools.items() if pool.is_elastic}
+        without = [name for name, pool in pools.items() if getattr(pool, resource) == 0.0]
+        if without:
+            raise ValueError(
+                f"scaling.total_{resource} is shared by the pools that may change: expected "
+                f"pools.{without[0]}.{resource} > 0, got 0"
+            )
+        held = sum(pool.count * float(getattr(pool, resource)) for pool in pools.values())
+        if held > total + 1e-6:
+            raise ValueError(
+                f"scaling.total_{resource}: {' and '.join(pools)} begin with {held:g} together, "
+                f"count times {resource}: expected at most {total:g}"
+            )
 
     @model_validator(mode="after")
     def _check_devices(self) -> RunConfig:
@@ -253,6 +271,13 @@ class RunConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _check_engine(self) -> RunConfig:
+        for role in ("student", "teacher"):
+            guesses = getattr(self.rollout, f"{role}_engine").speculative is not None
+            if guesses and self.rollout.sampling.min_p > 0.0:
+                raise ValueError(
+                    f"rollout.{role}_engine.speculative: vLLM applies no min_p to what it guesses: "
+                    f"expected rollout.sampling.min_p=0, got {self.rollout.sampling.min_p}"
+                )
         if self.rollout.engine == "vllm":
             return self
         for name in ("student_rollout", "teacher_rollout", "evaluation"):
@@ -262,11 +287,12 @@ class RunConfig(ConfigModel):
                     f"rollout.engine=transformers computes on one GPU: expected pools.{name}.gpus "
                     f"of at most 1, got {pool.gpus}. Tensor parallelism is vLLM's"
                 )
-        for key in ("sleep_when_idle", "enable_prefix_caching"):
+        off = {"sleep_when_idle": "false", "enable_prefix_caching": "false", "speculative": "null"}
+        for key, expected in off.items():
             for role in ("student", "teacher"):
                 if getattr(getattr(self.rollout, f"{role}_engine"), key):
                     raise ValueError(
-                        f"rollout.{role}_engine.{key} is vLLM's: expected false with "
+                        f"rollout.{role}_engine.{key} is vLLM's: expected {expected} with "
                         "rollout.engine=transformers"
                     )
         return self

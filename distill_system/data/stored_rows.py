@@ -76,12 +76,16 @@ class SampleOrigin:
     max_response_tokens: int
     stop_token_ids: tuple[int, ...]
     seed: int
+    top_k: int | None = None
+    min_p: float = 0.0
 
     @property
     def policy_key(self) -> str:
         """Equal for samples of one distribution; seed and maximum length do not count."""
         model = [self.author, self.model_fingerprint, self.tokenizer_fingerprint]
-        sampling = [self.temperature, self.top_p, self.stop_token_ids]
+        sampling: list[object] = [self.temperature, self.top_p, self.stop_token_ids]
+        if self.top_k is not None or self.min_p > 0.0:  # or stores from before there was either
+            sampling += [self.top_k, self.min_p]
         return digest(json.dumps([*model, *sampling]).encode())
 
     def key(self, prompt_ids: Int32Array, label: str) -> str:

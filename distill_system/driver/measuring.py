@@ -193,7 +193,7 @@ class Measuring(Evaluating):
         """
         gap = metrics.get(STEP_GAP)
         # Truncated sampling says another number of each token than the whole distribution does.
-        if gap is not None and self.context.config.rollout.sampling.top_p == 1.0:
+        if gap is not None and self.context.config.rollout.sampling.can_be_read_again:
             try:
                 self._tell(self._step_alarm.judge(gap))
             except TransferError as error:

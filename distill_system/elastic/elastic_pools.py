@@ -340,6 +340,13 @@ class ElasticPools:
 
     def _refusals(self, wanted: Mapping[str, int]) -> list[str]:
         refusals = []
+        over, budget = self._scaler.over_budget({**self._wanted, **wanted}), self._scaling.budget
+        if over and budget is not None:
+            asked = ", ".join(f"{name}={count}" for name, count in wanted.items())
+            refusals.append(
+                f"{asked} takes {over:g} more than scaling.total_{budget[0]}={budget[1]:g}: let "
+                "another pool have less in the same request"
+            )
         for name, count in wanted.items():
             if name not in self._pools:
                 refusals.append(f"{name} cannot change; pools that can: {', '.join(self._pools)}")
@@ -352,9 +359,14 @@ class ElasticPools:
         return refusals
 
     def _set_wanted(self, wanted: Mapping[str, int], why: str) -> None:
+        changes = [
+            f"{name}: {self._wanted[name]} -> {count} workers"
+            for name, count in wanted.items()
+            if count != self._wanted[name]
+        ]
+        if changes:
+            self._notify(f"{', '.join(changes)} {why}")
         for name, count in wanted.items():
-            if count != self._wanted[name]:
-                self._notify(f"{name}: {self._wanted[name]} -> {count} workers {why}")
             self._wanted[name], self._problems[name] = count, ""
             self._since[name] = time.time()
         self._scaler.start_cool_down(self._clock())
@@ -469,8 +481,13 @@ def _reason(
     observation: ScalingObservation, change: Mapping[str, int], present: Mapping[str, int]
 ) -> str:
     """Why the automatic mode makes this change, for a message."""
-    [(name, count)] = change.items()
-    if count > present[name]:
-        return f"(the learner waits for it {observation.learner_starved_share:.0%} of its time)"
-    activity = observation.pools[name]
-    return f"(idle {activity.starved_share + activity.blocked_share:.0%} of its time)"
+    reasons = []
+    for name, count in change.items():
+        if count > present[name]:
+            waits = observation.learner_starved_share
+            reasons.append(f"the learner waits for it {waits:.0%} of its time")
+        else:
+            activity = observation.pools[name]
+            idle = activity.starved_share + activity.blocked_share
+            reasons.append(f"{name} is idle {idle:.0%} of its time")
+    return f"({', '.join(reasons)})"

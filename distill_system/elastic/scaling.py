@@ -1,11 +1,14 @@
 """Decides when a pool grows or shrinks: measured idle shares in, one worker more or less out.
 
+Where all pools share a number of GPUs, a worker that is added is paid for by those that go.
+
 Pure: it reads no clock and calls no worker. A decision needs `patience` observations in a row that
 agree; after every change nothing is decided for `cool_down_seconds`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import mode
@@ -32,10 +35,14 @@ class ScalingObservation:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """One worker more (+1) or less (-1) of a pool."""
+    """One worker more (+1) or less (-1) of a pool.
+
+    donor: the pool that gives up its GPUs for the worker, and how many workers with them.
+    """
 
     pool: str
     by: int
+    donor: tuple[str, int] | None = None
 
 
 class AutoScaler:
@@ -46,6 +53,12 @@ class AutoScaler:
     blocked most (they wait for room after them), among equals the one that is starved most. It
     shrinks only if the workers that stay would still be idle for spare_share of their time. So a
     pool that has shrunk does not starve the learner, and sizes do not swing up and down.
+
+    With a budget (total_gpus, total_cpus) a pool that has no room in it grows by what another gives
+    up: the pool that would have most spare time afterwards, if it is spare_share at least. Nothing
+    is given up for nothing. A worker that moved would have to be missed by more than that to move
+    back, so it stays; with workers of equal size the throughput ends within spare_share of the best
+    split.
     """
 
     def __init__(self, config: ScalingConfig, pools: Mapping[str, PoolConfig]) -> None:
@@ -73,7 +86,11 @@ class AutoScaler:
         # Two pools that are about equally slow, or idle, may be named in turn: take the commoner.
         change = mode(self._agreeing)
         self.start_cool_down(observation.at_seconds)
-        return {change.pool: present[change.pool] + change.by}
+        changed = {change.pool: present[change.pool] + change.by}
+        if change.donor is not None:
+            donor, count = change.donor
+            changed[donor] = present[donor] - count
+        return changed
 
     def start_cool_down(self, at_seconds: float) -> None:
         """Decide nothing until the effect of a change at this time shows; drop old observations.
@@ -89,7 +106,9 @@ class AutoScaler:
         is_starved = observation.learner_starved_share > self._config.starved_share
         needed = observation.waited_for if is_starved else None
         if needed in self._pools and present[needed] < self._pools[needed].most:
-            return _Change(needed, +1)
+            return self._grow(needed, observation, present)
+        if self._config.budget is not None:
+            return None
         spare = [
             (activity.blocked_share, activity.starved_share, name)
             for name, activity in observation.pools.items()
@@ -97,10 +116,44 @@ class AutoScaler:
         ]
         return _Change(max(spare)[-1], -1) if spare else None
 
-    def _is_spare(self, name: str, activity: PoolActivity, workers: int) -> bool:
-        """Whether the workers that stay would be idle for spare_share with one worker less."""
-        if name not in self._pools or workers <= max(1, self._pools[name].fewest):
+    def _grow(
+        self, needed: str, observation: ScalingObservation, present: Mapping[str, int]
+    ) -> _Change | None:
+        """One worker more, paid for where the budget has no room; None if nobody can pay."""
+        missing = self.over_budget({**present, needed: present[needed] + 1})
+        if missing <= 0.0:
+            return _Change(needed, +1)
+        donors = []
+        for name, activity in observation.pools.items():
+            if name == needed or name not in self._pools or not self._size(name):
+                continue
+            count = math.ceil(missing / self._size(name) - 1e-9)
+            if self._is_spare(name, activity, present[name], count):
+                donors.append((_used_without(activity, present[name], count), name, count))
+        return _Change(needed, +1, donor=min(donors)[1:]) if donors else None
+
+    def over_budget(self, counts: Mapping[str, int]) -> float:
+        """How far so many workers are above the budget; none is above no budget."""
+        if self._config.budget is None:
+            return 0.0
+        held = sum(counts[name] * self._size(name) for name in self._pools if name in counts)
+        over = held - self._config.budget[1]
+        return over if over > 1e-6 else 0.0
+
+    def _size(self, name: str) -> float:
+        """What one worker holds of what the budget counts."""
+        assert self._config.budget is not None, "nobody asks otherwise"
+        pool = self._pools[name]
+        return float(getattr(pool, self._config.budget[0])) if pool.is_elastic else 0.0
+
+    def _is_spare(self, name: str, activity: PoolActivity, workers: int, count: int = 1) -> bool:
+        """Whether the workers that stay would be idle for spare_share with so many workers less."""
+        if name not in self._pools or workers - count < max(1, self._pools[name].fewest):
             return False
-        # The same work on one worker less: each busy share grows by workers / (workers - 1).
-        used = 1.0 - activity.starved_share - activity.blocked_share
-        return used * workers / (workers - 1) <= 1.0 - self._config.spare_share
+        return _used_without(activity, workers, count) <= 1.0 - self._config.spare_share
+
+
+def _used_without(activity: PoolActivity, workers: int, count: int) -> float:
+    """Busy share of those that stay; the same work on fewer workers."""
+    used = 1.0 - activity.starved_share - activity.blocked_share
+    return used * workers / (workers - count)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 from distill_system.config.objective.needs import SIGNALS, Signal
@@ -41,11 +41,13 @@ class BehaviourRows:
     """What the student said of the on-policy tokens as it wrote them.
 
     logprobs_N: float32, nats, at temperature. versions_N: int64, of the weights that wrote each.
+    kept_NK: int32, of which tokens each was sampled, -1 where there are fewer; None: of all.
     """
 
     logprobs_N: Float32[Tensor, " N"]
     temperature: float
     versions_N: Int64[Tensor, " N"]
+    kept_NK: Int32[Tensor, "N K"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,7 @@ class LearnerBatch:
             teacher=self.teacher.get(stream),
             behaviour_logprobs_N=None if behaviour is None else behaviour.logprobs_N,
             behaviour_temperature=1.0 if behaviour is None else behaviour.temperature,
+            behaviour_kept_NK=None if behaviour is None else behaviour.kept_NK,
         )
 
 
@@ -143,7 +146,23 @@ def _behaviour_rows(trajectories: Sequence[Trajectory], device: torch.device) ->
         logprobs_N=torch.from_numpy(logprobs_N).to(device, torch.float32, non_blocking=True),
         temperature=temperatures[0],
         versions_N=torch.from_numpy(versions_N).to(device, non_blocking=True),
+        kept_NK=_kept_rows(trajectories, device),
     )
+
+
+def _kept_rows(
+    trajectories: Sequence[Trajectory], device: torch.device
+) -> Int32[Tensor, "N K"] | None:
+    """Rows of different lengths filled up with -1; None where some were not recorded."""
+    kept = [trajectory.kept_ids for trajectory in trajectories]
+    rows = [ids_TK for ids_TK in kept if ids_TK is not None]
+    if len(rows) < len(kept):
+        return None
+    most = max(ids_TK.shape[1] for ids_TK in rows)
+    padded = [
+        np.pad(ids_TK, ((0, 0), (0, most - ids_TK.shape[1])), constant_values=-1) for ids_TK in rows
+    ]
+    return torch.from_numpy(np.concatenate(padded)).to(device, non_blocking=True)
 
 
 def _teacher_rows(

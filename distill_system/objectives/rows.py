@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 from distill_system.config.objective.needs import StreamName, WeighsStreams
@@ -57,6 +57,8 @@ class TokenRows:
     teacher: None where the objective asks nothing of the teacher.
     behaviour_logprobs_N: float32, nats, what the writer said of each token as it was sampled, at
         behaviour_temperature; None where the text is taken to be the current student's own.
+    behaviour_kept_NK: int32, of which tokens each was sampled, -1 where there are fewer; None: of
+        the whole vocabulary.
     """
 
     hidden_NH: Float[Tensor, "N H"]
@@ -68,6 +70,7 @@ class TokenRows:
     teacher: TeacherRows | None = None
     behaviour_logprobs_N: Float[Tensor, " N"] | None = None
     behaviour_temperature: float = 1.0
+    behaviour_kept_NK: Int32[Tensor, "N K"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +98,7 @@ class PolicyHeads:
             self.action_embeddings_VE,
             chunk_tokens=self.chunk_tokens,
             behaviour_temperature=rows.behaviour_temperature,
+            behaviour_kept_NK=rows.behaviour_kept_NK,
             logit_cap=self.logit_cap,
         )
 
@@ -119,6 +123,7 @@ class PolicyHeads:
             chunk_weights=chunk_weights,
             temperature=temperature,
             behaviour_temperature=rows.behaviour_temperature,
+            behaviour_kept_NK=rows.behaviour_kept_NK,
             tokens_together=tokens_together,
             chunk_tokens=self.chunk_tokens,
             logit_cap=self.logit_cap,
@@ -143,7 +148,7 @@ class ObjectiveOutput:
     loss_share: scalar with graph; the sum over ranks is the loss.
     metric_shares: scalars whose sum over ranks is the metric. metrics: the same on every rank.
     student_logprobs_N: detached log pi(y_t | s_t) of the on-policy rows at their
-        behaviour_temperature, None without such rows.
+        behaviour_temperature, among the tokens kept there; None without such rows.
     """
 
     loss_share: Float32[Tensor, ""]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -36,11 +36,13 @@ class SoftmaxRead(torch.autograd.Function):
         chunk_tokens: int,
         dtype: torch.dtype,
         behaviour_temperature: float,
+        behaviour_kept_NK: Tensor | None,
         cap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """float32 [N], [N, E] and [N]; dtype is what to multiply in, cap that of the logits.
 
-        The third are the log-probabilities at behaviour_temperature, None where it is 1.
+        The third are the log-probabilities at behaviour_temperature among the tokens of
+        behaviour_kept_NK; None where they are the first.
         """
         student = UnembeddingGradients(
             hidden_NH, unembedding_VH, needs=(False, False), dtype=dtype, cap=cap
@@ -50,11 +52,14 @@ class SoftmaxRead(torch.autograd.Function):
         actions_VE = action_embeddings_VE.to(probability_dtype(dtype))
         logprobs_N = torch.empty(token_ids_N.shape, device=hidden_NH.device)
         expected_NE = logprobs_N.new_empty(*token_ids_N.shape, actions_VE.shape[1])
-        tempered_N = None if behaviour_temperature == 1.0 else torch.empty_like(logprobs_N)
+        same = behaviour_temperature == 1.0 and behaviour_kept_NK is None
+        tempered_N = None if same else torch.empty_like(logprobs_N)
         for rows in chunk_slices(hidden_NH.shape[0], chunk_tokens):
             policy_cV = student.make_logits(rows)
             if tempered_N is not None:
-                _read_blocks(policy_cV, token_ids_N[rows], behaviour_temperature, tempered_N[rows])
+                kept_cK = None if behaviour_kept_NK is None else behaviour_kept_NK[rows]
+                how = (behaviour_temperature, kept_cK)
+                _read_blocks(policy_cV, token_ids_N[rows], *how, tempered_N[rows])
             _normalise_in_place(policy_cV, token_ids_N[rows], logprobs_N[rows])
             expected_NE[rows] = multiply(policy_cV.to(actions_VE.dtype), actions_VE)
         context.save_for_backward(
@@ -96,7 +101,7 @@ class SoftmaxRead(torch.autograd.Function):
             del policy_cV  # before the products of `add` are made
             sums.add(rows, into_cV)
             del into_cV  # before the next chunk's is made
-        return *sums.finish(), None, None, None, None, None, None
+        return *sums.finish(), None, None, None, None, None, None, None
 
 
 def temper(logits_cV: Float32[Tensor, "c V"], temperature: float) -> Float32[Tensor, "c V"]:
@@ -105,19 +110,33 @@ def temper(logits_cV: Float32[Tensor, "c V"], temperature: float) -> Float32[Ten
 
 
 def read_written(
-    logits_cV: Float32[Tensor, "c V"], token_ids_c: Int64[Tensor, " c"], temperature: float
+    logits_cV: Float32[Tensor, "c V"],
+    token_ids_c: Int64[Tensor, " c"],
+    temperature: float,
+    kept_cK: Int32[Tensor, "c K"] | None = None,
 ) -> Float32[Tensor, " c"]:
-    """Log-probabilities of the written tokens at a temperature, nats, [c]."""
+    """Log-probabilities of the written tokens at a temperature, nats, [c].
+
+    kept_cK: the tokens among which each was chosen, -1 where there are fewer; None: all.
+    """
     tempered_cV = temper(logits_cV, temperature)
     written_c1 = tempered_cV.gather(1, token_ids_c[:, None])
+    if kept_cK is not None:
+        kept_logits_cK = tempered_cV.gather(1, kept_cK.clamp_min(0).long())
+        tempered_cV = kept_logits_cK.masked_fill(kept_cK < 0, -torch.inf)
     return written_c1.squeeze(1) - tempered_cV.logsumexp(dim=-1)
 
 
 def _read_blocks(
-    logits_cV: Tensor, token_ids_c: Tensor, temperature: float, logprobs_c: Tensor
+    logits_cV: Tensor,
+    token_ids_c: Tensor,
+    temperature: float,
+    kept_cK: Tensor | None,
+    logprobs_c: Tensor,
 ) -> None:
     for block in block_slices(logits_cV):
-        logprobs_c[block] = read_written(logits_cV[block], token_ids_c[block], temperature)
+        kept_bK = None if kept_cK is None else kept_cK[block]
+        logprobs_c[block] = read_written(logits_cV[block], token_ids_c[block], temperature, kept_bK)
 
 
 def _normalise_in_place(logits_cV: Tensor, token_ids_c: Tensor, logprobs_c: Tensor) -> None:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -41,7 +41,8 @@ class VocabularyRows:
 
     logprobs_N: float32, log pi(y_t | s_t) in nats of the tokens that were written.
     expected_embedding_NE: float32, sum over y of pi(y | s_t) e(y).
-    behaviour_logprobs_N: logprobs_N at the temperature that the text was sampled at, detached.
+    behaviour_logprobs_N: logprobs_N as the text was sampled, at its temperature and among what
+        truncation left, detached.
     """
 
     logprobs_N: Float32[Tensor, " N"]
@@ -55,7 +56,8 @@ class VocabularySum:
 
     total: scalar, with graph to hidden states and unembedding.
     values_N: float32, the token losses, detached and unweighted.
-    logprobs_N: float32, log pi_theta(y_t | s_t) at the temperature that the text was sampled at.
+    logprobs_N: float32, log pi_theta(y_t | s_t) as the text was sampled, at its temperature and
+        among what truncation left.
     """
 
     total: Float32[Tensor, ""]
@@ -129,6 +131,7 @@ def read_vocabulary(
     *,
     chunk_tokens: int,
     behaviour_temperature: float = 1.0,
+    behaviour_kept_NK: Int32[Tensor, "N K"] | None = None,
     logit_cap: float | None = None,
 ) -> VocabularyRows:
     """Read a policy's softmax once: the written tokens' logprobs and the expected embedding.
@@ -152,6 +155,7 @@ def read_vocabulary(
             chunk_tokens,
             dtype,
             behaviour_temperature,
+            behaviour_kept_NK,
             logit_cap,
         )
     behaviour_N = logprobs_N.detach() if tempered_N is None else tempered_N
@@ -169,6 +173,7 @@ def sum_over_vocabulary(
     chunk_weights: ChunkWeights | None = None,
     temperature: float = 1.0,
     behaviour_temperature: float = 1.0,
+    behaviour_kept_NK: Int32[Tensor, "N K"] | None = None,
     tokens_together: int = 1,
     chunk_tokens: int,
     logit_cap: float | None = None,
@@ -198,6 +203,7 @@ def sum_over_vocabulary(
             chunk_weights,
             temperature=temperature,
             behaviour_temperature=behaviour_temperature,
+            behaviour_kept_NK=behaviour_kept_NK,
             tokens_together=tokens_together,
             logit_cap=logit_cap,
         )
@@ -276,6 +282,7 @@ class _TokenLosses:
         *,
         temperature: float,
         behaviour_temperature: float,
+        behaviour_kept_NK: Tensor | None,
         tokens_together: int,
         logit_cap: float | None,
     ) -> None:
@@ -285,6 +292,7 @@ class _TokenLosses:
         self.tokens_together = tokens_together
         self.chunk_loss, self.teacher = chunk_loss, teacher
         self.temperature, self.behaviour_temperature = temperature, behaviour_temperature
+        self.kept_NK = behaviour_kept_NK
         self.values_N = torch.empty(token_ids_N.shape, device=token_ids_N.device)
         self.logprobs_N = torch.empty_like(self.values_N)
 
@@ -315,13 +323,16 @@ class _TokenLosses:
             rows=tokens,
             read_teacher=read_teacher,
         )
-        self.logprobs_N[tokens] = self._behaviour_logprobs(logits_bV.detach(), chunk)
+        self.logprobs_N[tokens] = self._behaviour_logprobs(logits_bV.detach(), tokens, chunk)
         return self.chunk_loss(chunk)
 
-    def _behaviour_logprobs(self, logits_bV: Tensor, chunk: VocabularyChunk) -> Tensor:
-        if self.temperature == self.behaviour_temperature:
+    def _behaviour_logprobs(
+        self, logits_bV: Tensor, tokens: slice, chunk: VocabularyChunk
+    ) -> Tensor:
+        if self.temperature == self.behaviour_temperature and self.kept_NK is None:
             return chunk.written_logprobs_c.detach()
-        return read_written(logits_bV, chunk.token_ids_c, self.behaviour_temperature)
+        kept_bK = None if self.kept_NK is None else self.kept_NK[tokens]
+        return read_written(logits_bV, chunk.token_ids_c, self.behaviour_temperature, kept_bK)
 
 
 class _TeacherChunk:

@@ -7,6 +7,8 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -108,14 +110,40 @@ def _processor_model() -> str:
     return platform.processor() or platform.machine()
 
 
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU of this machine.  capability: CUDA's compute capability, such as 8.0."""
+
+    name: str
+    mebibytes: float
+    capability: float
+
+
+def read_gpus() -> list[Gpu]:
+    """This machine's GPUs that CUDA_VISIBLE_DEVICES leaves; none where nvidia-smi says none."""
+    lines = _ask_nvidia("name,memory.total,compute_cap", "csv,noheader,nounits")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        chosen = {each.strip() for each in visible.split(",") if each.strip()}
+        if all(each.isdigit() for each in chosen):  # other names are those of no index here
+            lines = [line for at, line in enumerate(lines) if str(at) in chosen]
+    found = []
+    for line in lines:
+        with suppress(ValueError):  # a driver that knows no such field says [N/A]
+            name, mebibytes, capability = (part.strip() for part in line.rsplit(",", 2))
+            found.append(Gpu(name, float(mebibytes), float(capability)))
+    return found
+
+
 def _gpus() -> list[str]:
-    """Name, memory and driver of each GPU by nvidia-smi; torch would create a CUDA context."""
+    """Name, memory and driver of each GPU."""
+    return _ask_nvidia("name,memory.total,driver_version", "csv,noheader")
+
+
+def _ask_nvidia(fields: str, form: str) -> list[str]:
+    """A line for each GPU by nvidia-smi; torch would create a CUDA context."""
     if shutil.which("nvidia-smi") is None:
         return []
-    command = [
-        "nvidia-smi",
-        "--query-gpu=name,memory.total,driver_version",
-        "--format=csv,noheader",
-    ]
+    command = ["nvidia-smi", f"--query-gpu={fields}", f"--format={form}"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     return answer.stdout.strip().splitlines() if answer.returncode == 0 else []

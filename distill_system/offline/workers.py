@@ -44,6 +44,8 @@ class SampleWriter:
         self._sampling = Sampling(
             temperature=origin.temperature,
             top_p=origin.top_p,
+            top_k=origin.top_k,
+            min_p=origin.min_p,
             max_response_tokens=origin.max_response_tokens,
         )
 

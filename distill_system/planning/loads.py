@@ -69,22 +69,25 @@ def dealt_sequences(config: RunConfig) -> dict[Stream, int]:
 
 def make_chunks(config: RunConfig, sequences: Mapping[Stream, int]) -> list[TrajectoryChunk]:
     """So many trajectories of each stream, at their limits."""
-    response = config.rollout.sampling.max_response_tokens
-    trajectory = Trajectory(
+    return [
+        TrajectoryChunk(stream=stream, trajectories=(_longest_of(config, stream),) * count)
+        for stream, count in sequences.items()
+    ]
+
+
+def _longest_of(config: RunConfig, stream: Stream) -> Trajectory:
+    response, prompt = config.rollout.sampling.longest(stream.value), config.data.max_prompt_tokens
+    return Trajectory(
         trajectory_id="any",
         prompt_id="any",
         author=Author.STUDENT,
-        token_ids=np.zeros(longest_sequence(config), dtype=np.int32),
-        num_prompt_tokens=config.data.max_prompt_tokens,
+        token_ids=np.zeros(prompt + response, dtype=np.int32),
+        num_prompt_tokens=prompt,
         behaviour_logprobs=np.zeros(response, dtype=np.float32),
         temperature=1.0,
         finish=Finish.STOP,
         weight_versions=(VersionSpan(version=0, start=0, end=response),),
     )
-    return [
-        TrajectoryChunk(stream=stream, trajectories=(trajectory,) * count)
-        for stream, count in sequences.items()
-    ]
 
 
 def teacher_needs(config: RunConfig) -> TeacherNeeds:

@@ -111,7 +111,7 @@ def make_plan(config: RunConfig, *, vocabulary: int | None, device_gib: float) -
     student = _shape(config.student, "student", vocabulary, teacher)
     device = device_gib * GIB
     shapes: dict[Role, ModelShape] = {"teacher": teacher, "student": student}
-    distill, response = config.distill, config.rollout.sampling.max_response_tokens
+    distill, longest = config.distill, config.rollout.sampling.longest
     streams = streams_read(config)
     scored = [s for s in streams if distill.objective.teacher_needs(s.value).anything]
     return Plan(
@@ -122,8 +122,8 @@ def make_plan(config: RunConfig, *, vocabulary: int | None, device_gib: float) -
         at_once=_distillation(config, shapes, device),
         device_bytes=device,
         longest=longest_sequence(config),
-        step_tokens=response * sum(distill.sequences(s.value) for s in streams),
-        scored_tokens=response * sum(distill.sequences(s.value) for s in scored),
+        step_tokens=sum(longest(s.value) * distill.sequences(s.value) for s in streams),
+        scored_tokens=sum(longest(s.value) * distill.sequences(s.value) for s in scored),
         wire_bytes_per_token=wire_bytes_per_token(config, teacher),
         publish_bytes=float(
             NUMBER_BYTES[config.rollout.student_engine.dtype] * student.num_parameters

@@ -59,12 +59,15 @@ class Completion:
     token_ids: int32 [T], the token that ended it included.  logprobs: float32 [T], nats, of the
     distribution that was sampled from; of greedy responses at temperature 1.
     finish_reason: "stop" or "length".  version_spans: (version, start, end), covering [0, T).
+    kept_ids: int32 [T, K], the tokens that could have been sampled, the one that was among them, -1
+    where there are fewer; None where top_k bounds none.
     """
 
     token_ids: Int32Array
     logprobs: FloatArray
     finish_reason: str
     version_spans: tuple[tuple[int, int, int], ...]
+    kept_ids: Int32Array | None = None
 
 
 class LoadReport(Protocol):

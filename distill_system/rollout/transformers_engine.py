@@ -36,7 +36,7 @@ from transformers.masking_utils import sdpa_mask
 from distill_system.errors import ModelError, ResourceError
 from distill_system.language_model import find_decoder_start, model_class, require_all_tensors
 from distill_system.records import EngineLoad, Int32Array
-from distill_system.rollout.drawing import draw_tokens, draw_uniforms
+from distill_system.rollout.drawing import Truncation, draw_tokens, draw_uniforms
 from distill_system.rollout.engine import Completion, EngineSpecification, GenerationEngine
 from distill_system.rollout.running_cache import RunningCache, RunningEncodedCache
 from distill_system.rollout.sampling import Sampling
@@ -48,6 +48,9 @@ _ATTENTION = "rollout"
 _TOKENS_READ_AT_ONCE = 8192
 """Of prompts, padding included; a longer prompt is read alone."""
 
+_ALL = 2**31
+"""As top_k: more than there are."""
+
 _STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
 """Tokens of each sequence between two looks at which have ended. A look waits for the device, and a
 sequence that ended before it has written the rest for nothing."""
@@ -58,7 +61,7 @@ class _Sequence:
     """One request, and what has been written of it.
 
     uniforms: float64 [max_response_tokens].  decoder_start: None without an encoder.
-    spans: (version, start, end) of the response.
+    spans: (version, start, end) of the response.  kept: of each token, those it was drawn from.
     """
 
     name: str
@@ -69,6 +72,7 @@ class _Sequence:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     spans: list[tuple[int, int, int]] = field(default_factory=list)
+    kept: list[np.ndarray] = field(default_factory=list)
     finish_reason: str = ""
 
     @property
@@ -87,12 +91,16 @@ class _Sequence:
         first = self.prompt.size if self.decoder_start is None else 1
         return int(first) + len(self.tokens) - 1
 
-    def write(self, token: int, logprob: float, version: int, stops: frozenset[int]) -> None:
+    def write(
+        self, token: int, logprob: float, kept: np.ndarray, version: int, stops: frozenset[int]
+    ) -> None:
         """Take one token in, unless an earlier one ended the response."""
         if self.finish_reason:
             return
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        if self.sampling.top_k is not None:
+            self.kept.append(kept[: self.sampling.top_k])
         count = len(self.tokens)
         first = count - 1
         if self.spans and self.spans[-1][0] == version:
@@ -110,6 +118,7 @@ class _Sequence:
             logprobs=np.array(self.logprobs, np.float32),
             finish_reason=self.finish_reason,
             version_spans=tuple(self.spans),
+            kept_ids=None if self.sampling.top_k is None else np.stack(self.kept).astype(np.int32),
         )
 
 
@@ -250,10 +259,11 @@ class TransformersEngine(GenerationEngine):
         written = []
         for step in range(num_steps):
             logits_BV = self._read(tokens_B[:, None], self._cache)
-            tokens_B, logprobs_B = draws.draw(logits_BV, step)
-            written.append((tokens_B, logprobs_B))
-        tokens_BS, logprobs_BS = (torch.stack(each, dim=1) for each in zip(*written, strict=True))
-        self._take(self._running, tokens_BS, logprobs_BS)
+            drawn = draws.draw(logits_BV, step)
+            tokens_B = drawn[0]
+            written.append(drawn)
+        stacked = (torch.stack(each, dim=1) for each in zip(*written, strict=True))
+        self._take(self._running, *stacked)
         self._retire()
 
     def _encode(self, prompts: Sequence[Int32Array]) -> tuple[Tensor, Tensor]:
@@ -347,14 +357,18 @@ class TransformersEngine(GenerationEngine):
             )
         return min(config.max_num_sequences, room)
 
-    def _take(self, group: Sequence[_Sequence], tokens: Tensor, logprobs: Tensor) -> None:
-        """Bring what was drawn, [B] or [B, S], to the sequences."""
-        count = len(group)
-        # One transfer of both; a float64 holds either exactly.
-        both = torch.stack([tokens.double(), logprobs.double()]).view(2, count, -1).cpu().numpy()
-        for sequence, row_tokens, row_logprobs in zip(group, *both, strict=True):
-            for token, logprob in zip(row_tokens, row_logprobs, strict=True):
-                sequence.write(int(token), float(logprob), self._version, self._stops)
+    def _take(
+        self, group: Sequence[_Sequence], tokens: Tensor, logprobs: Tensor, kept: Tensor
+    ) -> None:
+        """Bring what was drawn, [B] or [B, S], and of what, with K behind, to the sequences."""
+        # One transfer of all; a float64 holds each exactly.
+        columns = [tokens[..., None].double(), logprobs[..., None].double(), kept.double()]
+        together = torch.cat(columns, dim=-1)
+        drawn_BSX = together.view(len(group), -1, together.shape[-1]).cpu().numpy()
+        for sequence, drawn_SX in zip(group, drawn_BSX, strict=True):
+            for drawn_X in drawn_SX:
+                token, logprob = int(drawn_X[0]), float(drawn_X[1])
+                sequence.write(token, logprob, drawn_X[2:], self._version, self._stops)
 
     def _retire(self) -> None:
         for sequence in self._running:
@@ -390,15 +404,27 @@ class _Draws:
         self._uniforms_SB = torch.from_numpy(uniforms_BS.T.copy()).to(device, non_blocking=True)
         temperatures = [sequence.sampling.temperature for sequence in sequences]
         self._temperatures_B = torch.tensor(temperatures, dtype=torch.float32).to(device)
-        top_ps = [sequence.sampling.top_p for sequence in sequences]
-        self._top_ps_B = None
-        if min(top_ps) < 1.0:
-            self._top_ps_B = torch.tensor(top_ps, dtype=torch.float32).to(device)
+        self._truncation = _truncation([sequence.sampling for sequence in sequences], device)
 
-    def draw(self, logits_BV: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [B] and log-probabilities float32 [B]."""
+    def draw(self, logits_BV: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens int64 [B], log-probabilities float32 [B] and what was kept, int64 [B, K]."""
         uniforms_B = self._uniforms_SB[step]
-        return draw_tokens(logits_BV, uniforms_B, self._temperatures_B, self._top_ps_B)
+        return draw_tokens(logits_BV, uniforms_B, self._temperatures_B, self._truncation)
+
+
+def _truncation(each: Sequence[Sampling], device: torch.device) -> Truncation | None:
+    """What each of these samples from; None where all sample from everything."""
+    top_ks = [sampling.top_k for sampling in each]
+    if all(sampling.top_p == 1.0 and sampling.min_p == 0.0 for sampling in each) and not any(
+        top_ks
+    ):
+        return None
+    return Truncation(
+        top_ps_B=torch.tensor([sampling.top_p for sampling in each]).to(device),
+        top_ks_B=torch.tensor([top_k or _ALL for top_k in top_ks]).to(device),
+        min_ps_B=torch.tensor([sampling.min_p for sampling in each]).to(device),
+        num_told=max(top_k or 0 for top_k in top_ks),
+    )
 
 
 def _group(sequences: Sequence[_Sequence]) -> Iterator[list[_Sequence]]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from distill_system.config.rollout import MOST_KEPT, EngineConfig
 from distill_system.errors import DistillError, ModelError, ResourceError
 from distill_system.records import EngineLoad, Int32Array
 from distill_system.rollout.engine import (
@@ -57,6 +58,10 @@ class VllmEngine(GenerationEngine):
         self.vocabulary_size = specification.vocabulary_size or num_rows
         self._stop_token_ids = list(specification.stop_token_ids)
         self._keep_stale_cache = specification.keep_stale_cache
+        # vLLM takes no processor of ours where it guesses; then each request says what it may have.
+        guesses = specification.config.speculative is not None and num_rows > self.vocabulary_size
+        self._allowed = list(range(self.vocabulary_size)) if guesses else None
+        self._telling: set[str] = set()  # requests that are told what could have been sampled
         self.commit_version(0)
         self._sleep = IdleSleep(self._engine, is_on=specification.config.sleep_when_idle)
         self._sleep.rest()
@@ -64,9 +69,14 @@ class VllmEngine(GenerationEngine):
     def add(self, name: str, prompt: Int32Array, sampling: Sampling, seed: int) -> None:
         """See GenerationEngine."""
         prompt_input = {"prompt_token_ids": prompt.tolist()}
-        params = _sampling_params(sampling, seed, self._stop_token_ids)
+        top_k = min(sampling.top_k or 0, self.vocabulary_size)
+        params = _sampling_params(sampling, seed, self._stop_token_ids, top_k)
+        if self._allowed is not None:
+            params.allowed_token_ids = self._allowed
         self._sleep.wake()
         self._under_way[name] = self._engine.add_request(name, prompt_input, params)
+        if top_k:
+            self._telling.add(name)
 
     def drop(self, names: Sequence[str]) -> None:
         """See GenerationEngine."""
@@ -74,10 +84,13 @@ class VllmEngine(GenerationEngine):
         self._engine.abort_request(known, internal=True)
         for name in names:
             self._finished.pop(name, None)
+        self._telling -= set(names)
 
     def _step(self) -> None:
         for output in self._engine.step():
-            self._finish(output.request_id, _completion(output.outputs[0]))
+            name = output.request_id
+            self._finish(name, _completion(output.outputs[0], tells=name in self._telling))
+            self._telling.discard(name)
 
     def _rest(self) -> None:
         self._sleep.rest()
@@ -182,6 +195,8 @@ def _engine_args(specification: EngineSpecification) -> Any:  # vllm's EngineArg
         # generator back, and torch's CPU generator has no offset.
         enable_chunked_prefill=None if specification.uses_gpu else False,
         logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+        max_logprobs=MOST_KEPT,
+        speculative_config=_guesses(config),
         tensor_parallel_size=specification.tensor_parallel_size,
         distributed_executor_backend="uni" if specification.tensor_parallel_size == 1 else "mp",
         weight_transfer_config=WeightTransferConfig(backend=_RECEIVING_ENDS[backend])
@@ -189,11 +204,26 @@ def _engine_args(specification: EngineSpecification) -> Any:  # vllm's EngineArg
         else None,
         worker_extension_cls=_WORKER_EXTENSION if backend else "",
         # Only where it is needed: with a processor vLLM copies each sequence's tokens every step.
-        logits_processors=[_PADDING_MASK] if _is_padded(specification) else None,
+        logits_processors=[_PADDING_MASK]
+        if config.speculative is None and _is_padded(specification)
+        else None,
         additional_config={"vocabulary_size": specification.vocabulary_size},
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )
+
+
+def _guesses(config: EngineConfig) -> dict[str, object] | None:
+    """How vLLM guesses tokens ahead; what it says of those that stay is the model's own."""
+    ngram = config.speculative
+    if ngram is None:
+        return None
+    return {
+        "method": ngram.type,
+        "num_speculative_tokens": ngram.tokens,
+        "prompt_lookup_min": ngram.min_match,
+        "prompt_lookup_max": ngram.max_match,
+    }
 
 
 def _is_padded(specification: EngineSpecification) -> bool:
@@ -234,25 +264,30 @@ def translate_start_error(specification: EngineSpecification, error: Exception) 
     )
 
 
-def _sampling_params(sampling: Sampling, seed: int, stop_token_ids: list[int]) -> Any:
+def _sampling_params(sampling: Sampling, seed: int, stop_token_ids: list[int], top_k: int) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        top_k=top_k,  # 0: all
+        min_p=sampling.min_p,
         max_tokens=sampling.max_response_tokens,
         stop_token_ids=stop_token_ids,
         seed=seed,
-        logprobs=0,  # of the sampled token alone
+        logprobs=top_k,  # of the sampled token alone, or of what could have been sampled too
         flat_logprobs=True,  # in arrays, instead of a dictionary for each token
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def _completion(output: Any) -> Completion:  # output: vllm's CompletionOutput
-    """Copy what vLLM says into plain numpy, so that no reader has to import vLLM."""
+def _completion(output: Any, *, tells: bool) -> Completion:  # output: vllm's CompletionOutput
+    """Copy what vLLM says into plain numpy, so that no reader has to import vLLM.
+
+    tells: whether it was asked for the most likely tokens of each position, too.
+    """
     flat = output.logprobs  # the sampled token comes first of each position's
     logprobs = np.asarray(flat.logprobs, dtype=np.float32)
     return Completion(
@@ -262,4 +297,15 @@ def _completion(output: Any) -> Completion:  # output: vllm's CompletionOutput
         version_spans=tuple(
             (int(span.version), span.start, span.end) for span in output.weight_versions
         ),
+        kept_ids=_kept_ids(flat, len(output.token_ids)) if tells else None,
     )
+
+
+def _kept_ids(flat: Any, num_tokens: int) -> Int32Array:
+    """The sampled token of each position, and others that have any probability, int32 [T, K]."""
+    ids_TK = np.array(flat.token_ids, dtype=np.int32).reshape(num_tokens, -1)
+    logprobs_TK = np.asarray(flat.logprobs, dtype=np.float32).reshape(num_tokens, -1)
+    is_again_TK = ids_TK == ids_TK[:, :1]
+    is_again_TK[:, 0] = False
+    ids_TK[is_again_TK | np.isneginf(logprobs_TK)] = -1
+    return ids_TK

@@ -311,4 +311,5 @@ def make_trajectory(
         weight_versions=tuple(
             VersionSpan(version=version, start=start, end=end) for version, start, end in versions
         ),
+        kept_ids=completion.kept_ids if author is Author.STUDENT else None,
     )

@@ -38,6 +38,8 @@ def sample_origin(
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
         max_response_tokens=sampling.max_response_tokens,
         stop_token_ids=stop_token_ids(config, tokenizer),
         seed=config.seed,

@@ -32,6 +32,7 @@ from distill_system.errors import DistillError
 from distill_system.evaluation import check_evaluation
 from distill_system.observe import require_trackers
 from distill_system.planning import Plan, make_plan
+from distill_system.run.machine_checks import machine_notes, machine_problems
 from distill_system.run.model_checks import check_data, check_folders, check_models
 from distill_system.run.model_sources import find_gguf_files
 from distill_system.run.settings_notes import settings_notes
@@ -175,8 +176,11 @@ def _if_remote(name: str, source: Source | MixtureSource) -> str | None:
 
 
 def _problems_of_size(config: RunConfig, notes: list[str]) -> Iterator[str]:
-    """Whether this machine could ever place all pools; with GPUs they may be meant for others."""
+    """What this machine lacks, and whether it could ever place all pools; with GPUs they may be
+    meant for others."""
     demand = pools_demand(config)
+    yield from machine_problems(config)
+    notes += machine_notes(config)
     if joins_a_cluster():
         notes.append("RAY_ADDRESS is set: the size of its cluster is looked at as the run starts")
         return

@@ -46,6 +46,7 @@ from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory
 from distill_system.run.export import holds_model
+from distill_system.run.machine_checks import machine_notes, require_machine
 from distill_system.run.mirror import mirrored
 from distill_system.run.model_checks import check_data, check_engine
 from distill_system.run.model_data import load_model_data
@@ -261,10 +262,11 @@ def open_context(
     check_data(config, data)
     check_evaluation(config.evaluation, data.evaluation, data.places)
     require_room(config, None if "held_out" in sets else ["learner"])
+    require_machine(config)
     with ExitStack() as stack:
         stack.enter_context(_driver_log(config, run))
         view = stack.enter_context(LiveView(config.name))
-        for line in settings_notes(config):
+        for line in [*settings_notes(config), *machine_notes(config)]:
             view.note(line)
         _note_rows(view, data)
         writes = stack.enter_context(OptionalWrites(view.note))

@@ -207,7 +207,7 @@ class AsynchronousStreams(Streams):
             writers,
             frontier=self.student if is_student else self.mixture.frontier,
             look_up=look_up,
-            sampling=self._sampling(),
+            sampling=self._sampling(stream),
             seed=self.config.seed,
             leave_out=self._leave_out if self.config.faults.fatal_prompts == "leave_out" else None,
             clock=self._clock,

@@ -133,7 +133,7 @@ class LockstepStreams(Streams):
             self._ahead = self._take_off_policy()
             prompts = [item for item in self._ahead if isinstance(item, Prompt)]
             if prompts:
-                self._writing = self._teachers.start(prompts, *self._how(step))
+                self._writing = self._teachers.start(prompts, *self._how(step, Stream.OFF_POLICY))
 
     def _off_policy(self, step: int) -> Sequence[Trajectory]:
         """The step's rows, stored samples, and what the teacher was asked for a step ago."""
@@ -161,7 +161,7 @@ class LockstepStreams(Streams):
         if kind is StepKind.DATA:
             return ()
         prompts = [self.data.prompts[index] for index in self.student.take(count)]
-        pending = self._students.start(prompts, *self._how(step))
+        pending = self._students.start(prompts, *self._how(step, Stream.ON_POLICY))
         written = _without_gaps(self._finish_writing("student", self._students, pending))
         if self.replay is not None:
             self.replay.keep(written)
@@ -210,9 +210,9 @@ class LockstepStreams(Streams):
                 watched.end(done)
             left = [reference for reference in left if reference not in done]
 
-    def _how(self, step: int) -> tuple[Sampling, int, str]:
+    def _how(self, step: int, stream: Stream) -> tuple[Sampling, int, str]:
         """Sampling, seed and label of a step's rollouts."""
-        return self._sampling(), self.config.seed, f"step_{step}"
+        return self._sampling(stream), self.config.seed, f"step_{step}"
 
 
 def _without_gaps(written: Sequence[Trajectory | None]) -> list[Trajectory]:

@@ -219,12 +219,14 @@ class Streams(ABC):
         self._sampled[author] += sum(trajectory.num_response_tokens for trajectory in written)
         return written
 
-    def _sampling(self) -> Sampling:
+    def _sampling(self, stream: Stream) -> Sampling:
         sampling = self.config.rollout.sampling
         return Sampling(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            max_response_tokens=sampling.max_response_tokens,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_response_tokens=sampling.longest(stream.value),
         )
 
     def _sequences(self, stream: Stream) -> int:

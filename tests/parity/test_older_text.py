@@ -29,9 +29,12 @@ STATE = Importance(kind="state")
 
 
 class World:
-    """Tables of logits of a student, of the older student that writes, and of a teacher."""
+    """Tables of logits of a student, of the older student that writes, and of a teacher.
 
-    def __init__(self, seed=0, temperature=1.0):
+    top_k: how many of its likeliest tokens the older student samples from, in each state.
+    """
+
+    def __init__(self, seed=0, temperature=1.0, top_k=V):
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape):
@@ -42,6 +45,7 @@ class World:
         self.actions_VE = torch.nn.functional.normalize(draw(V, 2), dim=-1)
         self.critic_FE = draw(V, 2)
         self.temperature = temperature
+        self.kept = [row.argsort(descending=True)[:top_k].tolist() for row in self.older_SV]
 
     def written(self, table_SV, response, temperature=1.0):
         """log pi(y_t | s_t), float64 [T]."""
@@ -49,8 +53,17 @@ class World:
         logprobs_SV = (table_SV.detach().double() / temperature).log_softmax(-1)
         return logprobs_SV[states, list(response)]
 
+    def sampled(self, table_SV, response):
+        """log pi(y_t | s_t) among the tokens that the older student keeps, float64 [T]."""
+        chances = []
+        for state, token in zip(LANGUAGE.state_rows(response), response, strict=True):
+            weights = (table_SV[state].detach().double() / self.temperature).exp().tolist()
+            share = weights[token] / sum(weights[kept] for kept in self.kept[state])
+            chances.append(share if token in self.kept[state] else 0.0)
+        return torch.tensor(chances, dtype=torch.float64).log()
+
     def chance(self, table_SV, response):
-        return self.written(table_SV, response, self.temperature).sum().exp()
+        return self.sampled(table_SV, response).sum().exp()
 
     def heads(self):
         return PolicyHeads(
@@ -60,11 +73,13 @@ class World:
             teacher_unembedding_VF=torch.eye(V),
         )
 
-    def rows(self, response, *, known):
+    def rows(self, response, *, known, told=False):
         states = LANGUAGE.state_rows(response)
         logits_TV = self.teacher_SV[states]
         top_k = read_top_k(logits_TV, torch.eye(V), k=2, chunk_tokens=9)
-        behaviour_T = self.written(self.older_SV, response, self.temperature).float()
+        behaviour_T = self.sampled(self.older_SV, response).float()
+        kept = [[*self.kept[state], -1] for state in states]
+        kept_TK = torch.tensor(kept, dtype=torch.int32)
         return TokenRows(
             hidden_NH=self.student_SV[states],
             token_ids_N=torch.tensor(response),
@@ -81,6 +96,7 @@ class World:
             ),
             behaviour_logprobs_N=behaviour_T if known else None,
             behaviour_temperature=self.temperature if known else 1.0,
+            behaviour_kept_NK=kept_TK if known and told else None,
         )
 
     def build(self, config, importance):
@@ -90,18 +106,23 @@ class World:
             objective.on_critic = FixedCritic(self.critic_FE)
         return objective
 
-    def means(self, config, writer_SV, importance=None):
-        """Loss, gradient and moment of the critic, averaged over what a table writes."""
+    def means(self, config, writer_SV, importance=None, *, told=False):
+        """Loss, gradient and moment of the critic, averaged over what a table writes.
+
+        told: whether the objective hears which tokens truncation left.
+        """
         totals = [torch.zeros((), dtype=torch.float64), torch.zeros(NUM_STATES, V), 0.0]
         for response in LANGUAGE.responses:
+            chance = self.chance(writer_SV, response)
+            if chance == 0.0:
+                continue  # nobody writes it
             objective = self.build(config, importance or Importance())
-            rows = self.rows(response, known=importance is not None)
+            rows = self.rows(response, known=importance is not None, told=told)
             off = self.rows((2, 0, 1), known=False) if config.reads("off_policy") else None
             share = objective.compute_loss(self.heads(), off, rows, lambda x: x).loss_share
             [gradient_SV] = torch.autograd.grad(share, self.student_SV)
             critic = objective.on_critic if isinstance(objective, Ammd) else None
             moment = critic.moment_FE if isinstance(critic, FixedCritic) else 0.0
-            chance = self.chance(writer_SV, response)
             parts = (share.detach().double(), gradient_SV, moment)
             totals = [total + chance * part for total, part in zip(totals, parts, strict=True)]
         return totals
@@ -167,6 +188,22 @@ def test_products_of_ratios_make_older_text_the_students_own(name):
     _assert_same(world.means(config, world.older_SV, STATE), exact)
     unweighted = world.means(config, world.older_SV)
     assert (unweighted[1] - exact[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [*STATE_LOSSES, *TOKEN_LOSSES])
+def test_truncated_text_is_made_that_of_the_student_among_the_tokens_that_were_left(name):
+    """The writer samples two of three tokens; the student itself would keep others."""
+    config, world = (STATE_LOSSES | TOKEN_LOSSES)[name], World(seed=8, temperature=1.3, top_k=2)
+    exact = world.means(config, world.student_SV)
+    _assert_same(world.means(config, world.older_SV, STATE, told=True), exact)
+
+
+def test_ratios_to_the_whole_distribution_would_lose_the_mass_that_was_cut_off():
+    """As importance weights of other trainers have it: each token too light by what was kept."""
+    config, world = STATE_LOSSES["reverse_kl"], World(seed=8, temperature=1.3, top_k=2)
+    exact = world.means(config, world.student_SV)[0]
+    blind = world.means(config, world.older_SV, STATE)[0]
+    assert float(blind) < 0.95 * float(exact)
 
 
 @pytest.mark.parametrize("name", ["immediate", "log_ratio", "reverse_kl", "total_variation"])

@@ -39,11 +39,15 @@ def folder(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
     form = json.loads(path.read_text())
     form["distill"] |= {
         "steps": 100_000,  # more than anybody waits for
-        "staleness": {"max_staleness": BOUND},
+        "staleness": {"max_staleness": BOUND, "importance": "state"},
         "measure_every": 20,
         "checkpoint_every": 4,
     }
     form["pools"]["student_rollout"] |= {"max_count": 2}
+    # Ratios of truncated text, some of it guessed ahead: what the engines say of both is compared.
+    form["rollout"]["sampling"] |= {"top_k": 12, "top_p": 0.95}
+    guesses = {"type": "ngram", "tokens": 3, "min_match": 1}
+    form["rollout"]["student_engine"] |= {"speculative": guesses}
     path.write_text(json.dumps(form))
     return tmp_path
 
@@ -115,6 +119,7 @@ def test_a_scaled_and_killed_run_feeds_every_step_its_own_prompts_within_the_bou
     assert len(oldest) == last
     assert 0 < max(oldest) <= BOUND
     assert max(_column(run, "held_out/max_logprob_gap")) < 1e-4, "the newest weights, joined or not"
+    assert max(_column(run, "learner/logprob_gap")) < 1e-4, "of the step's own tokens, as sampled"
     assert max(_column(run, "in_flight/sequences")) <= 2 * (BOUND + 1) * 4
 
 

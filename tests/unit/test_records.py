@@ -155,11 +155,13 @@ def test_every_error_survives_pickling_and_is_drawn_in_the_tree():
 
 
 def test_a_trajectory_survives_json_to_the_bit():
-    for trajectory in make_trajectories(5):
+    first, *others = make_trajectories(5)
+    kept = np.stack([first.response_ids, np.full_like(first.response_ids, -1)], axis=1)
+    for trajectory in (replace(first, kept_ids=kept), *others):
         again = trajectory_from_plain(json.loads(json.dumps(trajectory_to_plain(trajectory))))
-        for name in ("token_ids", "behaviour_logprobs"):
+        for name in ("token_ids", "behaviour_logprobs", "kept_ids"):
             ours, theirs = getattr(again, name), getattr(trajectory, name)
-            assert ours.dtype == theirs.dtype
+            assert getattr(ours, "dtype", None) == getattr(theirs, "dtype", None)
             np.testing.assert_array_equal(ours, theirs)
         ids, logprobs = trajectory.token_ids, again.behaviour_logprobs
         assert repr(replace(again, token_ids=ids, behaviour_logprobs=logprobs)) == repr(

@@ -13,8 +13,14 @@ TRUNCATED = ("rollout.sampling.top_p=0.9", "distill.staleness.max_staleness=2")
 
 @pytest.mark.parametrize("kind", ["token", "state"])
 def test_ratios_of_truncated_sampling_are_refused(kind):
-    with pytest.raises(ConfigError, match=f"top_p=1 or importance=none, got top_p=0.9.*{kind}"):
-        load_config([QUICKSTART], [*TRUNCATED, f"distill.staleness.importance={kind}"])
+    importance = f"distill.staleness.importance={kind}"
+    with pytest.raises(ConfigError, match=f"expected top_k too.*got top_p=0.9.*{kind}"):
+        load_config([QUICKSTART], [*TRUNCATED, importance])
+    smallest = ("rollout.sampling.min_p=0.1", TRUNCATED[1])
+    with pytest.raises(ConfigError, match=r"got top_p=1.0, min_p=0.1"):
+        load_config([QUICKSTART], [*smallest, importance])
+    bounded = (*TRUNCATED, "rollout.sampling.min_p=0.1", "rollout.sampling.top_k=20", importance)
+    assert load_config([QUICKSTART], bounded).rollout.sampling.can_be_read_again
 
 
 def test_truncated_sampling_goes_with_text_that_is_not_weighed():

@@ -302,6 +302,27 @@ def test_the_automatic_mode_waits_for_workers_on_their_way_and_for_their_effect(
     assert began == [1, 70], "fifty seconds until it was there, and twenty until it showed"
 
 
+def test_with_a_budget_a_worker_moves_and_one_line_says_so(tmp_path: Path) -> None:
+    """Two pools of two, one CPU each, four in all."""
+    how = {"automatic": True, "total_cpus": 4.0, "patience": 1, "look_every_seconds": 10.0}
+    run = Run(tmp_path, **how)
+    with run.elastic:
+        run.ask(student_rollout=3)
+        assert "student_rollout=3 takes 1 more than scaling.total_cpus=4" in run.said[-1]
+        assert run.session.starts == []
+        run.seconds = 10.0
+        run.elastic.advance(_starving(run))
+        assert run.said[-1] == (
+            "student_rollout: 2 -> 3 workers, teacher_scoring: 2 -> 1 workers (the learner waits "
+            "for it 40% of its time, teacher_scoring is idle 100% of its time)"
+        )
+        run.adopt()
+        assert run.workers["teacher_scoring"].members == (0,)
+        assert [start.name for start in run.session.starts] == ["student_rollout-2"]
+        run.ask(student_rollout=2, teacher_scoring=2)
+        assert "by request" in run.said[-1], "what keeps to the budget may be asked for"
+
+
 def _dead(name: str) -> WorkerLostError:
     return WorkerLostError(f"{name} died of something", name)
 

@@ -69,6 +69,7 @@ class Vllm:
         flat = SimpleNamespace(
             logprobs=[-0.5 * at for at in range(2 * count)],
             start_indices=[2 * at for at in range(count)],
+            token_ids=[count, 7] * count,
         )
         completion = SimpleNamespace(
             token_ids=[count] * count, logprobs=flat, finish_reason="stop", weight_versions=spans
@@ -176,6 +177,8 @@ def test_a_request_is_sampled_as_it_was_asked(vllm, build):
     assert vars(vllm.requests["a"].params) == {
         "temperature": 0.5,
         "top_p": 0.75,
+        "top_k": 0,
+        "min_p": 0.0,
         "max_tokens": 9,
         "stop_token_ids": [2, 7],
         "seed": 11,
@@ -198,6 +201,32 @@ def test_a_response_is_told_in_plain_arrays(build):
     assert completion.logprobs.tolist() == [0.0, -1.0, -2.0], "of the sampled tokens alone"
     assert completion.finish_reason == "stop"
     assert completion.version_spans == ((4, 0, 1), (4, 1, 2), (5, 2, 3))
+
+
+def test_with_top_k_the_tokens_that_were_left_are_told(vllm, build):
+    """Each position's sampled token first, then the likeliest, it among them; none is cut: -inf."""
+    engine = build()
+    narrow = Sampling(temperature=1.0, top_k=3, min_p=0.1, max_response_tokens=9)
+    engine.add("a", *_prompts(2), narrow, 11)
+    asked = vllm.requests["a"].params
+    assert (asked.top_k, asked.min_p, asked.logprobs) == (3, 0.1, 3)
+    inf = float("inf")
+    flat = SimpleNamespace(
+        token_ids=[5, 4, 5, 6, 8, 8, 1, 2],
+        logprobs=[-0.9, -0.5, -0.9, -inf, -0.1, -0.1, -2.0, -3.0],
+        start_indices=[0, 4],
+    )
+    vllm._output = lambda name, request: SimpleNamespace(
+        request_id=name,
+        outputs=[
+            SimpleNamespace(
+                token_ids=[5, 8], logprobs=flat, finish_reason="stop", weight_versions=[]
+            )
+        ],
+    )
+    completion = engine.decode(9.0)["a"]
+    assert completion.kept_ids.tolist() == [[5, 4, -1, -1], [8, -1, 1, 2]]
+    assert completion.logprobs.tolist() == pytest.approx([-0.9, -0.1])
 
 
 def test_what_was_added_before_goes_on_beside_a_batch(vllm, build):

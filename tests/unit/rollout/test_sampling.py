@@ -28,6 +28,9 @@ def test_temperatures_that_vllm_takes_as_they_are_pass(temperature: float) -> No
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("top_p", math.nan),
+        ("top_k", 0),
+        ("min_p", 1.0),
+        ("min_p", math.nan),
         ("max_response_tokens", 0),
     ],
 )

@@ -135,7 +135,7 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(build: Build) ->
 
 def test_requests_of_different_sampling_go_side_by_side(build: Build, folder: Any) -> None:
     engine, prompts = build(), _prompts(3)
-    narrow = Sampling(temperature=1.0, top_p=0.5, max_response_tokens=6)
+    narrow = Sampling(temperature=1.0, top_p=0.5, top_k=9, max_response_tokens=6)
     for name, prompt, sampling in zip("abc", prompts, (COLD, narrow, WARM), strict=True):
         engine.add(name, prompt, sampling, 3)
     done: dict[str, Completion] = {}
@@ -149,6 +149,17 @@ def test_requests_of_different_sampling_go_side_by_side(build: Build, folder: An
         assert done[name].token_ids.tolist() == other.token_ids.tolist()
         np.testing.assert_allclose(done[name].logprobs, other.logprobs, atol=1e-5)
     assert done["b"].token_ids.size <= 6
+    assert done["a"].kept_ids is None
+    kept = done["b"].kept_ids
+    assert kept is not None
+    assert kept.shape == (done["b"].token_ids.size, 9)
+    logits = _logits(_plain(folder("llama")), prompts[1], done["b"].token_ids)
+    written = (done["b"].token_ids, done["b"].logprobs)
+    for row, ids, token, said in zip(logits, kept, *written, strict=True):
+        left = ids[ids >= 0].tolist()
+        assert row.topk(len(left)).indices.tolist() == left, "the likeliest, in their order"
+        share = torch.exp(row[int(token)]) / torch.exp(row[left]).sum()
+        assert said == pytest.approx(float(share.log()), abs=1e-4)
 
 
 def test_a_slice_hands_out_what_is_finished_and_the_rest_goes_on(build: Build) -> None:
