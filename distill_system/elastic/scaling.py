@@ -54,11 +54,11 @@ class AutoScaler:
     shrinks only if the workers that stay would still be idle for spare_share of their time. So a
     pool that has shrunk does not starve the learner, and sizes do not swing up and down.
 
-    With a budget (total_gpus, total_cpus) a pool that has no room in it grows by what another gives
-    up: the pool that would have most spare time afterwards, if it is spare_share at least. Nothing
-    is given up for nothing. A worker that moved would have to be missed by more than that to move
-    back, so it stays; with workers of equal size the throughput ends within spare_share of the best
-    split.
+    With a budget (total_gpus, total_cpus) the busiest pool grows, by what another gives up where
+    there is no room: the pool that would have most spare time afterwards, if it is spare_share at
+    least. Nothing is given up for nothing. A worker that moved would have to be missed by more than
+    that to move back, so it stays; with workers of equal size the throughput ends within
+    spare_share of the best split.
     """
 
     def __init__(self, config: ScalingConfig, pools: Mapping[str, PoolConfig]) -> None:
@@ -104,7 +104,7 @@ class AutoScaler:
         self, observation: ScalingObservation, present: Mapping[str, int]
     ) -> _Change | None:
         is_starved = observation.learner_starved_share > self._config.starved_share
-        needed = observation.waited_for if is_starved else None
+        needed = self._find_slowest(observation) if is_starved else None
         if needed in self._pools and present[needed] < self._pools[needed].most:
             return self._grow(needed, observation, present)
         if self._config.budget is not None:
@@ -115,6 +115,14 @@ class AutoScaler:
             if name != needed and self._is_spare(name, activity, present[name])
         ]
         return _Change(max(spare)[-1], -1) if spare else None
+
+    def _find_slowest(self, observation: ScalingObservation) -> str | None:
+        """The pool that is to grow. Where a batch waits for two pools the learner names the first,
+        which costs a worker too many; what another pool has to give goes to the busiest."""
+        if self._config.budget is None:
+            return observation.waited_for
+        pools = observation.pools
+        return max(pools, key=lambda name: _used(pools[name]), default=None)
 
     def _grow(
         self, needed: str, observation: ScalingObservation, present: Mapping[str, int]
@@ -153,7 +161,10 @@ class AutoScaler:
         return _used_without(activity, workers, count) <= 1.0 - self._config.spare_share
 
 
+def _used(activity: PoolActivity) -> float:
+    return 1.0 - activity.starved_share - activity.blocked_share
+
+
 def _used_without(activity: PoolActivity, workers: int, count: int) -> float:
     """Busy share of those that stay; the same work on fewer workers."""
-    used = 1.0 - activity.starved_share - activity.blocked_share
-    return used * workers / (workers - count)
+    return _used(activity) * workers / (workers - count)

@@ -44,10 +44,8 @@ def folder(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
         "checkpoint_every": 4,
     }
     form["pools"]["student_rollout"] |= {"max_count": 2}
-    # Ratios of truncated text, some of it guessed ahead: what the engines say of both is compared.
+    # Ratios of truncated text: what the engines say of it is compared with the learner.
     form["rollout"]["sampling"] |= {"top_k": 12, "top_p": 0.95}
-    guesses = {"type": "ngram", "tokens": 3, "min_match": 1}
-    form["rollout"]["student_engine"] |= {"speculative": guesses}
     path.write_text(json.dumps(form))
     return tmp_path
 

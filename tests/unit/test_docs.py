@@ -56,7 +56,7 @@ OF_OTHERS = {
     *OURS,
     *("use_vllm", "learning_rate", "warmup_steps", "weight_decay"),
     # vLLM
-    *("LLMEngine", "VLLM_TARGET_DEVICE"),
+    *("LLMEngine", "VLLM_TARGET_DEVICE", "return_sampling_mask"),
     # torch, Ray, Prometheus, transformers, glibc, gloo, NCCL
     *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
     *("async_save", "varlen_attn", "AttentionInterface", "use_deterministic_algorithms"),
