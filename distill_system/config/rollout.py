@@ -60,28 +60,6 @@ class SamplingConfig(ConfigModel):
         return self.top_k is not None or (self.top_p == 1.0 and self.min_p == 0.0)
 
 
-class NgramConfig(ConfigModel):
-    """Prompt lookup: what followed the last tokens where they stood before is guessed to follow
-    again, and one forward pass checks all guesses. The samples' distribution and log-probabilities
-    are the model's own. Pays where answers repeat their prompts or themselves."""
-
-    type: Literal["ngram"]
-    tokens: Annotated[int, Field(ge=1, le=32)] = 4
-    """Tokens that are guessed at once."""
-    min_match: PositiveInt = 2
-    """Fewest last tokens that must have stood before."""
-    max_match: PositiveInt = 4
-    """Most last tokens that are looked for, the longest match first."""
-
-    @model_validator(mode="after")
-    def _check(self) -> NgramConfig:
-        if self.min_match > self.max_match:
-            raise ValueError(
-                f"expected min_match <= max_match, got {self.min_match} and {self.max_match}"
-            )
-        return self
-
-
 class EngineConfig(ConfigModel):
     """The engine of a rollout worker."""
 
@@ -104,8 +82,6 @@ class EngineConfig(ConfigModel):
     enable_prefix_caching: bool = False
     """Share the cache of common prompt prefixes. Off by default, so that runs are reproducible bit
     for bit."""
-    speculative: NgramConfig | None = None
-    """Guess several tokens and check them in one forward pass; null writes one at a time."""
 
 
 class RolloutConfig(ConfigModel):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from distill_system.config.rollout import MOST_KEPT, EngineConfig
+from distill_system.config.rollout import MOST_KEPT
 from distill_system.errors import DistillError, ModelError, ResourceError
 from distill_system.records import EngineLoad, Int32Array
 from distill_system.rollout.engine import (
@@ -58,9 +58,6 @@ class VllmEngine(GenerationEngine):
         self.vocabulary_size = specification.vocabulary_size or num_rows
         self._stop_token_ids = list(specification.stop_token_ids)
         self._keep_stale_cache = specification.keep_stale_cache
-        # vLLM takes no processor of ours where it guesses; then each request says what it may have.
-        guesses = specification.config.speculative is not None and num_rows > self.vocabulary_size
-        self._allowed = list(range(self.vocabulary_size)) if guesses else None
         self._telling: set[str] = set()  # requests that are told what could have been sampled
         self.commit_version(0)
         self._sleep = IdleSleep(self._engine, is_on=specification.config.sleep_when_idle)
@@ -71,8 +68,6 @@ class VllmEngine(GenerationEngine):
         prompt_input = {"prompt_token_ids": prompt.tolist()}
         top_k = min(sampling.top_k or 0, self.vocabulary_size)
         params = _sampling_params(sampling, seed, self._stop_token_ids, top_k)
-        if self._allowed is not None:
-            params.allowed_token_ids = self._allowed
         self._sleep.wake()
         self._under_way[name] = self._engine.add_request(name, prompt_input, params)
         if top_k:
@@ -196,7 +191,6 @@ def _engine_args(specification: EngineSpecification) -> Any:  # vllm's EngineArg
         enable_chunked_prefill=None if specification.uses_gpu else False,
         logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
         max_logprobs=MOST_KEPT,
-        speculative_config=_guesses(config),
         tensor_parallel_size=specification.tensor_parallel_size,
         distributed_executor_backend="uni" if specification.tensor_parallel_size == 1 else "mp",
         weight_transfer_config=WeightTransferConfig(backend=_RECEIVING_ENDS[backend])
@@ -204,26 +198,11 @@ def _engine_args(specification: EngineSpecification) -> Any:  # vllm's EngineArg
         else None,
         worker_extension_cls=_WORKER_EXTENSION if backend else "",
         # Only where it is needed: with a processor vLLM copies each sequence's tokens every step.
-        logits_processors=[_PADDING_MASK]
-        if config.speculative is None and _is_padded(specification)
-        else None,
+        logits_processors=[_PADDING_MASK] if _is_padded(specification) else None,
         additional_config={"vocabulary_size": specification.vocabulary_size},
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )
-
-
-def _guesses(config: EngineConfig) -> dict[str, object] | None:
-    """How vLLM guesses tokens ahead; what it says of those that stay is the model's own."""
-    ngram = config.speculative
-    if ngram is None:
-        return None
-    return {
-        "method": ngram.type,
-        "num_speculative_tokens": ngram.tokens,
-        "prompt_lookup_min": ngram.min_match,
-        "prompt_lookup_max": ngram.max_match,
-    }
 
 
 def _is_padded(specification: EngineSpecification) -> bool:

@@ -68,7 +68,7 @@ def is_local_path(path: str) -> bool:
 
 
 def check_engine(config: RunConfig) -> None:
-    """Refuse a run whose engine, or what it guesses with, is not installed.
+    """Refuse a run whose engine is not installed.
 
     Raises: ConfigError, with the ways out.
     """
@@ -78,14 +78,6 @@ def check_engine(config: RunConfig) -> None:
             'CPU, pip install -e ".[cuda]" with GPUs), or set rollout.engine=transformers, which '
             "needs nothing more"
         )
-    for role in ("student", "teacher"):
-        guesses = getattr(config.rollout, f"{role}_engine").speculative is not None
-        if guesses and find_spec("numba") is None:
-            raise ConfigError(
-                f"rollout.{role}_engine.speculative: vLLM looks guesses up by numba, which is not "
-                "installed here (the CPU environment leaves it out): expected null, or numba of "
-                "the version that vLLM's metadata names"
-            )
 
 
 def has_encoder(config: RunConfig) -> bool:
