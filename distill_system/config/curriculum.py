@@ -13,9 +13,10 @@ from pathlib import Path
 from distill_system.config.data import PretrainedTokenizer, TokenizerConfig
 from distill_system.config.layers import check_tree, merge
 from distill_system.config.model import ModelConfig
+from distill_system.config.objective.token_losses import InterpolatedCrossEntropyConfig
 from distill_system.config.run import RunConfig
 from distill_system.config.schema import root_slot
-from distill_system.config.yaml_tree import Located
+from distill_system.config.yaml_tree import Located, to_plain
 from distill_system.errors import ConfigError
 
 OF_THE_WHOLE = ("curriculum", "runs_directory", "runs_mirror", "tokenizer")
@@ -29,11 +30,14 @@ class Stage:
 
     config: the run that it is. planned: the same run with models of the same shapes that exist
     before the first stage has run, to be checked and planned by.
+    label_weight: folders of the two students that the weight of the labels follows from, fitted to
+    labels alone and to the teacher alone; None where it stands in the configuration.
     """
 
     name: str
     config: RunConfig
     planned: RunConfig
+    label_weight: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +83,14 @@ class _Making:
         name = str(written.pop("name").value)
         try:
             self._refuse_keys(written)
+            label_weight = self._fits(written.pop("label_weight", None))
             chosen = {role: self._choose(role, written) for role in ROLES}
-            run = merge(self._start(name, chosen), Located(written, layer.where), root_slot(RunConfig))
+            run = merge(
+                self._start(name, chosen), Located(written, layer.where), root_slot(RunConfig)
+            )
             config = check_tree(run)
+            if label_weight is not None:
+                _require_interpolation(config)
         except ConfigError as error:
             raise ConfigError(f"curriculum, stage {name!r}: {error}") from error
         stand_ins = {
@@ -89,7 +98,9 @@ class _Making:
             for role, model in chosen.items()
         }
         planned = config.model_copy(update={**stand_ins, "tokenizer": self._tokenizer()})
-        self.stages.append(Stage(name=name, config=config, planned=planned))
+        self.stages.append(
+            Stage(name=name, config=config, planned=planned, label_weight=label_weight)
+        )
         self._leave(name, config, stand_ins)
 
     def _refuse_keys(self, written: Mapping[str, Located]) -> None:
@@ -99,6 +110,21 @@ class _Making:
                     f"{key} ({written[key].where}): is one for the whole curriculum; write it "
                     "beside `curriculum`, not in a stage"
                 )
+
+    def _fits(self, node: Located | None) -> tuple[str, str] | None:
+        """The folders of both students of label_weight: {labels: STAGE, teacher: STAGE}."""
+        if node is None:
+            return None
+        given = to_plain(node)
+        if isinstance(given, dict) and given.keys() == {"labels", "teacher"}:
+            names = str(given["labels"]), str(given["teacher"])
+            if all(name in self._students for name in names):
+                return self._students[names[0]].path, self._students[names[1]].path
+        raise ConfigError(
+            f"label_weight ({node.where}): expected {{labels: STAGE, teacher: STAGE}}, two earlier "
+            f"stages of {', '.join(self._students) or 'which there are none'}: one fitted to "
+            f"labels alone, one to its teacher alone; got {given}"
+        )
 
     def _choose(self, role: str, written: dict[str, Located]) -> _Model | None:
         """The model of a role that earlier stages have left; None for one that is written out.
@@ -180,6 +206,18 @@ class _Making:
             self._students["initial"] = began["student"]
         self._students |= {name: left, "previous": left}
         self._carried = {"teacher": began["teacher"], "student": left}
+
+
+def _require_interpolation(config: RunConfig) -> None:
+    objective = config.distill.objective
+    losses = [getattr(objective, stream, None) for stream in ("off_policy", "on_policy")]
+    read = [each for each in losses if isinstance(each, InterpolatedCrossEntropyConfig)]
+    if not read or any(loss.schedule != "constant" for loss in read):
+        raise ConfigError(
+            "label_weight is a constant weight of interpolated_cross_entropy: expected "
+            "distill.objective={type: token_matching, off_policy: {type: "
+            f"interpolated_cross_entropy, schedule: constant}}}}, got {objective.model_dump()}"
+        )
 
 
 def _standing(model: _Model, config: RunConfig, role: str) -> ModelConfig:

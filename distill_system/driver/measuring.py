@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from distill_system.driver.engine_drift import EngineDrift
 from distill_system.errors import TransferError
 from distill_system.evaluation import SplitEvaluation, evaluate_splits
 from distill_system.observe import write_evaluation
-from distill_system.records import Prompt, ScoredChunk, Stream, Trajectory
+from distill_system.records import FloatArray, Prompt, ScoredChunk, Stream, Trajectory
 from distill_system.rollout import RolloutPool, Sampling
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
@@ -65,6 +66,12 @@ def _mean_logprob(scored: Sequence[ScoredChunk]) -> float:
     return total / sum(t.num_response_tokens for t in trajectories)
 
 
+def _loss(logprobs: Sequence[FloatArray]) -> float:
+    """Mean cross-entropy per token, nats."""
+    total = sum(float(each.sum(dtype=np.float64)) for each in logprobs)
+    return -total / sum(each.size for each in logprobs)
+
+
 class Measuring:
     """Evaluates through the run's own pools; the teacher's held-out part is made once."""
 
@@ -83,6 +90,7 @@ class Measuring:
         self.metrics = context.config.evaluation.metrics if metrics is None else metrics
         self._drift = drift
         self._teacher_held_out: list[ScoredChunk] = []
+        self._teacher_losses: dict[str, float] = {}
         self._held_out_alarm = _make_alarm(context.config, "held-out prompts")
         self._step_alarm = _make_alarm(context.config, "text of the step")
 
@@ -138,6 +146,17 @@ class Measuring:
     def _tell(self, note: str | None) -> None:
         if note is not None:
             self.context.view.note(note)
+
+    def measure_sources(self) -> dict[str, float]:
+        """Perplexity of the student over the teacher's on the held-out rows of each source."""
+        rows = self.data.source_held_out
+        if not self._teacher_losses:
+            scorers = self.pools.scorers
+            self._teacher_losses = {name: _loss(scorers.read_logprobs(rows[name])) for name in rows}
+        learner, theirs = self.pools.learner, self._teacher_losses
+        return {
+            name: math.exp(_loss(learner.read_logprobs(rows[name])) - theirs[name]) for name in rows
+        }
 
     def evaluate_teacher(self, *, again: bool = False) -> None:
         """Write evaluations/teacher.json unless it stands.  again: even if it does."""

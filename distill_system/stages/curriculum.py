@@ -19,6 +19,7 @@ from distill_system.data.run_data import SetName
 from distill_system.errors import DistillError
 from distill_system.evaluation import check_evaluation
 from distill_system.observe import RunDirectory, require_trackers, write_curriculum
+from distill_system.observe.run_directory import read_json, write_json
 from distill_system.observe.run_lock import locked
 from distill_system.run.mirror import mirrored
 from distill_system.run.model_checks import check_data, check_engine, check_folders, check_models
@@ -30,9 +31,13 @@ from distill_system.run.preparation import (
     run_directory,
     with_chat_date,
 )
+from distill_system.stages.closed_form import measure_label_weight, with_label_weight
 from distill_system.stages.push import require_token
 from distill_system.stages.train import STAGES, require_a_run, train
 from distill_system.stopping import StopRequest
+
+LABEL_WEIGHT_FILE = "label_weight.json"
+"""In the folder of a stage whose objective has a weight in closed form."""
 
 
 def train_all(
@@ -74,10 +79,23 @@ def train_all(
                 break  # it has not come to this one
             notify(f"stage {number} of {len(each)}: {stage.name}")
             going_on: bool | Literal["auto"] = "auto" if resume else False
-            train(stage.config, resume=going_on, stages=stages, notify=notify, stop=stop)
+            ready = _with_label_weight(stage, notify) if trains else stage.config
+            train(ready, resume=going_on, stages=stages, notify=notify, stop=stop)
             write_curriculum(run, folders)
     notify(f"curriculum: {run.report_path}")
     return folders[each[-1].name]
+
+
+def _with_label_weight(stage: Stage, notify: Callable[[str], None]) -> RunConfig:
+    """The stage's run, with the weight that earlier stages determine: measured once, then kept."""
+    if stage.label_weight is None:
+        return stage.config
+    kept = run_directory(stage.config).path / LABEL_WEIGHT_FILE
+    if not kept.exists():
+        labels, teacher = stage.label_weight
+        weight = measure_label_weight(stage.config, labels, teacher, notify=notify)
+        write_json(kept, {"label_weight": weight})
+    return with_label_weight(stage.config, float(read_json(kept)["label_weight"]))
 
 
 def _check(stages: Sequence[Stage]) -> None:
