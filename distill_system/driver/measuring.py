@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,12 +64,6 @@ def _mean_logprob(scored: Sequence[ScoredChunk]) -> float:
     trajectories = [t for part in scored for t in part.chunk.trajectories]
     total = sum(float(t.behaviour_logprobs.sum(dtype=np.float64)) for t in trajectories)
     return total / sum(t.num_response_tokens for t in trajectories)
-
-
-def _loss(logprobs: Sequence[FloatArray]) -> float:
-    """Mean cross-entropy per token, nats."""
-    total = sum(float(each.sum(dtype=np.float64)) for each in logprobs)
-    return -total / sum(each.size for each in logprobs)
 
 
 class Measuring:
@@ -149,14 +143,23 @@ class Measuring:
 
     def measure_sources(self) -> dict[str, float]:
         """Perplexity of the student over the teacher's on the held-out rows of each source."""
-        rows = self.data.source_held_out
-        if not self._teacher_losses:
-            scorers = self.pools.scorers
-            self._teacher_losses = {name: _loss(scorers.read_logprobs(rows[name])) for name in rows}
-        learner, theirs = self.pools.learner, self._teacher_losses
-        return {
-            name: math.exp(_loss(learner.read_logprobs(rows[name])) - theirs[name]) for name in rows
-        }
+        rows, theirs = self.data.source_held_out, self._teacher_losses
+        for name in rows.keys() - theirs.keys():
+            theirs[name] = self._loss(self.pools.scorers.read_logprobs, rows[name])
+        read = self.pools.learner.read_logprobs
+        return {name: math.exp(self._loss(read, rows[name]) - theirs[name]) for name in rows}
+
+    def _loss(
+        self,
+        read: Callable[[Sequence[Trajectory]], Sequence[FloatArray]],
+        rows: Sequence[Trajectory],
+    ) -> float:
+        """Mean cross-entropy per token, nats; as many rows at once as a step has."""
+        distill = self.context.config.distill
+        count = distill.student_prompts_per_step + distill.teacher_prompts_per_step
+        parts = [each for at in range(0, len(rows), count) for each in read(rows[at : at + count])]
+        total = sum(float(each.sum(dtype=np.float64)) for each in parts)
+        return -total / sum(each.size for each in parts)
 
     def evaluate_teacher(self, *, again: bool = False) -> None:
         """Write evaluations/teacher.json unless it stands.  again: even if it does."""

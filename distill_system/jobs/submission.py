@@ -23,7 +23,7 @@ import yaml
 
 import distill_system
 from distill_system.cluster.job_client import Job, JobOrder
-from distill_system.config import RunConfig, dump_config, planned_runs
+from distill_system.config import RunConfig, dump_config, load_stages, planned_runs
 from distill_system.errors import ConfigError, RunStateError
 from distill_system.jobs.cluster_paths import write_out_paths
 from distill_system.observe import RunDirectory
@@ -105,6 +105,9 @@ def check(request: SubmitRequest, *, notify: Callable[[str], None]) -> SubmitReq
         )
     else:
         _plan(paths.config, request.device_gib, notify)
+    for stage in load_stages(paths.config):  # what is the run's own is written in full by now
+        for line in write_out_paths(stage.config).written_out:
+            raise ConfigError(f"curriculum, stage {stage.name!r}: {line}; write it so in the stage")
     return replace(request, config=paths.config)
 
 

@@ -8,7 +8,6 @@ the labels in the next student's target. No grid of runs is needed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +67,8 @@ def measure_label_weight(
 
 def with_label_weight(config: RunConfig, weight: float) -> RunConfig:
     """The run whose interpolated cross-entropy gives this weight to the token written."""
-    objective, changes = config.distill.objective, dict[str, Any]()
+    objective = config.distill.objective
+    changes: dict[str, object] = {}
     for stream in ("off_policy", "on_policy"):
         loss = getattr(objective, stream, None)
         if isinstance(loss, InterpolatedCrossEntropyConfig):
