@@ -13,6 +13,7 @@ from distill_system.errors import ConfigError
 from distill_system.observe import RunDirectory
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+KL = {"type": "forward_kl"}
 SFT = {"steps": 3, "optimizer": {"learning_rate": 1e-3}}
 
 
@@ -94,9 +95,7 @@ def test_weights_are_rounded_and_pushed_at_the_end_alone(tmp_path):
 
 def test_what_is_planned_has_the_shapes_of_what_will_be_there(tmp_path):
     base = load_config([QUICKSTART])
-    config = _load(
-        tmp_path, {"name": "a"}, {"name": "b"}, {"name": "c", "teacher": "previous"}
-    )
+    config = _load(tmp_path, {"name": "a"}, {"name": "b"}, {"name": "c", "teacher": "previous"})
     first, second, third = planned_runs(config)
     assert first.teacher == base.teacher
     assert second.teacher == base.teacher.model_copy(update={"sft": None})
@@ -108,7 +107,7 @@ def test_what_is_planned_has_the_shapes_of_what_will_be_there(tmp_path):
 def test_the_resolved_configuration_has_the_same_stages(tmp_path):
     config = _load(
         tmp_path,
-        {"name": "a", "distill": {"objective": {"type": "token_matching", "off_policy": {}}}},
+        {"name": "a", "distill": {"objective": {"type": "token_matching", "off_policy": KL}}},
         {"name": "b", "teacher": {"sft": SFT}, "data": {"prompts": {"num_examples": 9}}},
     )
     again = tmp_path / "config.json"
@@ -121,7 +120,10 @@ def test_the_resolved_configuration_has_the_same_stages(tmp_path):
     [
         ([{"name": "b", "distill": {"stepz": 1}}], r"stage 'b': .*\n.*distill\.stepz .*'steps'"),
         ([{"name": "b", "distill": {"steps": 0}}], r"stage 'b': .*\n.*distill\.steps .*got 0"),
-        ([{"name": "b", "teacher": "z"}], r"stage 'b': teacher .*\(initial, a, previous\), got 'z'"),
+        (
+            [{"name": "b", "teacher": "z"}],
+            r"stage 'b': teacher .*\(initial, a, previous\), got 'z'",
+        ),
         ([{"name": "b", "tokenizer": {"type": "embedded"}}], r"stage 'b': tokenizer .*the whole"),
         ([{"name": "a"}], r"curriculum .*each stage needs a name of its own"),
         ([{"distill": {"steps": 1}}], r"curriculum .*each stage needs a name of its own"),

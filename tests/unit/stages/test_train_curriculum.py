@@ -17,6 +17,9 @@ from distill_system.stages import curriculum as module
 from distill_system.stages.curriculum import train_all
 from distill_system.stages.train import STAGES
 
+POOLS = ("student_rollout", "teacher_rollout", "teacher_scoring", "learner")
+FEW_CPUS = f"pools={{{', '.join(f'{name}: {{cpus: 0.2}}' for name in POOLS)}}}"
+
 
 @pytest.fixture(autouse=True)
 def _no_cluster(monkeypatch):
@@ -36,7 +39,7 @@ def test_data_of_a_later_stage_is_looked_at_before_the_first_starts(configure, t
 
 
 def test_stages_are_trained_in_order_each_resumed_where_it_stands(configure, monkeypatch):
-    config = configure("curriculum=[{name: a}, {name: b, teacher: previous}]")
+    config = configure("curriculum=[{name: a}, {name: b, teacher: previous}]", FEW_CPUS)
     called = []
 
     def train(given, *, resume, stages, **_):
@@ -77,12 +80,12 @@ def test_commands_for_one_run_say_what_they_take_instead(tmp_path, configure, co
 def test_plan_looks_at_every_stage(tmp_path, configure):
     configure()
     stages = "curriculum=[{name: a}, {name: b, teacher: previous, distill: {steps: 1}}]"
-    result = CliRunner().invoke(app, ["plan", str(tmp_path / "run.yaml"), stages])
+    result = CliRunner().invoke(app, ["plan", str(tmp_path / "run.yaml"), stages, FEW_CPUS])
     assert result.exit_code == 0, result.output
     assert "1_a" in result.output
     assert "2_b" in result.output
     wrong = "curriculum=[{name: a}, {name: b, data: {held_out: {type: jsonl, path: no.jsonl}}}]"
-    result = CliRunner().invoke(app, ["plan", str(tmp_path / "run.yaml"), wrong])
+    result = CliRunner().invoke(app, ["plan", str(tmp_path / "run.yaml"), wrong, FEW_CPUS])
     assert result.exit_code == 1
     assert "no.jsonl" in result.output
 
@@ -110,7 +113,9 @@ def test_one_report_has_the_scores_after_every_stage(configure, tmp_path):
         each.name: RunDirectory(f"{each.config.runs_directory}/{each.config.name}")
         for each in load_stages(config)
     }
-    for each, before, after in zip(load_stages(config), ([0, 0], [0, 100]), ([0, 100], [100, 100])):
+    for each, before, after in zip(
+        load_stages(config), ([0, 0], [0, 100]), ([0, 100], [100, 100]), strict=False
+    ):
         write_text(stages[each.name].config_path, each.config.model_dump_json())
         _evaluate(stages[each.name], "before", 0, before)
         _evaluate(stages[each.name], "after", 3, after)
