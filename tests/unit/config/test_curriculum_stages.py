@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from distill_system.config import RunConfig, dump_config, load_config, load_stages, planned_runs
+from distill_system.config.data import PretrainedTokenizer
 from distill_system.errors import ConfigError
 from distill_system.observe import RunDirectory
 
@@ -40,6 +41,7 @@ def test_a_stage_starts_from_the_student_and_the_teacher_of_the_one_before(tmp_p
         assert run.student.path == str(_folder(before).student_directory)
         assert run.teacher.path == str(_folder(first).teacher_directory), "tuned once"
         assert run.student.sft is run.teacher.sft is None
+        assert isinstance(run.tokenizer, PretrainedTokenizer)
         assert run.tokenizer.path == str(_folder(first).tokenizer_directory)
     assert [run.distill.steps for run in (first, second, third)] == [220, 220, 7]
     assert [run.seed for run in (first, second, third)] == [0, 1, 2], "other prompts come first"

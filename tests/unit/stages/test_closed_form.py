@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from distill_system.config import load_config, load_stages
+from distill_system.config.objective import TokenMatchingConfig
+from distill_system.config.objective.token_losses import InterpolatedCrossEntropyConfig
 from distill_system.errors import ConfigError
 from distill_system.stages.closed_form import best_label_weight, with_label_weight
 
@@ -76,7 +78,10 @@ def test_a_stage_takes_the_weight_from_the_students_that_it_names():
         ("1_labels", "student"),
         ("4_soft_2", "student"),
     ]
-    loss = with_label_weight(stages["round_2"].config, 0.3).distill.objective.off_policy
+    objective = with_label_weight(stages["round_2"].config, 0.3).distill.objective
+    assert isinstance(objective, TokenMatchingConfig)
+    loss = objective.off_policy
+    assert isinstance(loss, InterpolatedCrossEntropyConfig)
     assert (loss.teacher_weight, loss.schedule) == (0.7, "constant")
 
 
