@@ -252,9 +252,9 @@ class TeacherGapConfig(ConfigModel):
     type: Literal["teacher_gap"] = "teacher_gap"
     every: PositiveInt = 1000
     """Steps between two measurements."""
-    smoothing: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    smoothing: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """a: of N sources none has less than (1 - a) / N of the prompts, once the weights have moved
-    for the first time. 1 does not smooth."""
+    for the first time."""
     cap: PositiveFloat = 5.0
     """Largest ratio that counts: a source that stays behind grows by e to this power each time."""
 
