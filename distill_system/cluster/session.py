@@ -32,6 +32,7 @@ from distill_system.cluster.placement import (
     request_placements,
 )
 from distill_system.cluster.predecessors import wait_until_gone
+from distill_system.cluster.ray_messages import RayMessages
 from distill_system.cluster.ray_watch import RayWatch
 from distill_system.cluster.reach import require_joinable
 from distill_system.cluster.starting import StartingWorker
@@ -65,11 +66,13 @@ class ClusterSession:
         self.starting: list[StartingWorker] = []
         self._requests: dict[str, WorkerRequest] = {}
         self._watch = RayWatch()
+        self._messages = RayMessages()
 
     def __enter__(self) -> Self:
         address = os.environ.get("RAY_ADDRESS")
         require_joinable()
         assert not ray.is_initialized(), "a process has one session at a time"
+        self._messages.begin()
         try:
             with _signal_handlers_kept():
                 _connect(address, self.config, self.namespace)
@@ -77,6 +80,7 @@ class ClusterSession:
                 wait_until_gone(self.namespace, notify=self.notify)
         except BaseException:
             _shut_down()  # a local cluster may have started in part
+            self._messages.end()
             raise
         self._watch.begin()
         return self
@@ -87,6 +91,7 @@ class ClusterSession:
         self._watch.expect_end()
         _shut_down()
         self._watch.stop()
+        self._messages.end()
 
     def start_workers(self, request: WorkerRequest) -> RayWorkers:
         """Place and start one pool; see start_pools."""
