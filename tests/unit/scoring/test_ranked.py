@@ -53,15 +53,15 @@ def _arguments(folder: Path, config: ScoringConfig) -> dict[str, Any]:
     }
 
 
-Scorers = Callable[..., RankedScorer]
+Scorers = Callable[..., TaughtScorer]
 
 
 @pytest.fixture
 def shared() -> Iterator[Scorers]:
     """A scorer of several ranks, the first of which is this process."""
-    made: list[tuple[RankedScorer, ForkedPeers]] = []
+    made: list[tuple[TaughtScorer, ForkedPeers]] = []
 
-    def make(folder: Path, num_ranks: int, **config: Any) -> RankedScorer:
+    def make(folder: Path, num_ranks: int, **config: Any) -> TaughtScorer:
         def build(peers: ForkedPeers | None, rank: int) -> TaughtScorer:
             arguments = _arguments(folder, ScoringConfig(shard_ranks=num_ranks, **config))
             return TaughtScorer(
