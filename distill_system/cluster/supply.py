@@ -39,7 +39,8 @@ def _together(config: RunConfig, names: Collection[str]) -> dict[str, float]:
     for name in names:
         pool = config.pools.by_name[name]
         for resource, amount in bundle_of(pool).items():
-            total[resource] = total.get(resource, 0.0) + pool.count * amount
+            share = pool.count * config.ranks_per_worker(name) * amount
+            total[resource] = total.get(resource, 0.0) + share
     return total
 
 

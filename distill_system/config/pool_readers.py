@@ -7,11 +7,15 @@ from distill_system.config.objective import StreamName
 from distill_system.config.pools import PoolsConfig
 
 STEPS, EVALUATIONS, MEASURES = "steps", "evaluations", "measures on data.held_out"
+SOURCES = "weights of sources that follow measures"
 
 
-def find_readers(distill: DistillConfig, pools: PoolsConfig) -> dict[str, tuple[str, ...]]:
+def find_readers(
+    distill: DistillConfig, pools: PoolsConfig, *, follows_sources: bool
+) -> dict[str, tuple[str, ...]]:
     """Each configured pool with those who read it while the steps go on, for people.
 
+    follows_sources: whether data.prompts has a policy.
     The teacher's engines write text for steps alone here: what measures and evaluations want of
     them is the same all along, and is written before (RunConfig.teacher_writes_first).
     """
@@ -24,7 +28,7 @@ def find_readers(distill: DistillConfig, pools: PoolsConfig) -> dict[str, tuple[
     wanted: dict[str, dict[str, bool]] = {
         "student_rollout": {STEPS: "on_policy" in streams, **({} if has_evaluation else looked_at)},
         "teacher_rollout": {STEPS: teacher_writes},
-        "teacher_scoring": {STEPS: is_scored, **measures},
+        "teacher_scoring": {STEPS: is_scored, **measures, SOURCES: follows_sources},
         "learner": {STEPS: True},
         "evaluation": looked_at,
     }

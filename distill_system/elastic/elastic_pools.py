@@ -170,7 +170,9 @@ class ElasticPools:
         self._clock = clock
         self._sleep = sleep
         self._scaler = AutoScaler(
-            scaling, {name: pools[name].config for name in ELASTIC_POOLS if name in pools}
+            scaling,
+            {name: pools[name].config for name in ELASTIC_POOLS if name in pools},
+            {name: pool.request.ranks for name, pool in pools.items()},
         )
         self._observed_at = clock()
         # Present workers are those in pool.workers. A pool is settled when as many are present as

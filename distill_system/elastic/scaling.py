@@ -61,10 +61,16 @@ class AutoScaler:
     spare_share of the best split.
     """
 
-    def __init__(self, config: ScalingConfig, pools: Mapping[str, PoolConfig]) -> None:
-        """pools: those that may change, with their bounds."""
+    def __init__(
+        self,
+        config: ScalingConfig,
+        pools: Mapping[str, PoolConfig],
+        ranks: Mapping[str, int] | None = None,
+    ) -> None:
+        """pools: those that may change, with their bounds.  ranks: of one worker, where several."""
         self._config = config
         self._pools = dict(pools)
+        self._ranks = dict(ranks or {})
         self._agreeing: list[_Change] = []
         self._cool_until = float("-inf")
 
@@ -152,7 +158,8 @@ class AutoScaler:
         """What one worker holds of what the budget counts."""
         assert self._config.budget is not None, "nobody asks otherwise"
         pool = self._pools[name]
-        return float(getattr(pool, self._config.budget[0])) if pool.is_elastic else 0.0
+        each = float(getattr(pool, self._config.budget[0])) if pool.is_elastic else 0.0
+        return self._ranks.get(name, 1) * each
 
     def _is_spare(self, name: str, activity: PoolActivity, workers: int, count: int = 1) -> bool:
         """Whether the workers that stay would be idle for spare_share with so many workers less."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from distill_system.config import RunConfig
 from distill_system.config.model import OptimizerConfig
-from distill_system.config.pool_readers import STEPS
+from distill_system.config.pool_readers import MEASURES
 
 
 def settings_notes(config: RunConfig) -> list[str]:
@@ -24,9 +24,9 @@ def _idle_pools(config: RunConfig) -> Iterator[str]:
             )
         elif not readers:
             yield f"not started: {name} (nobody reads it)"
-        elif name == "teacher_scoring" and STEPS not in readers:
+        elif name == "teacher_scoring" and readers == (MEASURES,):
             yield (
-                f"teacher_scoring is started for {' and '.join(readers)} alone "
+                f"teacher_scoring is started for {MEASURES} alone "
                 "(distill.measure_every=null does without)"
             )
 
