@@ -7,7 +7,7 @@ import math
 import re
 from typing import Literal
 
-from pydantic import NonNegativeInt, field_validator, model_validator
+from pydantic import JsonValue, NonNegativeInt, field_validator, model_validator
 
 from distill_system.config.base import ConfigModel, LocalPath
 from distill_system.config.data import DataConfig, PretrainedTokenizer, TokenizerConfig
@@ -68,6 +68,11 @@ class RunConfig(ConfigModel):
     deadlines: DeadlinesConfig = DeadlinesConfig()
     faults: FaultsConfig = FaultsConfig()
     logging: LoggingConfig = LoggingConfig()
+    curriculum: tuple[dict[str, JsonValue], ...] = ()
+    """Stages one after another (docs/curriculum.md): each a `name` and the keys of this configuration
+    that differ in it. A stage begins with the student and the teacher of the stage before and a new
+    optimizer; its `teacher` or `student` may also be the name of an earlier stage, `previous`, or
+    `initial`; `label_weight` takes the weight of the labels from two of them."""
 
     @property
     def max_model_length(self) -> int:
@@ -122,6 +127,21 @@ class RunConfig(ConfigModel):
                 f"name must have at most {LONGEST_RUN_NAME} characters, got {len(name)}"
             )
         return name
+
+    @field_validator("curriculum")
+    @classmethod
+    def _check_stages(
+        cls, stages: tuple[dict[str, JsonValue], ...]
+    ) -> tuple[dict[str, JsonValue], ...]:
+        names = [stage.get("name") for stage in stages]
+        for name in names:
+            is_plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w-]{0,99}", name)
+            if not is_plain or name in ("previous", "initial") or names.count(name) > 1:
+                raise ValueError(
+                    "each stage needs a name of its own of letters, digits, '_' and '-', other "
+                    f"than previous and initial, got {names}"
+                )
+        return stages
 
     @model_validator(mode="after")
     def _check_ranks(self) -> RunConfig:

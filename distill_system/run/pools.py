@@ -26,6 +26,7 @@ from distill_system.run.worker_arguments import tensor_parallel_size
 from distill_system.run.worker_requests import (
     evaluation_request,
     learner_request,
+    reading_request,
     rollout_request,
     scoring_request,
     transfer_backend,
@@ -191,6 +192,15 @@ def open_evaluation_pool(
     workers = cluster.start_workers(evaluation_request(config, tokenizer, path))
     _wait_until_ready(workers, config.deadlines.start_seconds)
     return RolloutPool(workers)
+
+
+def open_reading_pool(
+    config: RunConfig, cluster: ClusterSession, tokenizer: Any, *, path: str
+) -> ScoringPool:
+    """Workers that hold the model in `path` and say what it thinks of text."""
+    workers = cluster.start_workers(reading_request(config, tokenizer, path))
+    _wait_until_ready(workers, config.deadlines.start_seconds)
+    return ScoringPool(workers)
 
 
 def wait_until_ready(context: RunContext, workers: RayWorkers) -> None:

@@ -84,6 +84,15 @@ def open_run(config: RunConfig) -> RunDirectory:
     return run
 
 
+def require_begun(run: RunDirectory) -> None:
+    """Refuse to go on with a run that has not begun.  Raises: RunStateError."""
+    if not run.config_path.exists():
+        raise RunStateError(
+            f"--resume: nothing to go on from, {run.path} holds no run. Check name and "
+            "runs_directory; `--resume auto` begins a run where there is none"
+        )
+
+
 def require_lasting_folder(config: RunConfig) -> None:
     """Refuse a runs_directory that starts from a job's own folder.
 

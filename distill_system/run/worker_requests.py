@@ -91,6 +91,18 @@ def scoring_request(context: RunContext) -> WorkerRequest:
     )
 
 
+def reading_request(config: RunConfig, tokenizer: Any, path: str) -> WorkerRequest:
+    """Workers that say what the model in `path` thinks of text, on the scorers' resources."""
+    pool = config.pools.teacher_scoring
+    return WorkerRequest(
+        name="teacher_scoring",
+        worker_class=TeacherScorer,
+        arguments=[scorer_arguments(config, tokenizer, path)] * pool.count,
+        pool=pool,
+        environment=torch_environment(config, pool, config.scoring.threads),
+    )
+
+
 def learner_request(
     context: RunContext,
     *,
