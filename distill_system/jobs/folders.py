@@ -12,7 +12,13 @@ from distill_system.errors import DeadlineError, RunStateError
 from distill_system.logs import log_path
 from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.run_lock import find_holder
-from distill_system.observe.run_status import describe_status, find_run, find_runs, find_stages, read_status
+from distill_system.observe.run_status import (
+    describe_status,
+    find_run,
+    find_runs,
+    find_stages,
+    read_status,
+)
 
 POLL_SECONDS = 0.2
 
