@@ -65,9 +65,9 @@ def _facts(plan: Plan) -> list[str]:
         f"limit of {longest} tokens, so real steps hold less",
         f"wire: {wire:,} bytes a teacher token, {_gib(wire * plan.scored_tokens)} GiB a step at "
         "most (scoring.dtype, distill.action_dimension)",
-        f"publish: {_gib(plan.publish_bytes)} GiB a weight version to each student worker, at least "
-        f"{plan.publish_bytes / LINK_BYTES:.2g} s at 100 Gbit/s, and a copy of it in CPU memory of "
-        "learner rank 0",
+        f"publish: {_gib(plan.publish_bytes)} GiB a weight version to each student worker, at "
+        f"least {plan.publish_bytes / LINK_BYTES:.2g} s at 100 Gbit/s; learner rank 0 keeps a copy "
+        "in CPU memory",
     ]
     lines += [f"{worker.pool}: {worker.note}" for worker in plan.at_once if worker.note]
     if plan.host_bytes:

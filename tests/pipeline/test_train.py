@@ -172,7 +172,7 @@ def test_more_workers_make_the_same_first_step_and_a_scorer_is_lost_with_its_ran
     shared = ("learner.shard_ranks=all", "scoring.shard_ranks=2")
     command = _command(run.parent, "name=wide", "distill.steps=4", *counts, *shared)
     wide_run = launch(*command[command.index("train") :])
-    wait_until(lambda: newest_step(RunDirectory(run)) >= 0, wide_run)
+    wait_until(lambda: newest_step(RunDirectory(run)) >= 0, wide_run, DEADLINE_SECONDS)
     find_workers(wide_run)["teacher_scoring-0-rank-1"].kill()  # the one that answers nobody
     assert wide_run.finish(DEADLINE_SECONDS).code == 0, wide_run.stderr[-3000:]
     faults = read_faults(RunDirectory(run))

@@ -12,8 +12,9 @@ from distill_system.cluster import machine_supply, require_room, supply
 from distill_system.config import load_config
 from distill_system.config.recipes import recipe_path
 from distill_system.errors import ResourceError
-from distill_system.planning import make_plan
+from distill_system.planning import make_plan, read_shape
 from distill_system.planning.plan import WorkerPlan
+from distill_system.planning.plan import _scorer as plan_scorer
 from distill_system.stages.plan import PlannedRun, plan_run
 
 ROOT = Path(__file__).parents[3]
@@ -196,7 +197,8 @@ def test_an_engine_on_a_gpu_takes_its_share_of_it(families: list[str]) -> None:
     )
     plan = make_plan(config, vocabulary=None, device_gib=40)
     engine = next(worker for worker in plan.workers if worker.pool == "student_rollout")
-    assert engine.num_bytes == pytest.approx(20 * 2**30)
+    beside = engine.memory.parts["received weights"]
+    assert engine.num_bytes == pytest.approx(20 * 2**30 + beside)
     assert engine.fits
 
 
@@ -246,7 +248,9 @@ def test_a_student_on_a_gpu_of_its_own_loads_what_comes_and_holds_no_second_mode
     assert alone.memory.parts["received weights"] == 2 * matrix
     assert two.memory.parts["received weights"] == 1.5 * matrix
     assert alone.fits
-    assert engine("rollout.student_engine.gpu_memory_utilization=1.0").fits is False
+    everything = "rollout.student_engine={kv_cache_mebibytes: null, gpu_memory_utilization: %s}"
+    assert engine(everything % 0.9).fits
+    assert engine(everything % 1.0).fits is False, "nothing is left for what comes"
     share = engine("pools.student_rollout.gpus=0.5", "pools.learner.gpus=0.5")
     assert "received weights" not in share.memory.parts
     assert share.memory.host_bytes == share.memory.parts["weights"], "it comes through CPU memory"
@@ -257,8 +261,8 @@ def test_ranks_of_a_scorer_hold_a_part_each_and_a_plan_says_how_many_fit(
 ) -> None:
     def scorer(*settings: str, device_gib: float = 80) -> WorkerPlan:
         config = load_config([QUICKSTART], [*families, "pools.teacher_scoring.gpus=1", *settings])
-        plan = make_plan(config, vocabulary=None, device_gib=device_gib)
-        return next(worker for worker in plan.at_once if worker.pool == "teacher_scoring")
+        teacher = read_shape(str(config.teacher.path), key="teacher.path")
+        return plan_scorer(config, teacher, device_gib * 2**30)
 
     whole, shared = scorer(), scorer("scoring.shard_ranks=4", "pools.teacher_scoring.count=2")
     assert (shared.count, shared.what) == (8, "a part of 4 of the teacher in torch")
