@@ -21,6 +21,7 @@ from ray.job_config import JobConfig
 
 from distill_system.cluster.listening import listening_on, local_arguments
 from distill_system.cluster.liveness import LivenessMonitor
+from distill_system.cluster.peers import start_worker
 from distill_system.cluster.placement import (
     NAMESPACE,
     Placement,
@@ -29,7 +30,6 @@ from distill_system.cluster.placement import (
     describe_supply,
     release_placements,
     request_placements,
-    start_process,
 )
 from distill_system.cluster.predecessors import wait_until_gone
 from distill_system.cluster.ray_messages import RayMessages
@@ -204,7 +204,7 @@ class ClusterSession:
     def _start_processes(self, request: WorkerRequest, places: Sequence[Placement]) -> list[Any]:
         pairs = enumerate(zip(request.arguments, places, strict=True))
         return [
-            start_process(request, worker_id, arguments, place)
+            start_worker(request, worker_id, arguments, place)
             for worker_id, (arguments, place) in pairs
         ]
 
@@ -260,7 +260,8 @@ def _describe_demand(
         if done < len(placements[name]):
             pools = " and ".join([name, *(other.name for other in beside)])
             bundle = bundle_of(host.pool, *(other.pool for other in beside))
-            part = f"{len(placements[name])} x {bundle} for {pools}"
+            each = f"{host.ranks} x {bundle}" if host.ranks > 1 else f"{bundle}"
+            part = f"{len(placements[name])} x {each} for {pools}"
             part += " together" if host.gang and len(placements[name]) > 1 else ""
             parts.append(part + (f" ({done} placed)" if done else ""))
     return ", ".join(parts)

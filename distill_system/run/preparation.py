@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "learner.max_tokens_per_microbatch",
     "learner.offload",
     "learner.shard_ranks",
+    "scoring.shard_ranks",
     "runs_directory",
     "runs_mirror",
     "trackers",
