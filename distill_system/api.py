@@ -22,7 +22,8 @@ Settings = RunConfig | str | Path | Mapping[str, Any] | Sequence[str | Path | Ma
 class DistillResult:
     """What a finished run left behind.
 
-    run: its folder, of a curriculum that of its last stage.  student: the exported student, which transformers and vLLM load.
+    run: its folder, of a curriculum that of its last stage.  student: the exported student, which
+    transformers and vLLM load.
     summary: the figures of summary.json (docs/metrics.md).
     metrics: stage -> a row for each step, in order: {"step": s, metric: value}; a value that was
         not finite is None.

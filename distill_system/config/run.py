@@ -70,10 +70,10 @@ class RunConfig(ConfigModel):
     faults: FaultsConfig = FaultsConfig()
     logging: LoggingConfig = LoggingConfig()
     curriculum: tuple[dict[str, JsonValue], ...] = ()
-    """Stages one after another (docs/curriculum.md): each a `name` and the keys of this configuration
-    that differ in it. A stage begins with the student and the teacher of the stage before and a new
-    optimizer; its `teacher` or `student` may also be the name of an earlier stage, `previous`, or
-    `initial`; `label_weight` takes the weight of the labels from two of them."""
+    """Stages one after another (docs/curriculum.md): each a `name` and the keys of this
+    configuration that differ in it. A stage begins with the student and the teacher of the stage
+    before and a new optimizer; its `teacher` or `student` may also be the name of an earlier stage,
+    `previous`, or `initial`; `label_weight` takes the weight of the labels from two of them."""
 
     @property
     def max_model_length(self) -> int:

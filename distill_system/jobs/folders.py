@@ -35,8 +35,9 @@ def describe(name: str | None, runs_directory: str) -> Iterator[str]:
             f"no run below {Path(runs_directory).absolute()} (--runs-directory). The jobs of a "
             "cluster are listed with --address"
         )
-    for run in [each for run in runs for each in find_stages(run) or [run]]:
-        yield from describe_status(read_status(run, is_alive=find_holder(run) is not None))
+    for run in runs:
+        for part in find_stages(run) or [run]:
+            yield from describe_status(read_status(part, is_alive=find_holder(part) is not None))
 
 
 def describe_if_here(folder: str | None) -> list[str]:
