@@ -15,6 +15,7 @@ from distill_system.data import RunData
 from distill_system.data.run_data import SetName
 from distill_system.driver import Driver
 from distill_system.driver.measuring import Measuring
+from distill_system.driver.standing_pools import measure_standing
 from distill_system.errors import DistillError, RunStateError
 from distill_system.evaluation import check_evaluation
 from distill_system.logs import (
@@ -29,10 +30,10 @@ from distill_system.observe import (
     JobPage,
     LiveView,
     MetricLog,
-    OptionalWrites,
     PromptLog,
     RunDirectory,
     RunGauges,
+    RunWrites,
     Timings,
     require_trackers,
     write_report,
@@ -162,9 +163,10 @@ def _make(
         )
     if "report" in stages:
         _require_a_run(run)
+        writes = RunWrites(notify, seconds=config.deadlines.call_seconds)
         with told_as_unwritable(run.report_path):
-            write_summary(run)
-            write_report(run)
+            writes.require(run.summary_path, lambda: write_summary(run))
+            writes.require(run.report_path, lambda: write_report(run))
 
 
 def _due(config: RunConfig, run: RunDirectory) -> Iterator[str]:
@@ -266,7 +268,8 @@ def open_context(
         for line in settings_notes(config):
             view.note(line)
         _note_rows(view, data)
-        writes = stack.enter_context(OptionalWrites(view.note))
+        seconds = config.deadlines.call_seconds
+        writes = stack.enter_context(RunWrites(view.note, seconds=seconds))
         log = stack.enter_context(
             MetricLog(
                 run,
@@ -343,13 +346,15 @@ def _run_evaluate(context: RunContext) -> None:
     metrics = wanted_metrics(config, run)
     # The two students differ, so each gets pools of its own, one after the other.
     for label in [label for label in students if label in lacking] or ["after"]:
-        with context.timings.stage("evaluate"):
-            pools = open_pools(context, student_path=students[label])
-            measuring = Measuring(context, pools, context.data, metrics=metrics)
-            pools.weights.publish(steps[label])
+
+        def make(measuring: Measuring, label: str = label) -> None:
             measuring.evaluate_teacher(again="teacher" in find_lacking(config, run))
             if label in lacking:
                 measuring.evaluate_student(label, step=steps[label])
+
+        with context.timings.stage("evaluate"):
+            path, step = students[label], steps[label]
+            measure_standing(context, make, student_path=path, step=step, metrics=metrics)
             context.cluster.stop_all()
 
 
