@@ -105,19 +105,32 @@ def _fewest(name: str, device: int, lora_rank: int) -> str:
 
 
 def teacher_rows() -> list[dict[str, str]]:
-    """GiB of a scorer, which is one GPU; GPUs of one rollout engine with 8 GiB of cache each."""
+    """GiB of a scorer of one rank, the fewest ranks that fit; GPUs of one rollout engine with 8
+    GiB of cache each."""
     rows = []
     for name, shape in _shapes().items():
-        config = _config(["pools.teacher_scoring={count: 1, gpus: 1}", "scoring.dtype=bfloat16"])
-        scorer = scorer_memory(config, shape)
-        row = {"teacher": name, "scorer": _gib(scorer)}
+        row = {"teacher": name, "scorer": _gib(_scorer(name, 1))}
         for device in DEVICES:
-            fits = scorer.num_bytes + PROCESS_BYTES["cuda"] <= device * GIB
-            row[f"scorer on {device} GiB"] = "yes" if fits else "no"
+            row[f"ranks of {device} GiB for a scorer"] = _fewest_ranks(name, device)
         for device in DEVICES:
             row[f"GPUs of {device} GiB for an engine"] = _engine_gpus(shape, device)
         rows.append(row)
     return rows
+
+
+@cache
+def _scorer(name: str, ranks: int) -> Memory:
+    settings = ["pools.teacher_scoring={count: 1, gpus: 1}", "scoring.dtype=bfloat16"]
+    config = _config([*settings, f"scoring.shard_ranks={ranks}"])
+    return scorer_memory(config, _shapes()[name])
+
+
+def _fewest_ranks(name: str, device: int) -> str:
+    for ranks in (1, 2, 4, 8):
+        memory = _scorer(name, ranks)
+        if memory.num_bytes + PROCESS_BYTES["cuda"] <= device * GIB:
+            return f"{ranks} ({_gib(memory)} GiB)" if ranks > 1 else "1"
+    return "more than 8"
 
 
 def _engine_gpus(shape: ModelShape, device: int) -> str:

@@ -22,7 +22,7 @@ Settings = RunConfig | str | Path | Mapping[str, Any] | Sequence[str | Path | Ma
 class DistillResult:
     """What a finished run left behind.
 
-    run: its folder.  student: the exported student, which transformers and vLLM load.
+    run: its folder, of a curriculum that of its last stage.  student: the exported student, which transformers and vLLM load.
     summary: the figures of summary.json (docs/metrics.md).
     metrics: stage -> a row for each step, in order: {"step": s, metric: value}; a value that was
         not finite is None.
@@ -89,9 +89,9 @@ def distill(
     # After the configuration is checked: these imports take many seconds.
     from distill_system.observe.metrics import read_metrics
     from distill_system.observe.run_directory import read_json
-    from distill_system.stages.train import train
+    from distill_system.stages.curriculum import train_all
 
-    run = train(checked, resume=resume)
+    run = train_all(checked, resume=resume)
     metrics: dict[str, list[dict[str, float | None]]] = {}
     for row in read_metrics(run):
         metrics.setdefault(row.stage, []).append({"step": row.step, **row.metrics})

@@ -483,19 +483,22 @@ def plan(
     """
     with _reporting_errors():
         config = _load(settings, objective)
+        from distill_system.config import planned_runs
         from distill_system.planning import render_plan
         from distill_system.stages.plan import plan_run
 
-        planned = plan_run(config, device_gib=device_gib)
-    if planned.plan is not None:
-        Console().print(render_plan(planned.plan))
-    for line in planned.notes:
-        print(f"note: {line}")
-    for line in planned.problems:
-        _print_error("Problem", line)
-    if planned.can_start:
+        each = [plan_run(run, device_gib=device_gib) for run in planned_runs(config)]
+    for planned in each:
+        if planned.plan is not None:
+            Console().print(render_plan(planned.plan))
+        for line in planned.notes:
+            print(f"note: {line}")
+        for line in planned.problems:
+            _print_error("Problem", line)
+    can_start = all(planned.can_start for planned in each)
+    if can_start:
         print("nothing was found that would stop this run")
-    raise typer.Exit(int(not planned.can_start))
+    raise typer.Exit(int(not can_start))
 
 
 @app.command()
@@ -590,19 +593,22 @@ def data(
     Exit code 1 if a set would end the run.
     """
     with _reporting_errors():
-        from distill_system.config import load_config
+        from distill_system.config import load_config, planned_runs
 
         config = load_config(*_sort(settings))
         from distill_system.stages.data_page import render_data
         from distill_system.stages.show_data import show_data
 
-        found = show_data(config, names=set_names or (), num_rows=rows)
-        console = Console()
+        console, has_problem = Console(), False
         plain = not console.is_terminal
-        # Elsewhere a line is as long as its row: whoever reads a file wraps it himself.
-        page = render_data(found, config, plain=plain)
-        console.print(page, soft_wrap=plain)
-    raise typer.Exit(int(any(each.problem is not None for each in found)))
+        for run in planned_runs(config):
+            if config.curriculum:
+                console.print(f"[bold]stage {run.name}[/]")
+            found = show_data(run, names=set_names or (), num_rows=rows)
+            # Elsewhere a line is as long as its row: whoever reads a file wraps it himself.
+            console.print(render_data(found, run, plain=plain), soft_wrap=plain)
+            has_problem = has_problem or any(each.problem is not None for each in found)
+    raise typer.Exit(int(has_problem))
 
 
 @app.command()
@@ -628,10 +634,10 @@ def _run(
     with _reporting_errors(), _ending_on_signals(_resume_line(command, settings, objective), stop):
         config = _load(settings, objective)
         # After the configuration is checked: this import is the slow one.
-        from distill_system.stages.train import train as run_stages
+        from distill_system.stages.curriculum import train_all
 
         chosen: bool | Literal["auto"] = "auto" if resume == "auto" else resume == "yes"
-        run = run_stages(config, resume=chosen, stages=stages, stop=stop)
+        run = train_all(config, resume=chosen, stages=stages, stop=stop)
     if "report" in stages:
         print(f"report: {run.report_path}\nsummary: {run.summary_path}")
     else:

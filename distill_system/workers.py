@@ -118,6 +118,22 @@ class ElasticWorkers(Workers, Protocol):
         """
 
 
+class Peers(Protocol):
+    """The other ranks of a worker that several processes make up, as its first rank calls them."""
+
+    def start(self) -> None:
+        """Start them; they load beside this rank, and end with it."""
+
+    def call(self, method: str, argument_tuples: Sequence[tuple[Any, ...]]) -> list[Reference]:
+        """Begin the call of every rank: rank i gets argument_tuples[i - 1]; does not wait."""
+
+    def finish(self, references: Sequence[Reference], *, what: str, seconds: float) -> list[Any]:
+        """Wait for their results; what, seconds: as Workers.finish has them.
+
+        Raises: what a rank raised, as this worker's own; WorkerLostError; DeadlineError.
+        """
+
+
 class Supervision(Protocol):
     """Who replaces the lost workers of a run; see elastic.ElasticPools.
 

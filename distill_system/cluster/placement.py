@@ -37,6 +37,7 @@ class WorkerRequest:
     worker_class: has a method `ready`, which is called first on every worker; a DistillError that
     the constructor raised is raised by that call.
     gang: place all workers together or none, because their ranks must connect to one another.
+    ranks: processes that make up one worker, each with the pool's resources; see cluster.peers.
     colocate_with: name of another request in the same call; worker i of this pool shares the bundle
     of worker i of that pool, which then holds the resources of both.
     """
@@ -47,6 +48,7 @@ class WorkerRequest:
     pool: PoolConfig
     environment: Mapping[str, str] = field(default_factory=dict)
     gang: bool = False
+    ranks: int = 1
     colocate_with: str | None = None
 
 
@@ -71,7 +73,7 @@ class ElasticPool:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One worker's place: a bundle of a placement group.
+    """One worker's place: a bundle of a placement group, the first of several ranks'.
 
     placed: Ray's reference that is ready once the cluster has reserved the group.
     """
@@ -109,7 +111,8 @@ def request_placements(
         placed = group.ready()
         return [Placement(group, index, placed) for index in range(count)]
     names = [ray_name(f"{request.name}-{first_id + index}") for index in range(count)]
-    groups = [placement_group([bundle], name=name) for name in names]
+    # Ranks of one worker on one node where that goes: what they gather travels among them.
+    groups = [placement_group([bundle] * request.ranks, "PACK", name=name) for name in names]
     return [Placement(group, 0, group.ready()) for group in groups]
 
 
@@ -129,12 +132,12 @@ def release_placements(placements: Sequence[Placement]) -> None:
 
 
 def start_process(
-    request: WorkerRequest, worker_id: int, arguments: Mapping[str, Any], placement: Placement
+    request: WorkerRequest, name: str, arguments: Mapping[str, Any], placement: Placement
 ) -> Any:
-    """Start a worker's process in its place; returns its handle at once."""
+    """Start a process of a worker in its place, called `name`; returns its handle at once."""
     remote_class = ray.remote(_failing_when_ready(request.worker_class))
     return remote_class.options(
-        name=ray_name(f"{request.name}-{worker_id}"),
+        name=ray_name(name),
         num_cpus=request.pool.cpus,
         num_gpus=request.pool.gpus,
         resources=dict(request.pool.custom_resources),
@@ -145,7 +148,7 @@ def start_process(
             "env_vars": {
                 **_hidden_gpus(request.pool),
                 **request.environment,
-                WORKER_VARIABLE: f"{request.name}-{worker_id}",
+                WORKER_VARIABLE: name,
             }
         },
     ).remote(**arguments)

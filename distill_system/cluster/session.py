@@ -21,6 +21,7 @@ from ray.job_config import JobConfig
 
 from distill_system.cluster.listening import listening_on, local_arguments
 from distill_system.cluster.liveness import LivenessMonitor
+from distill_system.cluster.peers import start_worker
 from distill_system.cluster.placement import (
     NAMESPACE,
     Placement,
@@ -29,9 +30,9 @@ from distill_system.cluster.placement import (
     describe_supply,
     release_placements,
     request_placements,
-    start_process,
 )
 from distill_system.cluster.predecessors import wait_until_gone
+from distill_system.cluster.ray_messages import RayMessages
 from distill_system.cluster.ray_watch import RayWatch
 from distill_system.cluster.reach import require_joinable
 from distill_system.cluster.starting import StartingWorker
@@ -65,11 +66,13 @@ class ClusterSession:
         self.starting: list[StartingWorker] = []
         self._requests: dict[str, WorkerRequest] = {}
         self._watch = RayWatch()
+        self._messages = RayMessages()
 
     def __enter__(self) -> Self:
         address = os.environ.get("RAY_ADDRESS")
         require_joinable()
         assert not ray.is_initialized(), "a process has one session at a time"
+        self._messages.begin()
         try:
             with _signal_handlers_kept():
                 _connect(address, self.config, self.namespace)
@@ -77,6 +80,7 @@ class ClusterSession:
                 wait_until_gone(self.namespace, notify=self.notify)
         except BaseException:
             _shut_down()  # a local cluster may have started in part
+            self._messages.end()
             raise
         self._watch.begin()
         return self
@@ -87,6 +91,7 @@ class ClusterSession:
         self._watch.expect_end()
         _shut_down()
         self._watch.stop()
+        self._messages.end()
 
     def start_workers(self, request: WorkerRequest) -> RayWorkers:
         """Place and start one pool; see start_pools."""
@@ -199,7 +204,7 @@ class ClusterSession:
     def _start_processes(self, request: WorkerRequest, places: Sequence[Placement]) -> list[Any]:
         pairs = enumerate(zip(request.arguments, places, strict=True))
         return [
-            start_process(request, worker_id, arguments, place)
+            start_worker(request, worker_id, arguments, place)
             for worker_id, (arguments, place) in pairs
         ]
 
@@ -255,7 +260,8 @@ def _describe_demand(
         if done < len(placements[name]):
             pools = " and ".join([name, *(other.name for other in beside)])
             bundle = bundle_of(host.pool, *(other.pool for other in beside))
-            part = f"{len(placements[name])} x {bundle} for {pools}"
+            each = f"{host.ranks} x {bundle}" if host.ranks > 1 else f"{bundle}"
+            part = f"{len(placements[name])} x {each} for {pools}"
             part += " together" if host.gang and len(placements[name]) > 1 else ""
             parts.append(part + (f" ({done} placed)" if done else ""))
     return ", ".join(parts)

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from distill_system.cluster.liveness import LivenessMonitor
+from distill_system.cluster.peers import start_worker
 from distill_system.cluster.placement import (
     Placement,
     WorkerRequest,
@@ -23,7 +24,6 @@ from distill_system.cluster.placement import (
     describe_supply,
     release_placements,
     request_placements,
-    start_process,
 )
 from distill_system.cluster.waiting import wait_for
 from distill_system.config.pools import DeadlinesConfig
@@ -128,7 +128,7 @@ class StartingWorker:
     def _start_if_placed(self) -> None:
         now, limit = time.monotonic(), self._deadlines.resources_seconds
         if self._placement.is_placed:
-            self._handle = start_process(
+            self._handle = start_worker(
                 self._request, self.worker_id, self._arguments, self._placement
             )
             self._loaded = self._handle.ready.remote()

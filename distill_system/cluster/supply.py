@@ -30,7 +30,8 @@ def pools_demand(config: RunConfig, names: Collection[str] | None = None) -> dic
     for name, pool in config.pools.by_name.items():
         if names is None or name in names:
             for resource, amount in bundle_of(pool).items():
-                total[resource] = total.get(resource, 0.0) + pool.count * amount
+                share = pool.count * config.ranks_per_worker(name) * amount
+                total[resource] = total.get(resource, 0.0) + share
     return total
 
 

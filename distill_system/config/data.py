@@ -239,6 +239,24 @@ class WeightedSource(ConfigModel):
     """What is read."""
     weight: PositiveFloat = 1.0
     """Prompts taken from it for each prompt from a source of weight 1."""
+    held_out: Source | None = None
+    """Rows of it with answers that nothing is learned from, which the mixture's policy measures
+    on."""
+
+
+class TeacherGapConfig(ConfigModel):
+    """Weights that grow where the student is behind its teacher: DDK (arXiv 2407.16154). Every
+    `every` steps a weight is multiplied by e to the power of the ratio of the student's perplexity
+    to the teacher's on the source's held_out rows; then the weights are scaled to sum to 1."""
+
+    type: Literal["teacher_gap"] = "teacher_gap"
+    every: PositiveInt = 1000
+    """Steps between two measurements."""
+    smoothing: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """a: of N sources none has less than (1 - a) / N of the prompts, once the weights have moved
+    for the first time."""
+    cap: PositiveFloat = 5.0
+    """Largest ratio that counts: a source that stays behind grows by e to this power each time."""
 
 
 class MixtureSource(ConfigModel):
@@ -247,6 +265,8 @@ class MixtureSource(ConfigModel):
     type: Literal["mixture"]
     sources: dict[str, WeightedSource]
     """Sources by name; the ids of their prompts contain it."""
+    policy: TeacherGapConfig | None = None
+    """How the weights follow measurements; null: they stay as they are written."""
 
     @field_validator("sources")
     @classmethod
@@ -258,6 +278,25 @@ class MixtureSource(ConfigModel):
                 f"got {wrong or 'none'}"
             )
         return sources
+
+    @model_validator(mode="after")
+    def _check_policy(self) -> MixtureSource:
+        measured = [name for name, each in self.sources.items() if each.held_out is not None]
+        if self.policy is None:
+            if measured:
+                raise ValueError(
+                    f"sources.{measured[0]}.held_out is read by a policy alone: give policy, such "
+                    "as {type: teacher_gap}, or remove it"
+                )
+            return self
+        weights = {each.weight for each in self.sources.values()}
+        if len(measured) < len(self.sources) or weights != {1.0} or len(measured) < 2:
+            raise ValueError(
+                "policy measures the weights of two sources or more on rows of their own: expected "
+                "held_out and no weight in each, got held_out in "
+                f"{measured or 'none'} of {list(self.sources)} and the weights {sorted(weights)}"
+            )
+        return self
 
 
 PromptSource = Annotated[
@@ -391,7 +430,23 @@ class DataConfig(ConfigModel):
         single = {name: getattr(self, name) for name in ("teacher_sft", "student_sft", "held_out")}
         named = {name: source for name, source in single.items() if source is not None}
         named |= {f"evaluation.{split}": source for split, source in self.evaluation.items()}
-        return {f"data.{name}": each for name, each in {**named, **self.prompt_sources}.items()}
+        named |= {**self.prompt_sources, **self.gap_sources}
+        return {f"data.{name}": each for name, each in named.items()}
+
+    @property
+    def source_policy(self) -> TeacherGapConfig | None:
+        """How the weights of the prompts' sources follow measurements."""
+        return self.prompts.policy if isinstance(self.prompts, MixtureSource) else None
+
+    @property
+    def gap_sources(self) -> dict[str, Source]:
+        """What a policy of the prompts' sources measures on, by its key below `data`."""
+        sources = self.prompts.sources if isinstance(self.prompts, MixtureSource) else {}
+        return {
+            f"prompts.sources.{name}.held_out": each.held_out
+            for name, each in sources.items()
+            if each.held_out is not None
+        }
 
     @property
     def prompt_sources(self) -> dict[str, Source]:

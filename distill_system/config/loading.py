@@ -1,8 +1,7 @@
 """Configuration files and overrides in, one checked RunConfig out.
 
-Files are layered left to right: mappings merge deeply, all else is replaced, and a mapping that
-changes which alternative of a union it follows (its `type` or `format`) replaces the one before.
-The overrides of one command line, dotted key=value, form one more layer on top.
+Files are layered left to right (layers.py). The overrides of one command line, dotted key=value,
+form one more layer on top.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from distill_system.config.base import check_path
-from distill_system.config.problems import describe_problems
+from distill_system.config.curriculum import Stage, resolve_stages
+from distill_system.config.layers import check_tree, merge
 from distill_system.config.run import RunConfig
-from distill_system.config.schema import ANYTHING, Slot, root_slot
+from distill_system.config.schema import ANYTHING, root_slot
 from distill_system.config.yaml_tree import Located, parse_yaml, require_utf8, to_plain
 from distill_system.errors import ConfigError
 
@@ -56,16 +54,36 @@ def load_config(
     tree = Located({}, files)
     for path in paths:
         layer = _locate(path, "") if isinstance(path, Mapping) else _read_file(Path(path))
-        tree = _merge(tree, layer, root)
+        tree = merge(tree, layer, root)
     on_top = Located({}, files)
     for override in overrides:
-        on_top = _merge(on_top, _read_override(override), ANYTHING)
-    tree = _with_default_tags(_merge(tree, on_top, root), root)
-    try:
-        # JSON, so that strict models take a list for a tuple and a whole number for a float.
-        return RunConfig.model_validate_json(json.dumps(to_plain(tree)))
-    except ValidationError as error:
-        raise ConfigError(describe_problems(error, tree, root)) from error
+        on_top = merge(on_top, _read_override(override), ANYTHING)
+    tree = merge(tree, on_top, root)
+    config = check_tree(tree)
+    resolve_stages(tree, config)  # for its errors: every stage is checked before anything starts
+    return config
+
+
+def load_stages(config: RunConfig) -> tuple[Stage, ...]:
+    """The stages of a run's curriculum, each an ordinary run; empty if it has none.
+
+    Raises: ConfigError as load_config does, naming the stage.
+    """
+    return resolve_stages(_locate(json.loads(dump_config(config)), ""), config)
+
+
+def planned_runs(config: RunConfig) -> list[RunConfig]:
+    """What there is to check and to plan ahead: the run, or every stage of its curriculum."""
+    return [stage.planned for stage in load_stages(config)] or [config]
+
+
+def require_one_run(config: RunConfig, command: str) -> None:
+    """Refuse a curriculum.  Raises: ConfigError that says what the command takes instead."""
+    if config.curriculum:
+        raise ConfigError(
+            f"curriculum: {command} is for one run. Give curriculum=[], or the configuration of "
+            "one stage, runs/NAME/1_STAGE/config.json, which is there once the stage has begun"
+        )
 
 
 def dump_config(config: RunConfig) -> str:
@@ -145,39 +163,3 @@ def _read_override(text: str) -> Located:
     for name in reversed(names):
         tree = Located({name: tree}, where)
     return tree
-
-
-def _merge(old: Located, new: Located, slot: Slot) -> Located:
-    """The new layer on top of the old one, at one slot."""
-    if not isinstance(old.value, dict) or not isinstance(new.value, dict):
-        return new
-    old_tag = _tag(old, slot) or slot.default_tag
-    new_tag = _tag(new, slot)
-    if old_tag is not None and new_tag is not None and new_tag != old_tag:
-        return new
-    merged = dict(old.value)
-    for key, child in new.value.items():
-        below = slot.child(key, new_tag or old_tag)
-        merged[key] = _merge(merged[key], child, below) if key in merged else child
-    return Located(merged, old.where)
-
-
-def _with_default_tags(node: Located, slot: Slot) -> Located:
-    """Writes out the `type` that a mapping leaves to its slot's default; pydantic asks for it."""
-    if not isinstance(node.value, dict):
-        return node
-    children = dict(node.value)
-    if slot.discriminator and slot.default_tag and slot.discriminator not in children:
-        children[slot.discriminator] = Located(slot.default_tag, node.where)
-    tag = _tag(Located(children, node.where), slot)
-    return Located(
-        {key: _with_default_tags(child, slot.child(key, tag)) for key, child in children.items()},
-        node.where,
-    )
-
-
-def _tag(node: Located, slot: Slot) -> object:
-    if slot.discriminator is None or not isinstance(node.value, dict):
-        return None
-    given = node.value.get(slot.discriminator)
-    return None if given is None else given.value

@@ -44,10 +44,10 @@ class PoolConfig(ConfigModel):
     max_count: NumWorkers | None = None
     """The most workers while the run goes on; null: count. For the same three pools."""
     cpus: NonNegativeFloat = 1.0
-    """CPUs per worker."""
+    """CPUs per worker; of a scorer of several ranks (scoring.shard_ranks), per rank."""
     gpus: NonNegativeFloat = 0.0
     """GPUs per worker, whole ones or a share of one; more than one in a rollout pool is tensor
-    parallelism."""
+    parallelism. Of a scorer of several ranks, per rank."""
     custom_resources: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Ray custom resources per worker."""
     colocate_with: Literal["teacher_rollout", "student_rollout"] | None = None

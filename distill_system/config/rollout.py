@@ -86,4 +86,8 @@ class ScoringConfig(ConfigModel):
     """Longest time that a finished sequence waits for others to be scored with it while a scorer is
     free. With max_staleness 0 all sequences of a step are scored together."""
     threads: PositiveInt = 1
-    """CPU threads of each scorer."""
+    """CPU threads of each scorer, or of each of its ranks."""
+    shard_ranks: PositiveInt = 1
+    """Ranks that make up one scorer: they share one copy of the teacher, each holding a part, and
+    each reads a share of the text. Each has the pool's cpus and gpus to itself. For a teacher that
+    does not fit one GPU."""

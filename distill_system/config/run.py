@@ -7,7 +7,7 @@ import math
 import re
 from typing import Literal
 
-from pydantic import NonNegativeInt, field_validator, model_validator
+from pydantic import JsonValue, NonNegativeInt, field_validator, model_validator
 
 from distill_system.config.base import ConfigModel, LocalPath
 from distill_system.config.data import DataConfig, PretrainedTokenizer, TokenizerConfig
@@ -68,6 +68,11 @@ class RunConfig(ConfigModel):
     deadlines: DeadlinesConfig = DeadlinesConfig()
     faults: FaultsConfig = FaultsConfig()
     logging: LoggingConfig = LoggingConfig()
+    curriculum: tuple[dict[str, JsonValue], ...] = ()
+    """Stages one after another (docs/curriculum.md): each a `name` and the keys of this configuration
+    that differ in it. A stage begins with the student and the teacher of the stage before and a new
+    optimizer; its `teacher` or `student` may also be the name of an earlier stage, `previous`, or
+    `initial`; `label_weight` takes the weight of the labels from two of them."""
 
     @property
     def max_model_length(self) -> int:
@@ -94,6 +99,10 @@ class RunConfig(ConfigModel):
         whole = all(number >= 1.0 for number in gpus)
         return "nccl" if whole and self.rollout.engine == "vllm" else "gloo"
 
+    def ranks_per_worker(self, pool: str) -> int:
+        """Processes that make up one worker of a pool, each with the pool's cpus and gpus."""
+        return self.scoring.shard_ranks if pool == "teacher_scoring" else 1
+
     @property
     def _student_pools(self) -> dict[str, PoolConfig]:
         """The pools whose workers hold the student and receive its weights, by name."""
@@ -118,6 +127,21 @@ class RunConfig(ConfigModel):
                 f"name must have at most {LONGEST_RUN_NAME} characters, got {len(name)}"
             )
         return name
+
+    @field_validator("curriculum")
+    @classmethod
+    def _check_stages(
+        cls, stages: tuple[dict[str, JsonValue], ...]
+    ) -> tuple[dict[str, JsonValue], ...]:
+        names = [stage.get("name") for stage in stages]
+        for name in names:
+            is_plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w-]{0,99}", name)
+            if not is_plain or name in ("previous", "initial") or names.count(name) > 1:
+                raise ValueError(
+                    "each stage needs a name of its own of letters, digits, '_' and '-', other "
+                    f"than previous and initial, got {names}"
+                )
+        return stages
 
     @model_validator(mode="after")
     def _check_ranks(self) -> RunConfig:
@@ -192,6 +216,29 @@ class RunConfig(ConfigModel):
             raise ValueError(
                 "learner.shard_ranks ranks share one copy of the model: expected a divisor of "
                 f'pools.learner.count={ranks} or "all", got {share}'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_scorers(self) -> RunConfig:
+        ranks, pool = self.scoring.shard_ranks, self.pools.teacher_scoring
+        if pool.gpus > 1.0:
+            raise ValueError(
+                "a scorer's rank computes on one GPU: expected pools.teacher_scoring.gpus of at "
+                f"most 1, got {pool.gpus}. A teacher is shared by {pool.gpus:g} GPUs with "
+                f"pools.teacher_scoring.gpus=1 and scoring.shard_ranks={pool.gpus:g}"
+            )
+        if ranks > 1 and 0.0 < pool.gpus < 1.0:
+            raise ValueError(
+                "a scorer's ranks meet over NCCL, which wants a GPU of its own for each: expected "
+                f"pools.teacher_scoring.gpus of 0 or 1 for scoring.shard_ranks={ranks}, got "
+                f"{pool.gpus}"
+            )
+        if ranks > 1 and pool.colocate_with is not None:
+            raise ValueError(
+                f"a scorer of scoring.shard_ranks={ranks} takes as many places, a rollout worker "
+                "one: expected pools.teacher_scoring.colocate_with=null, got "
+                f"{pool.colocate_with}"
             )
         return self
 

@@ -53,4 +53,7 @@ def end_prompts(data: RunData, tokenizer: Any, *, most_tokens: int) -> RunData:
         evaluation={
             split: tuple(map(end_prompt, prompts)) for split, prompts in data.evaluation.items()
         },
+        source_held_out={
+            name: tuple(map(end_row, rows)) for name, rows in data.source_held_out.items()
+        },
     )

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate, groupby
 from math import lcm
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from distill_system.data.kept_records import count_sources
@@ -71,11 +71,23 @@ class PromptFrontier:
         }
         assert len(self._walks) == len(shares), f"{purpose}: two sources of one name"
         self._turns = _Turns([share.weight for share in shares])
+        self._weights: list[float] | None = None  # once they are others than those given here
+        self._since = [0] * len(shares)  # indices that each source had given when they came
         self._returned: deque[int] = deque()
 
-    def take(self, count: int) -> list[int]:
-        """The next count indices: first those that were under way at a checkpoint, then new."""
+    def take(self, count: int, *, weights: Sequence[float] | None = None) -> list[int]:
+        """The next count indices: first those that were under way at a checkpoint, then new.
+
+        weights: of the sources, in their order, from now on; None leaves them as they are.
+        """
+        if weights is not None and [*weights] != self._weights:
+            self._reweigh(weights, [walk.num_taken for walk in self._walks.values()])
         return [self._next() for _ in range(count)]
+
+    @property
+    def num_taken(self) -> int:
+        """Indices given out so far, without those that were given out again."""
+        return sum(walk.num_taken for walk in self._walks.values())
 
     def state(self, *, under_way: Sequence[int] = ()) -> dict[str, Any]:
         """The position as a value for JSON.
@@ -86,6 +98,7 @@ class PromptFrontier:
         return {
             "sources": {name: walk.state() for name, walk in self._walks.items()},
             "returned": [*under_way, *self._returned],
+            **({} if self._weights is None else {"weights": self._weights, "since": self._since}),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -106,12 +119,20 @@ class PromptFrontier:
         for name, position in state["sources"].items():
             self._walks[name].move_to(position["epoch"], position["position"])
         self._returned = deque(state["returned"])
+        if "weights" in state:
+            self._reweigh(state["weights"], state["since"])
+
+    def _reweigh(self, weights: Sequence[float], since: Sequence[int]) -> None:
+        """Take turns by other weights; what was given before does not count for them."""
+        self._weights, self._since = [*weights], [*since]
+        self._turns = _Turns(weights)
 
     def _next(self) -> int:
         if self._returned:
             return self._returned.popleft()
         walks = list(self._walks.values())
-        return walks[self._turns.next([walk.num_taken for walk in walks])].take()
+        taken = [walk.num_taken - before for walk, before in zip(walks, self._since, strict=True)]
+        return walks[self._turns.next(taken)].take()
 
 
 class _Walk(TypedDict):
@@ -123,6 +144,8 @@ class _Walk(TypedDict):
 class _Position(TypedDict):
     sources: dict[str, _Walk]
     returned: list[NonNegativeInt]
+    weights: NotRequired[list[PositiveFloat]]
+    since: NotRequired[list[NonNegativeInt]]
 
 
 _POSITION_FORM = TypeAdapter(_Position)

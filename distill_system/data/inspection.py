@@ -134,6 +134,8 @@ def _configured(data: DataConfig) -> Iterator[_Wanted]:
     for split, source in data.evaluation.items():
         yield want(f"evaluation.{split}", source, "measured")
     yield want("held_out", data.held_out, "prompts")
+    for name, source in data.gap_sources.items():
+        yield want(name, source, "measured")
     for name in ("teacher_sft", "student_sft"):
         tuned: Source | None = getattr(data, name)
         if tuned is not None:

@@ -59,6 +59,7 @@ class RunData:
     notes: what else a person should know of the rows, a line each.
     stored: samples of the run's teacher in data.trajectory_store, each made when it is asked for.
     num_foreign: samples in the store of other models or sampling settings, which are left out.
+    source_held_out: what a policy of the prompts' sources measures on, by the source's name.
     """
 
     teacher_sft: Sequence[Trajectory] = ()
@@ -73,6 +74,7 @@ class RunData:
     notes: tuple[str, ...] = ()
     stored: Sequence[Trajectory] = ()
     num_foreign: int = 0
+    source_held_out: dict[str, tuple[Trajectory, ...]] = field(default_factory=dict)
 
 
 def load_run_data(
@@ -107,6 +109,8 @@ def load_run_data(
     measured = {f"evaluation.{split}": source for split, source in data.evaluation.items()}
     measured_rows = {name: reader.rows(name, source, True) for name, source in measured.items()}
     measured_rows["held_out"] = reader.rows("held_out", data.held_out, False)
+    gaps = {name: reader.rows(name, source, True) for name, source in data.gap_sources.items()}
+    measured_rows |= gaps
     # Read whichever sets are asked for: they decide which rows training may not see.
     blocked = {row.text for row in chain.from_iterable(measured_rows.values())}
     training = _TrainingRows(reader, blocked, data)
@@ -137,6 +141,11 @@ def load_run_data(
         places={row.row_id: row.example.row for name in measured for row in measured_rows[name]},
         stored=() if stored is None else stored,
         num_foreign=0 if stored is None else stored.num_foreign,
+        source_held_out={
+            name.split(".")[2]: reader.trajectories(rows)
+            for name, rows in gaps.items()
+            if "prompts" in sets
+        },
     )
     reader.require_words()
     return replace(loaded, notes=tuple(reader.notes()))  # of all that has been read

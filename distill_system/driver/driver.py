@@ -95,7 +95,8 @@ class Driver:
         checked = self.start_check.run()
         self.measuring.evaluate_teacher()
         if first == 0:
-            self.recorder.write(0, checked | self.measuring.evaluate_student("before", step=0))
+            measured = self.measuring.evaluate_student("before", step=0)
+            self.recorder.write(0, checked | measured | self._follow_sources(0))
         self.streams.begin(first)
         seconds = self.context.config.deadlines.stop_seconds
         with self.recorder.finished_on_failure(), self.context.stop.heard(seconds=seconds):
@@ -107,7 +108,7 @@ class Driver:
                 metrics = self.recorder.describe_step(result, time.perf_counter() - started)
                 self.measuring.check_step(metrics)
                 done = step + 1
-                measured = self._measure(done)
+                measured = self._measure(done) | self._follow_sources(done)
                 self.streams.on_metrics(measured)
                 if self.recorder.stops_after(measured) and done < self.config.steps:
                     measured |= self._measure_last(done)
@@ -163,6 +164,12 @@ class Driver:
         if self.recorder.exports_other_weights:
             return self.measuring.measure_distances()
         return self.measuring.evaluate_student("after", step=done)
+
+    def _follow_sources(self, done: int) -> dict[str, float]:
+        """Let the sources' weights follow how far the student is behind on each, if they do."""
+        if not self.streams.measures_sources(done):
+            return {}
+        return self.streams.follow_sources(done, self.measuring.measure_sources())
 
     def _student_writes_after(self, done: int) -> bool:
         """Whether anyone asks the student to write before the next step is done."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from distill_system.driver.engine_drift import EngineDrift
 from distill_system.errors import TransferError
 from distill_system.evaluation import SplitEvaluation, evaluate_splits
 from distill_system.observe import write_evaluation
-from distill_system.records import Prompt, ScoredChunk, Stream, Trajectory
+from distill_system.records import FloatArray, Prompt, ScoredChunk, Stream, Trajectory
 from distill_system.rollout import RolloutPool, Sampling
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
@@ -83,6 +84,7 @@ class Measuring:
         self.metrics = context.config.evaluation.metrics if metrics is None else metrics
         self._drift = drift
         self._teacher_held_out: list[ScoredChunk] = []
+        self._teacher_losses: dict[str, float] = {}
         self._held_out_alarm = _make_alarm(context.config, "held-out prompts")
         self._step_alarm = _make_alarm(context.config, "text of the step")
 
@@ -138,6 +140,26 @@ class Measuring:
     def _tell(self, note: str | None) -> None:
         if note is not None:
             self.context.view.note(note)
+
+    def measure_sources(self) -> dict[str, float]:
+        """Perplexity of the student over the teacher's on the held-out rows of each source."""
+        rows, theirs = self.data.source_held_out, self._teacher_losses
+        for name in rows.keys() - theirs.keys():
+            theirs[name] = self._loss(self.pools.scorers.read_logprobs, rows[name])
+        read = self.pools.learner.read_logprobs
+        return {name: math.exp(self._loss(read, rows[name]) - theirs[name]) for name in rows}
+
+    def _loss(
+        self,
+        read: Callable[[Sequence[Trajectory]], Sequence[FloatArray]],
+        rows: Sequence[Trajectory],
+    ) -> float:
+        """Mean cross-entropy per token, nats; as many rows at once as a step has."""
+        distill = self.context.config.distill
+        count = distill.student_prompts_per_step + distill.teacher_prompts_per_step
+        parts = [each for at in range(0, len(rows), count) for each in read(rows[at : at + count])]
+        total = sum(float(each.sum(dtype=np.float64)) for each in parts)
+        return -total / sum(each.size for each in parts)
 
     def evaluate_teacher(self, *, again: bool = False) -> None:
         """Write evaluations/teacher.json unless it stands.  again: even if it does."""

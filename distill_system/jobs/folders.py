@@ -12,7 +12,7 @@ from distill_system.errors import DeadlineError, RunStateError
 from distill_system.logs import log_path
 from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.run_lock import find_holder
-from distill_system.observe.run_status import describe_status, find_run, find_runs, read_status
+from distill_system.observe.run_status import describe_status, find_run, find_runs, find_stages, read_status
 
 POLL_SECONDS = 0.2
 
@@ -29,7 +29,7 @@ def describe(name: str | None, runs_directory: str) -> Iterator[str]:
             f"no run below {Path(runs_directory).absolute()} (--runs-directory). The jobs of a "
             "cluster are listed with --address"
         )
-    for run in runs:
+    for run in [each for run in runs for each in find_stages(run) or [run]]:
         yield from describe_status(read_status(run, is_alive=find_holder(run) is not None))
 
 

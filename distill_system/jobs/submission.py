@@ -23,7 +23,7 @@ import yaml
 
 import distill_system
 from distill_system.cluster.job_client import Job, JobOrder
-from distill_system.config import RunConfig, dump_config
+from distill_system.config import RunConfig, dump_config, load_stages, planned_runs
 from distill_system.errors import ConfigError, RunStateError
 from distill_system.jobs.cluster_paths import write_out_paths
 from distill_system.observe import RunDirectory
@@ -105,6 +105,9 @@ def check(request: SubmitRequest, *, notify: Callable[[str], None]) -> SubmitReq
         )
     else:
         _plan(paths.config, request.device_gib, notify)
+    for stage in load_stages(paths.config):  # what is the run's own is written in full by now
+        for line in write_out_paths(stage.config).written_out:
+            raise ConfigError(f"curriculum, stage {stage.name!r}: {line}; write it so in the stage")
     return replace(request, config=paths.config)
 
 
@@ -159,15 +162,17 @@ def _plan(config: RunConfig, device_gib: float, notify: Callable[[str], None]) -
     # Imported here: it takes seconds, which a mistake in the request should not cost.
     from distill_system.stages.plan import plan_run
 
-    planned = plan_run(config, device_gib=device_gib, on_this_machine=False)
-    for line in planned.notes:
-        notify(f"note: {line}")
-    problems = list(planned.problems)
-    if planned.plan is not None and not planned.plan.fits:
-        problems.append(
-            f"the plan does not fit GPUs of {device_gib:g} GiB (--device-gib): `distill-system "
-            "plan` shows what each worker holds"
-        )
+    problems: list[str] = []
+    for run in planned_runs(config):
+        planned = plan_run(run, device_gib=device_gib, on_this_machine=False)
+        for line in planned.notes:
+            notify(f"note: {line}")
+        problems += planned.problems
+        if planned.plan is not None and not planned.plan.fits:
+            problems.append(
+                f"the plan does not fit GPUs of {device_gib:g} GiB (--device-gib): "
+                "`distill-system plan` shows what each worker holds"
+            )
     if problems:
         raise ConfigError("\n".join(problems))
 

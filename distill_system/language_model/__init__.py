@@ -40,7 +40,11 @@ from distill_system.language_model.sequences import (
     read_part,
 )
 from distill_system.language_model.settings import check_settings
-from distill_system.language_model.streaming import build_empty_model, read_weights
+from distill_system.language_model.streaming import (
+    build_empty_model,
+    check_streamed,
+    read_weights,
+)
 from distill_system.language_model.weight_files import (
     check_weight_files,
     read_headers,
@@ -60,6 +64,7 @@ __all__ = [
     "check_packed_read",
     "check_quantised",
     "check_settings",
+    "check_streamed",
     "check_weight_files",
     "choose_attention",
     "choose_linear_modules",

@@ -28,8 +28,10 @@ Rename = Callable[[str], str | None]
 """A parameter's name in the model -> its name in the files, None if it is not in them."""
 
 
-def build_empty_model(path: str, *, trust_remote_code: bool = False) -> LanguageModel:
-    """The model of a folder in evaluation mode: float32 parameters on the meta device, no weights.
+def build_empty_model(
+    path: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> LanguageModel:
+    """The model of a folder in evaluation mode: parameters on the meta device, no weights.
 
     Buffers (rotary frequencies among them) are real: they are computed, not stored.
     Raises: ModelError if the folder holds no model of a supported family.
@@ -40,7 +42,7 @@ def build_empty_model(path: str, *, trust_remote_code: bool = False) -> Language
         with init_empty_weights(include_buffers=False):
             model = model_class(config).from_config(
                 config,
-                dtype=torch.float32,
+                dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 attn_implementation=choose_attention(config),
             )
@@ -68,6 +70,23 @@ def read_weights(
     Raises: ModelError if a parameter is missing from the files or has another shape there.
     """
     reader = HuggingFaceStorageReader(str(local_folder(path)))
+    load(_match(model, reader, path, rename), storage_reader=reader, no_dist=not everyone)
+
+
+def check_streamed(path: str, *, trust_remote_code: bool = False) -> LanguageModel:
+    """The empty model of a folder that read_weights can fill; reads the files' headers alone.
+
+    Raises: ModelError where it cannot.
+    """
+    model = build_empty_model(path, trust_remote_code=trust_remote_code)
+    _match(model, HuggingFaceStorageReader(str(local_folder(path))), path, lambda name: name)
+    return model
+
+
+def _match(
+    model: LanguageModel, reader: HuggingFaceStorageReader, path: str, rename: Rename
+) -> dict[str, Tensor]:
+    """The model's parameters by their names in the files.  Raises: see read_weights."""
     stored = reader.read_metadata().state_dict_metadata
     targets: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -88,9 +107,9 @@ def read_weights(
         raise ModelError(
             f"{path!r}: its *.safetensors files do not hold the weights of {type(model).__name__}: "
             f"{'; '.join(problems[:5])} ({len(problems)} in all). Load the model in transformers "
-            "and save it again, or run with one learner rank"
+            "and save it again, or run with one rank"
         )
-    load(targets, storage_reader=reader, no_dist=not everyone)
+    return targets
 
 
 def _named_parameters(model: LanguageModel) -> list[tuple[list[str], Tensor]]:

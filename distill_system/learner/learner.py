@@ -63,7 +63,7 @@ from distill_system.learner.sharding import (
     prepare_blocks,
     shard_policy,
 )
-from distill_system.learner.student import ModelSource, build_student, fill_student
+from distill_system.learner.student import ModelSource, build_student, fill_from_folder
 from distill_system.learner.teacher_matrices import TeacherMatrices
 from distill_system.objectives import (
     Importance,
@@ -166,7 +166,7 @@ class Learner:
             mesh = build_mesh(self.device, num_ranks=count, shard_ranks=config.shard_size(count))
             shard_policy(self.policy, mesh, config)
             rest = torch.device("cpu") if config.offload else self.device
-            fill_student(self.policy, source, seed=self.seed, device=rest)
+            fill_from_folder(self.policy, source, seed=self.seed, device=rest)
         embeddings = [self.model.get_input_embeddings().weight, unembedding(self.model)]
         self.optimizers = build_optimizers(self.model, embeddings, self.optimizer_config)
         self.teacher = TeacherMatrices(

@@ -1,4 +1,4 @@
-"""The learner's ranks as one: sums over all of them, through torch.distributed."""
+"""Ranks as one, the learner's or a scorer's: sums over all of them, through torch.distributed."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Ranks:
     """This rank's membership of the group.
 
     alone: one rank that needs no process group.
+    group: what the ranks are together, for messages.
     """
 
     def __init__(
@@ -32,12 +33,14 @@ class Ranks:
         device: torch.device,
         timeout_seconds: float,
         alone: bool,
+        group: str = "the learner's ranks",
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.device = device
         self.timeout = timedelta(seconds=timeout_seconds)
         self.alone = alone
+        self.group = group
         self._store: Any = None  # where the ranks meet, held by rank 0 until they part
 
     def connect(self, address: str, port: int) -> None:
@@ -56,7 +59,7 @@ class Ranks:
             rank=self.rank,
             world_size=self.world_size,
             timeout_seconds=seconds,
-            group="the learner's ranks",
+            group=self.group,
         )
         store.set_timeout(self.timeout)
         dist.init_process_group(

@@ -1,4 +1,4 @@
-"""Where others meet a learner rank: its node's address and a port that is free on it."""
+"""Where others meet a rank: its node's address and a port that is free on it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def find_rendezvous() -> tuple[str, int]:
         if _is_free(address, port):
             return address, port
     raise ResourceError(
-        f"a learner rank needs a free port between {PORTS.start} and {PORTS.stop - 1} for the "
+        f"a rank needs a free port between {PORTS.start} and {PORTS.stop - 1} for the "
         f"others to meet at; {MAX_TRIES} were tried at {address} and all were taken"
     )
 

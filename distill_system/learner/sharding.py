@@ -88,7 +88,8 @@ def find_blocks(model: LanguageModel) -> list[Any]:
         raise ModelError(
             f"{type(model).__name__}: expected a model that names its transformer blocks "
             f"(_no_split_modules), got {sorted(names) or 'none'}. Run with one learner rank, "
-            "learner.offload=false, learner.activation_checkpointing=false, learner.compile=false"
+            "scoring.shard_ranks=1, learner.offload=false, learner.activation_checkpointing=false, "
+            "learner.compile=false"
         )
     return blocks
 

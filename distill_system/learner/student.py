@@ -51,7 +51,7 @@ class ModelSource:
 def build_student(
     source: ModelSource, *, seed: int, device: torch.device, empty: bool
 ) -> LanguageModel:
-    """The student; empty: one from a folder gets its weights later, by fill_student."""
+    """The student; empty: one from a folder gets its weights later, by fill_from_folder."""
     model = _build_plain(source, seed=seed, device=device, empty=empty)
     if isinstance(source.update, LoraUpdate):
         add_adapters(model, source.update, seed=seed)
@@ -84,8 +84,10 @@ def _build_plain(
 
 
 @torch.no_grad()
-def fill_student(policy: Policy, source: ModelSource, *, seed: int, device: torch.device) -> None:
-    """Give a sharded student of a folder its weights; every rank reads its own part.
+def fill_from_folder(
+    policy: Policy, source: ModelSource, *, seed: int, device: torch.device
+) -> None:
+    """Give a sharded model of a folder its weights; every rank reads its own part.
 
     seed: as build_student had it. device: where parameters are at rest.
     Raises: ModelError as load_language_model does.

@@ -16,7 +16,7 @@ from distill_system.config.pools import PoolConfig
 from distill_system.errors import ConfigError
 
 MOST_RANKS_IN_A_POD = 8
-"""Learner ranks that share a model stand in one pod as far as this goes: the GPUs of one node."""
+"""Ranks that share a model stand in one pod as far as this goes: the GPUs of one node."""
 
 SHARED_GROUP = "shared_gpu"
 """The group of pools that fit one GPU together."""
@@ -30,7 +30,8 @@ class PodGroup:
     """Equal pods for one pool, or for pools whose workers stand side by side.
 
     pools: names of the pools whose workers stand in it.  worker_counts: workers of each of them in
-    one pod.  fewest, count, most: pods at the least, at the start, at the most.
+    one pod, or ranks of workers that several make up.  fewest, count, most: pods at the least, at
+    the start, at the most.
     cpus, gpus: of one pod, whole ones.  custom_resources: Ray resources that one pod offers, the
     group's own among them.
     """
@@ -88,15 +89,15 @@ def pod_groups(config: RunConfig, *, workers_per_pod: Mapping[str, int]) -> list
 
 def default_workers(config: RunConfig, name: str) -> int:
     """Workers of a pool in one of its pods: one; of shares of a GPU as many as fit a GPU; of a
-    learner the ranks that share one copy of the model, up to MOST_RANKS_IN_A_POD."""
+    learner or scorer the ranks that share one copy of the model, up to MOST_RANKS_IN_A_POD."""
     pool = config.pools.by_name[name]
     gpus = _units(config, name)[1]
     if 0.0 < gpus < 1.0:
         return min(pool.most, int(1.0 / gpus + 1e-6))
+    share = config.ranks_per_worker(name)
     if name == "learner":
         share = config.learner.shard_size(pool.count)
-        return max(n for n in range(1, MOST_RANKS_IN_A_POD + 1) if share % n == 0)
-    return 1
+    return max(n for n in range(1, MOST_RANKS_IN_A_POD + 1) if share % n == 0)
 
 
 def with_places(config: RunConfig, groups: list[PodGroup]) -> RunConfig:
@@ -144,16 +145,16 @@ def _one_group(pools: Mapping[str, PoolConfig]) -> PodGroup:
 def _group(config: RunConfig, name: str, pool: PoolConfig, workers: int) -> PodGroup:
     """The pods of one pool and of the pool beside it."""
     names = (name, *_beside(config, name))
-    counts = dict.fromkeys(names, workers)
+    counts, ranks = dict.fromkeys(names, workers), config.ranks_per_worker(name)
     cpus, gpus = _units(config, name)
     together = {each: config.pools.by_name[each] for each in names}
     return PodGroup(
         name=name,
         pools=names,
         worker_counts=counts,
-        fewest=math.ceil(pool.fewest / workers),
-        count=math.ceil(pool.count / workers),
-        most=math.ceil(pool.most / workers),
+        fewest=math.ceil(pool.fewest * ranks / workers),
+        count=math.ceil(pool.count * ranks / workers),
+        most=math.ceil(pool.most * ranks / workers),
         cpus=_whole(workers * cpus),
         gpus=math.ceil(workers * gpus - 1e-6),
         custom_resources={**_custom_resources(together, counts), _place_of(name): workers},

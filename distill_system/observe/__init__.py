@@ -9,6 +9,7 @@ from distill_system.observe.activity import (
     wire_metrics,
 )
 from distill_system.observe.bottleneck import find_bottleneck, shares_cores
+from distill_system.observe.curriculum import write_curriculum
 from distill_system.observe.environment import write_environment
 from distill_system.observe.fault_log import FaultLog
 from distill_system.observe.job_page import JobPage
@@ -47,6 +48,7 @@ __all__ = [
     "staleness_metrics",
     "text_metrics",
     "wire_metrics",
+    "write_curriculum",
     "write_environment",
     "write_evaluation",
     "write_report",

@@ -173,6 +173,22 @@ def draw_busy_shares(rows: Sequence[MetricRow], pools: Iterable[str]) -> list[Ch
     return draw_chart("Busy share by pool", "of its workers' time", lines)
 
 
+def draw_sources(rows: Sequence[MetricRow]) -> list[Chart]:
+    """How the prompts' sources were weighed, and what the weights follow."""
+    charts = []
+    for metric, title, note in (
+        ("source_weight", "Weights of the sources", "share of the prompts"),
+        ("source_perplexity_ratio", "Student's perplexity over the teacher's", "held-out rows"),
+    ):
+        names = dict.fromkeys(n for r in rows for n in r.metrics if n.startswith(f"{metric}/"))
+        lines = [
+            _line(rows, "distill", name.partition("/")[2], name, color)
+            for name, color in zip(names, cycle(SERIES), strict=False)
+        ]
+        charts += draw_chart(title, note, lines)
+    return charts
+
+
 def assign_phase_colors(rows: Sequence[MetricRow]) -> dict[str, str]:
     """Phase of distillation -> its colour, the same in every chart of the report."""
     names = {name for row in rows if row.stage == "distill" for name in row.metrics}

@@ -19,6 +19,7 @@ from distill_system.observe.curves import (
     draw_busy_shares,
     draw_curves,
     draw_scores,
+    draw_sources,
     draw_supervised_loss,
     draw_throughput,
 )
@@ -137,6 +138,7 @@ def _draw_sections(
         ("Held-out losses", draw_curves(rows, "distill", HELD_OUT_CURVES)),
         ("Scores during training", _draw_scores(run, metric)),
         ("Distances to the teacher", draw_curves(rows, "distill", DISTANCE_CURVES)),
+        ("Sources of the prompts", draw_sources(rows)),
         ("Learner", draw_curves(rows, "distill", LEARNER_CURVES)),
         ("Responses", draw_curves(rows, "distill", RESPONSE_CURVES)),
         ("Supervised fine-tuning", draw_supervised_loss(rows)),

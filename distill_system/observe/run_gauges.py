@@ -128,6 +128,7 @@ class RunGauges:
         own = Gauges({"run": config.name, "node": node_address()}) if gauges is None else gauges
         self._gauges = own
         self._pools = config.pools.by_name
+        self._ranks = {name: config.ranks_per_worker(name) for name in self._pools}
         own.set(Series.of("distill_run_info", **describe_run(config, report)), 1.0)
 
     def __enter__(self) -> Self:
@@ -174,7 +175,7 @@ class RunGauges:
         pool = self._pools.get(name)
         if pool is None:
             return
-        count = pool.count if name == LEARNER else num_workers
+        count = (pool.count if name == LEARNER else num_workers) * self._ranks[name]
         self._gauges.set(Series.of("distill_pool_gpus", pool=name), count * pool.gpus)
         self._gauges.set(Series.of("distill_pool_cpus", pool=name), count * pool.cpus)
 

@@ -69,6 +69,12 @@ def find_runs(runs_directory: Path) -> list[RunDirectory]:
     return sorted(runs, key=_last_change, reverse=True)
 
 
+def find_stages(run: RunDirectory) -> list[RunDirectory]:
+    """The runs of a curriculum's stages that have begun, in order; none of an ordinary run."""
+    found = [RunDirectory(path.parent) for path in run.path.glob("[0-9]*_*/config.json")]
+    return sorted(found, key=lambda stage: int(stage.path.name.partition("_")[0]))
+
+
 def find_run(name: str, runs_directory: str) -> RunDirectory:
     """The folder of a run, by path or name.  Raises: RunStateError if there is no such run."""
     with suppress(OSError, ValueError):  # a name that no file could have

@@ -63,6 +63,8 @@ _LABELLED: tuple[tuple[str, str], ...] = (
         "evaluation_score",
     ),
     (rf"faults/{_POOL}", "pool_faults"),
+    (r"source_weight/(?P<source>[\w-]+)", "source_weight"),
+    (r"source_perplexity_ratio/(?P<source>[\w-]+)", "source_perplexity_ratio"),
 )
 """Patterns of metric names, the first that fits; the groups become labels."""
 

@@ -65,6 +65,12 @@ class CachedTargets:
         num_unwritten: samples that have yet to be generated.
         Raises: DataError; ConfigError if the objective needs no targets of the teacher.
         """
+        if self._config.scoring.shard_ranks > 1:
+            raise ConfigError(
+                "--cache-targets computes with scorers of one rank each: expected "
+                f"scoring.shard_ranks=1, got {self._config.scoring.shard_ranks}. Leave the option "
+                "out: runs let several ranks share a teacher"
+            )
         if not self._needs.anything:
             raise ConfigError(
                 f"--cache-targets: objective.type={self._config.distill.objective.type} asks "

@@ -16,7 +16,7 @@ import pyarrow
 
 from distill_system.cluster import ClusterSession, require_room
 from distill_system.cluster.batch_inference import infer_batches
-from distill_system.config import RunConfig
+from distill_system.config import RunConfig, require_one_run
 from distill_system.data import SampleOrigin, TrajectoryStore, load_run_data, store_path
 from distill_system.errors import ConfigError
 from distill_system.observe import LiveView
@@ -70,6 +70,7 @@ def generate(request: GenerateRequest) -> Path:
         samples are in the store.
     """
     config, folder = request.config, _folder(request)
+    require_one_run(config, "generate")
     require_room(config, [f"{request.author}_rollout"])
     check_engine(config)
     run = run_directory(config)

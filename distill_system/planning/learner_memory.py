@@ -85,7 +85,10 @@ def learner_memory(load: LearnerLoad) -> Memory:
     leaves = load.config.offload and load.on_gpu  # on a CPU it is the same memory
     elsewhere = RESTING if leaves else frozenset[str]()
     sizes, model = SizeTracker(elsewhere), _build_empty_student(load)
-    with _mesh_of_one(load) as mesh, blocks_of_a_gpu(on_gpu=load.on_gpu), sizes:
+    is_alone = load.num_ranks == 1 and not load.config.offload
+    shards = load.config.shard_size(load.num_ranks)
+    meeting = nullcontext() if is_alone else mesh_of_one(load.num_ranks, shard_ranks=shards)
+    with meeting as mesh, blocks_of_a_gpu(on_gpu=load.on_gpu), sizes:
         learner = SizedLearner(load, model, sizes, mesh)
         moments = [learner.measure_step(chunks) for chunks in steps]
     if len(steps) == 1:
@@ -121,15 +124,11 @@ def _draw_line(
 
 
 @contextmanager
-def _mesh_of_one(load: LearnerLoad) -> Iterator[DeviceMesh | None]:
-    """The mesh that a rank of many is on, None for one that shards nothing."""
-    if load.num_ranks == 1 and not load.config.offload:
-        yield None
-        return
-    dist.init_process_group("fake", rank=0, world_size=load.num_ranks, store=FakeStore())
+def mesh_of_one(num_ranks: int, *, shard_ranks: int) -> Iterator[DeviceMesh]:
+    """The mesh that the first of these ranks is on; none of the others is there."""
+    dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     try:
-        shards = load.config.shard_size(load.num_ranks)
-        yield build_mesh(CPU, num_ranks=load.num_ranks, shard_ranks=shards)
+        yield build_mesh(CPU, num_ranks=num_ranks, shard_ranks=shard_ranks)
     finally:
         dist.destroy_process_group()
 

@@ -30,6 +30,8 @@ CPU_CACHE_MEBIBYTES = 256
 CPU_VLLM_BYTES = 0.3 * GIB
 """What a worker with vLLM on a CPU holds beside weights, cache and PROCESS_BYTES: 0.89 GiB in all
 where a Llama of 270 MiB wrote 32 responses."""
+MORE_RANKS = (2, 4, 8, 16)
+"""Ranks of a scorer that are tried where it does not fit."""
 Role = Literal["teacher", "student"]
 
 
@@ -159,19 +161,11 @@ def _distillation(
 ) -> tuple[WorkerPlan, ...]:
     """All pools; those without work are started too."""
     pools, student, teacher = config.pools, shapes["student"], shapes["teacher"]
-    needs = teacher_needs(config)
     learner = learner_memory(distillation_load(config, student, teacher))
-    scorer = scorer_memory(config, teacher)
     return (
         _engine(config, "student", student, device),
         _engine(config, "teacher", teacher, device),
-        _worker(
-            "teacher_scoring",
-            pools.teacher_scoring,
-            "the teacher in torch" if needs.anything else "the teacher in torch, idle",
-            scorer,
-            device,
-        ),
+        _scorer(config, teacher, device),
         _worker("learner", pools.learner, "student, optimizer, critics", learner, device),
         *(
             [_engine(config, "student", student, device, pool_name="evaluation")]
@@ -179,6 +173,29 @@ def _distillation(
             else []
         ),
     )
+
+
+def _scorer(config: RunConfig, teacher: ModelShape, device: float) -> WorkerPlan:
+    """A scorer, or each of its ranks; where it does not fit, how many ranks would."""
+    pool, ranks = config.pools.teacher_scoring, config.scoring.shard_ranks
+    what = "the teacher in torch" if ranks == 1 else f"a part of {ranks} of the teacher in torch"
+    if not teacher_needs(config).anything:
+        what += ", idle"
+    memory = scorer_memory(config, teacher)
+    plan = _worker("teacher_scoring", pool, what, memory, device)
+    plan = replace(plan, count=pool.count * ranks)
+    return plan if plan.fits is not False else replace(plan, note=_advise(config, teacher, device))
+
+
+def _advise(config: RunConfig, teacher: ModelShape, device: float) -> str:
+    """How many ranks of a GPU each the teacher fits."""
+    room = device - PROCESS_BYTES["cuda"]
+    for ranks in MORE_RANKS:
+        scoring = config.scoring.model_copy(update={"shard_ranks": ranks})
+        tried = config.model_copy(update={"scoring": scoring})
+        if scorer_memory(tried, teacher).num_bytes <= room:
+            return f"fits with scoring.shard_ranks={ranks}, pools.teacher_scoring.gpus=1"
+    return f"fits with no scoring.shard_ranks up to {MORE_RANKS[-1]}: lower the keys named below"
 
 
 def _worker(
@@ -215,9 +232,17 @@ def _engine(
         # At least one sequence must fit, or vLLM does not start.
         cache = max(room - PROCESS_BYTES["cuda"] - weights, sequence)
     parts = {"weights": weights, "key-value cache": cache}
-    if role == "student" and not pool.gpus:
+    received = elsewhere = 0.0
+    if role == "student" and pool.gpus and config.transfer_backend == "nccl":
+        # Loaded as it comes: the largest tensor whole, as it is sent, and what vLLM makes of it.
+        received = number * shape.largest_parameter * (1.0 + 1.0 / size)
+    elif role == "student":
         # What a publish brings stands beside the old weights, and its room is kept for the next.
-        parts["received weights"] = weights
+        whole = float(number * shape.num_parameters)
+        received, elsewhere = (0.0, size * whole) if pool.gpus else (whole, 0.0)
+    if received:
+        parts["received weights"] = received
+        room = None if room is None else min(device, room + received)  # beside vLLM's own share
     if config.rollout.engine == "vllm" and not pool.gpus:
         parts["vLLM's own"] = CPU_VLLM_BYTES
     memory = Memory(
@@ -225,9 +250,10 @@ def _engine(
         parts=parts,
         lowered_by={
             "weights": f"{key}.dtype=bfloat16, more GPUs a worker",
-            "received weights": f"{key}.dtype=bfloat16",
+            "received weights": f"{key}.dtype=bfloat16, {key}.gpu_memory_utilization",
             "key-value cache": f"{key}.kv_cache_mebibytes",
         },
+        host_bytes=elsewhere,
     )
     library = {"vllm": "vLLM", "transformers": "transformers"}[config.rollout.engine]
     plan = _worker(pool_name, pool, f"the {role} in {library}", memory, device)

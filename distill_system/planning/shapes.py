@@ -31,8 +31,9 @@ class ModelShape:
     """What is known of a model without its weights.
 
     family: transformers' model_type. vocabulary: rows of the unembedding, padding included.
-    num_parameters: tied matrices once. hidden_size: of the blocks. embedding_size, row_size:
-        columns of the input embeddings and of the unembedding, the hidden size but for a few.
+    num_parameters: tied matrices once. largest_parameter: numbers of the largest. hidden_size: of
+        the blocks. embedding_size, row_size: columns of the input embeddings and of the
+        unembedding, the hidden size but for a few.
     key_size: key heads x head size. config: transformers' configuration.
     """
 
@@ -45,6 +46,7 @@ class ModelShape:
     key_size: int
     num_blocks: int
     num_parameters: int
+    largest_parameter: int
     trust_remote_code: bool = False
     config: Any = field(repr=False, compare=False)
 
@@ -112,6 +114,7 @@ def measure_shape(config: Any, *, name: str, trust_remote_code: bool = False) ->
         key_size=key_heads * head_size,
         num_blocks=len(find_blocks(model)),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        largest_parameter=max(parameter.numel() for parameter in model.parameters()),
         trust_remote_code=trust_remote_code,
         config=config,
     )

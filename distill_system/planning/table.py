@@ -10,6 +10,8 @@ from distill_system.planning.memory import GIB
 from distill_system.planning.plan import Plan, WorkerPlan
 from distill_system.planning.shapes import ModelShape
 
+LINK_BYTES = 100e9 / 8
+"""Of a second, over what is taken for the link between learner and engines."""
 NUM_HINTS = 3
 """Parts named for a worker that does not fit, the largest first."""
 
@@ -63,7 +65,9 @@ def _facts(plan: Plan) -> list[str]:
         f"limit of {longest} tokens, so real steps hold less",
         f"wire: {wire:,} bytes a teacher token, {_gib(wire * plan.scored_tokens)} GiB a step at "
         "most (scoring.dtype, distill.action_dimension)",
-        f"publish: {_gib(plan.publish_bytes)} GiB a weight version to each student worker",
+        f"publish: {_gib(plan.publish_bytes)} GiB a weight version to each student worker, at least "
+        f"{plan.publish_bytes / LINK_BYTES:.2g} s at 100 Gbit/s, and a copy of it in CPU memory of "
+        "learner rank 0",
     ]
     lines += [f"{worker.pool}: {worker.note}" for worker in plan.at_once if worker.note]
     if plan.host_bytes:

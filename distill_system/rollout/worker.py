@@ -169,12 +169,12 @@ class RolloutWorker:
         """Take requests in, decode for a slice of time, hand out what is finished.
 
         Sequences go on over slices, and other calls, such as new weights, come between them. A
-        prompt's sample depends on its request and the weights that wrote it.
+        prompt's sample depends on its request and the weights that wrote it. After a broken weight
+        update the slice passes idle: the weights are sent again, or whoever sends them fails.
 
-        Raises: as generate does.
+        Raises: DataError, ModelError as generate does.
         """
         started = time.perf_counter()
-        self._check_weights()
         for request in requests:
             self._check_prompt(request.prompt, request.sampling)
         for request in requests:
@@ -184,6 +184,9 @@ class RolloutWorker:
             )
             self._engine.add(name, request.prompt.token_ids, request.sampling, sample_seed)
             self._requests[name] = request
+        if not self._holds_whole_weights:
+            time.sleep(seconds)
+            return DecodeSlice(trajectories=(), version=self._engine.version, busy_seconds=0.0)
         finished = self._engine.decode(seconds)
         trajectories = tuple(
             self._make_trajectory(self._requests.pop(name), completion)

@@ -186,7 +186,7 @@ def _files(folder: Path) -> Seen:
 def _is_passing(parts: Sequence[str]) -> bool:
     """Whether a file is of this moment only."""
     half = any(part.startswith(".") or part.endswith((".partial", ".removed")) for part in parts)
-    return half or parts[0] == "scaling" or parts == ("lock",)
+    return half or "scaling" in parts[:-1] or parts[-1] == "lock"
 
 
 def _last_of_its_checkpoint(name: str) -> tuple[bool, str]:

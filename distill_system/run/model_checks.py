@@ -23,6 +23,7 @@ from distill_system.language_model import (
     check_longest,
     check_quantised,
     check_settings,
+    check_streamed,
     check_weight_files,
     choose_linear_modules,
     find_family,
@@ -34,6 +35,7 @@ from distill_system.language_model import (
     read_headers,
     require_trainable,
 )
+from distill_system.learner.sharding import find_blocks
 from distill_system.records import Trajectory
 from distill_system.run.vocabulary import check_exportable, stop_token_ids, vocabulary_size
 
@@ -95,6 +97,7 @@ def check_models(config: RunConfig, tokenizer: Any) -> None:
     for role, model in _models(config):
         _check_model(role, model, tokenizer, config)
     _check_update(config)
+    _check_shared_teacher(config)
     stop_token_ids(config, tokenizer)
     size = vocabulary_size(tokenizer)
     for stream in ("off_policy", "on_policy"):
@@ -232,6 +235,21 @@ def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfi
     if role == "student" or model.sft is not None:  # models that the run will export
         require_trainable(shape, f"{role}.path={model.path!r}")
         check_exportable(role, model)
+
+
+def _check_shared_teacher(config: RunConfig) -> None:
+    """Check that a scorer's ranks can share the teacher, and read its weights part by part."""
+    ranks, teacher = config.scoring.shard_ranks, config.teacher
+    if ranks == 1 or teacher.path is None:
+        return
+    if is_quantised(_shape("teacher", teacher)):
+        raise ModelError(
+            f"teacher.path={teacher.path!r}: its weights are quantised, and scoring.shard_ranks="
+            f"{ranks} shares plain ones alone. Set scoring.shard_ranks=1, or give the model that "
+            "it was quantised from"
+        )
+    if Path(teacher.path).is_dir():  # of a model of the hub the files may not be here yet
+        find_blocks(check_streamed(teacher.path, trust_remote_code=teacher.trust_remote_code))
 
 
 def _check_kinds(config: RunConfig) -> None:

@@ -26,6 +26,7 @@ from distill_system.run.worker_arguments import tensor_parallel_size
 from distill_system.run.worker_requests import (
     evaluation_request,
     learner_request,
+    reading_request,
     rollout_request,
     scoring_request,
     transfer_backend,
@@ -194,6 +195,15 @@ def open_evaluation_pool(
     _wait_until_ready(workers, config.deadlines.start_seconds)
     placed = {request.name: ElasticPool(workers=workers, request=request)}
     return SupervisedWorkers(request.name, workers), placed
+
+
+def open_reading_pool(
+    config: RunConfig, cluster: ClusterSession, tokenizer: Any, *, path: str
+) -> ScoringPool:
+    """Workers that hold the model in `path` and say what it thinks of text."""
+    workers = cluster.start_workers(reading_request(config, tokenizer, path))
+    _wait_until_ready(workers, config.deadlines.start_seconds)
+    return ScoringPool(workers)
 
 
 def wait_until_ready(context: RunContext, workers: RayWorkers) -> None:

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "learner.max_tokens_per_microbatch",
     "learner.offload",
     "learner.shard_ranks",
+    "scoring.shard_ranks",
     "runs_directory",
     "runs_mirror",
     "trackers",
@@ -81,6 +82,15 @@ def open_run(config: RunConfig) -> RunDirectory:
             "which configuration. Put that file back, or give the run another name (name=...)"
         )
     return run
+
+
+def require_begun(run: RunDirectory) -> None:
+    """Refuse to go on with a run that has not begun.  Raises: RunStateError."""
+    if not run.config_path.exists():
+        raise RunStateError(
+            f"--resume: nothing to go on from, {run.path} holds no run. Check name and "
+            "runs_directory; `--resume auto` begins a run where there is none"
+        )
 
 
 def require_lasting_folder(config: RunConfig) -> None:

@@ -24,7 +24,7 @@ from distill_system.run.worker_arguments import (
     scorer_arguments,
     torch_environment,
 )
-from distill_system.scoring import TeacherScorer
+from distill_system.scoring import RankedScorer, TeacherScorer
 from distill_system.seeds import derive_seed
 from distill_system.weights import WireFormat
 from distill_system.weights.rounding import AS_THEY_ARE
@@ -71,18 +71,35 @@ def evaluation_request(config: RunConfig, tokenizer: Any, path: str) -> WorkerRe
 def scoring_request(context: RunContext) -> WorkerRequest:
     """The pool of teacher scorers."""
     config, pool = context.config, context.config.pools.teacher_scoring
+    ranks = config.scoring.shard_ranks
     arguments = {
         **scorer_arguments(config, context.tokenizer, context.teacher_path),
         # Targets that a scorer looks up instead of computing them.
         "known_targets": find_stored_targets(context),
     }
+    if ranks > 1:
+        seconds = config.deadlines.call_seconds
+        arguments |= {"num_ranks": ranks, "timeout_seconds": seconds}
+    return WorkerRequest(
+        name="teacher_scoring",
+        worker_class=TeacherScorer if ranks == 1 else RankedScorer,
+        arguments=[arguments] * pool.count,
+        pool=pool,
+        ranks=ranks,
+        environment={**torch_environment(config, pool, config.scoring.threads), **_logs(context)},
+        colocate_with=pool.colocate_with,
+    )
+
+
+def reading_request(config: RunConfig, tokenizer: Any, path: str) -> WorkerRequest:
+    """Workers that say what the model in `path` thinks of text, on the scorers' resources."""
+    pool = config.pools.teacher_scoring
     return WorkerRequest(
         name="teacher_scoring",
         worker_class=TeacherScorer,
-        arguments=[arguments] * pool.count,
+        arguments=[scorer_arguments(config, tokenizer, path)] * pool.count,
         pool=pool,
-        environment={**torch_environment(config, pool, config.scoring.threads), **_logs(context)},
-        colocate_with=pool.colocate_with,
+        environment=torch_environment(config, pool, config.scoring.threads),
     )
 
 

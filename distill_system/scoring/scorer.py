@@ -19,6 +19,7 @@ from distill_system.config.objective.needs import SIGNALS, Signal, TeacherNeeds
 from distill_system.config.rollout import ScoringConfig
 from distill_system.errors import NonFiniteError
 from distill_system.language_model import (
+    LanguageModel,
     SequenceBatch,
     cut_rows,
     find_decoder_start,
@@ -103,26 +104,32 @@ class TeacherScorer:
         self.shares_gpu = shares_gpu
         self.known_targets = known_targets
         self.chunk_tokens = vocabulary_chunk_tokens
+        self.vocabulary_size, self.action_dimension = vocabulary_size, action_dimension
         self.device = torch.device("cuda" if uses_gpu else "cpu")
-        self.model = load_language_model(
-            model_path,
-            dtype=getattr(torch, config.dtype),
-            device=self.device,
-            trust_remote_code=trust_remote_code,
-        ).requires_grad_(False)
-        self.unembedding_VH = unembedding(self.model, vocabulary_size)
-        embeddings_VE = cut_rows(self.model.get_input_embeddings().weight, vocabulary_size)
-        self.action_embeddings_VE = make_action_embeddings(embeddings_VE, action_dimension)
         self._shipped = Shipped()
+        self._load(model_path, trust_remote_code=trust_remote_code)
 
     def ready(self) -> None:
         """Return once the teacher is loaded."""
+
+    def _load(self, path: str, *, trust_remote_code: bool) -> None:
+        self.model = load_language_model(
+            path,
+            dtype=getattr(torch, self.config.dtype),
+            device=self.device,
+            trust_remote_code=trust_remote_code,
+        ).requires_grad_(False)
+        self.action_embeddings_VE = self._make_actions(self.model)
+
+    def _make_actions(self, model: LanguageModel) -> Tensor:
+        embeddings_VE = cut_rows(model.get_input_embeddings().weight, self.vocabulary_size)
+        return make_action_embeddings(embeddings_VE, self.action_dimension)
 
     def shipped(self) -> Shipped:
         """What this scorer has handed on since it started."""
         return self._shipped
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, in which no sharded model can be read
     def score(self, chunk: TrajectoryChunk, needs: TeacherNeeds) -> list[TeacherTargets]:
         """Targets of each trajectory, in the chunk's order: what is needed, and no more.
 
@@ -145,7 +152,7 @@ class TeacherScorer:
         """The chunk's number of tokens, by which one knows that the rest is there; see score."""
         return chunk.num_tokens, self.score(chunk, needs)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read_logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """log pi*(y_t | s_t) of each response token at temperature 1, nats, float32 [T] each.
 
@@ -159,27 +166,40 @@ class TeacherScorer:
         self, trajectories: Sequence[Trajectory], needs: TeacherNeeds
     ) -> list[TeacherTargets]:
         """What the teacher says now."""
-        batch = SequenceBatch.collate(
+        return self._read_batch(self._collate(trajectories), trajectories, needs)
+
+    def _collate(
+        self, trajectories: Sequence[Trajectory], num_parts: int | None = None
+    ) -> SequenceBatch:
+        return SequenceBatch.collate(
             trajectories,
             self.device,
             max_tokens=self.config.max_tokens_per_batch,
+            num_parts=num_parts,
             decoder_start=find_decoder_start(self.model),
         )
-        hidden_NH = read_hidden(self.model, batch)
+
+    def _read_hidden(self, batch: SequenceBatch) -> Tensor:
+        return read_hidden(self.model, batch)
+
+    def _read_batch(
+        self, batch: SequenceBatch, trajectories: Sequence[Trajectory], needs: TeacherNeeds
+    ) -> list[TeacherTargets]:
+        hidden_NH = self._read_hidden(batch)
         self._require_finite(hidden_NH, trajectories)
         rows = self._read(hidden_NH, batch.token_ids_N, needs)
         if self.shares_gpu:
             del batch, hidden_NH
             torch.cuda.empty_cache()  # torch would keep what is free for its next call
-        ends = np.cumsum([trajectory.num_response_tokens for trajectory in trajectories])
-        starts = [0, *ends[:-1]]
+        counts = np.array([each.num_response_tokens for each in trajectories], dtype=np.int64)
+        ends = counts.cumsum()
         return [
             TeacherTargets(
                 trajectory_id=trajectory.trajectory_id,
                 num_tokens=trajectory.num_response_tokens,
                 **{name: array[start:end] for name, array in rows.items()},
             )
-            for trajectory, start, end in zip(trajectories, starts, ends, strict=True)
+            for trajectory, start, end in zip(trajectories, ends - counts, ends, strict=True)
         ]
 
     def _read(
@@ -187,13 +207,13 @@ class TeacherScorer:
     ) -> dict[str, np.ndarray]:
         """Every signal that is needed, for all rows, by its name."""
         made: dict[str, Tensor] = {"features": hidden_NH}
-        cap = logit_cap(self.model.config)
+        cap, unembedding_VH = logit_cap(self.model.config), self._unembedding()
         if needs.expected_embedding or needs.logprobs:
-            actions_VE = self.action_embeddings_VE
+            actions_VE = self._actions()
             rows = read_vocabulary(
                 hidden_NH,
                 token_ids_N,
-                self.unembedding_VH,
+                unembedding_VH,
                 # no columns: the product is empty, the log-probabilities are made all the same
                 actions_VE if needs.expected_embedding else actions_VE[:, :0],
                 chunk_tokens=self.chunk_tokens,
@@ -204,20 +224,29 @@ class TeacherScorer:
         if needs.top_k:
             made["top_k_ids"], made["top_k_logprobs"] = read_top_k(
                 hidden_NH,
-                self.unembedding_VH,
+                unembedding_VH,
                 k=needs.top_k,
                 chunk_tokens=self.chunk_tokens,
                 logit_cap=cap,
             )
         return {each.name: self._to_wire(made[each.name], each) for each in needs.signals}
 
+    def _unembedding(self) -> Tensor:
+        return unembedding(self.model, self.vocabulary_size)
+
+    def _actions(self) -> Tensor:
+        return self.action_embeddings_VE
+
     def _require_finite(self, hidden_NH: Tensor, trajectories: Sequence[Trajectory]) -> None:
-        if not hidden_NH.isfinite().all():
+        if not self._is_finite(hidden_NH):
+            first = trajectories[0].trajectory_id if trajectories else "none"
             raise NonFiniteError(
                 "the teacher's hidden states: expected finite numbers, got NaN or infinity on "
-                f"{trajectories[0].trajectory_id!r} or a trajectory of the same call; "
-                "try scoring.dtype=float32"
+                f"{first!r} or a trajectory of the same call; try scoring.dtype=float32"
             )
+
+    def _is_finite(self, hidden_NH: Tensor) -> bool:
+        return bool(hidden_NH.isfinite().all())
 
     def _to_wire(self, rows: Tensor, signal: Signal) -> np.ndarray:
         """[N] or [N, X] in the smallest of the signal's dtypes that loses nothing."""

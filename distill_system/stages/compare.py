@@ -16,7 +16,7 @@ from pathlib import Path
 
 from distill_system.comparison import Plan, run_key, write_comparison, write_plan
 from distill_system.comparison.plan import Budget, plan_path, read_plan
-from distill_system.config import RunConfig, load_config
+from distill_system.config import RunConfig, load_config, require_one_run
 from distill_system.config.data import PretrainedTokenizer
 from distill_system.config.model import ModelConfig
 from distill_system.config.recipes import recipe_path
@@ -64,6 +64,7 @@ def compare(request: ComparisonRequest, *, notify: Callable[[str], None]) -> Pat
     """
     _check(request)
     base = load_config(request.paths, request.overrides)
+    require_one_run(base, "compare")
     check_engine(base)
     folder = run_directory(base).path
     with locked(run_directory(base), notify=notify):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import yaml
 
-from distill_system.config import RunConfig
+from distill_system.config import RunConfig, require_one_run
 from distill_system.errors import ConfigError, ModelError
 from distill_system.manifests import (
     ManifestRequest,
@@ -34,6 +34,7 @@ def render_manifests(
     Raises: ConfigError for a path that pods do not see, or for memory that nobody knows;
         ResourceError for a worker that does not fit its GPU.
     """
+    require_one_run(config, "manifests")
     check_paths(config, request.mount_path)
     groups = pod_groups(config, workers_per_pod=workers_per_pod)
     plan = None

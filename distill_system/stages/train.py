@@ -56,6 +56,7 @@ from distill_system.run.preparation import (
     prepare_tokenizer,
     record_start,
     refusal_leaves_nothing,
+    require_begun,
     run_directory,
     with_chat_date,
 )
@@ -101,7 +102,7 @@ def train(
     with locked(folder, notify=notify), mirrored(config, folder, notify=notify):
         run = open_run(config)
         if resume is True:
-            _require_begun(run)
+            require_begun(run)
         config = with_chat_date(config, run)
         _make(
             config,
@@ -162,7 +163,7 @@ def _make(
             "them again"
         )
     if "report" in stages:
-        _require_a_run(run)
+        require_a_run(run)
         writes = RunWrites(notify, seconds=config.deadlines.call_seconds)
         with told_as_unwritable(run.report_path):
             writes.require(run.summary_path, lambda: write_summary(run))
@@ -207,15 +208,8 @@ def _checkpointed(config: RunConfig, run: RunDirectory, work: Collection[str]) -
     return found | ({"distill": config.distill.steps} if "distill" in work else {})
 
 
-def _require_begun(run: RunDirectory) -> None:
-    if not run.config_path.exists():
-        raise RunStateError(
-            f"--resume: nothing to go on from, {run.path} holds no run. Check name and "
-            "runs_directory; `--resume auto` begins a run where there is none"
-        )
-
-
-def _require_a_run(run: RunDirectory) -> None:
+def require_a_run(run: RunDirectory) -> None:
+    """Refuse to report on a run that has not begun.  Raises: RunStateError."""
     if not run.config_path.exists():
         raise RunStateError(
             f"{run.path} holds no run to report on: check name and runs_directory, or run "

@@ -137,12 +137,14 @@ class AsynchronousStreams(Streams):
         return {
             "student": self.student.state(under_way=student),
             "teacher": self.mixture.frontier.state(under_way=teacher),
+            **self._source_state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See Streams."""
         self.student.restore(state["student"])
         self.mixture.frontier.restore(state["teacher"])
+        self._restore_sources(state)
 
     def release_worker(self, pool: str, worker: int) -> bool:
         """See Streams; a rollout worker's prompts go to the others at once."""
@@ -205,13 +207,22 @@ class AsynchronousStreams(Streams):
             stream,
             buffer,
             writers,
-            frontier=self.student if is_student else self.mixture.frontier,
+            draw=self._draw_student if is_student else self._draw_off_policy,
             look_up=look_up,
             sampling=self._sampling(),
             seed=self.config.seed,
             leave_out=self._leave_out if self.config.faults.fatal_prompts == "leave_out" else None,
             clock=self._clock,
         )
+
+    def _draw_student(self) -> int:
+        step = self.student.num_taken // self._sequences(Stream.ON_POLICY)
+        return self.student.take(1, weights=self._weights(step))[0]
+
+    def _draw_off_policy(self) -> int:
+        frontier = self.mixture.frontier
+        step = frontier.num_taken // self._sequences(Stream.OFF_POLICY)
+        return frontier.take(1, weights=self.mixture.weights(self._weights(step)))[0]
 
     def _chunk_sequences(self, stream: Stream) -> int:
         """Most sequences scored together, so that every learner rank has a chunk of each stream."""

@@ -116,6 +116,7 @@ class LockstepStreams(Streams):
     def state(self) -> dict[str, Any]:
         """See Streams."""
         state: dict[str, Any] = {"student": self.student.state(), "teacher": self._before}
+        state |= self._source_state()
         return state if self.replay is None else state | {"replay": self.replay.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -123,6 +124,7 @@ class LockstepStreams(Streams):
         self.student.restore(state["student"])
         self.mixture.frontier.restore(state["teacher"])
         self._before = self.mixture.frontier.state()
+        self._restore_sources(state)
         if self.replay is not None:
             self.replay.restore(state["replay"])
 
@@ -130,7 +132,7 @@ class LockstepStreams(Streams):
         """Take the off-policy stream of a step, and let the teacher write its part."""
         self._before = self.mixture.frontier.state()
         if step < self.config.distill.steps and self.replay is None:
-            self._ahead = self._take_off_policy()
+            self._ahead = self._take_off_policy(step)
             prompts = [item for item in self._ahead if isinstance(item, Prompt)]
             if prompts:
                 self._writing = self._teachers.start(prompts, *self._how(step))
@@ -139,7 +141,7 @@ class LockstepStreams(Streams):
         """The step's rows, stored samples, and what the teacher was asked for a step ago."""
         if self.replay is not None:
             chosen = self.replay.choose(step) is StepKind.DATA
-            self._ahead = self._take_off_policy() if chosen else []
+            self._ahead = self._take_off_policy(step) if chosen else []
         written: Sequence[Trajectory | None] = ()
         if self._writing is not None:
             written = self._finish_writing("teacher", self._teachers, self._writing)
@@ -148,8 +150,9 @@ class LockstepStreams(Streams):
         stream = [next(answers) if isinstance(item, Prompt) else item for item in self._ahead]
         return self._feed("off_policy", _without_gaps(stream))
 
-    def _take_off_policy(self) -> list[Prompt | Trajectory]:
-        taken = self.mixture.frontier.take(self._sequences(Stream.OFF_POLICY))
+    def _take_off_policy(self, step: int) -> list[Prompt | Trajectory]:
+        weights = self.mixture.weights(self._weights(step))
+        taken = self.mixture.frontier.take(self._sequences(Stream.OFF_POLICY), weights=weights)
         return [self.mixture.look_up(index) for index in taken]
 
     def _on_policy(self, step: int) -> Sequence[Trajectory]:
@@ -160,7 +163,8 @@ class LockstepStreams(Streams):
             return self.replay.sample(step, count)
         if kind is StepKind.DATA:
             return ()
-        prompts = [self.data.prompts[index] for index in self.student.take(count)]
+        taken = self.student.take(count, weights=self._weights(step))
+        prompts = [self.data.prompts[index] for index in taken]
         pending = self._students.start(prompts, *self._how(step))
         written = _without_gaps(self._finish_writing("student", self._students, pending))
         if self.replay is not None:

@@ -41,6 +41,8 @@ class OffPolicyMixture:
             for name, rows in ready.items()
             if name in mixture
         ]
+        self._prompt_share = mixture.get("teacher")
+        self._other_shares = [share.weight for share in shares[len(teacher) :]]
         alone = tuple(mixture)
         if alone == ("teacher",):
             self.frontier = PromptFrontier(teacher, config.seed, "teacher_prompts")
@@ -48,6 +50,13 @@ class OffPolicyMixture:
             self.frontier = PromptFrontier(len(data.student_sft), config.seed, "dataset_rows")
         else:
             self.frontier = PromptFrontier(shares, config.seed, "off_policy")
+
+    def weights(self, of_prompts: Sequence[float] | None) -> list[float] | None:
+        """Weights of all that the frontier walks over, given those of the prompts' sources."""
+        if of_prompts is None or self._prompt_share is None:
+            return None
+        whole = sum(of_prompts)
+        return [self._prompt_share * each / whole for each in of_prompts] + self._other_shares
 
     def look_up(self, index: int) -> Prompt | Trajectory:
         """What stands at an index of the frontier: a prompt to answer, or what is there already."""

@@ -6,7 +6,6 @@ import operator
 from collections.abc import Callable
 from functools import partial
 
-from distill_system.data import PromptFrontier
 from distill_system.errors import WorkerLostError
 from distill_system.records import Author, Prompt, Stream, Trajectory
 from distill_system.rollout import GenerationRequest, LeaveOut, Sampling, fatal_prompt
@@ -20,6 +19,7 @@ LookUp = Callable[[int], Prompt | Trajectory]
 class StreamFlow:
     """Gives out prompts as the window allows; the buffer knows what becomes of them.
 
+    draw: the index of the next prompt.  look_up: what stands there.
     sampling, seed: how every prompt is answered.
     leave_out: for prompts that cost a worker each time they are answered; None ends the run.
     clock: seconds that never run backwards.
@@ -31,7 +31,7 @@ class StreamFlow:
         buffer: InFlight,
         writers: Writers,
         *,
-        frontier: PromptFrontier,
+        draw: Callable[[], int],
         look_up: LookUp,
         sampling: Sampling,
         seed: int,
@@ -42,7 +42,7 @@ class StreamFlow:
         self.buffer = buffer
         self.writers = writers
         self._author = Author.STUDENT if stream is Stream.ON_POLICY else Author.TEACHER
-        self._frontier = frontier
+        self._draw = draw
         self._look_up = look_up
         self._request = partial(GenerationRequest, sampling=sampling, seed=seed)
         # Labels of a resumed run go on where an unbroken run would be, so that samples differ.
@@ -62,9 +62,6 @@ class StreamFlow:
         """Whether a worker that held this version would be given a prompt."""
         buffer = self.buffer
         return buffer.ages and (bool(buffer.handed_back()) or buffer.may_give(newest))
-
-    def _draw(self) -> int:
-        return self._frontier.take(1)[0]
 
     def _begin(self, entry: Entry, worker: int) -> None:
         """Let a worker answer the entry's prompt, or take what stands there already."""

@@ -27,6 +27,7 @@ from distill_system.rollout import Sampling
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
 from distill_system.streams.off_policy import OffPolicyMixture
+from distill_system.streams.source_weights import SourceWeights
 from distill_system.streams.watched_workers import WatchedWorkers
 from distill_system.workers import Reference, Supervision
 
@@ -62,6 +63,12 @@ class Streams(ABC):
         shares = source_shares(data.prompts, self.config.data.prompt_weights)
         self.student = PromptFrontier(shares, self.config.seed, "student_prompts")
         self.mixture = OffPolicyMixture(self.config, data)
+        policy, delay = self.config.data.source_policy, self.config.distill.staleness.max_staleness
+        self.source_weights = (
+            None
+            if policy is None
+            else SourceWeights(policy, [*data.source_held_out], delay=delay + 1)
+        )
         self.supervision: Supervision | None = None
         self._clock = clock
         self._watched: dict[str, WatchedWorkers] = {}
@@ -118,6 +125,30 @@ class Streams(ABC):
         """
         if measured:
             self.pop_activity()
+
+    def measures_sources(self, done: int) -> bool:
+        """Whether the weights of the prompts' sources follow what is measured after this step."""
+        return self.source_weights is not None and self.source_weights.is_due(done)
+
+    def follow_sources(self, done: int, ratios: Mapping[str, float]) -> dict[str, float]:
+        """Draw by new weights; returns them, and what they follow, as metrics.
+
+        ratios: source -> perplexity of the student over that of the teacher.
+        """
+        assert self.source_weights is not None, "ask measures_sources first"
+        measured = {f"source_perplexity_ratio/{name}": ratio for name, ratio in ratios.items()}
+        return measured | self.source_weights.observe(done, ratios)
+
+    def _weights(self, step: int) -> list[float] | None:
+        """Weights of the prompts' sources for a step; None: those that are configured."""
+        return None if self.source_weights is None else self.source_weights.at(step)
+
+    def _source_state(self) -> dict[str, Any]:
+        return {} if self.source_weights is None else {"sources": self.source_weights.state()}
+
+    def _restore_sources(self, state: Mapping[str, Any]) -> None:
+        if self.source_weights is not None:
+            self.source_weights.restore(state["sources"])
 
     @abstractmethod
     def state(self) -> dict[str, Any]:

@@ -118,13 +118,17 @@ class Buckets:
         copying.wait()
 
     def unpack(self, index: int) -> list[tuple[str, Tensor]]:
-        """Names and tensors of one bucket, as views of its memory where alignment allows."""
-        bucket = self._plan[index]
-        parts = self.buffers[index].split([count_bytes(parameter) for parameter in bucket])
-        return [
-            (parameter.name, _aligned(part, parameter.dtype).view(parameter.shape))
-            for parameter, part in zip(bucket, parts, strict=True)
-        ]
+        """Names and tensors of one bucket; see unpack."""
+        return unpack(self._plan[index], self.buffers[index])
+
+
+def unpack(bucket: Sequence[ParameterShape], buffer_B: Tensor) -> list[tuple[str, Tensor]]:
+    """Names and tensors of one bucket, as views of its memory where alignment allows."""
+    parts = buffer_B.split([count_bytes(parameter) for parameter in bucket])
+    return [
+        (parameter.name, _aligned(part, parameter.dtype).view(parameter.shape))
+        for parameter, part in zip(bucket, parts, strict=True)
+    ]
 
 
 class _CopyStream:

@@ -39,7 +39,7 @@ def open_store(*, address: str, port: int, timeout_seconds: float) -> TCPStore:
         listening = _listen(address, port)
     except OSError as error:
         raise ResourceError(
-            f"a learner rank could not listen at {address}:{port}: {error}; its host has "
+            f"a rank could not listen at {address}:{port}: {error}; its host has "
             f"{describe_interfaces()}. Start Ray with the --node-ip-address of one of these"
         ) from error
     return TCPStore(

@@ -1,15 +1,18 @@
-"""The receiving end inside each vLLM worker: it loads nothing before all bytes are verified.
+"""The receiving end inside each vLLM worker: nothing is written with bytes that are not verified.
 
 vLLM's NCCL engine, which is subclassed here, loads tensors as they arrive, and loading cannot be
-undone. Here all buckets are received first, their digest is compared with the sender's, and only
-then are the model's old weights replaced. Importing this module imports vLLM.
+undone. Where weights arrive in CPU memory all buckets are received first, their digest is compared
+with the sender's, and only then are the model's old weights replaced. A GPU has no room for a
+second model: there buckets are loaded as they come, and a transfer that fails leaves an engine that
+writes nothing until another has come whole (decision 036). Importing this module imports vLLM.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import torch
 from vllm.distributed.weight_transfer.nccl_engine import (
@@ -19,14 +22,14 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
 from distill_system.errors import TransferError
-from distill_system.weights.buckets import Buckets, read_parameters
+from distill_system.weights.buckets import read_parameters
 from distill_system.weights.sealed_buckets import SealedBuckets
+
+Received = TypeVar("Received")
 
 
 class SealedWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]  # untyped base
     """Receives, verifies, loads; used as it is for NCCL, subclassed for gloo.
-
-    While it loads, the device holds the model's bytes twice.
 
     is_whole: whether the model holds one version's weights, and not parts of two.
     """
@@ -34,38 +37,56 @@ class SealedWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc
     is_whole = True
 
     def start_weight_update(self) -> None:
-        """Does nothing: vLLM calls it before receiving, and its own version frees the old weights.
+        """Ends what an update that failed has begun: vLLM would add its parts to those that come.
 
-        They must survive a failed transfer, so receive_weights calls it after verifying.
+        vLLM's own version, which frees the old weights, comes where the first are loaded.
         """
+        if not self.is_whole:
+            super().finish_weight_update()
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
-        """Receive every byte, compare with the sender's seal, and only then load.
+        """Receive every byte, compare with the sender's seal, and load: staged after, else before.
 
-        Raises: TransferError if the bytes are not those that were sent; the old weights stay.
+        Raises: TransferError if the bytes are not those that were sent; staged, the old weights
+            stay.
         """
         if self.model_update_group is None:
             raise TransferError("weights were sent before this worker joined a transfer group")
-        buckets = self._receive(update_info)
-        self.is_whole = False
-        super().start_weight_update()
         with disable_mtp_completeness_check():
-            for index in range(len(buckets.buffers)):
-                self.model.load_weights(buckets.unpack(index))
+            if self.is_staged:
+                buckets = self._receive(self.sealed.receive, update_info)
+                self._give_up_old_weights()
+                for index in range(len(buckets.buffers)):
+                    self.model.load_weights(buckets.unpack(index))
+            else:
+                self._give_up_old_weights()
+                load = partial(self.sealed.stream, load=self.model.load_weights)
+                self._receive(load, update_info)
 
     def finish_weight_update(self) -> None:
         """vLLM's end of an update; the model's weights are whole again."""
         super().finish_weight_update()
         self.is_whole = True
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether all bytes are held, and verified, before any is loaded."""
+        return self._receiving_device().type == "cpu"
+
     @cached_property
     def sealed(self) -> SealedBuckets:
         """The memory that weights arrive in."""
         return SealedBuckets()  # not in the constructor, which is vLLM's
 
-    def _receive(self, update_info: NCCLWeightTransferUpdateInfo) -> Buckets:
+    def _give_up_old_weights(self) -> None:
+        self.is_whole = False
+        super().start_weight_update()
+
+    def _receive(
+        self, receive: Callable[..., Received], update_info: NCCLWeightTransferUpdateInfo
+    ) -> Received:
         try:
-            return self.sealed.receive(
+            return receive(
                 self.model_update_group,
                 read_parameters(asdict(update_info)),
                 bucket_bytes=self.packed_buffer_size_bytes,

@@ -1,13 +1,24 @@
-"""What every receiving end does first: take all bytes in, compare them with the sender's seal."""
+"""What every receiving end does: take all bytes in, compare them with the sender's seal.
+
+Staged, all stand in memory before any is loaded: a transfer that fails has changed nothing, at the
+price of the model's bytes a second time. Streamed, each bucket is loaded as it comes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from distill_system.weights.buckets import Buckets, ParameterShape
+from distill_system.weights.buckets import (
+    Buckets,
+    ParameterShape,
+    count_bytes,
+    plan_buckets,
+    unpack,
+)
 from distill_system.weights.transport import Seal, broadcast_buckets, check_seal
 
 
@@ -42,6 +53,33 @@ class SealedBuckets:
         self.received = broadcast_buckets(communicator, buckets.buffers)
         check_seal(communicator, self.received, device)
         return buckets
+
+    def stream(
+        self,
+        communicator: Any,
+        parameters: Sequence[ParameterShape],
+        load: Callable[[list[tuple[str, Tensor]]], object],
+        *,
+        bucket_bytes: int,
+        device: torch.device,
+    ) -> None:
+        """Receive bucket by bucket, each loaded while the next one comes; two are held at most.
+
+        A bucket's memory is its own: a loader may keep its tensors until a layer is complete.
+        Raises: as receive does; what was loaded before is loaded.
+        """
+        plan = plan_buckets(parameters, bucket_bytes)
+        coming = iter(plan)
+
+        def load_next(buffer_B: Tensor) -> None:
+            load(unpack(next(coming), buffer_B))
+
+        made = (
+            torch.empty(sum(map(count_bytes, bucket)), dtype=torch.uint8, device=device)
+            for bucket in plan
+        )
+        self.received = broadcast_buckets(communicator, made, load_next)
+        check_seal(communicator, self.received, device)
 
     def allocate(
         self, parameters: Sequence[ParameterShape], *, bucket_bytes: int, device: torch.device

@@ -37,10 +37,15 @@ class Seal:
         return f"{self.num_bytes} bytes with digest {self.digest:014x}"
 
 
-def broadcast_buckets(communicator: Any, buffers: Iterable[Tensor]) -> Seal:
+def broadcast_buckets(
+    communicator: Any,
+    buffers: Iterable[Tensor],
+    arrived: Callable[[Tensor], None] = lambda buffer: None,
+) -> Seal:
     """Send these buckets, or receive into them; returns their seal.
 
-    Each bucket is added to the digest while the next one is transferred.
+    Each bucket is added to the digest, and handed to `arrived`, while the next one is transferred:
+    of buffers that are made as they are asked for, two are held at most.
     """
     digest = Digest()
     complete: Tensor | None = None
@@ -48,10 +53,12 @@ def broadcast_buckets(communicator: Any, buffers: Iterable[Tensor]) -> Seal:
         transfer = communicator.broadcast(buffer, src=SENDER)
         if complete is not None:
             digest.add(complete)
+            arrived(complete)
         _wait(transfer)
         complete = buffer
     if complete is not None:
         digest.add(complete)
+        arrived(complete)
     return Seal(digest.num_bytes, digest.value)
 
 
@@ -68,8 +75,8 @@ def check_seal(communicator: Any, received: Seal, device: torch.device) -> None:
     sent = Seal(*numbers.tolist())
     if sent != received:
         raise TransferError(
-            f"weights did not arrive as they were sent: sent {sent}, received {received}; nothing "
-            "was loaded"
+            f"weights did not arrive as they were sent: sent {sent}, received {received}; no text "
+            "is written with them"
         )
 
 

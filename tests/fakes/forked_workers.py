@@ -144,6 +144,30 @@ class ForkedWorkers:
         return reply
 
 
+class ForkedPeers:
+    """Implements Peers: the other ranks of a worker whose first rank is this process."""
+
+    def __init__(self, makers: Sequence[Callable[[], Any]]) -> None:
+        self._makers = makers
+        self._workers: ForkedWorkers | None = None
+
+    def start(self) -> None:
+        self._workers = ForkedWorkers(self._makers)
+
+    def call(self, method: str, argument_tuples: Sequence[tuple[Any, ...]]) -> list[Call]:
+        assert self._workers is not None, "they are started before they are called"
+        pairs = zip(self._workers.members, argument_tuples, strict=True)
+        return [self._workers.start(at, method, *arguments) for at, arguments in pairs]
+
+    def finish(self, references: Sequence[Call], *, what: str, seconds: float) -> list[Any]:
+        assert self._workers is not None, "they are started before they are called"
+        return self._workers.finish(references, what=what, seconds=min(seconds, DEADLINE_SECONDS))
+
+    def stop(self) -> None:
+        if self._workers is not None:
+            self._workers.stop()
+
+
 def _serve(maker: Callable[[], Any], pipe: Connection) -> None:
     gc.freeze()  # what the other process has left to collect may wait for threads that stay there
     worker, number = None, 0

@@ -16,9 +16,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from faults import find_workers, newest_step
+from pipeline.command_line import wait_until
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill_system.observe import RunDirectory
+from distill_system.observe.fault_log import read_faults
 from distill_system.rollout import engine_environment
 
 ROOT = Path(__file__).parents[2]
@@ -160,11 +164,22 @@ def test_every_step_is_recorded_once_and_sampler_equals_learner(unbroken):
     assert sft[-1] < 0.8 * sft[0]
 
 
-def test_more_workers_make_the_same_first_step(unbroken):
-    """Samples depend on the prompt, not on the worker; two sharded ranks make the update of one."""
-    run = _beside(unbroken, "wide", steps=2)
-    counts = [f"pools.{pool}.count=2" for pool in ("student_rollout", "learner", "teacher_scoring")]
-    _train(run.parent, "name=wide", "distill.steps=2", *counts, "learner.shard_ranks=all")
+def test_more_workers_make_the_same_first_step_and_a_scorer_is_lost_with_its_rank(unbroken, launch):
+    """Samples depend on the prompt, not on the worker; two sharded ranks make the update of one,
+    and two that share a teacher say what one says."""
+    run = _beside(unbroken, "wide", steps=4)
+    counts = [f"pools.{pool}.count=2" for pool in ("student_rollout", "learner")]
+    shared = ("learner.shard_ranks=all", "scoring.shard_ranks=2")
+    command = _command(run.parent, "name=wide", "distill.steps=4", *counts, *shared)
+    wide_run = launch(*command[command.index("train") :])
+    wait_until(lambda: newest_step(RunDirectory(run)) >= 0, wide_run)
+    find_workers(wide_run)["teacher_scoring-0-rank-1"].kill()  # the one that answers nobody
+    assert wide_run.finish(DEADLINE_SECONDS).code == 0, wide_run.stderr[-3000:]
+    faults = read_faults(RunDirectory(run))
+    assert [(row.worker, row.event) for row in faults] == [
+        ("teacher_scoring-0", "lost"),
+        ("teacher_scoring-0", "replaced"),
+    ]
     wide, narrow = _learned(run)[1], _learned(unbroken)[1]
     # The learning-rate schedule knows the number of steps; the first loss does not.
     for name in ("learner/loss", "learner/on_policy_distance", "learner/off_policy_distance"):

@@ -129,7 +129,7 @@ def _evaluate_again(configuration: Path, launch: Launch, run: Path) -> None:
     settings = _read(run / "config.json")
     (configuration.parent / "again.yaml").write_text(json.dumps(settings))
     again = (configuration.parent / "again.yaml", "evaluation.metrics=[bleu]")
-    evaluate = launch("evaluate", *again).finish()
+    evaluate = launch("evaluate", *again).finish(seconds=300)
     assert evaluate.code == 0, evaluate.stderr
     for label, old in before.items():
         new = _read(run / f"evaluations/{label}.json")
@@ -152,7 +152,7 @@ def _evaluate_again(configuration: Path, launch: Launch, run: Path) -> None:
     write_rows(configuration.parent / "new.jsonl", 5, first=300)
     sets = "data.evaluation={new: {type: jsonl, path: new.jsonl}}"
     other = launch("evaluate", configuration, sets, "--model", run, "--out", run / "new.json")
-    other.finish()
+    other.finish(seconds=300)
     assert other.code == 0, other.stderr
     found = _read(run / "new.json")
     assert found["model"] == str(run / "student")

@@ -129,6 +129,18 @@ class Learner:
 
         communicator.broadcast = corrupting
 
+    def break_off_in_the_next_version(self) -> None:
+        communicator, calls = self.publisher._engine.model_update_group, []
+        honest = communicator.broadcast
+
+        def breaking(tensor: Any, src: int) -> Any:
+            calls.append(src)
+            if len(calls) == 3:
+                raise RuntimeError("the cable is pulled")
+            return honest(tensor, src)
+
+        communicator.broadcast = breaking
+
     def decode_greedily(self, prompts: list[Prompt]) -> list[list[int]]:
         import torch
 
@@ -155,6 +167,15 @@ class Learner:
 
 
 class SleepingWorker(RolloutWorker):
+    def load_as_on_a_gpu(self, *, wanted: bool) -> None:
+        """Bucket by bucket, without room for a second model; vLLM's loading is as it is."""
+        from distill_system.weights.gloo import GlooWeightTransferEngine
+
+        if wanted:
+            setattr(GlooWeightTransferEngine, "is_staged", False)  # noqa: B010  (a property)
+        else:
+            delattr(GlooWeightTransferEngine, "is_staged")
+
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
@@ -270,6 +291,35 @@ def test_a_flipped_bit_is_caught_and_the_next_publish_heals(setting: Setting) ->
     _assert_equals_the_learner(setting, version)  # nothing of what came was taken in
     setting.publish(version + 2)
     _assert_equals_the_learner(setting, version + 2)
+
+
+def test_loaded_bucket_by_bucket_nothing_is_written_after_a_failure_until_a_version_came_whole(
+    setting: Setting,
+) -> None:
+    """Buckets of 50,000 bytes end within vLLM's fused layers, which are loaded in two parts."""
+    version, _ = setting.versions()
+    workers = setting.workers
+    ray.get([worker.load_as_on_a_gpu.remote(wanted=True) for worker in workers])
+    setting.publish(version + 1)
+    _assert_equals_the_learner(setting, version + 1)
+    ray.get(setting.learner.flip_a_bit_of_the_next_version.remote())
+    with pytest.raises(TransferError, match="digest"):
+        setting.publish(version + 2)
+    for worker in workers:
+        with pytest.raises(TransferError, match="no whole set of weights"):
+            ray.get(worker.generate.remote(_prompts(2), GREEDY, 0, "x"))
+    setting.publish(version + 3)
+    _assert_equals_the_learner(setting, version + 3)
+    ray.get(setting.learner.break_off_in_the_next_version.remote())
+    with pytest.raises(TransferError):
+        setting.publish(version + 4)
+    setting.connect(workers)
+    for worker in workers:
+        with pytest.raises(TransferError, match="no whole set of weights"):
+            ray.get(worker.generate.remote(_prompts(2), GREEDY, 0, "x"))
+    setting.publish(version + 5)
+    _assert_equals_the_learner(setting, version + 5)
+    ray.get([worker.load_as_on_a_gpu.remote(wanted=False) for worker in workers])
 
 
 def test_an_update_that_failed_in_one_worker_alone_is_replaced_by_the_next(

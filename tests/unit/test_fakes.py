@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fakes.direct_transfer import DirectTransfer
 from fakes.forked_workers import Call as ForkedCall
-from fakes.forked_workers import ForkedWorkers
+from fakes.forked_workers import ForkedPeers, ForkedWorkers
 from fakes.interfaces import find_misfits
 from fakes.local_workers import Done, LocalWorkers
 from fakes.starts import LateStart, LateStarts
@@ -19,6 +19,7 @@ from fakes.threaded_calls import ThreadedCalls
 from simulated_pools import SimulatedWorkers
 
 from distill_system.cluster import ClusterSession, EveryWorker, RayWorkers
+from distill_system.cluster.peers import RankPeers
 from distill_system.cluster.starting import StartingWorker
 from distill_system.elastic.elastic_pools import Starting, Starts
 from distill_system.learner import LearnerGroup
@@ -26,7 +27,7 @@ from distill_system.run.checkpoints import Saver
 from distill_system.run.transfer_group import TransferGroup
 from distill_system.weights import FanOutClient
 from distill_system.weights.client import EveryRolloutWorker, WeightSyncClient
-from distill_system.workers import ElasticWorkers, StartedWorker, Workers
+from distill_system.workers import ElasticWorkers, Peers, StartedWorker, Workers
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,7 @@ from distill_system.workers import ElasticWorkers, StartedWorker, Workers
     [
         (LocalWorkers, ElasticWorkers, ()),
         (ForkedWorkers, Workers, ("ask", "stop")),
+        (ForkedPeers, Peers, ("stop",)),
         (SimulatedWorkers, Workers, ()),
         (ThreadedCalls, EveryRolloutWorker, ()),
         (LateStart, Starting, ()),
@@ -52,6 +54,7 @@ def test_a_fake_has_exactly_the_members_of_its_interface(
     ("real", "interface"),
     [
         (RayWorkers, ElasticWorkers),
+        (RankPeers, Peers),
         (EveryWorker, EveryRolloutWorker),
         (FanOutClient, WeightSyncClient),
         (StartingWorker, Starting),

@@ -57,6 +57,18 @@ def test_a_pool_keeps_its_size_unless_it_is_given_room() -> None:
             ),
             "shares of at most 1 together, got gpus of 0.5 and 0.6",
         ),
+        (
+            ("pools.teacher_scoring.gpus=4",),
+            "one GPU: expected .* at most 1, got 4.0.*gpus=1 and scoring.shard_ranks=4",
+        ),
+        (
+            ("pools.teacher_scoring.gpus=0.5", "scoring.shard_ranks=2"),
+            "expected pools.teacher_scoring.gpus of 0 or 1 for scoring.shard_ranks=2, got 0.5",
+        ),
+        (
+            ("pools.teacher_scoring.colocate_with=teacher_rollout", "scoring.shard_ranks=2"),
+            "takes as many places, a rollout worker one: expected .*=null, got teacher_rollout",
+        ),
         (("pools.evaluation.gpus=1",), "learner and evaluation must both have GPUs"),
         (("pools.student_rollout.gpus=1",), "learner and student_rollout must both have GPUs"),
         (("scaling.automatic=true",), "they take turns: expected max_staleness >= 1"),

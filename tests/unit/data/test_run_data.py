@@ -228,6 +228,33 @@ def mixture(**sources):
     return {"type": "mixture", "sources": sources}
 
 
+def test_rows_that_a_policy_measures_on_are_read_with_answers_and_never_learned_from(
+    build_config, overlapping
+):
+    train = overlapping["prompts"]
+    sources = {
+        "one": {"source": train, "held_out": {**train, "skip": 0, "num_examples": 1}},
+        "two": {"source": train, "held_out": {**train, "skip": 9, "num_examples": 1}},
+    }
+    prompts = {**mixture(**sources), "policy": {"every": 2}}
+    config = build_config(tokenizer=TRAINED, data={**overlapping, "prompts": prompts})
+    tokenizer = build_tokenizer(config, tokenizer_texts(config))
+    data = load_run_data(config, tokenizer)
+    texts = {
+        name: [decode_split(tokenizer, row) for row in rows]
+        for name, rows in data.source_held_out.items()
+    }
+    end = tokenizer.eos_token
+    assert texts == {
+        "one": [("Q: ask {} 0\n", f"say 0{end}")],
+        "two": [("Q: ask {} 9\n", f"say 9{end}")],
+    }
+    kept = [1, 3, 4, 6]
+    assert [row.trajectory_id for row in data.teacher_sft] == [f"teacher_sft:{i}" for i in kept]
+    ids = [f"prompts.{name}:{i}" for name in ("one", "two") for i in kept]
+    assert [prompt.prompt_id for prompt in data.prompts] == ids
+
+
 def test_the_prompts_of_a_mixture_carry_their_source(build_config, write_jsonl):
     rows = [{"prompt": f"ask {i}"} for i in range(6)]
     test = write_jsonl("test.jsonl", [{"prompt": "ask 4", "response": "say 4"}])

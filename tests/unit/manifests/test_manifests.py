@@ -122,6 +122,19 @@ def render() -> Callable[..., Rendered]:
 Render = Callable[..., Rendered]
 
 
+def test_a_scorers_ranks_stand_in_one_pod_up_to_a_nodes_gpus(render: Render) -> None:
+    def pods(ranks: int) -> tuple[int, int, int, str]:
+        shared = render(
+            "pools.teacher_scoring={count: 3, max_count: 5, cpus: 2, gpus: 1}",
+            f"scoring.shard_ranks={ranks}",
+        ).groups["teacher-scoring"]
+        limits = shared["template"]["spec"]["containers"][0]["resources"]["limits"]
+        return shared["replicas"], shared["maxReplicas"], limits["nvidia.com/gpu"], limits["cpu"]
+
+    assert pods(4) == (3, 5, 4, "8")
+    assert pods(16) == (6, 10, 8, "16")
+
+
 # ---- the schema of the custom resources ----------------------------------------------------------
 
 

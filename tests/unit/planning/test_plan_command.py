@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from tiny_families import save_family
 from typer.testing import CliRunner
 
@@ -12,6 +13,7 @@ from distill_system.config import load_config
 from distill_system.config.recipes import recipe_path
 from distill_system.errors import ResourceError
 from distill_system.planning import make_plan
+from distill_system.planning.plan import WorkerPlan
 from distill_system.stages.plan import PlannedRun, plan_run
 
 ROOT = Path(__file__).parents[3]
@@ -228,6 +230,49 @@ def test_a_student_that_receives_weights_on_a_cpu_holds_them_twice(families: lis
     student, teacher = parts["student_rollout"], parts["teacher_rollout"]
     assert student["weights"] + student["received weights"] == 2 * 4 * plan.student.num_parameters
     assert "received weights" not in teacher, "its weights never change"
+
+
+def test_a_student_on_a_gpu_of_its_own_loads_what_comes_and_holds_no_second_model(
+    families: list[str], tmp_path: Path
+) -> None:
+    def engine(*settings: str) -> WorkerPlan:
+        config = load_config([QUICKSTART], [*families, *GPUS, *settings])
+        plan = make_plan(config, vocabulary=None, device_gib=80)
+        return next(worker for worker in plan.at_once if worker.pool == "student_rollout")
+
+    alone, two = engine(), engine("pools.student_rollout.gpus=2")
+    saved = load_file(tmp_path / "student" / "model.safetensors").values()
+    matrix = 4 * max(tensor.numel() for tensor in saved)
+    assert alone.memory.parts["received weights"] == 2 * matrix
+    assert two.memory.parts["received weights"] == 1.5 * matrix
+    assert alone.fits
+    assert engine("rollout.student_engine.gpu_memory_utilization=1.0").fits is False
+    share = engine("pools.student_rollout.gpus=0.5", "pools.learner.gpus=0.5")
+    assert "received weights" not in share.memory.parts
+    assert share.memory.host_bytes == share.memory.parts["weights"], "it comes through CPU memory"
+
+
+def test_ranks_of_a_scorer_hold_a_part_each_and_a_plan_says_how_many_fit(
+    families: list[str],
+) -> None:
+    def scorer(*settings: str, device_gib: float = 80) -> WorkerPlan:
+        config = load_config([QUICKSTART], [*families, "pools.teacher_scoring.gpus=1", *settings])
+        plan = make_plan(config, vocabulary=None, device_gib=device_gib)
+        return next(worker for worker in plan.at_once if worker.pool == "teacher_scoring")
+
+    whole, shared = scorer(), scorer("scoring.shard_ranks=4", "pools.teacher_scoring.count=2")
+    assert (shared.count, shared.what) == (8, "a part of 4 of the teacher in torch")
+    part = whole.memory.parts["weights"] / 4
+    assert shared.memory.parts["weights"] == pytest.approx(part, rel=0.03)
+    assert "gathered weights" in shared.memory.parts
+    assert shared.num_bytes < whole.num_bytes
+    room = (whole.num_bytes + scorer("scoring.shard_ranks=2").num_bytes) / 2 / 2**30
+    tight = scorer(device_gib=room)
+    assert (tight.fits, tight.note) == (
+        False,
+        "fits with scoring.shard_ranks=2, pools.teacher_scoring.gpus=1",
+    )
+    assert "fits with no scoring.shard_ranks up to 16" in scorer(device_gib=1.0001).note
 
 
 def test_tensor_parallelism_divides_an_engines_weights(families: list[str]) -> None:

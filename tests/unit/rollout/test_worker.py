@@ -188,16 +188,15 @@ def test_nothing_is_written_with_half_loaded_weights_until_whole_ones_arrive(
     with pytest.raises(TransferError, match=rf"{failing_call} failed in teacher_rollout-0.*peer"):
         worker.receive_weights(4, {})
     assert worker.weight_version() == 3
-    for write in (
-        lambda: worker.generate([PROMPT], SAMPLING, 4, "step-1"),
-        lambda: worker.advance([REQUEST], 1.0),
-        lambda: worker.advance([], 1.0),
-    ):
-        with pytest.raises(TransferError, match="holds no whole set of weights"):
-            write()
-    assert (engine.stepped, engine.added) == (0, {})
+    with pytest.raises(TransferError, match="holds no whole set of weights"):
+        worker.generate([PROMPT], SAMPLING, 4, "step-1")
+    for requests in ([REQUEST], []):
+        idle = worker.advance(requests, 0.01)
+        assert (idle.trajectories, idle.version, idle.busy_seconds) == ((), 3, 0.0)
+    assert engine.stepped == 0
     engine.failing_call = ""
     received = worker.receive_weights(5, {})
+    assert len(worker.advance([], 1.0).trajectories) == 1, "what was asked for has waited"
     assert (received.version, received.num_bytes, received.digest) == (5, 8, 5)
     assert worker.weight_version() == 5
     assert len(worker.generate([PROMPT], SAMPLING, 4, "step-1")) == 1

@@ -271,3 +271,24 @@ def test_heads_that_vllm_does_not_compute_pass_with_the_other_engine(
 ) -> None:
     folder = tiny_model_folder(num_heads=4)
     _check(configure(f"student.path={folder}", "rollout.engine=transformers"))
+
+
+def test_a_teacher_that_ranks_cannot_share_is_told_before_they_start(
+    configure: Configure, tiny_model_folder: MakeFolder, tmp_path: Path
+) -> None:
+    _check(configure("scoring.shard_ranks=2"))
+    stacked = save_family(tmp_path / "mixture", "qwen3_moe")  # experts one by one in its files
+    with pytest.raises(ModelError, match=r"do not hold the weights of Qwen3Moe.*with one rank"):
+        _check(
+            configure(
+                "scoring.shard_ranks=2", f"teacher.path={stacked}", "tokenizer.type=pretrained"
+            )
+        )
+    quantised = tmp_path / "quantised"
+    shutil.copytree(tiny_model_folder(seed=1), quantised)
+    settings = json.loads((quantised / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "hqq"}
+    (quantised / "config.json").write_text(json.dumps(settings))
+    config = configure("scoring.shard_ranks=2", f"teacher.path={quantised}")
+    with pytest.raises(ModelError, match=r"its weights are quantised.*Set scoring.shard_ranks=1"):
+        check_models(config, build_tokenizer(config, None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,7 +101,12 @@ def play(
         draw_step_seconds=lambda: draw.uniform(0.0, slow),
         draw_publish_seconds=lambda: draw.choice([0.0, 0.01, 0.5]),
     )
-    data = SimpleNamespace(prompts=make_prompts(num_prompts), student_sft=rows, stored=[])
+    prompts = [
+        replace(prompt, source=f"prompts.{'ab'[index >= 4]}")
+        for index, prompt in enumerate(make_prompts(num_prompts))
+    ]
+    held_out = {"a": (), "b": ()}
+    data = SimpleNamespace(prompts=prompts, student_sft=rows, stored=[], source_held_out=held_out)
     streams = open_streams(
         folder,
         clock,
@@ -116,6 +122,13 @@ def play(
         writer.version = begin
     if state is not None:
         streams.restore(state)
+
+    def follow_sources(done):
+        if streams.measures_sources(done):
+            streams.follow_sources(done, {"a": 1.0, "b": 1.0 + done})
+
+    if begin == 0:
+        follow_sources(0)
     streams.begin(begin)
     most_under_way, chunk_sizes = 0, []
     for step in range(begin, steps if stop is None else stop):
@@ -128,6 +141,7 @@ def play(
             most_under_way = max(most_under_way, buffer.num_in_flight)
         streams.learn(step, scored)
         streams.publish(step + 1)
+        follow_sources(step + 1)
     return SimpleNamespace(
         learner=learner,
         streams=streams,
@@ -194,6 +208,29 @@ def test_in_order_nothing_is_too_old_and_every_step_has_its_own_prompts(
         assert Counter((s, t.prompt_id) for s, t in one) == Counter(
             (s, t.prompt_id) for s, t in other
         )
+
+
+@anything
+@given(seed=seeds, bound=bounds)
+def test_weights_of_sources_that_move_give_every_step_the_same_prompts_whatever_the_delays(
+    tmp_path, seed, bound
+):
+    rows = "{type: embedded, split: distractor, num_examples: 1}"
+    source = f"{{source: {rows}, held_out: {rows}}}"
+    prompts = f"{{type: mixture, sources: {{a: {source}, b: {source}}}, policy: {{every: 2}}}}"
+    overrides = [f"distill.staleness.max_staleness={bound}", f"data.prompts={prompts}"]
+    fed = []
+    for delays in (seed, 0):
+        run = play(tmp_path, seed=delays, overrides=overrides, steps=12, batch=8)
+        fed.append([Counter((s, t.prompt_id) for s, t in batch) for batch in run.learner.trained])
+    assert fed[0] == fed[1]
+    shares = [
+        sum(count for (_, prompt), count in step.items() if int(prompt[1:]) >= 4) / step.total()
+        for step in fed[0]
+    ]
+    moved = 2 + bound + 1  # what is measured after two steps holds from here on
+    assert shares[:moved] == [0.5] * moved
+    assert min(shares[moved:]) > 0.5
 
 
 @anything

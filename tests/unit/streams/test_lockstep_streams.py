@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +51,11 @@ STEPS = 7
 MIXTURE = "distill.off_policy_source={teacher: 1, store: 1, dataset: 1}"
 REPLAY = ("distill.off_policy_source=dataset", "distill.replay={initial_share: 0.7, capacity: 6}")
 FEW_PROMPTS = ("distill.student_prompts_per_step=25", "distill.teacher_prompts_per_step=22")
+ROWS = "{type: embedded, split: distractor, num_examples: 1}"
+SOURCE = f"{{source: {ROWS}, held_out: {ROWS}}}"
+POLICY = (
+    f"data.prompts={{type: mixture, sources: {{a: {SOURCE}, b: {SOURCE}}}, policy: {{every: 2}}}}"
+)
 RISING = [{"held_out/cross_entropy": 1.0 + step} for step in range(STEPS)]
 
 
@@ -216,6 +223,13 @@ class Run:
             stored=make_rows("store", 5),
             student_sft=make_rows("dataset", 7),
         )
+        if self.config.data.source_policy is not None:
+            names = ["prompts.a"] * 4 + ["prompts.b"] * 7
+            data.prompts = [
+                replace(prompt, source=name)
+                for prompt, name in zip(data.prompts, names, strict=True)
+            ]
+            data.source_held_out = {"a": (), "b": ()}
         self.students, self.teachers = (
             workers(
                 [Writer(author, self.log, pause=self._pause(seconds)) for _ in range(count)],
@@ -279,6 +293,8 @@ class Run:
         states = {first: json.loads(json.dumps(self.streams.state()))}
         for writer in self.students.objects.values():
             writer.version = first
+        if first == 0:
+            self.follow_sources(0)
         self.streams.begin(first)
         for step in range(first, end):
             self.step(step, metrics[step])
@@ -288,7 +304,13 @@ class Run:
     def step(self, step, measured=None):
         self.streams.learn(step, self.streams.take(step))
         self.streams.publish(step + 1)
+        self.follow_sources(step + 1)
         self.streams.on_metrics(measured or {})
+
+    def follow_sources(self, done):
+        """As the driver does; the student is behind on b, from step to step more."""
+        if self.streams.measures_sources(done):
+            self.streams.follow_sources(done, {"a": 1.0, "b": 1.0 + done})
 
     def of_stream(self, stream, step):
         return [t for name, t in self.learned.get(step, []) if name == stream]
@@ -393,8 +415,14 @@ def test_without_prompts_of_its_own_the_teacher_is_never_asked_to_write(tmp_path
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), (MIXTURE,), REPLAY, ("distill.objective.on_policy_weight=1.0",), FEW_PROMPTS],
-    ids=["teacher", "mixture", "replay", "on_policy_alone", "few_prompts"],
+    [
+        *((), (MIXTURE,), REPLAY, ("distill.objective.on_policy_weight=1.0",), FEW_PROMPTS),
+        *((POLICY,), (POLICY, MIXTURE), (POLICY, *REPLAY)),
+    ],
+    ids=[
+        *("teacher", "mixture", "replay", "on_policy_alone", "few_prompts"),
+        *("sources", "sources_in_a_mixture", "sources_and_replay"),
+    ],
 )
 def test_a_run_resumed_after_any_step_goes_on_to_the_bit(tmp_path, overrides):
     unbroken = Run(tmp_path, *overrides)
@@ -408,6 +436,23 @@ def test_a_run_resumed_after_any_step_goes_on_to_the_bit(tmp_path, overrides):
         later = resumed.play(first=done)
         assert _content(resumed.learned) == {step: expected[step] for step in range(done, STEPS)}
         assert later == {step: states[step] for step in range(done, STEPS + 1)}
+
+
+def test_the_weights_of_sources_hold_from_the_step_after_the_one_asked_for_ahead(tmp_path):
+    run = Run(tmp_path, POLICY)
+    run.play(end=6)
+    weights, shares = [0.5, 0.5], {}
+    for step in range(6):
+        if step in (3, 5):  # measured after steps 2 and 4, when the prompts of those were out
+            pulled = [w * math.exp(rho) for w, rho in zip(weights, (1.0, step), strict=True)]
+            weights = [0.5 * each / sum(pulled) + 0.25 for each in pulled]
+        shares[step] = weights[1]
+    for stream, count in (("on_policy", 4), ("off_policy", 3)):
+        for steps in ((0, 1, 2), (3, 4), (5,)):
+            fed = [t.prompt_id for step in steps for t in run.of_stream(stream, step)]
+            from_b = sum(int(prompt_id[1:]) >= 4 for prompt_id in fed)
+            assert abs(from_b - shares[steps[0]] * len(fed)) <= 1
+            assert len(fed) == count * len(steps)
 
 
 def test_a_step_of_more_sequences_than_there_are_prompts_learns_from_different_samples(tmp_path):

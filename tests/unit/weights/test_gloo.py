@@ -82,7 +82,7 @@ def test_a_byte_that_flips_on_the_way_is_seen_by_every_receiver(bucket: int) -> 
 
     for seen in _exchange(flip):
         assert isinstance(seen, TransferError)
-        assert "nothing was loaded" in str(seen)
+        assert "no text is written with them" in str(seen)
 
 
 def test_a_receiver_that_never_joins_is_not_waited_for_longer_than_asked() -> None:

@@ -1,11 +1,13 @@
 """The receiving end inside a vLLM worker, without an engine; importing it takes vLLM's 5 s."""
 
+import weakref
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_system.errors import TransferError
 
@@ -16,6 +18,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 )
 
 from distill_system.weights.buckets import Buckets, ParameterMetadata, read_parameters
+from distill_system.weights.digest import Digest
 from distill_system.weights.sealed import ReceivesWeights, SealedWeightTransferEngine
 from distill_system.weights.transport import Seal, broadcast_buckets
 
@@ -68,12 +71,21 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     base = NCCLWeightTransferEngine
     monkeypatch.setattr(base, "start_weight_update", lambda self: seen.append("give up old"))
+    monkeypatch.setattr(base, "finish_weight_update", lambda self: seen.append("end"))
     monkeypatch.setattr(base, "shutdown", lambda self: seen.append("leave"))
     return seen
 
 
-def _receiver(group: Any, model: Model) -> SealedWeightTransferEngine:
-    engine = object.__new__(SealedWeightTransferEngine)  # vLLM's constructor wants a whole engine
+class Streamed(SealedWeightTransferEngine):
+    """Loads as a GPU's does, on the CPU."""
+
+    is_staged = False
+
+
+def _receiver(
+    group: Any, model: Any, kind: type[SealedWeightTransferEngine] = SealedWeightTransferEngine
+) -> SealedWeightTransferEngine:
+    engine = object.__new__(kind)  # vLLM's constructor wants a whole engine
     engine.device, engine.model, engine.model_update_group = "cpu", model, group
     engine.packed_buffer_size_bytes = BUCKET_BYTES
     return engine
@@ -112,6 +124,104 @@ def test_a_transfer_that_breaks_off_leaves_the_group_and_the_old_weights(
     with pytest.raises(RuntimeError, match="connection closed by peer"):
         _receiver(Gone(), Model(events)).receive_weights(UPDATE)
     assert events == ["leave"]
+
+
+def test_where_two_models_do_not_fit_a_bucket_is_loaded_while_the_next_one_comes(
+    events: list[str],
+) -> None:
+    model, sender = Model(events), Sender(events)
+    engine = _receiver(sender, model, Streamed)
+    engine.start_weight_update()
+    engine.receive_weights(UPDATE)
+    assert events == ["give up old", "broadcast", "broadcast", "load", "load", "broadcast"]
+    assert not engine.is_whole
+    engine.finish_weight_update()
+    assert engine.is_whole
+    assert all(torch.equal(model.loaded[name], WEIGHTS[name]) for name in WEIGHTS)
+    said: Any = SimpleNamespace(weight_transfer_engine=engine)
+    assert ReceivesWeights.received_seal(said) == (56, sender.seal.digest)
+
+
+@pytest.mark.parametrize("fails", ["a wrong digest", "the peer goes"])
+def test_a_streamed_transfer_that_fails_leaves_no_whole_weights_until_another_has_come(
+    events: list[str], fails: str
+) -> None:
+    model, sender = Model(events), Sender(events, digest_is_off_by=1)
+    if fails == "the peer goes":
+        del sender.travelling[2:]  # both buckets have come, their seal does not
+    engine = _receiver(sender, model, Streamed)
+    engine.start_weight_update()
+    with pytest.raises((TransferError, IndexError)):
+        engine.receive_weights(UPDATE)
+    assert model.loaded
+    assert not engine.is_whole
+    events.clear()
+    engine.model_update_group = Sender(events)
+    engine.start_weight_update()
+    engine.receive_weights(UPDATE)
+    assert events[:2] == ["end", "give up old"], "vLLM would add to what the first has brought"
+    assert not engine.is_whole
+    engine.finish_weight_update()
+    assert engine.is_whole
+    assert all(torch.equal(model.loaded[name], WEIGHTS[name]) for name in WEIGHTS)
+
+
+class Room(TorchDispatchMode):
+    """Bytes that torch.empty has given out and nobody has given back, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.most = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.empty.memory_format:
+            size = made.untyped_storage().nbytes()
+            self.held += size
+            self.most = max(self.most, self.held)
+            weakref.finalize(made.untyped_storage(), self.give_back, size)
+        return made
+
+    def give_back(self, size: int) -> None:
+        self.held -= size
+
+
+@pytest.mark.parametrize(("kind", "buckets"), [(SealedWeightTransferEngine, 20), (Streamed, 2)])
+def test_a_streaming_receiver_holds_two_buckets_and_a_staging_one_the_model(
+    events: list[str], kind: type[SealedWeightTransferEngine], buckets: int
+) -> None:
+    bucket_bytes = 4096
+    names = [f"w{index}" for index in range(40)]
+    update = NCCLWeightTransferUpdateInfo(
+        names=names, dtype_names=["float32"] * 40, shapes=[[512]] * 40
+    )
+    sums: list[float] = []
+
+    class Silent:
+        """Sends bucket after bucket, each of its own number, and the seal of what it sent."""
+
+        def __init__(self) -> None:
+            self.digest, self.sent = Digest(), 0
+
+        def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+            if tensor.dtype is torch.int64:
+                tensor.copy_(torch.tensor([self.digest.num_bytes, self.digest.value]))
+                return
+            tensor.view(torch.float32).fill_(self.sent)
+            self.sent += 1
+            self.digest.add(tensor)
+
+    model = SimpleNamespace(
+        load_weights=lambda named: sums.extend(float(tensor.sum()) for _, tensor in named)
+    )
+    engine = _receiver(Silent(), model, kind)
+    engine.packed_buffer_size_bytes = bucket_bytes
+    with Room() as room:
+        engine.receive_weights(update)
+    assert sums == [512.0 * (index // 2) for index in range(40)]
+    assert buckets * bucket_bytes <= room.most < (buckets + 0.5) * bucket_bytes
 
 
 def test_weights_before_a_group_are_refused(events: list[str]) -> None:
