@@ -21,11 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distill_system.errors import RunStateError
+from distill_system.writer_thread import WriterThread
 
 LOGGER_NAME = "distill_system"
 
 DRIVER = "driver"
 
+MOST_WAITING_LINES = 10_000
+"""Of a log whose disk hangs; those after them are lost."""
 
 _LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [A-Z]+  (.*)")
 
@@ -75,9 +78,10 @@ def open_log(path: Path, *, level: str, json_lines: bool) -> logging.Handler | N
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        path.open("ab").close()
     except OSError:
         return None
+    handler = _FileHandler(path)
     handler.setFormatter(_JsonLine() if json_lines else _Line())
     handler.setLevel(level.upper())
     logger = logging.getLogger(LOGGER_NAME)
@@ -130,6 +134,25 @@ def _message_of(line: str) -> str:
     except (ValueError, KeyError, TypeError):
         found = _LINE.match(line)
         return found[1] if found else ""
+
+
+class _FileHandler(logging.Handler):
+    """Appends lines to a file; a disk that hangs holds up nobody, one that fails loses lines."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._thread = WriterThread("log")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        if self._thread.num_waiting < MOST_WAITING_LINES:
+            line = self.format(record) + "\n"
+            self._thread.offer(lambda: self._append(line))
+
+    def _append(self, line: str) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line)
 
 
 class _Line(logging.Formatter):

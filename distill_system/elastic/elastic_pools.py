@@ -137,6 +137,7 @@ class ElasticPools:
     its end are cancelled.
 
     pools: every pool but the learner; those whose bounds leave no room keep their size.
+    requests: None where nobody may ask for other sizes.
     notify: takes one line for the person who watches the run.
     is_ending: whether a person has ended the run: nobody is replaced any more, since what was sent
         to this process may have ended the workers too.
@@ -147,7 +148,7 @@ class ElasticPools:
         pools: Mapping[str, ElasticPool],
         session: Starts,
         scaling: ScalingConfig,
-        requests: ScaleRequests,
+        requests: ScaleRequests | None,
         *,
         crew: Crew,
         weights: Weights,
@@ -191,7 +192,8 @@ class ElasticPools:
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        self._open.enter_context(self._requests.listening())
+        if self._requests is not None:
+            self._open.enter_context(self._requests.listening())
         self._write_status()
         return self
 
@@ -208,7 +210,7 @@ class ElasticPools:
         Never waits.  measure: returns what happened since it was last called; called only when the
         automatic mode is due to decide. None turns the automatic mode off for this round.
         """
-        for request in self._requests.read_new():
+        for request in self._requests.read_new() if self._requests is not None else ():
             problem = request.problem or "; ".join(self._refusals(request.wanted))
             self._answers[request.request_id] = problem
             if problem:
@@ -474,7 +476,7 @@ class ElasticPools:
         self._answers = dict(list(self._answers.items())[-REMEMBERED_ANSWERS:])
         pools = {name: self._status(name) for name in self._pools}
         status = ScaleStatus(pools=pools, answers=dict(self._answers))
-        if status != self._written:
+        if status != self._written and self._requests is not None:
             self._requests.write_status(status)
             self._written = status
 

@@ -12,12 +12,14 @@ In the run's folder, under scaling/:
 from __future__ import annotations
 
 import fcntl
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -27,6 +29,7 @@ from distill_system.observe import RunDirectory
 from distill_system.observe.run_directory import told_as_unwritable, write_json
 from distill_system.observe.run_files import read_form, read_form_if_exists
 from distill_system.observe.run_lock import try_to_lock
+from distill_system.writer_thread import WriterThread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,10 @@ class ScaleRequests:
     def __init__(self, run: RunDirectory) -> None:
         self.folder = run.path / "scaling"
         self._read: set[Path] = set()
+        self._thread = WriterThread("scale requests")
+        self._lock = threading.Lock()
+        self._found: list[ScaleRequest] = []
+        self._unwritten: dict[str, Any] | None = None
 
     @property
     def status_path(self) -> Path:
@@ -102,7 +109,26 @@ class ScaleRequests:
         return request_id
 
     def read_new(self) -> list[ScaleRequest]:
-        """Requests written since the last call, oldest first; each is returned once and removed."""
+        """Requests written since the last call, oldest first; each is returned once and removed.
+
+        Where the disk hangs it is not waited for: they are returned later.
+        """
+        self._exchange()
+        with self._lock:
+            found, self._found = self._found, []
+        return found
+
+    def write_status(self, status: ScaleStatus) -> None:
+        """Write status.json; left out where the disk does not take it."""
+        pools = {name: asdict(pool) for name, pool in status.pools.items()}
+        with self._lock:
+            self._unwritten = {"pools": pools, "answers": dict(status.answers)}
+        self._exchange()
+
+    def _exchange(self) -> None:
+        self._thread.offer(self._read_and_write, key="exchange")
+
+    def _read_and_write(self) -> None:
         found = []
         for path in sorted(self.folder.glob("request-*.json")):
             if path.is_file() and path not in self._read:
@@ -110,13 +136,12 @@ class ScaleRequests:
                 self._read.add(path)
                 with suppress(OSError):  # a disk that has become read-only
                     path.unlink()
-        return found
-
-    def write_status(self, status: ScaleStatus) -> None:
-        """Write status.json; left out where the disk does not take it."""
-        pools = {name: asdict(pool) for name, pool in status.pools.items()}
-        with suppress(OSError):  # no run ends for a figure that somebody might look at
-            write_json(self.status_path, {"pools": pools, "answers": dict(status.answers)})
+        with self._lock:
+            self._found += found
+            status, self._unwritten = self._unwritten, None
+        if status is not None:
+            with suppress(OSError):  # no run ends for a figure that somebody might look at
+                write_json(self.status_path, status)
 
     def read_status(self) -> ScaleStatus | None:
         """What status.json holds; None if the run has not written it yet.

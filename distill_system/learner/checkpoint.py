@@ -8,6 +8,7 @@ what safetensors has no form for: optimizers, critics, each rank's random states
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -42,6 +43,7 @@ from distill_system.learner.random_state import random_state, restore_random_sta
 from distill_system.objectives.rows import Objective
 
 MODEL, TRAINING = "model", "training"
+WAIT_SECONDS = 5.0
 SHARD_FILE_BYTES = 1 << 30
 """A rank's part of the model goes into files of about so much: each exists twice in memory while it
 is written."""
@@ -68,8 +70,12 @@ class CheckpointWriter:
         optimizers: Sequence[torch.optim.Optimizer],
         objective: Objective,
     ) -> None:
-        """Every rank calls it between the same two steps; returns once the state is copied."""
-        assert self._written is None or self._written.done(), "the save before is under way"
+        """Every rank calls it between the same two steps; returns once the state is copied.
+
+        Raises: RunStateError if the save before hangs.
+        """
+        if self._written is not None and not self._written.done():
+            raise RunStateError(f"{folder}: the checkpoint before is still being written")
         if self._group is None and dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=self.timeout)
         # get_optimizer_state_dict makes an optimizer's state where there is none, by a step of
@@ -87,10 +93,13 @@ class CheckpointWriter:
     def finish(self, *, wait: bool) -> dict[str, FileRecord] | None:
         """The files that this rank wrote, relative to the folder; None while it is still at it.
 
+        wait: for WAIT_SECONDS at most: a disk may hang, and the rank still answers.
         Raises: RunStateError if they could not be written.
         """
         assert self._written is not None, "start comes before finish"
-        return self._written.result() if wait or self._written.done() else None
+        if wait:
+            futures.wait([self._written], timeout=WAIT_SECONDS)
+        return self._written.result() if self._written.done() else None
 
     def close(self) -> None:
         """Wait for what is under way, then end the thread; the group ends with all the others."""

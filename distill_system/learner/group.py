@@ -144,7 +144,10 @@ class LearnerGroup:
         ]
 
     def finish_save(self, *, wait: bool) -> dict[str, FileRecord] | None:
-        """All files of the checkpoint under way; None if a rank still writes and wait is False."""
+        """All files of the checkpoint under way; None if a rank still writes.
+
+        wait: for a few seconds.
+        """
         self._finish(self._saving, "the learner to copy its state")
         self._saving = []
         parts = self._all("finish_save", wait, what="the learner's checkpoint")

@@ -386,7 +386,7 @@ class Learner:
     def finish_save(self, wait: bool) -> dict[str, FileRecord] | None:
         """The files of this rank's part, by their paths in the folder; None if not yet written.
 
-        wait: return only when they are.
+        wait: for a few seconds.
         """
         return self.writer.finish(wait=wait)
 

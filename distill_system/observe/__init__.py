@@ -15,11 +15,11 @@ from distill_system.observe.fault_log import FaultLog
 from distill_system.observe.job_page import JobPage
 from distill_system.observe.live import LiveView
 from distill_system.observe.metrics import MetricLog
-from distill_system.observe.optional_writes import OptionalWrites
 from distill_system.observe.prompt_log import PromptLog
 from distill_system.observe.report import write_report
 from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.run_gauges import EngineGauges, RunGauges
+from distill_system.observe.run_writes import RunWrites
 from distill_system.observe.staleness import staleness_metrics
 from distill_system.observe.summary import write_evaluation, write_summary
 from distill_system.observe.text_figures import text_metrics
@@ -32,12 +32,12 @@ __all__ = [
     "JobPage",
     "LiveView",
     "MetricLog",
-    "OptionalWrites",
     "PoolClock",
     "PromptLog",
     "RecentActivity",
     "RunDirectory",
     "RunGauges",
+    "RunWrites",
     "Timings",
     "Wait",
     "activity_metrics",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distill_system.observe.json_lines import JsonLinesLog, read_rows
-from distill_system.observe.optional_writes import OptionalWrites
 from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe.run_writes import RunWrites
 
 _FIELDS = "time, stage, step, worker, event, cause and seconds"
 
@@ -51,7 +51,7 @@ class FaultLog(JsonLinesLog[FaultRow]):
         stage: str,
         pools: Iterable[str],
         *,
-        writes: OptionalWrites | None = None,
+        writes: RunWrites | None = None,
     ) -> None:
         super().__init__(run.faults_path, FaultRow, expected=_FIELDS, writes=writes)
         self.step = 0

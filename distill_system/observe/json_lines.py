@@ -9,12 +9,12 @@ import json
 import os
 import threading
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from pydantic import TypeAdapter
 
-from distill_system.observe.optional_writes import OptionalWrites
 from distill_system.observe.run_directory import (
     drop_half_line,
     told_as_unwritable,
@@ -22,6 +22,7 @@ from distill_system.observe.run_directory import (
     write_text,
 )
 from distill_system.observe.run_files import parse_form, read_bytes_if_exists
+from distill_system.observe.run_writes import RunWrites
 
 
 class StepRow(Protocol):
@@ -53,7 +54,7 @@ class JsonLinesLog(Generic[Row]):
         kind: type[Row],
         *,
         expected: str,
-        writes: OptionalWrites | None = None,
+        writes: RunWrites | None = None,
     ) -> None:
         """kind, expected: see read_rows.  writes: tells of writes that fail.
 
@@ -62,39 +63,50 @@ class JsonLinesLog(Generic[Row]):
         self._path = path
         self._kind = kind
         self._expected = expected
-        self._writes = writes or OptionalWrites()
+        self._writes = writes or RunWrites()
         self._lock = threading.Lock()
         self._waiting: list[bytes] = []
         self._whole_bytes: int | None = None
         with told_as_unwritable(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            drop_half_line(path)
-            path.open("ab").close()
+            self._writes.require(path, self._open)
 
     def append(self, row: Row) -> None:
         """Write a row; NaN and infinities, which JSON lacks, become null."""
+        line = _to_line(row).encode()
         with self._lock:
-            self._waiting.append(_to_line(row).encode())
-            self._writes.attempt(self._path.name, self._write_waiting)
+            self._waiting.append(line)
+        self._writes.attempt(self._path.name, self._write_waiting)
 
     def truncate_after(self, stage: str, step: int) -> None:
         """Drop the rows of this stage whose step is later.
 
         Raises: RunStateError if the file cannot be read or written.
         """
-        with self._lock, told_as_unwritable(self._path):
-            self._write_waiting()
-            rows = read_rows(self._path, self._kind, expected=self._expected)
-            kept = [row for row in rows if row.stage != stage or row.step <= step]
-            if len(kept) < len(rows):
-                write_text(self._path, "".join(map(_to_line, kept)))
+        with told_as_unwritable(self._path):
+            self._writes.require(self._path, partial(self._truncate, stage, step))
 
     def close(self) -> None:
         """Write what is still waiting, for the last time; says how many rows are lost."""
+        if self._waiting:
+            self._writes.attempt(self._path.name, self._write_waiting, is_last=True)
         with self._lock:
-            if self._waiting and not self._writes.attempt(self._path.name, self._write_waiting):
+            if self._waiting:
                 self._writes.notify(f"{self._path.name}: {len(self._waiting)} rows are lost")
             self._waiting.clear()
+
+    # What follows is done by the thread of the run's writes alone, one after the other.
+
+    def _open(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        drop_half_line(self._path)
+        self._path.open("ab").close()
+
+    def _truncate(self, stage: str, step: int) -> None:
+        self._write_waiting()
+        rows = read_rows(self._path, self._kind, expected=self._expected)
+        kept = [row for row in rows if row.stage != stage or row.step <= step]
+        if len(kept) < len(rows):
+            write_text(self._path, "".join(map(_to_line, kept)))
 
     def _write_waiting(self) -> None:
         """Append all waiting rows, or raise OSError and keep them.
@@ -102,14 +114,17 @@ class JsonLinesLog(Generic[Row]):
         Opened for each write: a file of a network's file system may have to be found anew, and some
         of its errors come as it is closed.
         """
+        with self._lock:
+            lines = list(self._waiting)
         with self._path.open("ab", buffering=0) as file:
             if self._whole_bytes is not None and file.tell() > self._whole_bytes:
                 file.truncate(self._whole_bytes)  # what a write that failed has left
             self._whole_bytes = os.fstat(file.fileno()).st_size
-            left = memoryview(b"".join(self._waiting))
+            left = memoryview(b"".join(lines))
             while left:
                 left = left[file.write(left) :]
-        self._waiting.clear()
+        with self._lock:
+            del self._waiting[: len(lines)]
         self._whole_bytes = None
 
     def __enter__(self) -> Self:

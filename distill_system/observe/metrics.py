@@ -10,8 +10,8 @@ from typing import Self
 
 from distill_system.config.run import TrackerName
 from distill_system.observe.json_lines import JsonLinesLog, read_rows
-from distill_system.observe.optional_writes import OptionalWrites
 from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe.run_writes import RunWrites
 from distill_system.observe.trackers import Tracker, open_trackers
 
 _FIELDS = "time, stage, step and metrics"
@@ -42,7 +42,7 @@ class MetricLog:
         run_name: str,
         trackers: Sequence[TrackerName] = ("tensorboard",),
         notify: Callable[[str], None] = print,
-        writes: OptionalWrites | None = None,
+        writes: RunWrites | None = None,
     ) -> None:
         self._lock = threading.Lock()
         self._trackers = open_trackers(trackers, run, run_name, notify=notify)

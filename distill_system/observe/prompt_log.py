@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distill_system.observe.json_lines import JsonLinesLog, read_rows
-from distill_system.observe.optional_writes import OptionalWrites
 from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe.run_writes import RunWrites
 
 _FIELDS = "stage, step and prompt_ids"
 
@@ -24,7 +24,7 @@ class TrainedPrompts:
 class PromptLog(JsonLinesLog[TrainedPrompts]):
     """Writes one line per call to prompts.jsonl; see JsonLinesLog for resume and threads."""
 
-    def __init__(self, run: RunDirectory, *, writes: OptionalWrites | None = None) -> None:
+    def __init__(self, run: RunDirectory, *, writes: RunWrites | None = None) -> None:
         super().__init__(run.prompts_path, TrainedPrompts, expected=_FIELDS, writes=writes)
 
     def log(self, stage: str, step: int, prompt_ids: Mapping[str, Sequence[str]]) -> None:

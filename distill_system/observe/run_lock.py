@@ -26,6 +26,7 @@ from typing import BinaryIO
 
 from distill_system.errors import RunStateError
 from distill_system.observe.run_directory import RunDirectory
+from distill_system.writer_thread import WriterThread, is_done
 
 BEAT_SECONDS = 10.0
 WATCH_SECONDS = 60.0
@@ -96,8 +97,10 @@ def locked(
         yield
     finally:
         ended.set()
-        _remove([run.lock_path], absent)  # before it is closed: from then on it may be another's
-        file.close()
+        # Before it is closed: from then on it may be another's. Left behind where the disk hangs.
+        removed = WriterThread("lock").submit(lambda: _remove([run.lock_path], absent))
+        if is_done(removed, BEAT_SECONDS):
+            file.close()
 
 
 def find_holder(run: RunDirectory) -> Holder | None:

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 from distill_system.observe.bottleneck import find_bottleneck, shares_cores
 from distill_system.observe.hosted_trackers import read_trackers
 from distill_system.observe.metrics import read_metrics
-from distill_system.observe.optional_writes import OptionalWrites
 from distill_system.observe.recorded import EVALUATION_FORM, read_config, read_environment
 from distill_system.observe.run_directory import RunDirectory, to_json, write_json
 from distill_system.observe.run_files import read_form_if_exists
+from distill_system.observe.run_writes import RunWrites
 from distill_system.observe.staleness import summarise_staleness
 from distill_system.observe.timings import MAIN_STAGE, read_timings
 from distill_system.records import PoolActivity
@@ -47,7 +47,7 @@ def write_evaluation(
     weights: Mapping[str, str] | None = None,
     splits: Mapping[str, JsonForm],
     distances: Mapping[str, float] | None,
-    writes: OptionalWrites | None = None,
+    writes: RunWrites | None = None,
 ) -> None:
     """Write one evaluation to evaluations/<label>.json.
 
@@ -70,7 +70,7 @@ def write_evaluation(
         "distances": distances,
         "splits": {name: evaluation.to_json() for name, evaluation in splits.items()},
     }
-    (writes or OptionalWrites()).write_text(run.evaluation_path(label), to_json(form))
+    (writes or RunWrites()).write_text(run.evaluation_path(label), to_json(form))
 
 
 def read_evaluation(run: RunDirectory, label: str) -> dict[str, Any] | None:

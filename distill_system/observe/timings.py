@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pydantic import TypeAdapter
 
 from distill_system.observe.activity import join_stretches
-from distill_system.observe.optional_writes import OptionalWrites
 from distill_system.observe.run_directory import RunDirectory, to_json
 from distill_system.observe.run_files import read_form_if_exists
+from distill_system.observe.run_writes import RunWrites
 from distill_system.records import PoolActivity
 
 MAIN_STAGE = "distill"
@@ -62,11 +62,11 @@ class Timings:
         run: RunDirectory,
         *,
         clock: Callable[[], float] = time.perf_counter,
-        writes: OptionalWrites | None = None,
+        writes: RunWrites | None = None,
     ) -> None:
         self._run = run
         self._clock = clock
-        self._writes = writes or OptionalWrites()
+        self._writes = writes or RunWrites()
         self._lock = threading.Lock()
         self._stages: dict[str, _Stage] = {}
         recorded = read_timings(run)

@@ -1,11 +1,13 @@
 """Who is told of a run's metrics beside metrics.jsonl: one small interface, one class per tracker.
 
-A tracker that fails is dropped and said once: no run ends for it.
+A tracker that fails, or hangs, is dropped and said once: no run ends or waits for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,9 +15,14 @@ from distill_system.config.run import TrackerName
 from distill_system.errors import ConfigError
 from distill_system.observe.hosted_trackers import HOSTED
 from distill_system.observe.run_directory import RunDirectory
+from distill_system.writer_thread import WriterThread, is_done
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+HANG_SECONDS = 60.0
+"""For one call of a tracker, and for what is left as the run ends."""
 
 
 class Tracker(Protocol):
@@ -38,12 +45,16 @@ class Trackers:
     """
 
     def __init__(self, trackers: Mapping[str, Tracker], notify: Callable[[str], None]) -> None:
-        self._trackers = dict(trackers)
+        self._trackers: dict[str, Tracker] = {}
+        self._threads: dict[str, WriterThread] = {}
         self._notify = notify
+        for name, tracker in trackers.items():
+            self.add(name, tracker)
 
     def add(self, name: str, tracker: Tracker) -> None:
         """Tell this one too, of what is still to come."""
         self._trackers[name] = tracker
+        self._threads[name] = WriterThread(name)
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """See Tracker."""
@@ -55,19 +66,39 @@ class Trackers:
 
     def close(self) -> None:
         """See Tracker."""
-        self._tell_each(lambda tracker: tracker.close())
+        closing = self._tell_each(lambda tracker: tracker.close())
+        for name, closed in closing.items():
+            if not is_done(closed, HANG_SECONDS):
+                self._drop_hanging(name)
         self._trackers.clear()
 
-    def _tell_each(self, tell: Callable[[Tracker], None]) -> None:
-        for name, tracker in list(self._trackers.items()):
-            try:
-                tell(tracker)
-            except Exception as error:  # of whatever library; metrics.jsonl holds every value
-                del self._trackers[name]
-                self._notify(
-                    f"{name} failed and gets nothing more of this run: "
-                    f"{type(error).__name__}: {error}. Everything is in metrics.jsonl"
-                )
+    def _tell_each(self, tell: Callable[[Tracker], None]) -> dict[str, Future[None]]:
+        """Each tracker in a thread of its own; one that hangs gets nothing more."""
+        for name in list(self._trackers):
+            if self._threads[name].busy_seconds > HANG_SECONDS:
+                self._drop_hanging(name)
+        return {
+            name: self._threads[name].offer(partial(self._tell, name, tell))
+            for name in list(self._trackers)
+        }
+
+    def _tell(self, name: str, tell: Callable[[Tracker], None]) -> None:
+        if name not in self._trackers:
+            return
+        try:
+            tell(self._trackers[name])
+        except Exception as error:  # of whatever library; metrics.jsonl holds every value
+            self._drop(name, f"{type(error).__name__}: {error}")
+
+    def _drop_hanging(self, name: str) -> None:
+        self._drop(name, f"no answer for {HANG_SECONDS:.0f} s")
+
+    def _drop(self, name: str, reason: str) -> None:
+        if self._trackers.pop(name, None) is not None:
+            self._notify(
+                f"{name} failed and gets nothing more of this run: {reason}. "
+                "Everything is in metrics.jsonl"
+            )
 
 
 def require_trackers(names: Sequence[TrackerName]) -> None:

@@ -14,6 +14,7 @@ name, length and CRC-32 of every other file.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,9 +28,10 @@ from distill_system.config.distill import BestConfig
 from distill_system.data import check_position
 from distill_system.errors import DeadlineError, DistillError, RunStateError, WorkerLostError
 from distill_system.learner import FileRecord, describe_file, find_alterations, find_misfits
-from distill_system.observe import OptionalWrites
+from distill_system.observe import RunWrites
 from distill_system.observe.run_directory import flush_folder, write_json
 from distill_system.observe.run_files import read_form
+from distill_system.observe.run_writes import no_answer
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
@@ -43,7 +45,7 @@ class Saver(Protocol):
         """Begin to write the state as it is now."""
 
     def finish_save(self, *, wait: bool) -> dict[str, FileRecord] | None:
-        """The files written; None if writing goes on and wait is False."""
+        """The files written; None if writing goes on, also if `wait` let it wait for a while."""
 
     def find_alterations(self, folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
         """Read every byte of the files; one message for each that is not as written."""
@@ -82,13 +84,13 @@ class CheckpointStore:
         *,
         keep: int,
         best: BestConfig | None = None,
-        writes: OptionalWrites | None = None,
+        writes: RunWrites | None = None,
     ) -> None:
         self.folder = folder
         self.keep = keep
         self.best = best
         self.failure: str | None = None
-        self._writes = writes or OptionalWrites()
+        self._writes = writes or RunWrites()
         self._under_way: Path | None = None
 
     def start(
@@ -107,9 +109,7 @@ class CheckpointStore:
         partial = self._final(step).with_suffix(".partial")
         form = {"step": step, "metrics": dict(metrics or {}), "state": state}
         try:
-            self._remove_leftovers()
-            partial.mkdir(parents=True)
-            write_json(partial / STATE_FILE, form)
+            self._writes.require(partial, lambda: self._begin_folder(partial, form))
         except OSError as error:
             self._give_up(partial, error)
             return
@@ -122,26 +122,42 @@ class CheckpointStore:
         Then deletes the checkpoints that are not to be kept. One that cannot be written is given
         up, and told: those before it stay. wait: wait for the files.
         Returns whether nothing is being written any more.
+        Raises: RunStateError if the disk does not answer in time: the run cannot go on.
         """
         if self._under_way is None:
             return True
-        partial = self._under_way
-        try:
-            files = learner.finish_save(wait=wait)
-            if files is None:
+        partial, files = self._under_way, None
+        deadline = time.monotonic() + self._writes.seconds
+        while files is None:
+            try:
+                files = learner.finish_save(wait=wait)
+            except RunStateError as error:
+                self._under_way = None
+                self._give_up(partial, error)
+                return True
+            if files is None and not wait:
                 return False
-            self._under_way = None
-            self._complete_folder(partial, files)
-        except (OSError, RunStateError) as error:
-            self._under_way = None
+            if files is None and time.monotonic() >= deadline:
+                self._under_way = None
+                # Its ranks have answered: what hangs is the disk.
+                raise no_answer(partial, self._writes.seconds)
+        self._under_way, written = None, files
+        try:
+            # In its turn: rows of the steps that it holds are on the disk before it is whole.
+            self._writes.require(partial, lambda: self._complete_folder(partial, written))
+        except OSError as error:
             self._give_up(partial, error)
             return True
         self.failure = None
-        self._drop_old()
         return True
 
+    def _begin_folder(self, partial: Path, form: dict[str, Any]) -> None:
+        self._remove_leftovers()
+        partial.mkdir(parents=True)
+        write_json(partial / STATE_FILE, form)
+
     def _complete_folder(self, partial: Path, files: dict[str, FileRecord]) -> None:
-        """Give a folder whose files are written its manifest, and then its name."""
+        """Give a folder whose files are written its manifest, and then its name; drop old ones."""
         # The manifest comes last, and the rename after it: a complete folder always has one.
         files[STATE_FILE] = describe_file(partial / STATE_FILE)
         write_json(partial / MANIFEST_FILE, {"files": {n: r._asdict() for n, r in files.items()}})
@@ -150,14 +166,19 @@ class CheckpointStore:
             _remove(final)
         partial.rename(final)
         flush_folder(self.folder)  # a rename survives a power cut only once its folder is flushed
+        self._drop_old()
 
     def _give_up(self, partial: Path, error: Exception) -> None:
-        shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
         step = _step_of(partial.with_suffix(""))
-        complete = self._complete()
+        complete = self._writes.require(partial, lambda: self._remove(partial))
         newest = f"{complete[-1].name} is the newest" if complete else "there is none before it"
         self.failure = f"the checkpoint after step {step} could not be written: {error}; {newest}"
         self._writes.give_up(f"{self.failure}. The run goes on, and tries again with the next")
+
+    def _remove(self, partial: Path) -> list[Path]:
+        """The complete checkpoints, after this one is gone: it may be what fills the disk."""
+        shutil.rmtree(partial, ignore_errors=True)
+        return self._complete()
 
     @contextmanager
     def finished_on_failure(self, learner: Saver) -> Iterator[None]:
@@ -184,6 +205,9 @@ class CheckpointStore:
 
         Raises: RunStateError if one of these checks fails.
         """
+        return self._writes.require(self.folder, self._read_latest)
+
+    def _read_latest(self) -> Checkpoint | None:
         complete = self._complete()
         if not complete:
             return None
@@ -228,7 +252,7 @@ class CheckpointStore:
 
     def clear(self) -> None:
         """Remove all checkpoints, once the stage's output exists."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._writes.require(self.folder, lambda: shutil.rmtree(self.folder, ignore_errors=True))
 
     def _damaged(self, folder: Path, damage: Sequence[str]) -> RunStateError:
         others = [path for path in self._complete() if path != folder]

@@ -12,9 +12,9 @@ from distill_system.data import RunData
 from distill_system.observe import (
     LiveView,
     MetricLog,
-    OptionalWrites,
     PromptLog,
     RunDirectory,
+    RunWrites,
     Timings,
 )
 from distill_system.stopping import StopRequest
@@ -40,7 +40,7 @@ class RunContext:
     view: LiveView
     resume: bool
     stop: StopRequest = field(default_factory=StopRequest)
-    writes: OptionalWrites = field(default_factory=OptionalWrites)
+    writes: RunWrites = field(default_factory=RunWrites)
 
     @property
     def teacher_path(self) -> str:

@@ -29,16 +29,24 @@ def export_model(
     """
     # A stage whose folder exists is skipped, so a crash must not leave half a model under its name.
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        learner.export(partial, dtype)
+    writes = context.writes
+
+    def clear() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+
+    def complete() -> None:
         context.tokenizer.save_pretrained(partial)
         _write_ends(context, partial)
         (partial / "README.md").write_text(_model_card(context, folder.name, facts))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+
+    try:
+        writes.require(partial, clear)
+        learner.export(partial, dtype)
+        writes.require(folder, complete)
     except (OSError, RunStateError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        writes.attempt(partial.name, clear)
         raise RunStateError(
             f"the model cannot be exported to {folder}: {error}. Make room on its disk: --resume "
             "goes on from the newest checkpoint"

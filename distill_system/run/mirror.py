@@ -57,8 +57,13 @@ def mirrored(
         yield
     finally:
         ended.set()
-        sender.join()
-        mirror.send()
+        sender.join(config.deadlines.call_seconds)
+        if sender.is_alive():
+            seconds = config.deadlines.call_seconds
+            notify(
+                f"{config.runs_mirror}: the end of the run was not sent within {seconds:.0f} s "
+                f"(deadlines.call_seconds): it is in {run.path}"
+            )
 
 
 class RunMirror:
@@ -93,9 +98,10 @@ class RunMirror:
             ) from error
 
     def send_until(self, ended: threading.Event) -> None:
-        """Send what is new every SEND_SECONDS until the event is set."""
+        """Send what is new every SEND_SECONDS until the event is set, and once more then."""
         while not ended.wait(SEND_SECONDS):
             self.send()
+        self.send()
 
     def send(self) -> None:
         """Copy every complete file that is new or has changed, and remove what is gone."""

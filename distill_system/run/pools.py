@@ -217,11 +217,14 @@ def _join_for_transfer(
 
 def open_evaluation_pool(
     config: RunConfig, cluster: ClusterSession, tokenizer: Any, *, path: str
-) -> RolloutPool:
-    """Workers that hold the model in `path` and generate for its evaluation."""
-    workers = cluster.start_workers(evaluation_request(config, tokenizer, path))
+) -> tuple[SupervisedWorkers, dict[str, ElasticPool]]:
+    """Workers that hold the model in `path` and generate for its evaluation; and how they are
+    replaced, by the pool's name."""
+    request = evaluation_request(config, tokenizer, path)
+    workers = cluster.start_workers(request)
     _wait_until_ready(workers, config.deadlines.start_seconds)
-    return RolloutPool(workers)
+    placed = {request.name: ElasticPool(workers=workers, request=request)}
+    return SupervisedWorkers(request.name, workers), placed
 
 
 def open_reading_pool(

@@ -22,7 +22,7 @@ from distill_system.config.data import PretrainedTokenizer
 from distill_system.config.distill import DistillConfig
 from distill_system.config.model import ModelConfig
 from distill_system.data import build_tokenizer
-from distill_system.driver.measuring import score_splits
+from distill_system.driver.standing_pools import score_model
 from distill_system.errors import ConfigError
 from distill_system.evaluation import SplitEvaluation, check_evaluation
 from distill_system.observe import LiveView
@@ -30,7 +30,6 @@ from distill_system.observe.formats import format_metric, format_value
 from distill_system.observe.run_directory import RunDirectory, write_json
 from distill_system.run.model_checks import check_folders, check_models
 from distill_system.run.model_data import load_model_data
-from distill_system.run.pools import open_evaluation_pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +70,9 @@ def evaluate_model(
         counts = ", ".join(f"{name} ({len(split)})" for name, split in data.evaluation.items())
         view.note(f"evaluating {model} on {counts}")
         with ClusterSession(config, notify=view.note) as cluster:
-            pool = open_evaluation_pool(config, cluster, tokenizer, path=model)
-            metrics = config.evaluation.metrics
-            splits = score_splits(pool, data.evaluation, config, tokenizer, metrics=metrics)
+            splits = score_model(
+                config, cluster, tokenizer, path=model, splits=data.evaluation, notify=view.note
+            )
     form = {name: split.to_json() for name, split in splits.items()}
     write_json(path, {"model": model, "time": time.time(), "splits": form})
     notify(f"evaluation: {path}")

@@ -69,7 +69,8 @@ def _learner_name(role: str) -> str:
 
 
 def _fault_log(context: RunContext, role: str) -> FaultLog:
-    return FaultLog(context.run, f"sft_{role}", [_learner_name(role)])
+    stage, learners = f"sft_{role}", [_learner_name(role)]
+    return FaultLog(context.run, stage, learners, writes=context.writes)
 
 
 def _fine_tune_role(

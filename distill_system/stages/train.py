@@ -15,6 +15,7 @@ from distill_system.data import RunData
 from distill_system.data.run_data import SetName
 from distill_system.driver import Driver
 from distill_system.driver.measuring import Measuring
+from distill_system.driver.standing_pools import measure_standing
 from distill_system.driver.teacher_text import write_teacher_text
 from distill_system.errors import DistillError, RunStateError
 from distill_system.evaluation import check_evaluation
@@ -30,10 +31,10 @@ from distill_system.observe import (
     JobPage,
     LiveView,
     MetricLog,
-    OptionalWrites,
     PromptLog,
     RunDirectory,
     RunGauges,
+    RunWrites,
     Timings,
     require_trackers,
     write_report,
@@ -165,9 +166,10 @@ def _make(
         )
     if "report" in stages:
         require_a_run(run)
+        writes = RunWrites(notify, seconds=config.deadlines.call_seconds)
         with told_as_unwritable(run.report_path):
-            write_summary(run)
-            write_report(run)
+            writes.require(run.summary_path, lambda: write_summary(run))
+            writes.require(run.report_path, lambda: write_report(run))
 
 
 def _due(config: RunConfig, run: RunDirectory) -> Iterator[str]:
@@ -263,7 +265,8 @@ def open_context(
         for line in [*settings_notes(config), *machine_notes(config)]:
             view.note(line)
         _note_rows(view, data)
-        writes = stack.enter_context(OptionalWrites(view.note))
+        seconds = config.deadlines.call_seconds
+        writes = stack.enter_context(RunWrites(view.note, seconds=seconds))
         log = stack.enter_context(
             MetricLog(
                 run,
@@ -341,17 +344,22 @@ def _run_evaluate(context: RunContext) -> None:
     metrics = wanted_metrics(config, run)
     # The two students differ, so each gets pools of its own, one after the other.
     for label in [label for label in students if label in lacking] or ["after"]:
-        with context.timings.stage("evaluate"):
-            again = "teacher" in find_lacking(config, run)
-            held_out = write_teacher_text(context, metrics=metrics, again=again).held_out
-            pools = open_pools(context, student_path=students[label])
-            measuring = Measuring(
-                context, pools, context.data, metrics=metrics, teacher_text=held_out
-            )
-            pools.weights.publish(steps[label])
+        again = "teacher" in find_lacking(config, run)  # the first of two students has made it
+
+        def make(measuring: Measuring, label: str = label, again: bool = again) -> None:
             measuring.evaluate_teacher(again=again)
             if label in lacking:
                 measuring.evaluate_student(label, step=steps[label])
+
+        with context.timings.stage("evaluate"):
+            measure_standing(
+                context,
+                make,
+                student_path=students[label],
+                step=steps[label],
+                metrics=metrics,
+                teacher_text=write_teacher_text(context, metrics=metrics, again=again).held_out,
+            )
             context.cluster.stop_all()
 
 

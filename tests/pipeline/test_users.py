@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 import torch
 from pipeline.command_line import Run, without_vllm, write_configuration, write_rows
+from pipeline.sabotage import sabotaged
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distill_system.observe import RunDirectory
+from distill_system.observe.fault_log import read_faults
 
 Launch = Callable[..., Run]
 
@@ -40,7 +44,7 @@ def _read(path: Path) -> Any:
 
 
 def test_a_run_stops_early_and_exports_its_best_student_as_it_was_evaluated(
-    configuration: Path, launch_without_vllm: Launch
+    configuration: Path, launch: Launch, launch_without_vllm: Launch
 ) -> None:
     """The rate is so high that the first step is the worst: with mode max the best one, not the
     last. Measured is what bfloat16 holds."""
@@ -84,7 +88,26 @@ def test_a_run_stops_early_and_exports_its_best_student_as_it_was_evaluated(
         written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
         assert tokenizer.decode(written, skip_special_tokens=True) == shown["greedy"]
 
-    _evaluate_again(configuration, launch_without_vllm, run)
+    _evaluate_again(configuration, launch, run)
+
+
+LOSSES = """
+def break_rollouts(module):
+    def before(self, prompts, sampling, seed, label):
+        if is_worker("student_rollout-0") and label == "evaluation_sampled":
+            die("student")
+
+    wrap(module.RolloutWorker, "generate", before)
+
+def break_learner(module):
+    wrap(module.Learner, "measure", lambda *_: die_once("learner"))
+
+PATCHES = {
+    "distill_system.rollout.worker": break_rollouts,
+    "distill_system.learner.learner": break_learner,
+}
+"""
+"""Each evaluation loses its student's first worker, the first one its learner too."""
 
 
 def _assert_engine_and_learner_read_alike(rows: list[dict[str, float]]) -> None:
@@ -97,12 +120,16 @@ def _assert_engine_and_learner_read_alike(rows: list[dict[str, float]]) -> None:
 
 
 def _evaluate_again(configuration: Path, launch: Launch, run: Path) -> None:
-    """The finished run by another metric; its student, by the run's folder, on another set."""
+    """The finished run by another metric; its student, by the run's folder, on another set.
+
+    Workers are lost on the way, and replaced: what they had to do is done all the same.
+    """
+    launch = partial(launch, environment=sabotaged(configuration.parent / "losses", LOSSES))
     before = {label: _read(run / f"evaluations/{label}.json") for label in ("before", "after")}
     settings = _read(run / "config.json")
     (configuration.parent / "again.yaml").write_text(json.dumps(settings))
     again = (configuration.parent / "again.yaml", "evaluation.metrics=[bleu]")
-    evaluate = launch("evaluate", *again).finish()
+    evaluate = launch("evaluate", *again).finish(seconds=300)
     assert evaluate.code == 0, evaluate.stderr
     for label, old in before.items():
         new = _read(run / f"evaluations/{label}.json")
@@ -112,13 +139,23 @@ def _evaluate_again(configuration: Path, launch: Launch, run: Path) -> None:
             assert scores[name] == score, "the same text, by the same seeds"
         assert new["step"] == old["step"]
     assert "bleu_greedy" in _read(run / "summary.json")["scores"]["test"]
+    faults = read_faults(RunDirectory(run))
+    assert [(row.stage, row.event, row.worker) for row in faults] == [
+        ("evaluate", "lost", "student_rollout-0"),
+        ("evaluate", "replaced", "student_rollout-0"),
+        ("evaluate", "lost", "learner-0"),
+        ("evaluate", "restarted", "learner-0"),
+        ("evaluate", "lost", "student_rollout-0"),
+        ("evaluate", "replaced", "student_rollout-0"),
+    ]
 
     write_rows(configuration.parent / "new.jsonl", 5, first=300)
     sets = "data.evaluation={new: {type: jsonl, path: new.jsonl}}"
     other = launch("evaluate", configuration, sets, "--model", run, "--out", run / "new.json")
-    other.finish()
+    other.finish(seconds=300)
     assert other.code == 0, other.stderr
     found = _read(run / "new.json")
     assert found["model"] == str(run / "student")
     assert found["splits"]["new"]["num_examples"] == 5
     assert "scores of" in other.stdout
+    assert "student_rollout-1 has taken the place of student_rollout-0" in other.stderr

@@ -23,6 +23,7 @@ RECORDS = {
     "seeds",
     "stopping",
     "workers",
+    "writer_thread",
 }
 TORCH_ROOMS = {"language_model", "weights", "rollout", "scoring", "learner"}
 
@@ -34,9 +35,10 @@ ALLOWED: dict[str, set[str]] = {
     "seeds": set(),
     "workers": {"errors"},
     "stopping": set(),
+    "writer_thread": set(),
     "network": {"errors"},
     "job_process": set(),
-    "logs": {"errors"},
+    "logs": {"errors", "writer_thread"},
     "hub": {"errors"},
     "config": {"errors"},
     "records": {"config.objective", "errors", "workers"},
@@ -57,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "streams": RECORDS | {"data", "observe", "rollout", "scoring", "run"},
     "elastic": RECORDS | {"cluster", "observe"},
     "driver": RECORDS
-    | {"data", "rollout", "weights", "observe", "evaluation"}
+    | {"cluster", "data", "rollout", "weights", "observe", "evaluation"}
     | {"run", "streams", "elastic"},
     # several runs, and what goes before and after them
     "planning": RECORDS | {"language_model", "learner", "objectives", "scoring"},
@@ -81,6 +83,7 @@ ALLOWED_FROM_OUTSIDE = {
     "seeds": set(),
     "workers": {"errors"},
     "stopping": set(),
+    "writer_thread": set(),
     "network": {"psutil"},
     "job_process": set(),
     "logs": set(),

@@ -14,9 +14,9 @@ from distill_system.errors import CollapseError, ConfigError, NonFiniteError
 from distill_system.observe import (
     LiveView,
     MetricLog,
-    OptionalWrites,
     PromptLog,
     RunDirectory,
+    RunWrites,
     Timings,
 )
 from distill_system.observe.metrics import read_metrics
@@ -72,7 +72,7 @@ def live(configure, tmp_path):
                 timings=Timings(run),
                 view=LiveView("test", console=None),
                 resume=resume,
-                writes=OptionalWrites(),
+                writes=RunWrites(),
             )
             pools: Any = SimpleNamespace(learner=learner)
             recorder = RunRecorder(context, pools, streams, NO_FAULTS)
@@ -177,7 +177,7 @@ def test_a_look_names_the_pool_that_was_waited_for_longest_or_none(configure, tm
         run=run,
         timings=Timings(run, clock=clock),
         view=LiveView("test", console=None),
-        writes=OptionalWrites(),
+        writes=RunWrites(),
     )
     pools = {
         name: PoolActivity(num_workers=1, seconds=10.0, starved_seconds=starved)
@@ -213,7 +213,7 @@ def test_a_second_look_forgets_the_waits_and_the_work_of_the_first(configure, tm
         run=run,
         timings=timings,
         view=LiveView("test", console=None),
-        writes=OptionalWrites(),
+        writes=RunWrites(),
     )
     no_pools: Any = SimpleNamespace()
     streams: Any = SimpleNamespace(

@@ -13,9 +13,9 @@ from rich.console import Console
 from distill_system.errors import RunStateError
 from distill_system.observe import (
     LiveView,
-    OptionalWrites,
     PromptLog,
     RunDirectory,
+    RunWrites,
     Timings,
     write_evaluation,
 )
@@ -32,7 +32,7 @@ LONG = "p" * 700
 def writes():
     """Writes that keep what the person is told."""
     said: list[str] = []
-    made = OptionalWrites(said.append)
+    made = RunWrites(said.append)
     made.said = said  # type: ignore[attr-defined]
     return made
 
@@ -161,10 +161,10 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk_too(tmp_path):
     """Where mounting is not allowed: a process that may write files of 10 kB and no more."""
     program = f"""
 import resource, signal
-from distill_system.observe import OptionalWrites, PromptLog, RunDirectory
+from distill_system.observe import RunWrites, PromptLog, RunDirectory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 said = []
-with PromptLog(RunDirectory({str(tmp_path)!r}), writes=OptionalWrites(said.append)) as prompts:
+with PromptLog(RunDirectory({str(tmp_path)!r}), writes=RunWrites(said.append)) as prompts:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     for step in range(40):
         prompts.log("distill", step, {{"on_policy": [{LONG!r}]}})

@@ -1,6 +1,7 @@
 import json
 import math
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill_system.errors import RunStateError
+from distill_system.observe import trackers
 from distill_system.observe.metrics import MetricLog, read_metrics
 from distill_system.observe.run_directory import RunDirectory
 
@@ -133,3 +135,35 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path: Path) -
     assert "no route to host" in line
     assert len(read_metrics(RunDirectory(tmp_path))) == 4
     assert len(read_scalars(RunDirectory(tmp_path), "distill", "distill/a")) == 4
+
+
+class Hanging(Broken):
+    """A server that takes nothing and says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.goes_on = threading.Event()
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        self.num_rows += 1
+        self.goes_on.wait()
+
+
+def test_a_tracker_that_hangs_holds_up_nobody_and_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "HANG_SECONDS", 1.0)
+    said: list[str] = []
+    hanging, began = Hanging(), time.monotonic()
+    with MetricLog(RunDirectory(tmp_path), run_name="r", notify=said.append) as log:
+        log.add_tracker("somewhere", hanging)
+        for step in range(40):
+            log.log("distill", step, {"a": 1.0})
+            assert len(read_metrics(RunDirectory(tmp_path))) == step + 1
+            time.sleep(0.05)
+    assert time.monotonic() - began < 20.0
+    hanging.goes_on.set()
+    assert hanging.num_rows == 1
+    [line] = said
+    assert line.startswith("somewhere failed and gets nothing more of this run: no answer for 1 s")
+    assert len(read_scalars(RunDirectory(tmp_path), "distill", "distill/a")) == 40

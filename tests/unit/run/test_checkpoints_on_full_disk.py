@@ -14,7 +14,7 @@ from distill_system.config.distill import BestConfig
 from distill_system.errors import RunStateError
 from distill_system.learner import find_alterations
 from distill_system.learner.checkpoint import CheckpointWriter, load_checkpoint
-from distill_system.observe import OptionalWrites
+from distill_system.observe import RunWrites
 from distill_system.run.checkpoints import CheckpointStore
 
 
@@ -54,7 +54,7 @@ class _Rank:
 
 
 def _store(disk, said):
-    return CheckpointStore(disk.folder / "distill", keep=1, writes=OptionalWrites(said.append))
+    return CheckpointStore(disk.folder / "distill", keep=1, writes=RunWrites(said.append))
 
 
 def _save(store, step, learner):
@@ -74,9 +74,7 @@ def said():
 @pytest.mark.parametrize("left_bytes", [0, 4096, 16_384, 40_960])
 def test_a_full_disk_costs_that_checkpoint_alone(small_disk, said, left_bytes):
     """Full from its first file on, or in the middle: those before and after are whole."""
-    store = CheckpointStore(
-        small_disk.folder / "distill", keep=1, writes=OptionalWrites(said.append)
-    )
+    store = CheckpointStore(small_disk.folder / "distill", keep=1, writes=RunWrites(said.append))
     learner = _Rank()
     learner.fill(1.0)
     _save(store, 1, learner)
@@ -107,9 +105,7 @@ def test_a_full_disk_costs_that_checkpoint_alone(small_disk, said, left_bytes):
 
 
 def test_without_any_whole_checkpoint_that_is_said(small_disk, said):
-    store = CheckpointStore(
-        small_disk.folder / "distill", keep=1, writes=OptionalWrites(said.append)
-    )
+    store = CheckpointStore(small_disk.folder / "distill", keep=1, writes=RunWrites(said.append))
     small_disk.fill()
     learner: Any = TextSaver("one")
     _save(store, 5, learner)
@@ -122,9 +118,7 @@ def test_without_any_whole_checkpoint_that_is_said(small_disk, said):
 
 
 def test_a_checkpoint_of_the_same_step_stays_if_its_successor_fails(small_disk, said):
-    store = CheckpointStore(
-        small_disk.folder / "distill", keep=1, writes=OptionalWrites(said.append)
-    )
+    store = CheckpointStore(small_disk.folder / "distill", keep=1, writes=RunWrites(said.append))
     learner: Any = TextSaver("first")
     _save(store, 5, learner)
     small_disk.fill()
@@ -139,7 +133,7 @@ def test_a_checkpoint_of_the_same_step_stays_if_its_successor_fails(small_disk, 
 
 def test_old_checkpoints_that_cannot_be_judged_all_stay(tmp_path, said):
     best = BestConfig(metric="held_out/x", mode="min")
-    store = CheckpointStore(tmp_path, keep=1, best=best, writes=OptionalWrites(said.append))
+    store = CheckpointStore(tmp_path, keep=1, best=best, writes=RunWrites(said.append))
     learner: Any = TextSaver("one")
     _save(store, 1, learner)
     (tmp_path / "step_000001" / "state.json").write_text("broken")
@@ -149,7 +143,7 @@ def test_old_checkpoints_that_cannot_be_judged_all_stay(tmp_path, said):
 
 
 def test_another_failure_of_the_learner_is_not_taken_for_a_full_disk(tmp_path, said):
-    store = CheckpointStore(tmp_path, keep=1, writes=OptionalWrites(said.append))
+    store = CheckpointStore(tmp_path, keep=1, writes=RunWrites(said.append))
     learner: Any = TextSaver("one")
     learner.failure = ValueError("a fault of ours")
     store.start(1, {}, learner)

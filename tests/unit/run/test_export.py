@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from distill_system.errors import RunStateError
 from distill_system.learner import Learner, LearnerGroup
 from distill_system.learner.export_weights import save_model
+from distill_system.observe import RunWrites
 from distill_system.run.export import export_model
 from distill_system.run.vocabulary import stop_token_ids
 
@@ -35,9 +36,11 @@ class Exporter:
 
 @pytest.fixture
 def context(configure, tiny_model_folder):
-    return SimpleNamespace(
-        config=configure(), tokenizer=AutoTokenizer.from_pretrained(tiny_model_folder())
-    )
+    return _context(configure(), AutoTokenizer.from_pretrained(tiny_model_folder()))
+
+
+def _context(config, tokenizer) -> Any:
+    return SimpleNamespace(config=config, tokenizer=tokenizer, writes=RunWrites())
 
 
 def _export(context, source, folder, **options):
@@ -74,7 +77,7 @@ def test_the_export_stops_where_the_run_stopped(configure, tmp_path):
     source = save_family(tmp_path / "base", "llama", end_ids=5, seed=1)
     config = configure(f"teacher.path={tmp_path / 'teacher'}", f"student.path={source}")
     tokenizer = AutoTokenizer.from_pretrained(source)
-    _export(SimpleNamespace(config=config, tokenizer=tokenizer), source, tmp_path / "student")
+    _export(_context(config, tokenizer), source, tmp_path / "student")
     assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [2, 5, 7, 9]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     ends = set(stop_token_ids(config, tokenizer))
@@ -90,7 +93,7 @@ def test_vllm_reads_the_same_ends(configure, tmp_path):
     source = save_family(tmp_path / "base", "llama", end_ids=[5, 7, 9])
     config = configure(f"teacher.path={source}", f"student.path={source}")
     tokenizer = AutoTokenizer.from_pretrained(source)
-    _export(SimpleNamespace(config=config, tokenizer=tokenizer), source, tmp_path / "student")
+    _export(_context(config, tokenizer), source, tmp_path / "student")
     seen = reader.try_get_generation_config(str(tmp_path / "student"), trust_remote_code=False)
     assert seen.eos_token_id == [2, 5, 7, 9]
 

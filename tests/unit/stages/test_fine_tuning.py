@@ -18,9 +18,9 @@ from distill_system.learner import Learner, LearnerGroup, ModelSource
 from distill_system.observe import (
     LiveView,
     MetricLog,
-    OptionalWrites,
     PromptLog,
     RunDirectory,
+    RunWrites,
     Timings,
 )
 from distill_system.observe.metrics import read_metrics
@@ -90,7 +90,7 @@ def fine_tune(tiny_model_folder, tmp_path):
                 view=_StoppingView(request.make if by_signal else stop.set, stop_after),
                 resume=resume,
                 stop=request,
-                writes=OptionalWrites(),
+                writes=RunWrites(),
             )
             group = LearnerGroup(LocalWorkers([learner]))
             restarts: Any = SimpleNamespace(goes_on_after=lambda first: None)
