@@ -243,9 +243,9 @@ def _read_outcome(fault: Fault, rows: Sequence[FaultRow]) -> Outcome:
     """The first rows of the lost workers after the fault. Ranks are lost and come together."""
     after = [row for row in rows if row.time >= fault.time and _tells_of(row, fault)]
     lost = [row.time for row in after if row.event == "lost"]
-    back = {row.worker: row for row in reversed(after) if row.event != "lost"}
+    back = {_party(row.worker): row for row in reversed(after) if row.event != "lost"}
     wanted = {_party(worker) for worker in fault.workers}
-    whole = wanted <= {_party(worker) for worker in back}
+    whole = wanted <= back.keys()
     return Outcome(
         fault=fault,
         noticed_after=min(lost) - fault.time if lost else None,
