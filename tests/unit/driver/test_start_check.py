@@ -317,7 +317,7 @@ def test_a_run_is_checked_under_its_first_weights_and_before_anything_is_measure
                 evaluate_teacher=note("teacher"),
                 evaluate_student=note("student", result={"y": 2.0}),
             ),
-            "streams": SimpleNamespace(begin=stop),
+            "streams": SimpleNamespace(begin=stop, measures_sources=lambda done: False),
         }
         driver.__dict__.update(fakes)
         with pytest.raises(EnoughError):
