@@ -24,6 +24,7 @@ from ray._raylet import (  # type: ignore[attr-defined]  # names of its compiled
 from ray.exceptions import AuthenticationError, RpcError
 
 from distill_system.errors import ResourceError
+from distill_system.job_process import is_job
 
 CONNECT_SECONDS = 5.0
 """For a connection to be accepted."""
@@ -157,10 +158,15 @@ def _require_same_versions(cluster: dict[str, Any], where: str) -> None:
     if differing:
         there = " and ".join(f"{name} {theirs[name]}" for name in differing)
         here = " and ".join(f"{name} {ours[name]}" for name in differing)
+        remedy = (
+            "name the interpreter with which `ray start` ran there (`submit --python`)"
+            if is_job()
+            else "install the same on both, or send the run as a job, which runs with the "
+            "cluster's Python (`distill-system submit`)"
+        )
         raise ResourceError(
             f"{where}: the cluster runs {there}, this process {here}, and Ray joins equal versions "
-            "alone: install the same on both, or send the run as a job, which runs with the "
-            "cluster's Python (`distill-system submit`)"
+            f"alone: {remedy}"
         )
 
 

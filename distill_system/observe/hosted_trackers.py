@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
-from distill_system.observe.recorded import read_config
-from distill_system.observe.run_directory import RunDirectory, read_json, write_json
+from distill_system.observe.recorded import read_config, read_trackers
+from distill_system.observe.run_directory import RunDirectory, write_json
 
 PROJECT = "distill-system"
 """Of a run where the environment names no other."""
@@ -179,11 +179,6 @@ class TrackioTracker(HostedTracker):
 HOSTED: dict[str, type[HostedTracker]] = {
     tracker.title: tracker for tracker in (WandbTracker, MlflowTracker, TrackioTracker)
 }
-
-
-def read_trackers(run: RunDirectory) -> dict[str, dict[str, Any]]:
-    """What tracking.json keeps, by tracker; empty where there is none."""
-    return read_json(run.trackers_path) if run.trackers_path.exists() else {}
 
 
 def _flatten(config: Any, path: str = "") -> list[tuple[str, Any]]:

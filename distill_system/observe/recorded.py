@@ -148,10 +148,17 @@ class _Evaluation(TypedDict):
     splits: dict[str, Annotated[_Split, AfterValidator(_check_lengths)]]
 
 
+@with_config(_OPEN)
+class _Tracked(TypedDict, total=False):
+    id: str
+    url: str | None
+
+
 EVALUATION_FORM: TypeAdapter[Any] = TypeAdapter(_Evaluation)
 _CONFIG_FORM: TypeAdapter[Any] = TypeAdapter(_Config)
 _SCALING_FORM: TypeAdapter[Any] = TypeAdapter(_Scaling)
 _ENVIRONMENT_FORM: TypeAdapter[Any] = TypeAdapter(_Environment)
+_TRACKERS_FORM: TypeAdapter[Any] = TypeAdapter(dict[str, _Tracked])
 
 
 def read_config(run: RunDirectory) -> dict[str, Any]:
@@ -170,6 +177,15 @@ def read_environment(run: RunDirectory) -> dict[str, Any]:
     """
     way_out = "Remove the file: the run writes it anew when it is continued"
     return read_form_if_exists(run.environment_path, _ENVIRONMENT_FORM, way_out=way_out) or {}
+
+
+def read_trackers(run: RunDirectory) -> dict[str, dict[str, Any]]:
+    """What tracking.json keeps, by tracker; empty where there is none.
+
+    Raises: RunStateError if the file holds something else.
+    """
+    way_out = "Remove the file: the run is then a new one in its trackers"
+    return read_form_if_exists(run.trackers_path, _TRACKERS_FORM, way_out=way_out) or {}
 
 
 def read_pool_sizes(run: RunDirectory) -> dict[str, dict[str, int]]:

@@ -7,9 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from distill_system.observe.bottleneck import find_bottleneck, shares_cores
-from distill_system.observe.hosted_trackers import read_trackers
 from distill_system.observe.metrics import read_metrics
-from distill_system.observe.recorded import EVALUATION_FORM, read_config, read_environment
+from distill_system.observe.recorded import (
+    EVALUATION_FORM,
+    read_config,
+    read_environment,
+    read_trackers,
+)
 from distill_system.observe.run_directory import RunDirectory, to_json, write_json
 from distill_system.observe.run_files import read_form_if_exists
 from distill_system.observe.run_writes import RunWrites

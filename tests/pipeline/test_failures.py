@@ -188,3 +188,22 @@ def _files(folder: Path) -> dict[str, tuple[int, int]]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def test_a_student_that_collapses_ends_the_run_with_a_checkpoint(
+    launch: Launch, configuration: Path
+) -> None:
+    """At a thousand times the learning rate that anybody would take."""
+    overrides = (
+        "rollout.engine=transformers",
+        "trackers=[]",
+        "distill.steps=300",
+        "distill.checkpoint_every=1000",
+        "distill.optimizer.learning_rate=1.0",
+        "distill.collapse={action: stop, window: 3}",
+    )
+    ended = launch("distill", configuration, *overrides).finish()
+    _assert_one_message(ended, "the student may be collapsing: ", "distill.collapse.")
+    [kept] = _checkpoints(configuration).glob("step_??????")
+    assert 6 <= int(kept.name.removeprefix("step_")) < 300
+    assert (kept / "manifest.json").is_file()

@@ -21,6 +21,7 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 from pipeline.command_line import MARK, write_configuration
+from pipeline.exposure import SECRETS, files_with_secrets, planted
 
 START_SECONDS = 150.0
 COMMAND_SECONDS = 400.0
@@ -30,7 +31,7 @@ class Cluster:
     """A head node with its dashboard, in a process group and on ports of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.token = secrets.token_hex(32)
+        self.token = SECRETS["RAY_AUTH_TOKEN"]
         token = folder / "token"
         token.write_text(self.token)
         self.mark = secrets.token_hex(8)
@@ -44,9 +45,13 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "OMP_NUM_THREADS": "1",
+            # Where security.md tells people to put them, and where they must stay.
+            "HF_TOKEN": SECRETS["HF_TOKEN"],
+            "WANDB_API_KEY": SECRETS["WANDB_API_KEY"],
         }
         names = ("dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export")
         flags = [f"--{name}-port={port}" for name, port in zip(names, others, strict=True)]
+        self.folder = folder
         self.log = (folder / "head.log").open("w")
         self.process = subprocess.Popen(
             [
@@ -89,12 +94,17 @@ class Cluster:
 
     def living(self, kind: str) -> list[str]:
         """What Ray itself still holds for runs: actors or placement groups, by name."""
-        headers = {"Authorization": f"Bearer {self.token}"}
-        url = f"{self.address}/api/v0/{kind}?limit=1000"
-        with urlopen(Request(url, headers=headers), timeout=30) as answer:
-            rows = json.load(answer)["data"]["result"]["result"]
+        rows = json.loads(self.answer(f"api/v0/{kind}?limit=1000"))["data"]["result"]["result"]
         left = [row for row in rows if row["state"] not in ("DEAD", "REMOVED")]
         return [row["name"] for row in left if "_ray_internal_job" not in row["name"]]
+
+    def answer(self, path: str) -> str:
+        """What Ray's API answers, to whoever holds the token."""
+        request = Request(
+            f"{self.address}/{path}", headers={"Authorization": f"Bearer {self.token}"}
+        )
+        with urlopen(request, timeout=30) as answer:
+            return str(answer.read().decode())
 
     def end(self) -> None:
         while left := _processes(self.mark):
@@ -154,6 +164,7 @@ def configuration(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Pat
     form = json.loads(path.read_text())
     form["rollout"]["engine"] = "transformers"  # its workers start in half the time
     form["distill"] |= {"steps": 5000, "keep_checkpoints": 1}
+    form["trackers"] = []
     path.write_text(json.dumps(form))
     return path
 
@@ -164,6 +175,9 @@ ENDING_SOON = (
     "min_gain: 1000}",
 )
 """Overrides with which a resumed run ends after two steps."""
+
+DETAILS = "api/v0/actors?limit=1000&detail=1"
+"""Every worker of the cluster, with its runtime environment."""
 
 LOGS = {"driver", "learner-0", "student_rollout-0", "teacher_rollout-0", "teacher_scoring-0"}
 
@@ -176,6 +190,14 @@ def test_a_job_is_sent_watched_stopped_and_gone_on_with(
 
     sent = cluster.command("submit", configuration)
     [job] = re.findall(r"^submitted: (run-\w+) to http", sent, re.MULTILINE)
+    # Nothing of this is on the machine that submits, so that the job itself finds it out. Meanwhile
+    # the first one loads its models.
+    lost = f"teacher.path={configuration.parent / 'nowhere'}"
+    failed = cluster.command("submit", configuration, lost, "--name", "lost", "--wait", code=1)
+    assert f"not on this machine: {lost}" in failed
+    [error] = re.findall(r"^FAILED: lost-\w+: (.*)$", failed, re.MULTILINE)
+    assert error.startswith("ModelError: teacher.path")
+
     _wait(lambda: list(checkpoints.glob("step_??????")), COMMAND_SECONDS)
     stopped = cluster.command("stop", "run")
     assert f"{job} is STOPPED" in stopped
@@ -187,13 +209,6 @@ def test_a_job_is_sent_watched_stopped_and_gone_on_with(
     assert "by SIGTERM; submit it again with --resume auto" in said
     assert {path.stem for path in (run / "logs").iterdir()} == LOGS
 
-    # Nothing of this is on the machine that submits, so that the job itself finds it out.
-    lost = f"teacher.path={configuration.parent / 'nowhere'}"
-    failed = cluster.command("submit", configuration, lost, "--name", "lost", "--wait", code=1)
-    assert f"not on this machine: {lost}" in failed
-    [error] = re.findall(r"^FAILED: lost-\w+: (.*)$", failed, re.MULTILINE)
-    assert error.startswith("ModelError: teacher.path")
-
     again = ("submit", configuration, *ENDING_SOON, "--resume", "auto", "--follow")
     followed = cluster.command(*again)
     assert f"resuming distill after step {last}" in followed
@@ -203,6 +218,14 @@ def test_a_job_is_sent_watched_stopped_and_gone_on_with(
     assert re.search(rf"^run: SUCCEEDED after \d+ s, job run-\w+, {run}$", standing, re.MULTILINE)
     assert re.search(rf"^run: STOPPED after \d+ s, job {job}", standing, re.MULTILINE)
     assert error in standing
+
+    shown = "".join(map(cluster.answer, ("api/jobs/", f"api/jobs/{job}/logs", DETAILS)))
+    assert {job, "RAY_JOB_STOP_WAIT_TIME_S", "student_rollout-0"} <= {*re.findall(r"[\w-]+", shown)}
+    said += sent + stopped + failed + followed + standing
+    assert [name for name, value in planted().items() if value in shown + said] == []
+    written = [configuration.parent, cluster.folder / "ray"]
+    assert any(cluster.folder.glob("ray/session_latest/logs/job-driver-*.log"))
+    assert [*files_with_secrets(written)] == []
 
 
 ASK = """

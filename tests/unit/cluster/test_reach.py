@@ -122,3 +122,9 @@ def test_versions_that_differ_are_named_each(monkeypatch) -> None:
     assert said.startswith(
         "RAY_ADDRESS=10.0.0.1:6379: the cluster runs Ray 2.59.0 and Python 3.10.1, this process Ray"
     )
+    assert said.endswith("(`distill-system submit`)")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # a job whose --python is another one
+    said = _refusal(require_cluster, "10.0.0.1:6379")
+    assert said.endswith(
+        "name the interpreter with which `ray start` ran there (`submit --python`)"
+    )

@@ -32,6 +32,7 @@ FILES = (
     "config.json",
     "environment.json",
     "timings.json",
+    "tracking.json",
     "metrics.jsonl",
     "prompts.jsonl",
     "evaluations/before.json",
@@ -65,6 +66,7 @@ def _write_run(run):
     )
     machine = {"cores": 2, "usable_cores": None}
     write_json(run.environment_path, {"versions": {"torch": "2"}, "machine": machine})
+    write_json(run.trackers_path, {"wandb": {"id": "a", "url": None}})
     timings = Timings(run)
     timings.add_activity({"learner": PoolActivity(num_workers=1, seconds=2.0, busy_seconds=1.0)})
     timings.save()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,32 @@ from distill_system.run.mirror import RunMirror, mirrored
 STEP = "checkpoints/distill/step_000004"
 
 
-@pytest.fixture
-def address(tmp_path: Path) -> str:
-    """DISTILL_SYSTEM_MIRROR takes another one, such as that of a local S3 server."""
-    given = os.environ.get("DISTILL_SYSTEM_MIRROR", f"file://{tmp_path / 'mirror'}")
-    folder, question, settings = given.partition("?")
-    return f"{folder}/t{question}{settings}"
+@pytest.fixture(scope="module")
+def object_store() -> Iterator[str]:
+    """The address of a bucket of a local S3 server.
+
+    moto is no part of the dev extra: it would bring boto3 and a web framework for this alone.
+    """
+    server = pytest.importorskip("moto.server", reason="moto[server,s3] is not installed")
+    boto3 = pytest.importorskip("boto3")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("AWS_ACCESS_KEY_ID", "a")
+        patched.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        running.start()
+        host, port = running.get_host_and_port()
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        client.create_bucket(Bucket="bucket")
+        yield f"s3://bucket/runs?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+        running.stop()
+
+
+@pytest.fixture(params=["folder", "object store"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "folder":
+        return f"file://{tmp_path / 'mirror'}"
+    given: str = request.getfixturevalue("object_store")
+    return given
 
 
 def _write(run: RunDirectory, *names: str, text: str = "x") -> None:
