@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,8 @@ from distill_system.scoring import RankedScorer, TeacherScorer
 EVERYTHING = TeacherNeeds(features=True, expected_embedding=True, logprobs=True, top_k=3)
 SIGNALS = ("features", "expected_embedding", "logprobs", "top_k_ids", "top_k_logprobs")
 POISON = 9
+ALONE = "DISTILL_SYSTEM_RANKS_ALONE"
+"""In the environment of a process that runs this file alone."""
 
 
 class TaughtScorer(RankedScorer):
@@ -59,6 +64,8 @@ Scorers = Callable[..., TaughtScorer]
 @pytest.fixture
 def shared() -> Iterator[Scorers]:
     """A scorer of several ranks, the first of which is this process."""
+    if ALONE not in os.environ:
+        pytest.skip("in a process of its own, by the last test of this file")
     made: list[tuple[TaughtScorer, ForkedPeers]] = []
 
     def make(folder: Path, num_ranks: int, **config: Any) -> TaughtScorer:
@@ -156,3 +163,20 @@ def _of_others(scorer: RankedScorer, method: str, *arguments: Any) -> list[Any]:
     assert peers is not None
     calls = peers.call(method, [arguments] * others)
     return peers.finish(calls, what=method, seconds=60.0)
+
+
+@pytest.mark.skipif(ALONE in os.environ, reason="this is that process")
+def test_scorers_of_ranks_in_a_process_of_their_own() -> None:
+    """torch remembers sizes of shares by group: what other tests have shared here would count."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=clean | {ALONE: "1"},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
