@@ -144,8 +144,8 @@ def _read(scorer: TeacherScorer, hidden_NH: Tensor, batch: SequenceBatch) -> Ten
     return read_vocabulary(
         hidden_NH,
         batch.token_ids_N,
-        scorer.unembedding_VH,
-        scorer.action_embeddings_VE,
+        scorer._unembedding(),
+        scorer._actions(),
         chunk_tokens=scorer.chunk_tokens,
     ).expected_embedding_NE
 

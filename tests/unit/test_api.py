@@ -76,12 +76,12 @@ def test_a_run_comes_back_as_an_object(tmp_path: Path, monkeypatch: pytest.Monke
     run.summary_path.write_text(json.dumps({"scores": {"test": {"rouge_l_greedy": score}}}))
     asked: list[Any] = []
 
-    def train(config: Any, *, resume: bool) -> RunDirectory:
+    def train_all(config: Any, *, resume: bool) -> RunDirectory:
         asked.append((config.name, resume))
         return run
 
-    module: Any = SimpleNamespace(train=train)
-    monkeypatch.setitem(sys.modules, "distill_system.stages.train", module)
+    module: Any = SimpleNamespace(train_all=train_all)
+    monkeypatch.setitem(sys.modules, "distill_system.stages.curriculum", module)
     result = distill(QUICKSTART, name="mine", resume=True)
     assert asked == [("mine", True)]
     assert result.student == run.path / "student"

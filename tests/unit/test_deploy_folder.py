@@ -82,7 +82,7 @@ def test_everything_installed_is_pinned() -> None:
     assert re.fullmatch(r"3\.1[123]-slim-[a-z]+", tag)
     runs = " && ".join(rest for word, rest in _instructions() if word == "RUN")
     installs = [part for part in runs.split("&&") if "pip install" in part]
-    assert len(installs) == 6
+    assert len(installs) == 5
     for line in installs:
         assert "--constraint requirements/" in line or "--require-hashes" in line, line
 

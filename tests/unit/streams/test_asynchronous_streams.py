@@ -101,10 +101,13 @@ def play(
         draw_step_seconds=lambda: draw.uniform(0.0, slow),
         draw_publish_seconds=lambda: draw.choice([0.0, 0.01, 0.5]),
     )
-    prompts = [
-        replace(prompt, source=f"prompts.{'ab'[index >= 4]}")
-        for index, prompt in enumerate(make_prompts(num_prompts))
-    ]
+    prompts = make_prompts(num_prompts)
+    if any(override.startswith("data.prompts=") for override in overrides):
+        names = ["ab"[index >= 4] for index in range(num_prompts)]
+        prompts = [
+            replace(prompt, source=f"prompts.{name}")
+            for prompt, name in zip(prompts, names, strict=True)
+        ]
     held_out = {"a": (), "b": ()}
     data = SimpleNamespace(prompts=prompts, student_sft=rows, stored=[], source_held_out=held_out)
     streams = open_streams(
