@@ -144,7 +144,9 @@ def sample(run: Run, folder: RunDirectory, place: Place, options: argparse.Names
         time.sleep(1.0)
     began = time.monotonic()
     while (now := time.monotonic() - began) < options.hours * HOUR + options.warm_up:
-        assert run.process.poll() is None, run.finish().stderr
+        if run.process.poll() is not None:
+            print(f"the run ended by itself: {run.finish().stderr[-500:]}")
+            break
         for name, value in look(run, folder, place).items():
             samples[name].append((now, value))
         time.sleep(max(0.0, options.every - (time.monotonic() - began - now)))

@@ -35,7 +35,7 @@ class RayMessages:
 
 def _log_lines(data: dict[str, Any], print_file: Any, ignore_prefix: bool = False) -> None:
     for line in data.get("lines", ()):
-        logging.getLogger(LOGGER_NAME).info("Ray says: %s", " ".join(str(line).split()))
+        logging.getLogger(LOGGER_NAME).warning("Ray says: %s", " ".join(str(line).split()))
 
 
 def _log_unread_failure(error: Exception) -> None:

@@ -86,9 +86,7 @@ def ask_for_nodes(seconds: float) -> list[dict[str, object]] | None:
         while not answer and time.monotonic() < end:
             try:
                 answer.append(ray.nodes())
-            except (
-                Exception
-            ):  # whatever Ray raises, it does not answer yet: it may be starting anew
+            except Exception:  # of whatever kind: it does not answer yet, or starts anew
                 time.sleep(min(1.0, seconds / 10))
 
     asking = threading.Thread(target=ask, name="question to Ray", daemon=True)

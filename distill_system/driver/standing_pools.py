@@ -85,7 +85,6 @@ def score_model(
     """Let the model in `path` answer every split's prompts, by workers of its own; score them."""
     workers, placed = open_evaluation_pool(config, cluster, tokenizer, path=path)
     pool, metrics = RolloutPool(workers), config.evaluation.metrics
-    cluster.monitor.supervise(placed)
     with supervise_standing(config, cluster, placed, notify=notify) as workers.supervision:
         return score_splits(pool, splits, config, tokenizer, metrics=metrics)
 
@@ -105,6 +104,7 @@ def supervise_standing(
     fault_log: None where there is no run whose faults are kept.
     """
     none = _Nobody()
+    cluster.monitor.supervise(placed)
     return ElasticPools(
         placed,
         cluster,

@@ -155,14 +155,18 @@ def _nobody(context: RunContext, name: str) -> RayWorkers:
     return RayWorkers(name, [], [], call_seconds=seconds, monitor=monitor)
 
 
+Standing = tuple[SupervisedWorkers, dict[str, ElasticPool]]
+"""Workers of a pool that stands by itself, and how they are replaced, by the pool's name."""
+
+
 @contextmanager
-def teacher_engines(context: RunContext) -> Iterator[RolloutPool]:
+def teacher_engines(context: RunContext) -> Iterator[Standing]:
     """The teacher's engines alone, before the other pools start; they end with the block."""
     request = rollout_request(context, "teacher_rollout", Author.TEACHER, context.teacher_path)
     workers = context.cluster.start_workers(request)
     try:
         wait_until_ready(context, workers)
-        yield RolloutPool(workers)
+        yield _standing(request, workers)
     finally:
         context.cluster.stop_workers(workers)
 
@@ -217,12 +221,15 @@ def _join_for_transfer(
 
 def open_evaluation_pool(
     config: RunConfig, cluster: ClusterSession, tokenizer: Any, *, path: str
-) -> tuple[SupervisedWorkers, dict[str, ElasticPool]]:
-    """Workers that hold the model in `path` and generate for its evaluation; and how they are
-    replaced, by the pool's name."""
+) -> Standing:
+    """Workers that hold the model in `path` and generate for its evaluation."""
     request = evaluation_request(config, tokenizer, path)
     workers = cluster.start_workers(request)
     _wait_until_ready(workers, config.deadlines.start_seconds)
+    return _standing(request, workers)
+
+
+def _standing(request: WorkerRequest, workers: RayWorkers) -> Standing:
     placed = {request.name: ElasticPool(workers=workers, request=request)}
     return SupervisedWorkers(request.name, workers), placed
 

@@ -15,7 +15,6 @@ from distill_system.cluster import require_room
 from distill_system.config import RunConfig, load_stages, require_one_run
 from distill_system.config.curriculum import Stage
 from distill_system.data import build_tokenizer, load_run_data, tokenizer_texts
-from distill_system.data.run_data import SetName
 from distill_system.errors import DistillError
 from distill_system.evaluation import check_evaluation
 from distill_system.observe import RunDirectory, require_trackers, write_curriculum
@@ -33,7 +32,7 @@ from distill_system.run.preparation import (
 )
 from distill_system.stages.closed_form import measure_label_weight, with_label_weight
 from distill_system.stages.push import require_token
-from distill_system.stages.train import STAGES, require_a_run, train
+from distill_system.stages.train import STAGES, find_sets, require_a_run, train
 from distill_system.stopping import StopRequest
 
 LABEL_WEIGHT_FILE = "label_weight.json"
@@ -122,11 +121,8 @@ def _check_run(config: RunConfig) -> None:
     check_folders(config)
     tokenizer = build_tokenizer(config, tokenizer_texts(config))
     check_models(config, tokenizer)
-    sets: list[SetName] = ["prompts", "held_out", "evaluation"]
-    if config.teacher.sft is not None:
-        sets.append("teacher_sft")
-    if config.student.sft is not None or "dataset" in config.distill.off_policy_mixture:
-        sets.append("student_sft")
+    # Without the store, whose samples are a teacher's that may not be there yet.
+    sets = [each for each in find_sets(config, run_directory(config), STAGES) if each != "stored"]
     data = load_run_data(config, tokenizer, sets)
     check_data(config, data)
     check_evaluation(config.evaluation, data.evaluation, data.places)

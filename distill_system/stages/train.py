@@ -150,7 +150,7 @@ def _make(
     if work:
         with refusal_leaves_nothing(run) as begin:
             record_start(config, run)
-            models, sets = with_folders(config, run), _sets(config, run, {*work, *followed_by})
+            models, sets = with_folders(config, run), find_sets(config, run, {*work, *followed_by})
             with open_context(models, run, resume=bool(resume), sets=sets, stop=stop) as context:
                 begin()
                 for stage in work:
@@ -219,7 +219,7 @@ def require_a_run(run: RunDirectory) -> None:
         )
 
 
-def _sets(config: RunConfig, run: RunDirectory, work: Collection[str]) -> list[SetName]:
+def find_sets(config: RunConfig, run: RunDirectory, work: Collection[str]) -> list[SetName]:
     """The data sets that the stages of `work` read."""
     tuned: dict[str, SetName] = {"teacher": "teacher_sft", "student": "student_sft"}
     sets: list[SetName] = ["held_out", "evaluation"] if {"distill", "evaluate"} & {*work} else []
@@ -328,7 +328,7 @@ def _run_sft(context: RunContext) -> None:
 
 def _run_distill(context: RunContext) -> None:
     with context.timings.stage("distill"):
-        text = write_teacher_text(context)
+        text = write_teacher_text(context, "distill")
         pools = open_pools(context, student_path=context.student_path)
         Driver(context, pools, context.data, teacher_text=text).run()
 
@@ -352,13 +352,14 @@ def _run_evaluate(context: RunContext) -> None:
                 measuring.evaluate_student(label, step=steps[label])
 
         with context.timings.stage("evaluate"):
+            text = write_teacher_text(context, "evaluate", metrics=metrics, again=again)
             measure_standing(
                 context,
                 make,
                 student_path=students[label],
                 step=steps[label],
                 metrics=metrics,
-                teacher_text=write_teacher_text(context, metrics=metrics, again=again).held_out,
+                teacher_text=text.held_out,
             )
             context.cluster.stop_all()
 

@@ -13,6 +13,7 @@ import random
 import re
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,12 @@ from pipeline.command_line import (
     write_configuration,
     write_rows,
 )
+from pipeline.sabotage import sabotaged
 from typer.testing import CliRunner
 
 from distill_system.cli import app
+from distill_system.observe import RunDirectory
+from distill_system.observe.fault_log import read_faults
 
 Launch = Callable[..., Run]
 
@@ -190,12 +194,27 @@ def _files(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
+TEACHER_DIES = """
+def break_rollouts(module):
+    def before(self, *_):
+        if is_worker("teacher_rollout-0"):
+            die_once("teacher")
+
+    wrap(module.RolloutWorker, "generate", before)
+
+PATCHES = {"distill_system.rollout.worker": break_rollouts}
+"""
+
+
 def test_a_student_that_collapses_ends_the_run_with_a_checkpoint(
     launch: Launch, configuration: Path
 ) -> None:
-    """At a thousand times the learning rate that anybody would take."""
+    """At a thousand times the learning rate that anybody would take. No step reads the teacher's
+    engine, which writes before the others start: it dies as it does, and is replaced."""
+    launch = partial(launch, environment=sabotaged(configuration.parent / "losses", TEACHER_DIES))
     overrides = (
         "rollout.engine=transformers",
+        "distill.objective={type: token_matching, on_policy: {type: reverse_kl}}",
         "trackers=[]",
         "distill.steps=300",
         "distill.checkpoint_every=1000",
@@ -207,3 +226,7 @@ def test_a_student_that_collapses_ends_the_run_with_a_checkpoint(
     [kept] = _checkpoints(configuration).glob("step_??????")
     assert 6 <= int(kept.name.removeprefix("step_")) < 300
     assert (kept / "manifest.json").is_file()
+    run = RunDirectory(configuration.parent / "run")
+    told = [(row.stage, row.event, row.worker) for row in read_faults(run)]
+    assert told == [("distill", event, "teacher_rollout-0") for event in ("lost", "replaced")]
+    assert run.evaluation_path("teacher").is_file()
