@@ -41,6 +41,7 @@ FILLED = {
     "split": ("in_distribution",),
     "score": ("exact_match", "rouge_l"),
     "decoding": ("greedy", "sampled"),
+    "source": ("math", "code"),
 }
 
 

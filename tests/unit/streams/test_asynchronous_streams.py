@@ -51,6 +51,14 @@ def open_streams(
     return AsynchronousStreams(context, pools, data, clock=clock)
 
 
+def of_two_sources(count):
+    """Prompts, the first four of source a and the others of b."""
+    return [
+        replace(prompt, source=f"prompts.{'ab'[index >= 4]}")
+        for index, prompt in enumerate(make_prompts(count))
+    ]
+
+
 def play(
     folder,
     *,
@@ -61,12 +69,14 @@ def play(
     steps=STEPS,
     num_prompts=11,
     rows=(),
+    has_sources=False,
     begin=0,
     stop=None,
     state=None,
 ):
     """A whole run, or a part of one, with delays drawn from a seed.
 
+    has_sources: prompts are those of a and b.
     begin, state: where it goes on.  stop: after so many steps; the result has its state there.
     """
     draw = random.Random(seed)
@@ -101,15 +111,13 @@ def play(
         draw_step_seconds=lambda: draw.uniform(0.0, slow),
         draw_publish_seconds=lambda: draw.choice([0.0, 0.01, 0.5]),
     )
-    prompts = make_prompts(num_prompts)
-    if any(override.startswith("data.prompts=") for override in overrides):
-        names = ["ab"[index >= 4] for index in range(num_prompts)]
-        prompts = [
-            replace(prompt, source=f"prompts.{name}")
-            for prompt, name in zip(prompts, names, strict=True)
-        ]
     held_out = {"a": (), "b": ()}
-    data = SimpleNamespace(prompts=prompts, student_sft=rows, stored=[], source_held_out=held_out)
+    data = SimpleNamespace(
+        prompts=of_two_sources(num_prompts) if has_sources else make_prompts(num_prompts),
+        student_sft=rows,
+        stored=[],
+        source_held_out=held_out,
+    )
     streams = open_streams(
         folder,
         clock,
@@ -224,7 +232,7 @@ def test_weights_of_sources_that_move_give_every_step_the_same_prompts_whatever_
     overrides = [f"distill.staleness.max_staleness={bound}", f"data.prompts={prompts}"]
     fed = []
     for delays in (seed, 0):
-        run = play(tmp_path, seed=delays, overrides=overrides, steps=12, batch=8)
+        run = play(tmp_path, seed=delays, overrides=overrides, has_sources=True, steps=12, batch=8)
         fed.append([Counter((s, t.prompt_id) for s, t in batch) for batch in run.learner.trained])
     assert fed[0] == fed[1]
     shares = [
