@@ -44,7 +44,9 @@ class Choir:
         return [self.describe(), *self.ask("describe")]
 
     def refuse(self) -> None:
-        raise ModelError("no such part")
+        """The first of the others alone, so that it is known whose error comes."""
+        if self.rank == 1:
+            raise ModelError("no such part")
 
     def refuse_in_another(self) -> None:
         self.ask("refuse")
