@@ -118,14 +118,14 @@ class GenerationEngine(ABC):
     def decode(self, seconds: float) -> dict[str, Completion]:
         """Step for `seconds`; while nothing has finished, for up to LONGEST_SLICE times as long.
 
-        Returns what is finished, by name.
+        At least once, however busy the machine is. Returns what is finished, by name.
         """
         began = time.perf_counter()
         while self._under_way:
+            self._step()
             spent = time.perf_counter() - began
             if spent >= (seconds if self._finished else LONGEST_SLICE * seconds):
                 break
-            self._step()
         self._rest()
         finished, self._finished = self._finished, {}
         return finished
