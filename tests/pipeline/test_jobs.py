@@ -219,13 +219,23 @@ def test_a_job_is_sent_watched_stopped_and_gone_on_with(
     assert re.search(rf"^run: STOPPED after \d+ s, job {job}", standing, re.MULTILINE)
     assert error in standing
 
-    shown = "".join(map(cluster.answer, ("api/jobs/", f"api/jobs/{job}/logs", DETAILS)))
+    jobs = cluster.answer("api/jobs/")
+    _check_pages(json.loads(jobs), run, last)
+    shown = jobs + cluster.answer(f"api/jobs/{job}/logs") + cluster.answer(DETAILS)
     assert {job, "RAY_JOB_STOP_WAIT_TIME_S", "student_rollout-0"} <= {*re.findall(r"[\w-]+", shown)}
     said += sent + stopped + failed + followed + standing
     assert [name for name, value in planted().items() if value in shown + said] == []
     written = [configuration.parent, cluster.folder / "ray"]
     assert any(cluster.folder.glob("ray/session_latest/logs/job-driver-*.log"))
     assert [*files_with_secrets(written)] == []
+
+
+def _check_pages(jobs: list[dict[str, Any]], run: Path, last: int) -> None:
+    """Ray's dashboard says of each job which run it is, and how far it came."""
+    kept = {job["status"]: job["metadata"] for job in jobs if job["metadata"]["run"] == "run"}
+    assert {page["report"] for page in kept.values()} == {str(run / "report.html")}
+    assert re.match(rf"distill {last + 2}/5000, done in ", kept["SUCCEEDED"]["step"])
+    assert re.match(r"distill \d+/5000, ", kept["STOPPED"]["step"])
 
 
 ASK = """

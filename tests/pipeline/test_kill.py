@@ -32,6 +32,8 @@ KILLS = int(os.environ.get("DISTILL_SYSTEM_KILLS", "3"))
 STEPS = 8 * KILLS + 4
 LIFE_SECONDS = 150 + 5 * STEPS
 SAVED_EVERY_SECONDS = 2.0
+AGENTS_SECONDS = 120.0
+"""Ray's agents want to tell the GCS that their raylet died, for a minute where it died as well."""
 STARVED = "ResourceError: Ray could not start a local cluster"
 """Ray gives itself 30 s, which a machine that is busy with other things may not: a life more."""
 
@@ -147,7 +149,7 @@ class _Lives:
             os.kill(run.process.pid, signal.SIGKILL)
         if driver_alone:
             run.process.wait()
-            assert run.orphans(seconds=60.0) == []
+            assert run.orphans(AGENTS_SECONDS) == []
         while processes := run.processes():
             for process in processes:
                 process.kill()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import shutil
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -18,7 +17,6 @@ from grafana_dashboard import filled_query, panel_queries
 from metric_names import documented_metrics
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_server import started_prometheus
-from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
 from distill_system.config import load_config
@@ -94,8 +92,6 @@ def shown(tiny_model_folder, tmp_path_factory):
                 nodes=nodes,
                 worker=worker,
                 run=run,
-                dashboard=context.dashboard_url,
-                cluster=context.address_info["gcs_address"],
             )
     finally:
         ray.shutdown()
@@ -163,56 +159,6 @@ def test_every_metric_stands_on_rays_endpoint_with_run_stage_and_node(shown):
         assert found[0]["node"] == node_address()
     [(_, step)], [(_, total)] = (page[f"ray_distill_{n}"] for n in ("step", "total_steps"))
     assert (step, total) == (3, 40)
-
-
-JOB = """
-import io, pathlib, sys, time
-import ray
-from rich.console import Console
-from distill_system.observe import JobPage, LiveView
-
-ray.init(address=sys.argv[1], log_to_driver=False)
-said = []
-page = JobPage("night", pathlib.Path("/runs/night/report.html"), notify=said.append)
-view = LiveView("night", console=Console(file=io.StringIO()))
-view.listen(page.show_progress)
-task = view.start("distill", 40)
-task.step = 40
-task.finish()
-assert said == [], said
-"""
-
-
-def _submit(client, **job):
-    """The job's id; Ray refuses jobs until the agent of a node has said that it is there."""
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            return client.submit_job(**job)
-        except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(1.0)
-
-
-def test_a_submitted_job_says_in_rays_dashboard_which_run_it_is_and_how_far(shown, tmp_path):
-    (tmp_path / "job.py").write_text(JOB, "utf-8")
-    client = JobSubmissionClient(f"http://{shown.dashboard}")
-    job = _submit(
-        client,
-        # "auto" would find any cluster that this machine has
-        entrypoint=f"{sys.executable} {tmp_path / 'job.py'} {shown.cluster}",
-        metadata={"owner": "me"},
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}},
-    )
-    ended = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
-    _wait_for(lambda: client.get_job_status(job) in ended, "the end of the job")
-    assert client.get_job_status(job) is JobStatus.SUCCEEDED, client.get_job_logs(job)
-    metadata = client.get_job_info(job).metadata
-    assert metadata["owner"] == "me"
-    assert metadata["run"] == "night"
-    assert metadata["report"] == "/runs/night/report.html"
-    assert metadata["step"].startswith("distill 40/40, done in ")
 
 
 @pytest.fixture(scope="module")
