@@ -1,0 +1,7 @@
+"""placeholder"""
+
+
+class CutRequest: ...
+
+
+def cut_student(): ...
