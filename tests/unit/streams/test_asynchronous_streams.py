@@ -116,6 +116,7 @@ def play(
         prompts=of_two_sources(num_prompts) if has_sources else make_prompts(num_prompts),
         student_sft=rows,
         stored=[],
+        plain_text=make_rows("text", 5),
         source_held_out=held_out,
     )
     streams = open_streams(
@@ -592,8 +593,12 @@ def test_queues_and_what_is_in_flight_are_told(tmp_path):
 
 @pytest.mark.parametrize("stop", [1, 3, 6])
 def test_a_resumed_run_trains_on_the_prompts_that_were_in_flight(tmp_path, stop):
-    """In order: the same prompts in the same steps of both streams, as samples of their own."""
-    overrides = ["distill.staleness.max_staleness=2"]
+    """In order: the same prompts in the same steps of all streams, as samples of their own."""
+    overrides = [
+        "distill.staleness.max_staleness=2",
+        "data.plain_text={type: embedded, split: train, num_examples: 5}",
+        "distill.language_model.sequences_per_step=2",
+    ]
     whole = play(tmp_path, seed=5, overrides=overrides, num_prompts=60)
     first = play(tmp_path, seed=6, overrides=overrides, num_prompts=60, stop=stop)
     second = play(
@@ -604,6 +609,7 @@ def test_a_resumed_run_trains_on_the_prompts_that_were_in_flight(tmp_path, stop)
         assert Counter((s, t.prompt_id) for s, t in one) == Counter(
             (s, t.prompt_id) for s, t in other
         )
+    assert all(sum(s == "plain_text" for s, _ in batch) == 2 for batch in resumed)
     names = [
         t.trajectory_id for batch in resumed for s, t in batch if s in ("on_policy", "off_policy")
     ]
