@@ -55,7 +55,7 @@ def measure_importance(model: LanguageModel, texts: Sequence[Trajectory]) -> Imp
     total = [torch.zeros_like(mask, dtype=torch.float64) for mask in masks.all]
     try:
         for text in texts:
-            gradients = torch.autograd.grad(_loss(model, text), masks.all)
+            gradients = torch.autograd.grad(read_loss(model, text), masks.all)
             for so_far, gradient in zip(total, gradients, strict=True):
                 so_far += gradient.abs().double()
     finally:
@@ -70,8 +70,8 @@ def _named(tensors: Sequence[Tensor]) -> Importance:
     return Importance(**dict(zip((f.name for f in fields(Importance)), tensors, strict=True)))
 
 
-def _loss(model: LanguageModel, text: Trajectory) -> Tensor:
-    """Mean cross-entropy of the response tokens, nats."""
+def read_loss(model: LanguageModel, text: Trajectory) -> Tensor:
+    """Mean cross-entropy of a text's response tokens, nats, [].  See measure_importance."""
     device = model.get_output_embeddings().weight.device
     ids_L = torch.from_numpy(text.token_ids.astype("int64")).to(device)
     logits_LV = model(input_ids=ids_L[None], use_cache=False).logits[0]
