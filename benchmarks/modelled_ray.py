@@ -37,7 +37,11 @@ from distill_system.cluster import (
 from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.driver import Driver
 from distill_system.learner import LearnerGroup
-from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
+from distill_system.observe.live import LiveView
+from distill_system.observe.metrics import MetricLog
+from distill_system.observe.prompt_log import PromptLog
+from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe.timings import Timings
 from distill_system.records import Author
 from distill_system.rollout import RolloutPool
 from distill_system.run.context import RunContext

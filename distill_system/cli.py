@@ -484,7 +484,7 @@ def plan(
     with _reporting_errors():
         config = _load(settings, objective)
         from distill_system.config import planned_runs
-        from distill_system.planning import render_plan
+        from distill_system.planning.table import render_plan
         from distill_system.stages.plan import plan_run
 
         each = [plan_run(run, device_gib=device_gib) for run in planned_runs(config)]

@@ -19,7 +19,7 @@ from distill_system.cluster.batch_inference import infer_batches
 from distill_system.config import RunConfig, require_one_run
 from distill_system.data import SampleOrigin, TrajectoryStore, load_run_data, store_path
 from distill_system.errors import ConfigError
-from distill_system.observe import LiveView
+from distill_system.observe.live import LiveView
 from distill_system.observe.run_lock import locked
 from distill_system.offline.cached_targets import CachedTargets
 from distill_system.offline.samples import SampleKeeper, cut_batches, plan_samples

@@ -9,14 +9,12 @@ from typing import Any
 from distill_system.cluster import ClusterSession
 from distill_system.config import RunConfig
 from distill_system.data import RunData
-from distill_system.observe import (
-    LiveView,
-    MetricLog,
-    PromptLog,
-    RunDirectory,
-    RunWrites,
-    Timings,
-)
+from distill_system.observe.live import LiveView
+from distill_system.observe.metrics import MetricLog
+from distill_system.observe.prompt_log import PromptLog
+from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe.run_writes import RunWrites
+from distill_system.observe.timings import Timings
 from distill_system.stopping import StopRequest
 
 

@@ -9,7 +9,7 @@ from distill_system.config import RunConfig
 from distill_system.config.objective import TeacherNeeds
 from distill_system.data import SampleOrigin, fingerprint_model, fingerprint_tokenizer
 from distill_system.errors import RunStateError
-from distill_system.observe import RunDirectory
+from distill_system.observe.run_directory import RunDirectory
 from distill_system.records import Author
 from distill_system.run.context import model_path, sft_directory
 from distill_system.run.vocabulary import stop_token_ids

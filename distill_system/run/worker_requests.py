@@ -13,7 +13,7 @@ from distill_system.config.objective import ObjectiveConfig
 from distill_system.config.pools import PoolConfig
 from distill_system.learner import Learner, ModelSource
 from distill_system.logs import log_environment
-from distill_system.observe import EngineGauges
+from distill_system.observe.run_gauges import EngineGauges
 from distill_system.records import Author
 from distill_system.rollout import RolloutWorker
 from distill_system.run.context import RunContext

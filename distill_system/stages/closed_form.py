@@ -16,7 +16,7 @@ from distill_system.cluster import ClusterSession
 from distill_system.config import RunConfig
 from distill_system.config.objective.token_losses import InterpolatedCrossEntropyConfig
 from distill_system.data import build_tokenizer
-from distill_system.observe import LiveView
+from distill_system.observe.live import LiveView
 from distill_system.run.model_data import load_model_data
 from distill_system.run.pools import open_reading_pool
 

@@ -15,7 +15,7 @@ from distill_system.manifests import (
     plan_pod_memory,
     pod_groups,
 )
-from distill_system.planning import Plan, make_plan
+from distill_system.planning.plan import Plan, make_plan
 from distill_system.stages.plan import find_vocabulary
 
 

@@ -17,7 +17,7 @@ from distill_system.elastic.elastic_pools import ElasticPools
 from distill_system.elastic.scale_requests import ScaleRequests
 from distill_system.elastic.scaling import ScalingObservation
 from distill_system.errors import DeadlineError, ModelError, ResourceError, WorkerLostError
-from distill_system.observe import RunDirectory
+from distill_system.observe.run_directory import RunDirectory
 from distill_system.records import PoolActivity
 
 

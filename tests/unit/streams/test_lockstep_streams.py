@@ -28,7 +28,8 @@ from distill_system.cluster import SupervisedWorkers
 from distill_system.config import load_config
 from distill_system.errors import WorkerLostError
 from distill_system.learner import Learner, LearnerGroup
-from distill_system.observe import RunDirectory, Timings
+from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe.timings import Timings
 from distill_system.records import (
     Author,
     Finish,
