@@ -38,8 +38,7 @@ from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.driver import Driver
 from distill_system.learner import LearnerGroup
 from distill_system.observe.live import LiveView
-from distill_system.observe.metrics import MetricLog
-from distill_system.observe.prompt_log import PromptLog
+from distill_system.observe.metrics import MetricLog, PromptLog
 from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.timings import Timings
 from distill_system.records import Author

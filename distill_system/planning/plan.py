@@ -103,10 +103,8 @@ class Plan:
 def make_plan(config: RunConfig, *, vocabulary: int | None, device_gib: float) -> Plan:
     """The plan of a run; reads its models' config.json.
 
-    Args:
-        vocabulary: tokens of a tokenizer that the run makes itself; None if the models bring one.
-        device_gib: memory of each GPU.
-
+    vocabulary: tokens of a tokenizer that the run makes itself; None if the models bring one.
+    device_gib: memory of each GPU.
     Raises: ModelError if a model's configuration is not on this machine.
     """
     teacher = _shape(config.teacher, "teacher", vocabulary, None)

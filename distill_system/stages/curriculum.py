@@ -17,7 +17,7 @@ from distill_system.config.curriculum import Stage
 from distill_system.data import build_tokenizer, load_run_data, tokenizer_texts
 from distill_system.errors import DistillError
 from distill_system.evaluation import check_evaluation
-from distill_system.observe.curriculum import write_curriculum
+from distill_system.observe.report import write_curriculum
 from distill_system.observe.run_directory import RunDirectory, read_json, write_json
 from distill_system.observe.run_lock import locked
 from distill_system.observe.trackers import require_trackers

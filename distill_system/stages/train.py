@@ -29,8 +29,7 @@ from distill_system.logs import (
 )
 from distill_system.observe.job_page import JobPage
 from distill_system.observe.live import LiveView
-from distill_system.observe.metrics import MetricLog
-from distill_system.observe.prompt_log import PromptLog
+from distill_system.observe.metrics import MetricLog, PromptLog
 from distill_system.observe.report import write_report
 from distill_system.observe.run_directory import RunDirectory, told_as_unwritable
 from distill_system.observe.run_gauges import RunGauges

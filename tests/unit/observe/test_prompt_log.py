@@ -5,7 +5,7 @@ import json
 import pytest
 
 from distill_system.errors import RunStateError
-from distill_system.observe.prompt_log import PromptLog, read_prompts
+from distill_system.observe.metrics import PromptLog, read_prompts
 from distill_system.observe.run_directory import RunDirectory
 
 

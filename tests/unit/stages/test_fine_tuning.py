@@ -16,8 +16,7 @@ from distill_system.config.model import LearnerConfig, OptimizerConfig, Supervis
 from distill_system.errors import RunStateError
 from distill_system.learner import Learner, LearnerGroup, ModelSource
 from distill_system.observe.live import LiveView
-from distill_system.observe.metrics import MetricLog, read_metrics
-from distill_system.observe.prompt_log import PromptLog, read_prompts
+from distill_system.observe.metrics import MetricLog, PromptLog, read_metrics, read_prompts
 from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.run_writes import RunWrites
 from distill_system.observe.timings import Timings

@@ -21,7 +21,7 @@ from distill_system.data import (
     stored_rows,
 )
 from distill_system.records import Author, Prompt, Trajectory
-from distill_system.run.stored_targets import PREFIX
+from distill_system.run.sample_origin import PREFIX
 from distill_system.streams.off_policy import OffPolicyMixture
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
