@@ -76,8 +76,17 @@ class FaultLog(JsonLinesLog[FaultRow]):
 
     def _log(self, worker: str, event: Event, cause: str, **followed: Any) -> None:
         """followed: the row's seconds and steps_again, where there are any."""
-        at = {"time": time.time(), "stage": self._stage, "step": self.step}
-        self.append(FaultRow(**at, worker=worker, event=event, cause=cause, **followed))
+        self.append(
+            FaultRow(
+                time=time.time(),
+                stage=self._stage,
+                step=self.step,
+                worker=worker,
+                event=event,
+                cause=cause,
+                **followed,
+            )
+        )
 
 
 def read_faults(run: RunDirectory) -> list[FaultRow]:
