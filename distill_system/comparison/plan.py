@@ -63,5 +63,5 @@ def read_plan(folder: Path) -> Plan:
 
     Raises: RunStateError if there is none, or a key is missing or of another type.
     """
-    way_out = "Let `distill-system compare` write it anew"
+    way_out = "Remove it: `distill-system compare` writes it anew, and the runs stay"
     return read_form(plan_path(folder), _ADAPTER, way_out=way_out)

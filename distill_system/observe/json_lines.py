@@ -134,7 +134,8 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
 
     Raises: RunStateError if the file cannot be read, or another line is not a row; it is named.
     """
-    *most, last = (field.name for field in fields(kind))
+    row: Any = kind
+    *most, last = (field.name for field in fields(row))
     way_out = f"Expected a line with {', '.join(most)} and {last}: delete that line"
     text = read_bytes_if_exists(path, way_out="Mend that, or remove it")
     *lines, _half = (text or b"").split(b"\n")

@@ -102,7 +102,7 @@ def play(
     begin, state: where it goes on.  stop: after so many steps; the result has its state there.
     """
     draw = random.Random(seed)
-    overrides = [
+    keys = [
         f"distill.steps={steps}",
         f"distill.student_prompts_per_step={batch}",
         f"distill.teacher_prompts_per_step={batch}",
@@ -135,7 +135,7 @@ def play(
     streams = open_streams(
         folder,
         clock,
-        overrides,
+        keys,
         students=students,
         learner=learner,
         teachers=teachers,
@@ -494,7 +494,9 @@ def test_a_resumed_run_trains_on_the_prompts_that_were_in_flight(tmp_path, stop)
     second = play(tmp_path, seed=7, begin=stop, state=first.state, **how)
     assert whole.fed == first.fed + second.fed
     resumed = [*first.learner.trained, *second.learner.trained]
-    names = [t.trajectory_id for batch in resumed for _, t in batch]
+    names = [
+        t.trajectory_id for batch in resumed for s, t in batch if s in ("on_policy", "off_policy")
+    ]
     assert len(names) == len(set(names)), "labels go on where the first life stopped"
 
 
