@@ -16,7 +16,11 @@ from transformers import AutoConfig, LlamaConfig
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
-from distill_system.language_model.encoder_decoder import model_class
+from distill_system.language_model.encoder_decoder import (
+    may_hold_two_matrices,
+    model_class,
+    tie_weights,
+)
 from distill_system.language_model.gguf_files import is_gguf
 from distill_system.language_model.models import LanguageModel, unembedding
 from distill_system.language_model.packed_attention import choose_attention
@@ -128,5 +132,5 @@ def _build(config: Any, *, trust_remote_code: bool) -> LanguageModel:
             trust_remote_code=trust_remote_code,
             attn_implementation=choose_attention(config),
         )
-    model.tie_weights()
+    tie_weights(model, two_matrices=may_hold_two_matrices(config))
     return model.eval()
