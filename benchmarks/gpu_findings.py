@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from distill_system.language_model.packed_attention import packed_attention
+from distill_system.language_model import packed_attention
 
 MIB, GIB = 2**20, 2**30
 H100_FLOPS = 989.4e12
