@@ -27,14 +27,11 @@ from modelled_pools import EngineCost, ModelledLearner, ModelledRollout, Modelle
 from modelled_runs import POOLS, Measured, Setting, mean_ages
 from rich.console import Console
 
-from distill_system.cluster import (
-    ClusterSession,
-    ElasticPool,
-    RayWorkers,
-    SupervisedWorkers,
-    WorkerRequest,
-)
 from distill_system.cluster.liveness import LivenessMonitor
+from distill_system.cluster.placement import ElasticPool, WorkerRequest
+from distill_system.cluster.session import ClusterSession
+from distill_system.cluster.supervised import SupervisedWorkers
+from distill_system.cluster.workers import RayWorkers
 from distill_system.driver import Driver
 from distill_system.learner import LearnerGroup
 from distill_system.observe.live import LiveView

@@ -551,7 +551,7 @@ def manifests(
     A worker group for each pool, with the CPUs, GPUs and memory that its workers need.
     """
     with _reporting_errors():
-        from distill_system.manifests import ManifestRequest
+        from distill_system.manifests.kuberay import ManifestRequest
         from distill_system.stages.manifests import render_manifests
 
         text = render_manifests(

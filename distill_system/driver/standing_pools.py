@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distill_system.cluster import ClusterSession, ElasticPool
+from distill_system.cluster.placement import ElasticPool
+from distill_system.cluster.session import ClusterSession
 from distill_system.config import RunConfig
 from distill_system.config.evaluation import MetricName
 from distill_system.driver.learner_restarts import LearnerRestarts

@@ -123,7 +123,10 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
         "run": config.get("name", run.path.name),
         "step": after["step"] if after else None,
         "scores": _compare_splits(evaluations),
-        "distances": _compare_distances(evaluations),
+        "distances": {
+            name: {label: _find_distance(evaluations[label], name) for label in ("before", "after")}
+            for name in DISTANCES
+        },
         "seconds": timings.seconds,
         "tokens_per_second": timings.tokens_per_second,
         "pools": {name: _describe_pool(pool) for name, pool in pools.items()},
@@ -213,15 +216,6 @@ def _gain_stderr(
     if not replicates[0] or len(replicates[0]) != len(replicates[1]):
         return None  # another version drew another number of them
     return paired_bootstrap_standard_error(*replicates)
-
-
-def _compare_distances(
-    evaluations: Mapping[str, dict[str, Any] | None],
-) -> dict[str, dict[str, float | None]]:
-    return {
-        name: {label: _find_distance(evaluations[label], name) for label in ("before", "after")}
-        for name in DISTANCES
-    }
 
 
 def _find_distance(evaluation: dict[str, Any] | None, name: str) -> float | None:

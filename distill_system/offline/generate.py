@@ -14,8 +14,9 @@ from typing import Any
 
 import pyarrow
 
-from distill_system.cluster import ClusterSession, require_room
 from distill_system.cluster.batch_inference import infer_batches
+from distill_system.cluster.session import ClusterSession
+from distill_system.cluster.supply import require_room
 from distill_system.config import RunConfig, require_one_run
 from distill_system.data import SampleOrigin, TrajectoryStore, load_run_data, store_path
 from distill_system.errors import ConfigError

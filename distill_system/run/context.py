@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill_system.cluster import ClusterSession
+from distill_system.cluster.session import ClusterSession
 from distill_system.config import RunConfig
 from distill_system.config.model import ModelConfig
 from distill_system.data import RunData

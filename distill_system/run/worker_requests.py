@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from distill_system.cluster import WorkerRequest
+from distill_system.cluster.placement import WorkerRequest
 from distill_system.config import RunConfig
 from distill_system.config.model import OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from distill_system.cluster import ClusterSession
+from distill_system.cluster.session import ClusterSession
 from distill_system.config import RunConfig
 from distill_system.config.objective.token_losses import InterpolatedCrossEntropyConfig
 from distill_system.data import build_tokenizer

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
-from distill_system.cluster import require_room
+from distill_system.cluster.supply import require_room
 from distill_system.config import RunConfig, load_stages, require_one_run
 from distill_system.config.curriculum import Stage
 from distill_system.data import build_tokenizer, load_run_data, tokenizer_texts

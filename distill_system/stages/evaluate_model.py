@@ -15,7 +15,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from distill_system.cluster import ClusterSession, require_room
+from distill_system.cluster.session import ClusterSession
+from distill_system.cluster.supply import require_room
 from distill_system.config import RunConfig
 from distill_system.config.base import check_path
 from distill_system.config.data import PretrainedTokenizer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_system.cluster import (
+from distill_system.cluster.supply import (
     describe_shortage,
     find_shortages,
     joins_a_cluster,

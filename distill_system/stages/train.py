@@ -9,7 +9,9 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
-from distill_system.cluster import ClusterSession, require_joinable, require_room
+from distill_system.cluster.reach import require_joinable
+from distill_system.cluster.session import ClusterSession
+from distill_system.cluster.supply import require_room
 from distill_system.config import RunConfig
 from distill_system.data import RunData
 from distill_system.data.run_data import SetName

@@ -8,7 +8,8 @@ from tiny_families import save_family
 from typer.testing import CliRunner
 
 from distill_system.cli import app
-from distill_system.cluster import machine_supply, require_room, supply
+from distill_system.cluster import supply
+from distill_system.cluster.supply import machine_supply, require_room
 from distill_system.config import load_config
 from distill_system.config.recipes import recipe_path
 from distill_system.errors import ResourceError

@@ -24,7 +24,7 @@ from fakes.hand_clock import HandClock
 from fakes.local_workers import Done, LocalWorkers
 from simulated_pools import make_prompts, make_rows
 
-from distill_system.cluster import SupervisedWorkers
+from distill_system.cluster.supervised import SupervisedWorkers
 from distill_system.config import load_config
 from distill_system.errors import WorkerLostError
 from distill_system.learner import Learner, LearnerGroup
