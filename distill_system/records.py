@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distill_system.config.objective.needs import SIGNALS
+from distill_system.config.objective.needs import SIGNALS, StreamName
 from distill_system.errors import RecordError
 from distill_system.workers import Reference
 
@@ -44,10 +44,21 @@ class Finish(StrEnum):
 
 
 class Stream(StrEnum):
-    """Which side of the objective a trajectory feeds."""
+    """What a trajectory feeds: a side of the objective, or the loss on plain text beside it."""
 
     ON_POLICY = "on_policy"
     OFF_POLICY = "off_policy"
+    PLAIN_TEXT = "plain_text"
+
+    @property
+    def side(self) -> StreamName:
+        """Which side of the objective it is; plain text is none."""
+        assert self is not Stream.PLAIN_TEXT, "no objective reads plain text"
+        return "on_policy" if self is Stream.ON_POLICY else "off_policy"
+
+
+OBJECTIVE_STREAMS = (Stream.ON_POLICY, Stream.OFF_POLICY)
+"""Those that an objective reads, and a teacher may."""
 
 
 def _require(holds: bool, record_id: str, expected: str, actual: object) -> None:

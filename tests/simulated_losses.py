@@ -483,7 +483,7 @@ class LossyRun:
         distill, count = self.config.distill, len(self.data.prompts)
         return {
             stream.value: [
-                Counter(f"p{at}" for at in walk.take(distill.sequences(stream.value)))
+                Counter(f"p{at}" for at in walk.take(distill.sequences(stream.side)))
                 for _ in range(distill.steps)
             ]
             for stream, walk in {

@@ -382,13 +382,18 @@ class DataConfig(ConfigModel):
     its oldest messages before the beginning of its last one."""
     max_memory_mebibytes: PositiveInt = 1024
     """Most memory for the tokenised rows of a training set (data.prompts, data.teacher_sft,
-    data.student_sft); those of a larger one are written to a file and mapped from there."""
+    data.student_sft, data.plain_text); those of a larger one are written to a file and mapped from
+    there."""
     cache_directory: LocalPath | None = None
     """Folder of that file, which is gone when the run ends; null takes that of `datasets`."""
     teacher_sft: Source | None = None
     """Rows that the teacher is fine-tuned on."""
     student_sft: Source | None = None
     """Rows that the student is fine-tuned on before distillation."""
+    plain_text: Source | None = None
+    """Texts that distill.language_model learns from as they are, without a template: what a source
+    of prompts reads as the prompt, such as a column named text. A text longer than
+    data.max_prompt_tokens + rollout.sampling.max_response_tokens is read in pieces."""
     prompts: PromptSource
     """Prompts of the distillation, from one source or from a weighted mixture; answers are not
     read."""
@@ -415,7 +420,7 @@ class DataConfig(ConfigModel):
                 f"beginning with a letter or digit, at most 100 of them, got {wrong}"
             )
         _check_chat_keys(self.chat_template_kwargs, self.chat_template, self.chat_template_name)
-        unread = {**self.prompt_sources, "held_out": self.held_out}
+        unread = {**self.prompt_sources, "held_out": self.held_out, "plain_text": self.plain_text}
         for name, source in unread.items():
             if isinstance(source, RowSource) and source.bounds_responses:
                 raise ValueError(
@@ -427,7 +432,8 @@ class DataConfig(ConfigModel):
     @property
     def sources(self) -> dict[str, Source]:
         """Every source of rows by its key in the configuration."""
-        single = {name: getattr(self, name) for name in ("teacher_sft", "student_sft", "held_out")}
+        names = ("teacher_sft", "student_sft", "held_out", "plain_text")
+        single = {name: getattr(self, name) for name in names}
         named = {name: source for name, source in single.items() if source is not None}
         named |= {f"evaluation.{split}": source for split, source in self.evaluation.items()}
         named |= {**self.prompt_sources, **self.gap_sources}

@@ -166,6 +166,16 @@ class CollapseConfig(ConfigModel):
     student's held-out text (arXiv 2604.13016)."""
 
 
+class LanguageModelConfig(ConfigModel):
+    """Next-token loss on plain text, added to the objective's in every step: what MiniLLM (arXiv
+    2306.08543) adds on a pre-training corpus. The text is data.plain_text."""
+
+    weight: NonNegativeFloat = 1.0
+    """Times this, the mean cross-entropy of the text's tokens is added; 0 reads no text."""
+    sequences_per_step: PositiveInt = 8
+    """Texts, or pieces of long ones, in each step."""
+
+
 class DistillConfig(ConfigModel):
     """The distillation: objective, streams, optimizer, measurements and checkpoints."""
 
@@ -186,6 +196,8 @@ class DistillConfig(ConfigModel):
     every stream in every step."""
     objective: ObjectiveConfig = AmmdConfig()
     """What the student learns to match, and on which of the two streams."""
+    language_model: LanguageModelConfig | None = None
+    """A loss on plain text beside the objective's; null adds none."""
     update: UpdateConfig = FullUpdate()
     """Which weights of the student are trained: all, or adapters."""
     action_dimension: PositiveInt | None = 256
@@ -276,6 +288,12 @@ class DistillConfig(ConfigModel):
             for source in get_args(OffPolicySource)
             if source in weights
         }
+
+    @property
+    def plain_text_sequences(self) -> int:
+        """Sequences of plain text in each step; 0 where no loss reads them."""
+        own = self.language_model
+        return own.sequences_per_step if own is not None and own.weight > 0 else 0
 
     def evaluates_after(self, done: int, *, num_prompts: int) -> bool:
         """Whether evaluate_every asks for an evaluation after so many steps.

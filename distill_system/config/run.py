@@ -179,6 +179,11 @@ class RunConfig(ConfigModel):
                     f"each step's {stream} stream must have at least pools.learner.count={ranks} "
                     f"sequences, so that every rank has a share, got {count}"
                 )
+        if 0 < distill.plain_text_sequences < ranks:
+            raise ValueError(
+                f"distill.language_model.sequences_per_step must be at least pools.learner.count="
+                f"{ranks}, so that every rank has a share, got {distill.plain_text_sequences}"
+            )
         share = distill.staleness.min_on_policy_share
         fewest = math.ceil(distill.sequences("on_policy") * share)
         if 0 < fewest < ranks:
@@ -379,6 +384,11 @@ class RunConfig(ConfigModel):
             raise ValueError(
                 "distill.off_policy_source=store needs samples: give data.trajectory_store, and "
                 "fill it with `distill-system generate`"
+            )
+        if self.distill.plain_text_sequences and self.data.plain_text is None:
+            raise ValueError(
+                "distill.language_model needs text: give data.plain_text, such as "
+                "{type: datasets, name: Skylion007/openwebtext}, or set distill.language_model=null"
             )
         pretrained = isinstance(self.tokenizer, PretrainedTokenizer) and self.tokenizer.path is None
         if pretrained and self.teacher.path is None:

@@ -14,7 +14,7 @@ from tokenizers.decoders import DecodeStream
 
 from distill_system.config.data import DataConfig, Source
 from distill_system.data.row_encoder import Row
-from distill_system.data.set_reader import SetReader
+from distill_system.data.set_reader import PLAIN_TEXT, SetReader
 from distill_system.data.sources import SourceReport
 from distill_system.errors import DataError, DistillError
 from distill_system.records import Prompt, Trajectory
@@ -67,7 +67,7 @@ class SetInspection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wanted:
-    """One configured set.  kind: "supervised", "measured", or "prompts"."""
+    """One configured set.  kind: "supervised", "measured", "prompts" or "text"."""
 
     name: str
     key: str
@@ -140,6 +140,8 @@ def _configured(data: DataConfig) -> Iterator[_Wanted]:
         tuned: Source | None = getattr(data, name)
         if tuned is not None:
             yield want(name, tuned, "supervised")
+    if data.plain_text is not None:
+        yield want(PLAIN_TEXT, data.plain_text, "text")
     for name, (key, source) in zip(data.prompt_weights, data.prompt_sources.items(), strict=True):
         yield want(name, source, "prompts", key)
 
@@ -168,7 +170,7 @@ class _SetInspector:
             rows = self._reader.rows(
                 wanted.name,
                 wanted.source,
-                wanted.kind != "prompts",
+                wanted.kind in ("supervised", "measured"),
                 key=wanted.key,
                 keep_going=True,
             )
@@ -201,8 +203,10 @@ class _SetInspector:
             self._found.problem = str(error)
 
     def _read(self, rows: Sequence[Row]) -> None:
-        if self._wanted.kind == "supervised":
-            for row, trajectory in self._make(self._reader.trajectories, rows):
+        learned = {"supervised": self._reader.trajectories, "text": self._reader.documents}
+        make = learned.get(self._wanted.kind)
+        if make is not None:
+            for row, trajectory in self._make(make, rows):
                 self._add_trajectory(row, trajectory)
         else:
             for row, prompt in self._make(self._make_prompts, rows):

@@ -96,13 +96,34 @@ class RowEncoder:
             pieces += [*written, Piece(other, is_data=False)]
         return self.texts.from_pieces(pieces, where)
 
+    def render_plain(self, example: Example, key: str) -> Text:
+        """The row's text as it is, without a template.  Raises: DataError for a chat."""
+        where = f"{key}: {example.row}"
+        if not isinstance(example.prompt, str):
+            raise DataError(
+                f"{where}: expected a plain text, got a chat. Name the column of a text by "
+                f"{key}.fields, for instance {{format: prompt_response, prompt: text}}"
+            )
+        written = example.prompt_pieces or (Piece(example.prompt, is_data=True),)
+        return self.texts.from_pieces(written, where)
+
+    def documents(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The tokens of each plain text, with its beginning and the end of sequence."""
+        end = self._tokenizer.eos_token_id
+        encoded = self._encode([row.prompt for row in rows], rows)
+        return [[*self._start(each.ids), *each.ids, end] for each in encoded]
+
     def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
         """The tokens of each row's prompt.  Raises: DataError for a text of no possible length."""
         encoded = [each.ids for each in self._encode([row.prompt for row in rows], rows)]
         for i, (row, ids) in enumerate(zip(rows, encoded, strict=True)):
-            if self._start_ids and ids[:1] != self._start_ids and not self._is_chat(row.example):
-                encoded[i] = self._start_ids + ids
+            if not self._is_chat(row.example):
+                encoded[i] = self._start(ids) + ids
         return encoded
+
+    def _start(self, ids: list[int]) -> list[int]:
+        """What the tokenizer puts before a text that does not begin with it already."""
+        return [] if ids[:1] == self._start_ids else self._start_ids
 
     def with_lengths(self, rows: Sequence[Row]) -> Iterator[tuple[Row, int]]:
         """Rows with the tokens of their prompts; more than any limit where that is plain to see."""

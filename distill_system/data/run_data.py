@@ -29,7 +29,7 @@ from distill_system.data.kept_records import (
     RecordKeeper,
 )
 from distill_system.data.row_encoder import Row
-from distill_system.data.set_reader import SetReader
+from distill_system.data.set_reader import PLAIN_TEXT, SetReader
 from distill_system.data.sources import SourceReport, load_examples
 from distill_system.data.stored_rows import SampleOrigin
 from distill_system.data.stored_trajectories import (
@@ -40,15 +40,21 @@ from distill_system.data.stored_trajectories import (
 from distill_system.errors import DataError
 from distill_system.records import Prompt, Trajectory
 
-SetName = Literal["teacher_sft", "student_sft", "prompts", "held_out", "evaluation", "stored"]
-ALL_SETS: tuple[SetName, ...] = ("teacher_sft", "student_sft", "prompts", "held_out", "evaluation")
+SetName = Literal[
+    "teacher_sft", "student_sft", "plain_text", "prompts", "held_out", "evaluation", "stored"
+]
+ALL_SETS: tuple[SetName, ...] = (
+    *("teacher_sft", "student_sft", "plain_text"),
+    *("prompts", "held_out", "evaluation"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
     """The run's data; sets that were not asked for, or not configured, are empty.
 
-    teacher_sft, student_sft, prompts: tuples, or MappedRecords of a file where they are large.
+    teacher_sft, student_sft, plain_text, prompts: tuples, or MappedRecords of a file where they are
+    large.
     evaluation: prompts by split name.
     num_removed: rows left out of each training set because their prompts are also in held_out or
     evaluation.
@@ -64,6 +70,7 @@ class RunData:
 
     teacher_sft: Sequence[Trajectory] = ()
     student_sft: Sequence[Trajectory] = ()
+    plain_text: Sequence[Trajectory] = ()
     prompts: Sequence[Prompt] = ()
     held_out: tuple[Prompt, ...] = ()
     evaluation: dict[str, tuple[Prompt, ...]] = field(default_factory=dict)
@@ -116,6 +123,7 @@ def load_run_data(
     training = _TrainingRows(reader, blocked, data)
     teacher = data.teacher_sft if "teacher_sft" in sets else None
     student = data.student_sft if "student_sft" in sets else None
+    texts = data.plain_text if "plain_text" in sets else None
     stored = None
     if "stored" in sets:
         blocked_keys = set().union(*map(reader.prompt_keys, measured_rows.values()))
@@ -126,6 +134,7 @@ def load_run_data(
     loaded = RunData(
         teacher_sft=training.trajectories("teacher_sft", teacher),
         student_sft=training.trajectories("student_sft", student),
+        plain_text=training.trajectories(PLAIN_TEXT, texts),
         prompts=training.prompts() if "prompts" in sets else (),
         held_out=reader.prompts(
             "held_out", measured_rows["held_out"] if "held_out" in sets else []
@@ -189,8 +198,10 @@ class _TrainingRows:
         if source is None:
             return ()
         keeper = self._keeper(TRAJECTORIES)
-        for rows in self._row_batches(name, source, True, key=f"data.{name}"):
-            keeper.add(self.reader.trajectories(rows))
+        has_answers = name != PLAIN_TEXT
+        make = self.reader.trajectories if has_answers else self.reader.pieces
+        for rows in self._row_batches(name, source, has_answers, key=f"data.{name}"):
+            keeper.add(make(rows))
         return self._finish(keeper, name)
 
     def prompts(self) -> Sequence[Prompt]:

@@ -22,8 +22,9 @@ from distill_system.data.row_encoder import Row, RowEncoder, readable, set_name
 from distill_system.data.shortening import MOST_CHARACTERS, Side, shorten
 from distill_system.data.sources import SourceReport, read_examples
 from distill_system.errors import DataError
-from distill_system.records import Author, Finish, Prompt, Trajectory
+from distill_system.records import Author, Finish, Int32Array, Prompt, Trajectory
 
+PLAIN_TEXT = "plain_text"
 _LEARNED_SETS = ("teacher_sft", "student_sft")
 
 ROWS_AT_ONCE = 4096
@@ -48,6 +49,7 @@ class SetReader:
         stop_token_ids: Collection[int] = (),
     ) -> None:
         self._data = config.data
+        self._most_tokens = config.max_model_length
         self._encoder = RowEncoder(config, tokenizer, stop_token_ids)
         self.num_out_of_bounds: dict[str, int] = {}
         self.num_shortened = Counter[str]()
@@ -106,7 +108,8 @@ class SetReader:
             rows = list(rendered)
             if isinstance(source, RowSource):
                 rows = self._within_bounds(name, rows, source)
-            rows = self._within_limit(name, rows)
+            if name != PLAIN_TEXT:
+                rows = self._within_limit(name, rows)
             is_empty = is_empty and not rows
             yield rows
         if is_empty:
@@ -141,8 +144,10 @@ class SetReader:
         With answers, a question behind the last answer is none to learn from.
         """
         names = [f"{row_id}.turn_{n}" for n in range(1, len(example.earlier) + 1)] + [row_id]
+        is_plain = set_name(row_id) == PLAIN_TEXT
+        render = self._encoder.render_plain if is_plain else self._encoder.render
         return [
-            Row(name, self._encoder.render(turn, key), turn, key)
+            Row(name, render(turn, key), turn, key)
             for name, turn in zip(names, example.turns, strict=True)
             if turn.answer is not None or not with_answers or not example.earlier
         ]
@@ -209,6 +214,30 @@ class SetReader:
             )
             for row, (prompt_ids, response_ids) in zip(rows, split, strict=True)
         )
+
+    def documents(self, rows: Sequence[Row]) -> tuple[Trajectory, ...]:
+        """Plain texts whole; all tokens of each but the first are learned."""
+        return tuple(
+            _learned_text(row.row_id, row.row_id, np.array(ids, dtype=np.int32), Finish.STOP)
+            for row, ids in zip(rows, self._encoder.documents(rows), strict=True)
+        )
+
+    def pieces(self, rows: Sequence[Row]) -> tuple[Trajectory, ...]:
+        """Plain texts in pieces that the models can read.
+
+        A piece begins with the last token of the piece before, so that each token of a text but the
+        first is learned once.
+        """
+        most = self._most_tokens
+        cut: list[Trajectory] = []
+        for text in self.documents(rows):
+            for number, start in enumerate(range(0, text.num_response_tokens, most - 1)):
+                ids = text.token_ids[start : start + most]
+                is_last = start + most >= text.token_ids.size
+                name = f"{text.prompt_id}.piece_{number + 1}" if number else text.prompt_id
+                finish = Finish.STOP if is_last else Finish.LENGTH
+                cut.append(_learned_text(name, text.prompt_id, ids, finish))
+        return tuple(cut)
 
     def _within_bounds(self, name: str, rows: list[Row], source: RowSource) -> list[Row]:
         kept = rows
@@ -296,3 +325,16 @@ class SetReader:
             )
         refused = report.refused[0]
         return f"{key}: all of its {report.num_rows} rows were refused, the first: {refused}"
+
+
+def _learned_text(name: str, prompt_id: str, token_ids: Int32Array, finish: Finish) -> Trajectory:
+    return Trajectory(
+        trajectory_id=name,
+        prompt_id=prompt_id,
+        author=Author.DATASET,
+        token_ids=token_ids,
+        num_prompt_tokens=1,
+        behaviour_logprobs=np.empty(0, dtype=np.float32),
+        temperature=1.0,
+        finish=finish,
+    )

@@ -16,7 +16,14 @@ from distill_system.driver.engine_drift import EngineDrift
 from distill_system.errors import TransferError
 from distill_system.evaluation import SplitEvaluation, evaluate_splits
 from distill_system.observe.summary import write_evaluation
-from distill_system.records import FloatArray, Prompt, ScoredChunk, Stream, Trajectory
+from distill_system.records import (
+    OBJECTIVE_STREAMS,
+    FloatArray,
+    Prompt,
+    ScoredChunk,
+    Stream,
+    Trajectory,
+)
 from distill_system.rollout import RolloutPool, Sampling
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
@@ -264,7 +271,7 @@ class Measuring(Evaluating):
 def _recorded(distances: Mapping[str, float]) -> dict[str, float]:
     """Of what was measured, what an evaluation keeps, under its names there."""
     losses = {name: distances[f"held_out/{name}"] for name in ("cross_entropy", "forward_kl")}
-    return losses | {str(s): distances[f"held_out/{s}_distance"] for s in Stream}
+    return losses | {str(s): distances[f"held_out/{s}_distance"] for s in OBJECTIVE_STREAMS}
 
 
 def _make_alarm(config: RunConfig, text: str) -> GapAlarm:

@@ -254,6 +254,8 @@ class RunRecorder:
             "off-policy sequences per step": config.sequences("off_policy"),
             "off-policy source": _say_source(config),
         }
+        if config.language_model is not None:
+            facts["loss on plain text"] = config.language_model.model_dump_json()
         folder = self.context.run.student_directory
         export_model(self.context, self.pools.learner, folder, facts=facts, dtype=dtype)
         self.task.finish()

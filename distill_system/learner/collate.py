@@ -19,6 +19,9 @@ from distill_system.language_model.sequences import SequenceBatch
 from distill_system.objectives import TeacherRows, TokenRows
 from distill_system.records import Stream, TeacherTargets, Trajectory, TrajectoryChunk
 
+_ORDER = (Stream.OFF_POLICY, Stream.ON_POLICY, Stream.PLAIN_TEXT)
+"""Of the streams in a batch."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamTotals:
@@ -52,7 +55,7 @@ class BehaviourRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerBatch:
-    """What one rank learns from in one step: off-policy sequences first, then on-policy ones.
+    """What one rank learns from in one step: off-policy sequences, on-policy ones, plain text.
 
     behaviour: None without an on-policy stream.
     """
@@ -67,15 +70,14 @@ class LearnerBatch:
         """The stream's part of the hidden states; None if this step has no such stream."""
         if stream not in self.trajectories:
             return None
-        off_tokens = _num_tokens(self.trajectories.get(Stream.OFF_POLICY, ()))
-        off_sequences = len(self.trajectories.get(Stream.OFF_POLICY, ()))
-        first = stream is Stream.OFF_POLICY
-        rows = slice(0, off_tokens) if first else slice(off_tokens, None)
-        behaviour = None if first else self.behaviour
+        before = [self.trajectories.get(each, ()) for each in _ORDER[: _ORDER.index(stream)]]
+        first_row = sum(map(_num_tokens, before))
+        rows = slice(first_row, first_row + _num_tokens(self.trajectories[stream]))
+        behaviour = self.behaviour if stream is Stream.ON_POLICY else None
         return TokenRows(
             hidden_NH=hidden_NH[rows],
             token_ids_N=self.sequences.token_ids_N[rows],
-            sequence_ids_N=self.sequences.sequence_ids_N[rows] - (0 if first else off_sequences),
+            sequence_ids_N=self.sequences.sequence_ids_N[rows] - sum(map(len, before)),
             positions_N=self.sequences.positions_N[rows],
             num_global_tokens=self.totals[stream].num_tokens,
             num_global_sequences=self.totals[stream].num_sequences,
@@ -103,7 +105,7 @@ def collate(
     """
     trajectories: dict[Stream, tuple[Trajectory, ...]] = {}
     teacher: dict[Stream, TeacherRows] = {}
-    for stream in (Stream.OFF_POLICY, Stream.ON_POLICY):
+    for stream in _ORDER:
         mine = [i for i, chunk in enumerate(chunks) if chunk.stream is stream]
         if not mine:
             continue

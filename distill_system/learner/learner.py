@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +67,7 @@ from distill_system.objectives import (
     Importance,
     PolicyHeads,
     build_objective,
+    language_model_loss,
     measure_overlap,
     measure_stream,
     read_vocabulary,
@@ -73,6 +75,7 @@ from distill_system.objectives import (
 from distill_system.objectives.importance import compute_log_ratios
 from distill_system.objectives.rows import ObjectiveOutput, TokenRows
 from distill_system.records import (
+    OBJECTIVE_STREAMS,
     FloatArray,
     StepResult,
     Stream,
@@ -103,6 +106,7 @@ class Learner:
         uses_gpu: bool,
         timeout_seconds: float,
         staleness: StalenessConfig | None = None,
+        language_model_weight: float = 0.0,
         wire: WireFormat = AS_THEY_ARE,
     ) -> None:
         torch.set_num_threads(config.threads)
@@ -130,6 +134,7 @@ class Learner:
             total_steps=total_steps,
             importance=self.importance,
         )
+        self.language_model_weight = language_model_weight
         self.wire = wire
         self.version = 0
         self.publisher: WeightPublisher | None = None
@@ -193,12 +198,16 @@ class Learner:
             hidden_NH = microbatches.read()
             on_policy = batch.stream_rows(Stream.ON_POLICY, hidden_NH)
             with self.policy.precision():
+                heads = self._heads()
                 output = self.objective.compute_loss(
-                    self._heads(),
+                    heads,
                     batch.stream_rows(Stream.OFF_POLICY, hidden_NH),
                     on_policy,
                     self.ranks.sum,
                 )
+                texts = batch.stream_rows(Stream.PLAIN_TEXT, hidden_NH)
+                if texts is not None:
+                    output = self._add_plain_text(output, heads, texts)
             # One transfer. Every rank then has the same loss, so that all refuse it, or none.
             sums = self.ranks.sum_scalars(
                 {"loss": output.loss_share, **output.metric_shares, **rollout_shares(batch)}
@@ -207,7 +216,7 @@ class Learner:
             self._require_finite(sums["loss"], step)
             microbatches.backward(output.loss_share)
         gradient_norm, rate = self._update(step)
-        num_tokens = sum(total.num_tokens for total in totals.values())
+        num_tokens = sum(totals[s].num_tokens for s in OBJECTIVE_STREAMS if s in totals)
         metrics = {
             **sums,
             **output.metrics,
@@ -224,6 +233,17 @@ class Learner:
             num_response_tokens=num_tokens,
             seconds=time.perf_counter() - started,
             peak_memory_bytes=read_peak_memory_bytes(self.device),
+        )
+
+    def _add_plain_text(
+        self, output: ObjectiveOutput, heads: PolicyHeads, texts: TokenRows
+    ) -> ObjectiveOutput:
+        loss = language_model_loss(heads, texts)
+        return replace(
+            output,
+            loss_share=output.loss_share + self.language_model_weight * loss,
+            metric_shares={**output.metric_shares, "language_model_loss": loss.detach()},
+            metrics={**output.metrics, "language_model_tokens": float(texts.num_global_tokens)},
         )
 
     def _acting(self, version: int) -> AbstractContextManager[None]:
@@ -289,7 +309,7 @@ class Learner:
             rows = batch.stream_rows(stream, hidden_NH)
             assert rows is not None, "every rank holds a part of every stream"
             with self.policy.precision():
-                measured = measure_stream(heads, rows, self.ranks.sum, stream=stream.value)
+                measured = measure_stream(heads, rows, self.ranks.sum, stream=stream.side)
             measures[f"{stream.value}_distance"] = measured.distance
             if stream is Stream.OFF_POLICY:
                 measures["cross_entropy"] = measured.cross_entropy

@@ -13,6 +13,7 @@ from distill_system.objectives.action_space import make_action_embeddings
 from distill_system.objectives.ammd import Ammd
 from distill_system.objectives.distances import measure_overlap, measure_stream
 from distill_system.objectives.importance import UNWEIGHTED, Importance
+from distill_system.objectives.language_model import language_model_loss
 from distill_system.objectives.minillm import Minillm
 from distill_system.objectives.rows import Objective, PolicyHeads, TeacherRows, TokenRows
 from distill_system.objectives.token_matching import TokenMatching
@@ -24,6 +25,7 @@ __all__ = [
     "TeacherRows",
     "TokenRows",
     "build_objective",
+    "language_model_loss",
     "make_action_embeddings",
     "measure_overlap",
     "measure_stream",

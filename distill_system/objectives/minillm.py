@@ -17,8 +17,8 @@ Both parts are one pass over the vocabulary, after one without gradient that giv
 Differs from the paper: it draws each token from alpha pi* + (1 - alpha) pi_theta, which no two
 engines can do together; here each response is written by one of them, and w_t keeps the paper's
 form on both streams. Each sample is learned from once, so the probability ratio that the paper
-clips after PPO is 1 and there is nothing to clip. L_PT reads the off-policy stream in place of a
-pre-training corpus. Axes: N tokens, S responses, T longest response, b tokens of a block.
+clips after PPO is 1 and there is nothing to clip. L_PT reads the off-policy stream; on a corpus it
+is distill.language_model. Axes: N tokens, S responses, T longest response, b tokens of a block.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from distill_system.config.objective import MinillmConfig, StreamName
 from distill_system.objectives.importance import UNWEIGHTED, Importance, ImportanceWeights
+from distill_system.objectives.language_model import language_model_loss
 from distill_system.objectives.returns import future_cost_to_go
 from distill_system.objectives.rows import (
     ObjectiveOutput,
@@ -92,9 +93,8 @@ class Minillm:
         """The teacher's share of the mixture and the language-model loss, in one pass."""
         weight = self.config.language_model_weight
         if self.config.teacher_mixture == 0.0:
-            means_N = torch.full(rows.token_ids_N.shape, 1.0 / rows.num_global_tokens)
-            part = heads.sum(rows, _cross_entropy, means_N.to(rows.token_ids_N.device))
-            return weight * part.total, {"cross_entropy": part.total.detach()}
+            loss = language_model_loss(heads, rows)
+            return weight * loss, {"cross_entropy": loss.detach()}
         student = _read_written(heads, rows)
         share = self._token_share("off_policy", rows, on_policy)
         loss, reverse_kl, importance = self._term(
@@ -202,10 +202,6 @@ class Minillm:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Nothing to take back."""
-
-
-def _cross_entropy(chunk: VocabularyChunk) -> Tensor:
-    return -chunk.written_logprobs_c
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ from distill_system.planning.loads import LearnerLoad
 from distill_system.planning.memory import Memory, fullest_moment
 from distill_system.planning.shapes import build_empty
 from distill_system.planning.sizes import Sizes, SizeTracker
-from distill_system.records import TeacherTargets, TrajectoryChunk
+from distill_system.records import Stream, TeacherTargets, TrajectoryChunk
 
 CPU = torch.device("cpu")
 _SHARING = "learner.shard_ranks, learner.offload"
@@ -67,7 +67,8 @@ LOWERED_BY = {
     "backward": "learner.max_tokens_per_microbatch, learner.vocabulary_chunk_tokens",
     "loss": "learner.vocabulary_chunk_tokens",
     "rows of the step": (
-        "distill.student_prompts_per_step, distill.teacher_prompts_per_step, more ranks"
+        "distill.student_prompts_per_step, distill.teacher_prompts_per_step, "
+        "distill.language_model.sequences_per_step, more ranks"
     ),
 }
 RESTING = frozenset({"weights", "weights set aside", "optimizer state", "gradients"})
@@ -183,6 +184,7 @@ class SizedLearner(Learner):
             rank=0, world_size=load.num_ranks, device=CPU, timeout_seconds=1.0, alone=mesh is None
         )
         self.reads_older_text = load.staleness.max_staleness > 0
+        self.language_model_weight = 1.0  # of whatever weight, it holds as much
         self.importance = Importance(
             kind=load.staleness.importance, cap=load.staleness.importance_cap
         )
@@ -265,8 +267,9 @@ class SizedLearner(Learner):
         if objective is None:
             return batch
         rows = {
-            stream: self._teacher_rows(objective.teacher_needs(stream.value), total.num_tokens)
+            stream: self._teacher_rows(objective.teacher_needs(stream.side), total.num_tokens)
             for stream, total in totals.items()
+            if stream is not Stream.PLAIN_TEXT
         }
         return replace(batch, teacher=rows)
 

@@ -22,7 +22,15 @@ from distill_system.config.model import (
 from distill_system.config.objective import ObjectiveConfig, TeacherNeeds
 from distill_system.config.run import RunConfig
 from distill_system.planning.shapes import ModelShape
-from distill_system.records import Author, Finish, Stream, Trajectory, TrajectoryChunk, VersionSpan
+from distill_system.records import (
+    OBJECTIVE_STREAMS,
+    Author,
+    Finish,
+    Stream,
+    Trajectory,
+    TrajectoryChunk,
+    VersionSpan,
+)
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -58,13 +66,19 @@ def longest_sequence(config: RunConfig) -> int:
 
 def streams_read(config: RunConfig) -> list[Stream]:
     """The streams that the objective reads."""
-    return [stream for stream in Stream if config.distill.sequences(stream.value)]
+    return [stream for stream in OBJECTIVE_STREAMS if config.distill.sequences(stream.side)]
 
 
 def dealt_sequences(config: RunConfig) -> dict[Stream, int]:
     """Of each stream on the fullest learner rank: they are dealt as evenly as they go."""
     ranks = config.pools.learner.count
-    return {s: -(-config.distill.sequences(s.value) // ranks) for s in streams_read(config)}
+    return {s: -(-config.distill.sequences(s.side) // ranks) for s in streams_read(config)}
+
+
+def _learned_sequences(config: RunConfig) -> dict[Stream, int]:
+    """With plain text, which no teacher reads."""
+    texts = -(-config.distill.plain_text_sequences // config.pools.learner.count)
+    return dealt_sequences(config) | ({Stream.PLAIN_TEXT: texts} if texts else {})
 
 
 def make_chunks(config: RunConfig, sequences: Mapping[Stream, int]) -> list[TrajectoryChunk]:
@@ -76,7 +90,11 @@ def make_chunks(config: RunConfig, sequences: Mapping[Stream, int]) -> list[Traj
 
 
 def _longest_of(config: RunConfig, stream: Stream) -> Trajectory:
-    response, prompt = config.rollout.sampling.longest(stream.value), config.data.max_prompt_tokens
+    if stream is Stream.PLAIN_TEXT:
+        prompt, response = 1, longest_sequence(config) - 1
+    else:
+        prompt = config.data.max_prompt_tokens
+        response = config.rollout.sampling.longest(stream.side)
     return Trajectory(
         trajectory_id="any",
         prompt_id="any",
@@ -94,7 +112,7 @@ def teacher_needs(config: RunConfig) -> TeacherNeeds:
     """What the teacher is asked for at a token, of all streams together."""
     needs = TeacherNeeds()
     for stream in streams_read(config):
-        needs = needs | config.distill.objective.teacher_needs(stream.value)
+        needs = needs | config.distill.objective.teacher_needs(stream.side)
     return needs
 
 
@@ -111,7 +129,7 @@ def distillation_load(config: RunConfig, student: ModelShape, teacher: ModelShap
         student=student,
         config=config.learner,
         optimizer=distill.optimizer,
-        chunks=make_chunks(config, dealt_sequences(config)),
+        chunks=make_chunks(config, _learned_sequences(config)),
         num_ranks=pool.count,
         on_gpu=pool.gpus > 0,
         update=distill.update,

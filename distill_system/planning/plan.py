@@ -115,7 +115,7 @@ def make_plan(config: RunConfig, *, vocabulary: int | None, device_gib: float) -
     shapes: dict[Role, ModelShape] = {"teacher": teacher, "student": student}
     distill, longest = config.distill, config.rollout.sampling.longest
     streams = streams_read(config)
-    scored = [s for s in streams if distill.objective.teacher_needs(s.value).anything]
+    scored = [s for s in streams if distill.objective.teacher_needs(s.side).anything]
     return Plan(
         name=config.name,
         student=student,
@@ -128,8 +128,8 @@ def make_plan(config: RunConfig, *, vocabulary: int | None, device_gib: float) -
         ),
         device_bytes=device,
         longest=longest_sequence(config),
-        step_tokens=sum(longest(s.value) * distill.sequences(s.value) for s in streams),
-        scored_tokens=sum(longest(s.value) * distill.sequences(s.value) for s in scored),
+        step_tokens=sum(longest(s.side) * distill.sequences(s.side) for s in streams),
+        scored_tokens=sum(longest(s.side) * distill.sequences(s.side) for s in scored),
         wire_bytes_per_token=wire_bytes_per_token(config, teacher),
         publish_bytes=float(
             NUMBER_BYTES[config.rollout.student_engine.dtype] * student.num_parameters

@@ -340,7 +340,7 @@ def _require_positions(checkpoint: Checkpoint) -> None:
     streams = checkpoint.state.get("streams")
     walks = [checkpoint.state.get("frontier")]
     if isinstance(streams, dict):
-        walks += [streams.get(name) for name in ("student", "teacher")]
+        walks += [streams.get(name) for name in ("student", "teacher", "plain_text")]
     try:
         for walk in walks:
             if walk is not None:

@@ -270,6 +270,11 @@ def _check_kinds(config: RunConfig) -> None:
             "distill.off_policy_source=store: the trajectory store does not know the prompts of "
             "encoder-decoders yet; use teacher or dataset"
         )
+    if config.distill.plain_text_sequences:
+        raise ConfigError(
+            "distill.language_model reads plain text, of which an encoder-decoder's encoder would "
+            "read nothing: expected null for teacher and student of this kind"
+        )
 
 
 def _has_attention_of_its_own(shape: Any) -> bool:

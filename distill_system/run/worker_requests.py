@@ -209,6 +209,7 @@ def learner_request(
         "uses_gpu": pool.gpus > 0,
         "timeout_seconds": config.deadlines.call_seconds,
         "staleness": config.distill.staleness,
+        "language_model_weight": _language_model_weight(config, objective),
         # Fine-tuning has no engines to follow it.
         "wire": AS_THEY_ARE if objective is None else wire_format(config),
     }
@@ -220,6 +221,11 @@ def learner_request(
         environment={**torch_environment(config, pool, config.learner.threads), **_logs(context)},
         gang=True,
     )
+
+
+def _language_model_weight(config: RunConfig, objective: ObjectiveConfig | None) -> float:
+    own = config.distill.language_model
+    return 0.0 if own is None or objective is None else own.weight
 
 
 def _logs(context: RunContext) -> dict[str, str]:

@@ -224,6 +224,7 @@ def find_sets(config: RunConfig, run: RunDirectory, work: Collection[str]) -> li
         sets.append("prompts")
         ready: dict[str, SetName] = {"dataset": "student_sft", "store": "stored"}
         sets += [ready[name] for name in config.distill.off_policy_mixture if name in ready]
+        sets += ["plain_text"] if config.distill.plain_text_sequences else []
     if "sft" in work:
         sets += [tuned[role] for role in _untuned_roles(config, run) if tuned[role] not in sets]
     return sets

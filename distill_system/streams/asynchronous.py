@@ -24,7 +24,7 @@ from distill_system.data import RunData
 from distill_system.errors import DeadlineError, NonFiniteError, TransferError, WorkerLostError
 from distill_system.observe.activity import Wait
 from distill_system.observe.staleness import staleness_metrics
-from distill_system.records import ScoredChunk, Stream
+from distill_system.records import OBJECTIVE_STREAMS, ScoredChunk, Stream
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools
 from distill_system.run.transfer_group import ANSWER_SECONDS
@@ -75,13 +75,17 @@ class AsynchronousStreams(Streams):
         """Open the windows and begin to write."""
         super().begin(step)
         self._published = step
-        self._flows = {s: self._open_flow(s, step) for s in Stream if self._sequences(s) > 0}
+        self._flows = {
+            s: self._open_flow(s, step) for s in OBJECTIVE_STREAMS if self._sequences(s) > 0
+        }
         self._scorers = Scorers(
             self._watched["teacher_scoring"],
             {stream: flow.buffer for stream, flow in self._flows.items()},
-            needs={s: self.config.distill.objective.teacher_needs(s.value) for s in Stream},
+            needs={
+                s: self.config.distill.objective.teacher_needs(s.side) for s in OBJECTIVE_STREAMS
+            },
             max_tokens=self.config.scoring.max_tokens_per_batch,
-            max_sequences={s: self._chunk_sequences(s) for s in Stream},
+            max_sequences={s: self._chunk_sequences(s) for s in OBJECTIVE_STREAMS},
             max_wait_seconds=self.config.scoring.max_wait_seconds,
             clock=self._clock,
         )
@@ -138,14 +142,14 @@ class AsynchronousStreams(Streams):
         return {
             "student": self.student.state(under_way=student),
             "teacher": self.mixture.frontier.state(under_way=teacher),
-            **self._source_state(),
+            **self._shared_state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See Streams."""
         self.student.restore(state["student"])
         self.mixture.frontier.restore(state["teacher"])
-        self._restore_sources(state)
+        self._restore_shared(state)
 
     def release_worker(self, pool: str, worker: int) -> bool:
         """See Streams; a rollout worker's prompts go to the others at once."""

@@ -116,7 +116,7 @@ class LockstepStreams(Streams):
     def state(self) -> dict[str, Any]:
         """See Streams."""
         state: dict[str, Any] = {"student": self.student.state(), "teacher": self._before}
-        state |= self._source_state()
+        state |= self._shared_state()
         return state if self.replay is None else state | {"replay": self.replay.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -124,7 +124,7 @@ class LockstepStreams(Streams):
         self.student.restore(state["student"])
         self.mixture.frontier.restore(state["teacher"])
         self._before = self.mixture.frontier.state()
-        self._restore_sources(state)
+        self._restore_shared(state)
         if self.replay is not None:
             self.replay.restore(state["replay"])
 
@@ -186,7 +186,7 @@ class LockstepStreams(Streams):
     def _score(self, trajectories: Sequence[Trajectory], stream: Stream) -> list[ScoredChunk]:
         """Let the teacher read while others work; nobody waits here."""
         ranks = self.config.pools.learner.count
-        needs = self.config.distill.objective.teacher_needs(stream.value)
+        needs = self.config.distill.objective.teacher_needs(stream.side)
         return self._scorers.start(trajectories, stream, needs=needs, num_shares=ranks)
 
     def _finish_scores(self, scored: Sequence[ScoredChunk]) -> list[ScoredChunk]:

@@ -1,8 +1,9 @@
-"""The two streams of a distillation, as the driver sees them: take, learn, publish.
+"""The streams of a distillation, as the driver sees them: take, learn, publish.
 
 `Streams` walks over prompts in a seeded order, and counts what was fed and what the pools did. Two
 kinds of it bring trajectories to the learner: in lockstep with it (lockstep.py), or asynchronously,
-within a bound (asynchronous.py).
+within a bound (asynchronous.py). Plain text, which nobody writes or scores, joins them as a step is
+learned from.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from distill_system.records import (
     StepResult,
     Stream,
     Trajectory,
+    TrajectoryChunk,
 )
 from distill_system.rollout import Sampling
 from distill_system.run.context import RunContext
@@ -42,6 +44,7 @@ LEARNER = 0
 class Streams(ABC):
     """Both streams' prompts, what the learner was fed of them, and what the pools did for it.
 
+    texts: the walk over plain text; None where no loss reads it.
     is_asynchronous: whether trajectories are written while the learner learns from earlier ones.
     supervision: who replaces lost workers; None ends the run at the first loss.
     clock: seconds that never run backwards; tests bring their own.
@@ -69,6 +72,11 @@ class Streams(ABC):
             None
             if policy is None
             else SourceWeights(policy, [*data.source_held_out], delay=delay + 1)
+        )
+        self.texts = (
+            PromptFrontier(len(data.plain_text), self.config.seed, Stream.PLAIN_TEXT.value)
+            if self.config.distill.plain_text_sequences
+            else None
         )
         self.supervision: Supervision | None = None
         self._clock = clock
@@ -100,7 +108,7 @@ class Streams(ABC):
         """The step itself; the other pools go on meanwhile."""
         with self.context.timings.phase("learner"):
             self._learner_clock.begin(LEARNER, self._clock())
-            references = self.pools.learner.start_step(step, scored)
+            references = self.pools.learner.start_step(step, [*scored, *self._plain_text()])
             # The learner is at work: looking at the text costs no time now.
             self._text = text_metrics(t for part in scored for t in part.chunk.trajectories)
             self._wait(references, what="the learner's step")
@@ -145,12 +153,26 @@ class Streams(ABC):
         """Weights of the prompts' sources for a step; None: those that are configured."""
         return None if self.source_weights is None else self.source_weights.at(step)
 
-    def _source_state(self) -> dict[str, Any]:
-        return {} if self.source_weights is None else {"sources": self.source_weights.state()}
+    def _plain_text(self) -> list[ScoredChunk]:
+        """The step's plain text, a chunk for each learner rank."""
+        if self.texts is None:
+            return []
+        taken = self.texts.take(self.config.distill.plain_text_sequences)
+        rows = self._feed(Stream.PLAIN_TEXT.value, [self.data.plain_text[at] for at in taken])
+        ranks = self.config.pools.learner.count
+        dealt = TrajectoryChunk.deal(rows, Stream.PLAIN_TEXT, ranks)
+        return [ScoredChunk(chunk, None) for chunk in dealt]
 
-    def _restore_sources(self, state: Mapping[str, Any]) -> None:
+    def _shared_state(self) -> dict[str, Any]:
+        """What both kinds of streams keep in a checkpoint."""
+        kept = {"sources": self.source_weights, Stream.PLAIN_TEXT.value: self.texts}
+        return {name: part.state() for name, part in kept.items() if part is not None}
+
+    def _restore_shared(self, state: Mapping[str, Any]) -> None:
         if self.source_weights is not None:
             self.source_weights.restore(state["sources"])
+        if self.texts is not None:
+            self.texts.restore(state[Stream.PLAIN_TEXT.value])
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -258,8 +280,8 @@ class Streams(ABC):
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
-            max_response_tokens=sampling.longest(stream.value),
+            max_response_tokens=sampling.longest(stream.side),
         )
 
     def _sequences(self, stream: Stream) -> int:
-        return self.config.distill.sequences(stream.value)
+        return self.config.distill.sequences(stream.side)

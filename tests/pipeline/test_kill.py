@@ -39,7 +39,8 @@ STARVED = "ResourceError: Ray could not start a local cluster"
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
-    """A configuration in which everything that has a state has one: critics, sources, the best."""
+    """A configuration in which everything that has a state has one: critics, sources, plain text,
+    the best."""
     teacher, student = tiny_model_folder(seed=1), tiny_model_folder(seed=2, num_layers=1)
     path = write_configuration(tmp_path, teacher, student)
     form = json.loads(path.read_text())
@@ -49,8 +50,10 @@ def folder(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
         "type": "mixture",
         "sources": {"first": {"source": first, "weight": 3.0}, "second": {"source": second}},
     }
+    form["data"]["plain_text"] = rows
     form["distill"] |= {
         "steps": STEPS,
+        "language_model": {"weight": 0.1, "sequences_per_step": 3},
         "objective": {"type": "ammd", "critic": {"type": "gradient_ascent"}},
         "optimizer": {"type": "muon", "learning_rate": 1e-3, "warmup_steps": 2},
         "measure_every": 3,

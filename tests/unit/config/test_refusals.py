@@ -16,6 +16,7 @@ MATCHING = "distill.objective={type: token_matching, "
 
 SHARED = ("pools.learner.gpus=0.5", "pools.student_rollout.gpus=0.5")
 ASLEEP = ("rollout.teacher_engine.sleep_when_idle=true", "pools.teacher_rollout.gpus=1")
+TEXT = ("data.plain_text={type: jsonl, path: texts.jsonl}", "distill.language_model={}")
 PRETRAINED = (
     "student={path: somewhere, architecture: null, sft: null}",
     "tokenizer={type: pretrained, path: somewhere}",
@@ -207,6 +208,21 @@ CASES = {
         ("pools.learner.count=3", "distill.student_prompts_per_step=2"),
         ("pools.learner.count=3", "distill.student_prompts_per_step=3"),
         "on_policy stream must have at least pools.learner.count=3 sequences",
+    ),
+    "a loss on text that is not given": (
+        ("distill.language_model={weight: 1}",),
+        ("distill.language_model={weight: 0}",),
+        "distill.language_model needs text: give data.plain_text",
+    ),
+    "fewer texts than ranks": (
+        (*TEXT, "pools.learner.count=3", "distill.language_model.sequences_per_step=2"),
+        (*TEXT, "pools.learner.count=3", "distill.language_model.sequences_per_step=3"),
+        "distill.language_model.sequences_per_step must be at least pools.learner.count=3",
+    ),
+    "texts by the length of answers that they have not": (
+        (*TEXT, "data.plain_text.max_response_tokens=9"),
+        (*TEXT, "data.plain_text.max_prompt_tokens=9"),
+        "plain_text: answers are not read here",
     ),
 }
 

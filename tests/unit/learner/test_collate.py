@@ -1,4 +1,4 @@
-"""Two streams in one batch, and each stream's rows out of it as if it were alone."""
+"""Streams in one batch, and each stream's rows out of it as if it were alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS = {
     "top_k_ids": "top_k_ids_NK",
     "top_k_logprobs": "top_k_logprobs_NK",
 }
-OFF, ON = Stream.OFF_POLICY, Stream.ON_POLICY
+OFF, ON, TEXT = Stream.OFF_POLICY, Stream.ON_POLICY, Stream.PLAIN_TEXT
 
 
 def _student(count):
@@ -59,10 +59,12 @@ def _targets(trajectory, **fields):
 
 @pytest.fixture
 def both():
-    """Chunks of both streams, mixed; as collate takes them, and the trajectories by stream."""
+    """Chunks of every stream, mixed; as collate takes them, and the trajectories by stream."""
     off, on = make_trajectories(5, Author.TEACHER), _student(4)
+    texts = make_trajectories(3, Author.DATASET, first=80)
     chunks = [
         TrajectoryChunk(stream=ON, trajectories=tuple(on[:2])),
+        TrajectoryChunk(stream=TEXT, trajectories=tuple(texts)),
         TrajectoryChunk(stream=OFF, trajectories=tuple(off[:3])),
         TrajectoryChunk(stream=ON, trajectories=tuple(on[2:])),
         TrajectoryChunk(stream=OFF, trajectories=tuple(off[3:])),
@@ -71,8 +73,9 @@ def both():
     totals = {
         OFF: StreamTotals(num_tokens=1000, num_sequences=50),
         ON: StreamTotals(num_tokens=700, num_sequences=30),
+        TEXT: StreamTotals(num_tokens=500, num_sequences=20),
     }
-    return chunks, totals, {OFF: off, ON: on}
+    return chunks, totals, {OFF: off, ON: on, TEXT: texts}
 
 
 def _joined(trajectories, read):
@@ -82,12 +85,12 @@ def _joined(trajectories, read):
 @pytest.mark.parametrize("num_parts", [1, 3])
 def test_each_streams_rows_are_its_own_and_counted_from_its_own_start(both, num_parts):
     chunks, totals, trajectories = both
-    batch = collate(chunks, [None] * 4, totals, CPU, num_parts=num_parts)
+    batch = collate(chunks, [None] * 5, totals, CPU, num_parts=num_parts)
     assert len(batch.sequences.parts) == num_parts
-    every = [*trajectories[OFF], *trajectories[ON]]
+    every = [t for stream in (OFF, ON, TEXT) for t in trajectories[stream]]
     hidden_NH = torch.arange(sum(t.num_response_tokens for t in every)).float()[:, None]
     first = 0
-    for stream in (OFF, ON):
+    for stream in (OFF, ON, TEXT):
         rows, own = batch.stream_rows(stream, hidden_NH), trajectories[stream]
         count = sum(t.num_response_tokens for t in own)
         assert rows.hidden_NH[:, 0].tolist() == list(range(first, first + count))
@@ -103,11 +106,12 @@ def test_each_streams_rows_are_its_own_and_counted_from_its_own_start(both, num_
 
 def test_what_the_writer_said_comes_with_its_own_text_alone(both):
     chunks, totals, trajectories = both
-    batch = collate(chunks, [None] * 4, totals, CPU)
+    batch = collate(chunks, [None] * 5, totals, CPU)
     hidden_NH = torch.zeros(batch.sequences.token_ids_N.shape[0], 2)
-    off, on = (batch.stream_rows(stream, hidden_NH) for stream in (OFF, ON))
-    assert off.behaviour_logprobs_N is None
-    assert off.behaviour_temperature == 1.0
+    off, on, text = (batch.stream_rows(stream, hidden_NH) for stream in (OFF, ON, TEXT))
+    for others in (off, text):
+        assert others.behaviour_logprobs_N is None
+        assert others.behaviour_temperature == 1.0
     said = _joined(trajectories[ON], lambda t: t.behaviour_logprobs)
     assert on.behaviour_logprobs_N.tolist() == batch.behaviour.logprobs_N.tolist() == said
     assert on.behaviour_logprobs_N.dtype == torch.float32
@@ -136,12 +140,15 @@ def test_targets_follow_their_trajectories_in_the_numbers_that_learning_takes(bo
         OFF: {"features": ((3,), np.float16), "logprobs": ((), np.float32)},
         ON: {"top_k_ids": ((2,), np.int32), "top_k_logprobs": ((2,), np.float32)},
     }
-    said = [[_targets(t, **fields[c.stream]) for t in c.trajectories] for c in chunks]
+    said = [
+        [_targets(t, **fields[c.stream]) for t in c.trajectories] if c.stream in fields else None
+        for c in chunks
+    ]
     batch = collate(chunks, said, totals, CPU)
     hidden_NH = torch.zeros(batch.sequences.token_ids_N.shape[0], 2)
     for stream, names in fields.items():
         rows = batch.stream_rows(stream, hidden_NH)
-        by_id = {target.trajectory_id: target for part in said for target in part}
+        by_id = {target.trajectory_id: target for part in said for target in part or ()}
         for name, field in ROWS.items():
             joined = getattr(rows.teacher, field)
             if name not in names:

@@ -19,7 +19,7 @@ from distill_system.config.objective.ammd import AdvantageConfig
 from distill_system.config.objective.token_losses import ReverseKlConfig
 from distill_system.config.objective.token_matching import HiddenMatchingConfig, RelationalConfig
 from distill_system.learner import LearnerGroup
-from distill_system.records import Author, Stream
+from distill_system.records import Author, ScoredChunk, Stream, TrajectoryChunk
 from distill_system.scoring import ScoringPool
 
 REVERSE_KL = ReverseKlConfig(type="reverse_kl")
@@ -62,8 +62,13 @@ def _scored(scorer, ask):
 
 
 def _step(make_learner, scorer, objective, **settings):
-    group = LearnerGroup(LocalWorkers([make_learner(objective=objective, **settings)]))
-    return set(group.learn(3, _scored(scorer, objective.teacher_needs)).metrics)
+    settings |= {"objective": objective, "language_model_weight": 0.5}
+    group = LearnerGroup(LocalWorkers([make_learner(**settings)]))
+    texts = TrajectoryChunk(
+        stream=Stream.PLAIN_TEXT, trajectories=tuple(make_trajectories(2, Author.DATASET, 200))
+    )
+    scored = [*_scored(scorer, objective.teacher_needs), ScoredChunk(texts, None)]
+    return set(group.learn(3, scored).metrics)
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ import pytest
 import torch
 from fakes.local_workers import Done, LocalWorkers
 from safetensors import safe_open
-from trajectories import make_trajectories
+from trajectories import make_trajectories, make_trajectory
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig
-from distill_system.config.objective import MOMENTS, AmmdConfig
+from distill_system.config.objective import MOMENTS, AmmdConfig, MinillmConfig
 from distill_system.config.objective.ammd import GradientCritic
 from distill_system.errors import NonFiniteError, RecordError, RunStateError
-from distill_system.learner import LearnerGroup, ModelSource
+from distill_system.learner import Learner, LearnerGroup, ModelSource
 from distill_system.learner.sharding import gather
-from distill_system.records import Author, Finish, Stream
+from distill_system.records import Author, Finish, ScoredChunk, Stream, TrajectoryChunk
 from distill_system.scoring import ScoringPool
 
 
@@ -23,12 +23,19 @@ def _weights(learner):
     return torch.cat([gather(p.detach()).reshape(-1) for p in learner.model.parameters()])
 
 
-def _scored(scorer, *, shares, count=12, written=None):
+def _scored(scorer, *, shares, count=12, written=None, needs=MOMENTS):
     pool = ScoringPool(LocalWorkers([scorer]))
-    how = {"needs": MOMENTS, "num_shares": shares}
+    how = {"needs": needs, "num_shares": shares}
     off = pool.start(make_trajectories(count, Author.TEACHER), Stream.OFF_POLICY, **how)
     on = pool.start(written or make_trajectories(count, first=100), Stream.ON_POLICY, **how)
     return [*off, *on]
+
+
+def _texts(count, *, shares):
+    """Chunks of plain text; the first token of each is its only context."""
+    rows = [make_trajectory(300 + i, 1, 4 + i, Author.DATASET) for i in range(count)]
+    chunks = TrajectoryChunk.deal(rows, Stream.PLAIN_TEXT, shares)
+    return [ScoredChunk(chunk, None) for chunk in chunks]
 
 
 def _group(*learners):
@@ -97,6 +104,47 @@ def test_the_first_steps_loss_is_the_mix_of_both_distances(make_learner, scorer)
     )
 
 
+@pytest.mark.parametrize(
+    "objective", [AmmdConfig(), MinillmConfig(type="minillm", teacher_mixture=0.0)]
+)
+@pytest.mark.parametrize("limit", [None, 40])
+def test_plain_text_adds_its_weighted_cross_entropy_to_loss_and_gradient(
+    make_learner, scorer, monkeypatch, objective, limit
+):
+    """Against transformers' own loss of each text, which shifts the labels itself."""
+    gradients = []
+
+    def keep(learner, step):
+        named = learner.model.named_parameters()
+        gradients.append({name: p.grad.clone() for name, p in named})
+        learner.model.zero_grad()
+        return 0.0, 0.0
+
+    monkeypatch.setattr(Learner, "_update", keep)
+    learner = make_learner(
+        objective=objective,
+        language_model_weight=0.7,
+        config=LearnerConfig(max_tokens_per_microbatch=limit),
+    )
+    scored = _scored(scorer, shares=1, needs=objective.teacher_needs("on_policy"))
+    texts = _texts(6, shares=1)
+    without = _group(learner).learn(0, scored).metrics
+    metrics = _group(learner).learn(0, [*scored, *texts]).metrics
+    rows = [torch.from_numpy(t.token_ids).long()[None] for t in texts[0].chunk.trajectories]
+    count = sum(row.shape[1] - 1 for row in rows)
+    loss = sum(learner.model(row, labels=row).loss * (row.shape[1] - 1) for row in rows) / count
+    loss.backward()
+    assert metrics["learner/language_model_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["learner/language_model_tokens"] == count
+    assert metrics["learner/loss"] == pytest.approx(
+        without["learner/loss"] + 0.7 * loss.item(), rel=1e-4
+    )
+    assert metrics["learner/response_tokens"] == without["learner/response_tokens"]
+    for name, parameter in learner.model.named_parameters():
+        expected = gradients[0][name] + 0.7 * parameter.grad
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(
     "objective",
@@ -114,13 +162,14 @@ def test_the_first_steps_loss_is_the_mix_of_both_distances(make_learner, scorer)
 def test_two_ranks_make_the_update_of_one(make_learner, make_ranks, scorer, optimizer, objective):
     """Real gloo between two processes against one rank with everything."""
     config = OptimizerConfig(type=optimizer, learning_rate=1e-2, warmup_steps=0)
-    alone = make_learner(objective=objective, optimizer=config)
-    scored = _scored(scorer, shares=2)
+    settings = {"objective": objective, "optimizer": config, "language_model_weight": 0.5}
+    alone = make_learner(**settings)
+    scored = [*_scored(scorer, shares=2), *_texts(5, shares=2)]
     group = _group(alone)
     metrics = [group.learn(step, scored).metrics for step in range(3)]
     expected = _weights(alone)
 
-    pair = make_ranks(2, objective=objective, optimizer=config)
+    pair = make_ranks(2, **settings)
     pair_metrics = [LearnerGroup(pair).learn(step, scored).metrics for step in range(3)]
     for ours, theirs in zip(pair_metrics, metrics, strict=True):
         assert ours.keys() == theirs.keys()

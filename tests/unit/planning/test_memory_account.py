@@ -56,6 +56,10 @@ def _make_chunks(sequences: int) -> list[TrajectoryChunk]:
     ]
 
 
+PLAIN_TEXT = TrajectoryChunk(
+    stream=Stream.PLAIN_TEXT,
+    trajectories=tuple(make_trajectory(i, 1, 90, Author.DATASET) for i in range(8)),
+)
 LOAD = LearnerLoad(
     student=SHAPE,
     config=LearnerConfig(vocabulary_chunk_tokens=64),
@@ -79,6 +83,7 @@ CASES = {
     "weights set aside": replace(_with(compute_dtype="bfloat16"), sets_aside=True),
     "muon": replace(LOAD, optimizer=OptimizerConfig(type="muon", learning_rate=1e-3)),
     "token losses": replace(LOAD, objective=REVERSE_KL),
+    "plain text": replace(LOAD, chunks=[*LOAD.chunks, PLAIN_TEXT]),
 }
 
 LORA = replace(
@@ -110,6 +115,7 @@ def test_a_step_holds_what_is_predicted(tiny_model_folder, name: str) -> None:
         seed=0,
         uses_gpu=False,
         timeout_seconds=60.0,
+        language_model_weight=0.5,
         wire=WireFormat(dtype=torch.bfloat16, seed=0) if load.sets_aside else AS_THEY_ARE,
     )
     totals = {chunk.stream: StreamTotals.of(chunk.trajectories) for chunk in load.chunks}
@@ -126,7 +132,9 @@ def test_a_step_holds_what_is_predicted(tiny_model_folder, name: str) -> None:
     assert learner_memory(load).num_bytes == pytest.approx(held["Total"], rel=0.03)
 
 
-def _make_targets(chunk: TrajectoryChunk) -> Sequence[TeacherTargets]:
+def _make_targets(chunk: TrajectoryChunk) -> Sequence[TeacherTargets] | None:
+    if chunk is PLAIN_TEXT:
+        return None
     generator = np.random.default_rng(0)
     return [
         TeacherTargets(

@@ -246,6 +246,9 @@ def test_two_encoder_decoders_pass_with_the_engine_that_generates_with_them(
     store = ("distill.off_policy_source=store", "data.trajectory_store=somewhere")
     with pytest.raises(ConfigError, match=r"off_policy_source=store: .* use teacher or dataset"):
         _check(configure(*both, "rollout.engine=transformers", *store))
+    text = ("distill.language_model={}", "data.plain_text={type: jsonl, path: texts.jsonl}")
+    with pytest.raises(ConfigError, match=r"language_model reads plain text, .* expected null"):
+        _check(configure(*both, "rollout.engine=transformers", *text))
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])

@@ -38,14 +38,17 @@ def shown(config, *, plain=True, **options):
 
 def test_every_set_is_shown_token_by_token(configure, tmp_path):
     write(tmp_path, "sft.jsonl", {"question": "w10 w11", "answer": "w12 w13"})
-    config = configure(f"data.student_sft={files('sft.jsonl')}")
+    write(tmp_path, "texts.jsonl", {"text": "w10 " * 30})
+    texts = f"data.plain_text={files('texts.jsonl')}"
+    config = configure(f"data.student_sft={files('sft.jsonl')}", texts)
     page = shown(config, num_rows=2)
     headings = re.findall(r"^data\.(\S+)$", page, flags=re.MULTILINE)
-    assert headings == ["evaluation.test", "held_out", "student_sft", "prompts"]
+    assert headings == ["evaluation.test", "held_out", "student_sft", "plain_text", "prompts"]
     assert "sft.jsonl: question -> answer; 1 of 1 rows" in page
     tokenizer = build_tokenizer(config, None)
     ids = tokenizer("w12 w13", add_special_tokens=False)["input_ids"]
-    (learned,) = re.findall(r"learned: +(.*)", page)
+    learned, text = re.findall(r"learned: +(.*)", page)
+    assert text.count("w10") == 29, "its first token is what the others are learned after"
     assert learned.split("|")[-1].strip() == tokenizer.eos_token
     assert len(learned.split("|")) == len(ids) + 1
     assert "reference: w42" in page

@@ -130,6 +130,7 @@ def play(
         prompts=of_two_sources(num_prompts) if has_sources else make_prompts(num_prompts),
         student_sft=rows,
         stored=[],
+        plain_text=make_rows("text", 5),
         source_held_out={"a": (), "b": ()},
     )
     streams = open_streams(
@@ -487,13 +488,18 @@ def test_queues_and_what_is_in_flight_are_told(tmp_path):
 
 @pytest.mark.parametrize("stop", [1, 3, 6])
 def test_a_resumed_run_trains_on_the_prompts_that_were_in_flight(tmp_path, stop):
-    """In order: the same prompts in the same steps of both streams, as samples of their own."""
+    """In order: the same prompts in the same steps of all streams, as samples of their own."""
+    texts = (
+        "data.plain_text={type: embedded, split: train, num_examples: 5}",
+        "distill.language_model.sequences_per_step=2",
+    )
     how = {"max_staleness": 2, "num_prompts": 60}
-    whole = play(tmp_path, seed=5, **how)
-    first = play(tmp_path, seed=6, stop=stop, **how)
-    second = play(tmp_path, seed=7, begin=stop, state=first.state, **how)
+    whole = play(tmp_path, *texts, seed=5, **how)
+    first = play(tmp_path, *texts, seed=6, stop=stop, **how)
+    second = play(tmp_path, *texts, seed=7, begin=stop, state=first.state, **how)
     assert whole.fed == first.fed + second.fed
     resumed = [*first.learner.trained, *second.learner.trained]
+    assert all(sum(s == "plain_text" for s, _ in batch) == 2 for batch in resumed)
     names = [
         t.trajectory_id for batch in resumed for s, t in batch if s in ("on_policy", "off_policy")
     ]

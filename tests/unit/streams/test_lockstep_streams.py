@@ -57,6 +57,10 @@ SOURCE = f"{{source: {ROWS}, held_out: {ROWS}}}"
 POLICY = (
     f"data.prompts={{type: mixture, sources: {{a: {SOURCE}, b: {SOURCE}}}, policy: {{every: 2}}}}"
 )
+TEXT = (
+    f"data.plain_text={ROWS}",
+    "distill.language_model={weight: 0.5, sequences_per_step: 2}",
+)
 RISING = [{"held_out/cross_entropy": 1.0 + step} for step in range(STEPS)]
 
 
@@ -226,6 +230,7 @@ class Run:
             prompts=make_prompts(11),
             stored=make_rows("store", 5),
             student_sft=make_rows("dataset", 7),
+            plain_text=make_rows("text", 5),
         )
         if self.config.data.source_policy is not None:
             names = ["prompts.a"] * 4 + ["prompts.b"] * 7
@@ -396,6 +401,28 @@ def test_prompts_come_in_epochs_without_a_gap_between_steps(tmp_path):
         assert max(times) - min(times) <= 1
 
 
+def test_plain_text_joins_every_step_and_changes_nothing_else(tmp_path):
+    """Of five texts two a step; at weight 0 a run is the run without the key, states included."""
+    without, with_text, weightless = (
+        Run(tmp_path, *overrides, ranks=2)
+        for overrides in ((), TEXT, (*TEXT, "distill.language_model.weight=0"))
+    )
+    states = without.play()
+    assert weightless.play() == states
+    assert _content(weightless.learned) == _content(without.learned)
+    assert with_text.streams.state().keys() - states[0].keys() == {"plain_text"}
+    with_text.play()
+    fed = [[t.prompt_id for t in with_text.of_stream("plain_text", step)] for step in range(STEPS)]
+    assert [len(each) for each in fed] == [2] * STEPS
+    flat = [name for each in fed for name in each]
+    assert sorted(flat[:10]) == sorted(2 * [f"text:{index}" for index in range(5)])
+    others = {
+        step: [(s, t) for s, t in rows if s != "plain_text"]
+        for step, rows in with_text.learned.items()
+    }
+    assert _content(others) == _content(without.learned)
+
+
 def test_the_mixture_gives_rows_samples_and_answers_in_its_own_order(tmp_path):
     run = Run(tmp_path, MIXTURE)
     mixture = OffPolicyMixture(run.config, run.data)
@@ -428,11 +455,11 @@ def test_without_prompts_of_its_own_the_teacher_is_never_asked_to_write(tmp_path
     "overrides",
     [
         *((), (MIXTURE,), REPLAY, ("distill.objective.on_policy_weight=1.0",), FEW_PROMPTS),
-        *((POLICY,), (POLICY, MIXTURE), (POLICY, *REPLAY)),
+        *((POLICY,), (POLICY, MIXTURE), (POLICY, *REPLAY), (*TEXT, *REPLAY)),
     ],
     ids=[
         *("teacher", "mixture", "replay", "on_policy_alone", "few_prompts"),
-        *("sources", "sources_in_a_mixture", "sources_and_replay"),
+        *("sources", "sources_in_a_mixture", "sources_and_replay", "plain_text"),
     ],
 )
 def test_a_run_resumed_after_any_step_goes_on_to_the_bit(tmp_path, overrides):
