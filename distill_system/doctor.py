@@ -74,7 +74,8 @@ def diagnose(*, deadline_seconds: float = 60.0, probe: str = PROBE) -> list[Find
     deadline_seconds: how long importing torch and vLLM may take, in a process of its own.
     probe: the program that imports them, and says so as PROBE does.
     """
-    versions = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
+    installed = metadata.distributions()
+    versions = {str(canonicalize_name(d.name)): d.version for d in installed}
     machine = describe_machine()
     gpus = cast(list[str], machine["gpus"])
     memory_bytes = cast(int, machine["memory_bytes"])

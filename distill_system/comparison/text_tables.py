@@ -54,7 +54,10 @@ def _cell_figures(cell: Cell | None) -> list[float | None]:
     if cell is None:
         return [*_summary_figures(None), None, None]
     differences = (cell.against_sft, cell.against_best_baseline)
-    return [*_summary_figures(cell.summary), *(each and each.p_value for each in differences)]
+    return [
+        *_summary_figures(cell.summary),
+        *(each.p_value if each else None for each in differences),
+    ]
 
 
 def _summary_figures(summary: Summary | None) -> list[float | None]:
