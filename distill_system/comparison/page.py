@@ -130,7 +130,7 @@ def _draw_bars(column: ColumnVerdict, plan: Plan) -> Card:
     bars = tuple(
         Bar(
             name=name,
-            color=_color(name),
+            color="after" if name.startswith(OURS) else "before",
             end=100 * cell.summary.mean / reach,
             error=100 * (cell.summary.stderr or 0.0) / reach,
             text=format_summary(cell.summary, count_digits(metric), len(plan.seeds)),
@@ -232,7 +232,3 @@ def _kind(difference: Difference, direction: int) -> str:
     if not difference.is_significant:
         return "unclear"
     return "up" if difference.difference * direction > 0 else "down"
-
-
-def _color(objective: str) -> str:
-    return "after" if objective.startswith(OURS) else "before"

@@ -6,7 +6,6 @@ import csv
 import html
 import io
 
-from distill_system.comparison.significance import Difference
 from distill_system.comparison.tables import LEGEND, Table, build_tables, describe_budget
 from distill_system.comparison.verdict import Cell, Summary, Verdict
 
@@ -55,17 +54,16 @@ def _cell_figures(cell: Cell | None) -> list[float | None]:
     if cell is None:
         return [*_summary_figures(None), None, None]
     differences = (cell.against_sft, cell.against_best_baseline)
-    return [*_summary_figures(cell.summary), *map(_p_value, differences)]
+    return [
+        *_summary_figures(cell.summary),
+        *(each.p_value if each else None for each in differences),
+    ]
 
 
 def _summary_figures(summary: Summary | None) -> list[float | None]:
     if summary is None:
         return [None, None, 0]
     return [summary.mean, summary.stderr, summary.num_seeds]
-
-
-def _p_value(difference: Difference | None) -> float | None:
-    return None if difference is None else difference.p_value
 
 
 def _to_markdown(table: Table) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from distill_system.comparison.page import write_page
 from distill_system.comparison.results import read_comparison
 from distill_system.comparison.significance import LEVEL
 from distill_system.comparison.text_tables import write_csv, write_markdown
-from distill_system.comparison.verdict import Cell, ColumnVerdict, Summary, Verdict, reach_verdict
+from distill_system.comparison.verdict import Cell, ColumnVerdict, Verdict, reach_verdict
 from distill_system.observe.run_directory import write_json, write_text
 
 
@@ -29,12 +28,9 @@ class ComparisonFiles:
 def write_comparison(folder: Path) -> ComparisonFiles:
     """Compare the finished runs of a plan; the files name those that have not finished.
 
-    Args:
-        folder: holds plan.json and the runs `<objective>/seed_<k>/`; the files are written beside
-            plan.json.
-
-    Raises:
-        RunStateError: plan.json is missing or not a plan.
+    folder: holds plan.json and the runs `<objective>/seed_<k>/`; the files are written beside
+        plan.json.
+    Raises: RunStateError if plan.json is missing or not a plan.
     """
     verdict = reach_verdict(read_comparison(folder))
     files = ComparisonFiles(
@@ -54,8 +50,7 @@ def write_comparison(folder: Path) -> ComparisonFiles:
 def to_json(verdict: Verdict) -> dict[str, Any]:
     """compare.json.
 
-    Returns:
-        name, objectives, seeds, budget, budget_value, steps: the plan's.
+    Returns: name, objectives, seeds, budget, budget_value, steps: the plan's.
         problems["objective/seed_0"]: why that run is left out, or differs from the plan.
         level: the p-value below which a difference is significant.
         scores[metric][split]: direction (1 higher is better, -1 lower, 0 neither), best_baseline,
@@ -80,7 +75,10 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
             metric: {c.column.split: _column_form(c) for c in verdict.of_metric(metric)}
             for metric in verdict.metrics
         },
-        "costs": _to_forms(verdict.costs),
+        "costs": {
+            objective: {name: asdict(summary) for name, summary in found.items()}
+            for objective, found in verdict.costs.items()
+        },
         "curves": {
             metric: {
                 objective: [{"step": point.step, **asdict(point.summary)} for point in points]
@@ -113,11 +111,4 @@ def _cell_form(cell: Cell) -> dict[str, Any]:
             name: difference and {**asdict(difference), "is_significant": difference.is_significant}
             for name, difference in differences.items()
         },
-    }
-
-
-def _to_forms(costs: Mapping[str, Mapping[str, Summary]]) -> dict[str, dict[str, Any]]:
-    return {
-        objective: {name: asdict(summary) for name, summary in found.items()}
-        for objective, found in costs.items()
     }

@@ -26,19 +26,15 @@ def staleness_metrics(
 ) -> dict[str, float]:
     """Ages of the student's response tokens that a step learns from; every token counts once.
 
-    Args:
-        trajectories: the step's; those that the student did not write have no age and are left out.
-        learner_version: version of the weights that the step begins with; a token's age is this
-            minus the version that sampled it.
-        max_staleness: S; each age 0..S has a share of its own, all older tokens have one together.
-        num_dropped: trajectories that were dropped as too old since the last step.
-
-    Returns:
-        staleness/dropped; if there are tokens of the student also learner/mean_staleness,
+    trajectories: the step's; those that the student did not write have no age and are left out.
+    learner_version: version of the weights that the step begins with; a token's age is this
+        minus the version that sampled it.
+    max_staleness: S; each age 0..S has a share of its own, all older tokens have one together.
+    num_dropped: trajectories that were dropped as too old since the last step.
+    Returns: staleness/dropped; if there are tokens of the student also learner/mean_staleness,
         learner/max_staleness, staleness/share_<age>, staleness/share_older and staleness/tokens.
-
-    Raises:
-        RecordError: a token is newer than the learner, or the student's and without a version.
+    Raises: RecordError if a token is newer than the learner, or the student's and without a
+        version.
     """
     ages: Counter[int] = Counter()
     for trajectory in trajectories:
@@ -77,8 +73,7 @@ def _describe(ages: Counter[int], max_staleness: int) -> dict[str, float]:
 def summarise_staleness(rows: Sequence[MetricRow]) -> dict[str, Any] | None:
     """The ages over a whole run, weighted by tokens; None if it has no such metrics.
 
-    Returns:
-        mean, max, shares (age, or "older" -> share of tokens, 0..1), dropped.
+    Returns: mean, max, shares (age, or "older" -> share of tokens, 0..1), dropped.
     """
     measured = [row.metrics for row in rows if row.metrics.get(TOKENS)]
     total = sum(metrics[TOKENS] or 0.0 for metrics in measured)

@@ -16,15 +16,14 @@ from transformers import AutoConfig, LlamaConfig
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
-from distill_system.language_model import (
-    LanguageModel,
-    choose_attention,
-    is_gguf,
+from distill_system.language_model.encoder_decoder import (
     may_hold_two_matrices,
     model_class,
     tie_weights,
-    unembedding,
 )
+from distill_system.language_model.gguf_files import is_gguf
+from distill_system.language_model.models import LanguageModel, unembedding
+from distill_system.language_model.packed_attention import choose_attention
 from distill_system.learner.sharding import find_blocks
 
 
@@ -56,9 +55,7 @@ class ModelShape:
 def read_shape(path: str, *, key: str, trust_remote_code: bool = False) -> ModelShape:
     """The shape of a folder's model, or of a hub model whose config.json has been fetched.
 
-    Args:
-        key: where the path stands in the configuration, for the message.
-
+    key: where the path stands in the configuration, for the message.
     Raises: ModelError if there is no config.json here; nothing is fetched.
     """
     file = Path(path)

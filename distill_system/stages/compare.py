@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
-from distill_system.comparison import Plan, run_key, write_comparison, write_plan
-from distill_system.comparison.plan import Budget, plan_path, read_plan
+from distill_system.comparison.plan import Budget, Plan, plan_path, read_plan, run_key, write_plan
+from distill_system.comparison.write import write_comparison
 from distill_system.config import RunConfig, load_config, require_one_run
 from distill_system.config.data import PretrainedTokenizer
 from distill_system.config.model import ModelConfig
 from distill_system.config.recipes import recipe_path
 from distill_system.errors import ConfigError, RunStateError
-from distill_system.observe import RunDirectory
+from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.run_lock import locked
 from distill_system.run.context import model_path
 from distill_system.run.model_checks import check_engine
@@ -114,13 +114,13 @@ def _compare(
 
 
 def _first_day(folder: Path) -> date:
-    """The day on which the comparison began: all its runs tell it to chat templates."""
-    if plan_path(folder).exists():
-        try:
-            return date.fromisoformat(read_plan(folder).config["data"]["chat_date"])
-        except (RunStateError, KeyError, TypeError, ValueError):
-            pass  # of an older version, or broken: this call writes it anew
-    return date.today()
+    """The day on which the comparison began: all its runs tell it to chat templates.
+
+    A plan of an older version says none.  Raises: RunStateError if plan.json holds something else.
+    """
+    begun = plan_path(folder).exists()
+    day = read_plan(folder).config.get("data", {}).get("chat_date") if begun else None
+    return date.today() if day is None else date.fromisoformat(day)
 
 
 def _check(request: ComparisonRequest) -> None:

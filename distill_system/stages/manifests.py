@@ -8,14 +8,11 @@ import yaml
 
 from distill_system.config import RunConfig, require_one_run
 from distill_system.errors import ConfigError, ModelError
-from distill_system.manifests import (
-    ManifestRequest,
-    build_objects,
-    check_paths,
-    plan_pod_memory,
-    pod_groups,
-)
-from distill_system.planning import Plan, make_plan
+from distill_system.manifests.groups import pod_groups
+from distill_system.manifests.kuberay import ManifestRequest, build_objects
+from distill_system.manifests.pod_memory import plan_pod_memory
+from distill_system.manifests.visible_paths import check_paths
+from distill_system.planning.plan import Plan, make_plan
 from distill_system.stages.plan import find_vocabulary
 
 
@@ -41,7 +38,14 @@ def render_manifests(
     if not {group.name for group in groups} <= memory_gib.keys():
         plan = _plan(config, device_gib)
     memory = plan_pod_memory(config, groups, plan, given_gib=memory_gib)
-    return dump_documents(build_objects(config, groups, memory, request))
+    return yaml.dump_all(
+        build_objects(config, groups, memory, request),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=100,
+        explicit_start=True,
+    )
 
 
 def _plan(config: RunConfig, device_gib: float) -> Plan:
@@ -52,13 +56,6 @@ def _plan(config: RunConfig, device_gib: float) -> Plan:
             f"the memory of the pods follows from the models, and these cannot be read here: "
             f"{error}. Or give the memory of every pool's pods yourself: --memory POOL=GIB"
         ) from error
-
-
-def dump_documents(objects: list[dict[str, object]]) -> str:
-    """Objects as YAML, one document each, keys in their order."""
-    return yaml.dump_all(
-        objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100, explicit_start=True
-    )
 
 
 class _Dumper(yaml.SafeDumper):

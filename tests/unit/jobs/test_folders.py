@@ -14,13 +14,12 @@ from typer.testing import CliRunner
 from distill_system.cli import app
 from distill_system.errors import DeadlineError, RunStateError
 from distill_system.jobs import folders
-from distill_system.observe import RunDirectory
-from distill_system.observe.run_directory import write_json
+from distill_system.observe.run_directory import RunDirectory, write_json
 from distill_system.observe.run_lock import Holder
 
 HOLD = """
 import signal, sys, time
-from distill_system.observe import RunDirectory
+from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.run_lock import locked
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0) if sys.argv[2] == "ends" else None)
 with locked(RunDirectory(sys.argv[1])):

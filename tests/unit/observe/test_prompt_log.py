@@ -5,8 +5,8 @@ import json
 import pytest
 
 from distill_system.errors import RunStateError
-from distill_system.observe import PromptLog, RunDirectory
-from distill_system.observe.prompt_log import read_prompts
+from distill_system.observe.metrics import PromptLog, read_prompts
+from distill_system.observe.run_directory import RunDirectory
 
 
 def _fill(run, steps):

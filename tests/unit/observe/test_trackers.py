@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from distill_system.errors import ConfigError
-from distill_system.observe import RunDirectory, require_trackers, write_report, write_summary
 from distill_system.observe import hosted_trackers as hosted
 from distill_system.observe import trackers as module
 from distill_system.observe.metrics import MetricLog, read_metrics
-from distill_system.observe.run_directory import write_json
+from distill_system.observe.report import write_report
+from distill_system.observe.run_directory import RunDirectory, write_json
+from distill_system.observe.summary import write_summary
+from distill_system.observe.trackers import require_trackers
 
 ROWS = [
     ("sft_student", 1, {"learner/loss": 3.5}),
@@ -151,9 +153,9 @@ class Fake(hosted.HostedTracker):
 
     title = "wandb"
 
-    def _open(self, run, name, config, kept):
+    def _open(self, kept):
         self.rows = []
-        opened.append((name, config["name"], dict(kept)))
+        opened.append((self.name, self.config["name"], dict(kept)))
         return {"id": kept.get("id", "x1"), "url": "https://somewhere/<x1>"}
 
     def log(self, stage, step, values):
@@ -185,7 +187,7 @@ def test_where_a_run_is_seen_stands_in_summary_and_report_and_a_second_life_is_t
 
 def test_a_tracker_that_cannot_be_opened_is_said_and_the_run_goes_on(run, monkeypatch):
     class Refusing(Fake):
-        def _open(self, run, name, config, kept):
+        def _open(self, kept):
             raise PermissionError("no API key")
 
     monkeypatch.setitem(hosted.HOSTED, "wandb", Refusing)

@@ -16,8 +16,7 @@ from distill_system.cli import app
 from distill_system.config import dump_config, load_config
 from distill_system.config.recipes import recipe_path
 from distill_system.errors import ConfigError, DataError, RunStateError
-from distill_system.observe import RunDirectory
-from distill_system.observe.run_directory import write_json, write_text
+from distill_system.observe.run_directory import RunDirectory, write_json, write_text
 from distill_system.stages.compare import ComparisonRequest, _load_objectives, compare
 from distill_system.stages.pilot import PILOT_STEPS, plan_steps
 from distill_system.stages.processes import TRAIN, Job, run_jobs
@@ -219,6 +218,9 @@ def test_all_runs_tell_chats_the_day_on_which_the_comparison_began(tmp_path, mon
     with pytest.raises(RunStateError):
         compare(request, notify=print)
     assert [job.config.data.chat_date for job in jobs] == [date(2001, 2, 3)] * 2
+    plan.write_text("{")
+    with pytest.raises(RunStateError, match=r"plan\.json is not JSON.*Remove it"):
+        compare(request, notify=print)
 
 
 def test_what_the_runs_will_read_is_read_before_they_are_given_a_start(tmp_path, monkeypatch):
