@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -150,7 +151,8 @@ _CONFIGURATIONS: dict[str, Callable[..., Any]] = {
     ),
     "gpt_oss": partial(GptOssConfig, **_EXPERTS, **_MIXED, num_local_experts=4),
     "stablelm": partial(StableLmConfig, **_NARROW),
-    # T5 as it was first, scaled before its unembedding, and gated without that
+    # T5 as it was first, scaled before its unembedding; as 1.1 and Flan: gated, with a matrix of
+    # its own for the unembedding
     "t5": partial(T5Config, **_T5),
     "t5_gated": partial(T5Config, **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "bart": partial(BartConfig, **_BART),
@@ -186,6 +188,9 @@ def save_family(
         configuration = make_configuration(family, num_rows=num_rows)
         kind = AutoModelForSeq2SeqLM if configuration.is_encoder_decoder else AutoModelForCausalLM
         model = kind.from_config(configuration)
+        if family == "t5_gated":
+            head = model.get_output_embeddings()
+            head.weight = torch.nn.Parameter(torch.randn_like(head.weight))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
@@ -193,8 +198,17 @@ def save_family(
             model.get_output_embeddings().weight[num_tokens:] *= 3.0
     model.generation_config.eos_token_id = end_ids
     model.save_pretrained(folder)
+    if family == "t5_gated":
+        _write_as_published(folder / "config.json")
     save_tokenizer(folder, num_tokens)
     return folder
+
+
+def _write_as_published(path: Path) -> None:
+    """Before transformers 5, which writes true and scale_decoder_outputs=false instead."""
+    form = json.loads(path.read_text())
+    del form["scale_decoder_outputs"]
+    path.write_text(json.dumps({**form, "tie_word_embeddings": False}))
 
 
 def save_tokenizer(folder: Path, vocab_size: int, *, ends_texts: bool = False) -> None:

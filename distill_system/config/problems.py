@@ -16,6 +16,7 @@ from distill_system.config.schema import Slot, describe, fields_of, quoted_list
 from distill_system.config.yaml_tree import Located, to_plain
 
 _LONGEST_VALUE = 80
+_MOST_PLACES = 3
 
 
 class _Spot:
@@ -113,8 +114,8 @@ def _unknown_key(spot: _Spot, key: str, root: Slot) -> str:
     near = difflib.get_close_matches(key, valid, n=1)
     elsewhere = _find_elsewhere(spot.path, key, root)
     foreign = find_ours(key)
-    if elsewhere is not None:
-        way_out = f"did you mean {elsewhere}?"
+    if 1 <= len(elsewhere) <= _MOST_PLACES:
+        way_out = f"did you mean {' or '.join(elsewhere)}?"
     elif foreign is not None:
         way_out = foreign
     else:
@@ -122,19 +123,14 @@ def _unknown_key(spot: _Spot, key: str, root: Slot) -> str:
     return f"{_head(spot)}: unknown key; {way_out}"
 
 
-def _find_elsewhere(path: str, key: str, root: Slot) -> str | None:
-    """The dotted path of the one key of this name that lies nearest to where it was written.
-
-    None if there is none, or several are equally near.
-    """
+def _find_elsewhere(path: str, key: str, root: Slot) -> list[str]:
+    """The dotted paths of the keys of this name that lie nearest to where it was written."""
     written = path.split(".")[:-1]
     places = sorted(
         (-_num_shared(written, found), len(found), ".".join(found))
         for found in _paths_to(key, root, ())
     )
-    if not places or (len(places) > 1 and places[0][:2] == places[1][:2]):
-        return None
-    return places[0][2]
+    return [place for *near, place in places if tuple(near) == places[0][:2]]
 
 
 def _num_shared(one: Sequence[str], other: Sequence[str]) -> int:

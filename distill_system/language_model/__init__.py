@@ -10,7 +10,12 @@ from distill_system.language_model.configuration_files import (
     read_generation_configuration,
 )
 from distill_system.language_model.embeddings import load_embedding, load_logit_cap
-from distill_system.language_model.encoder_decoder import find_decoder_start, model_class
+from distill_system.language_model.encoder_decoder import (
+    find_decoder_start,
+    may_hold_two_matrices,
+    model_class,
+    tie_weights,
+)
 from distill_system.language_model.families import (
     check_longest,
     choose_linear_modules,
@@ -80,6 +85,7 @@ __all__ = [
     "load_language_model",
     "load_logit_cap",
     "logit_cap",
+    "may_hold_two_matrices",
     "model_class",
     "one_line",
     "read_configuration",
@@ -90,5 +96,6 @@ __all__ = [
     "read_weights",
     "require_all_tensors",
     "require_trainable",
+    "tie_weights",
     "unembedding",
 ]

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from distill_system.errors import ModelError
 from distill_system.language_model.configuration_files import read_configuration
-from distill_system.language_model.encoder_decoder import model_class
+from distill_system.language_model.encoder_decoder import model_class, tie_weights
 from distill_system.language_model.families import logit_cap, name_in_files
+from distill_system.language_model.weight_files import holds_two_matrices
 
 
 def load_embedding(
@@ -35,12 +36,12 @@ def load_embedding(
     with torch.device("meta"):
         config = read_configuration(path, trust_remote_code=trust_remote_code)
         skeleton = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
-        skeleton.tie_weights()
+    folder = local_folder(path)
+    tie_weights(skeleton, two_matrices=holds_two_matrices(folder, config))
     inputs, outputs = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     wanted = inputs if which == "input" else outputs
     names = {parameter: name for name, parameter in skeleton.named_parameters()}
     name = name_in_files(config, names[wanted.weight])
-    folder = local_folder(path)
     index = folder / "model.safetensors.index.json"
     file = "model.safetensors"
     if index.exists():

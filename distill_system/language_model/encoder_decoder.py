@@ -56,6 +56,24 @@ def model_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
+def may_hold_two_matrices(config: Any) -> bool:
+    """Whether a T5's unembedding may be a matrix of its own, as that of T5 1.1 and Flan-T5.
+
+    Their config.json says tie_word_embeddings=false. transformers 5 makes true of it, keeps what it
+    said as scale_decoder_outputs, and reads two matrices where the files hold two.
+    """
+    return config.model_type == "t5" and not config.scale_decoder_outputs
+
+
+def tie_weights(model: Any, *, two_matrices: bool) -> None:
+    """Tie an empty model's parameters as its files do.  two_matrices: see may_hold_two_matrices."""
+    model.tie_weights()
+    if two_matrices:
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+        model.all_tied_weights_keys.pop("lm_head.weight")
+
+
 def find_decoder_start(model: Any) -> int | None:
     """The token that a decoder begins with; None of a model without an encoder.
 

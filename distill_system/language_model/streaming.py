@@ -19,10 +19,11 @@ from transformers import GenerationConfig
 from distill_system.errors import ModelError
 from distill_system.language_model.configuration_files import read_configuration
 from distill_system.language_model.embeddings import local_folder
-from distill_system.language_model.encoder_decoder import model_class
+from distill_system.language_model.encoder_decoder import model_class, tie_weights
 from distill_system.language_model.families import find_family, name_in_files
 from distill_system.language_model.models import LanguageModel
 from distill_system.language_model.packed_attention import choose_attention
+from distill_system.language_model.weight_files import holds_two_matrices
 
 Rename = Callable[[str], str | None]
 """A parameter's name in the model -> its name in the files, None if it is not in them."""
@@ -53,8 +54,8 @@ def build_empty_model(
             f"cannot build a language model from {path!r}: {error}. Give a folder with "
             "config.json and *.safetensors, or a model name of the Hugging Face hub"
         ) from error
-    model.tie_weights()
     folder = local_folder(path)
+    tie_weights(model, two_matrices=holds_two_matrices(folder, config))
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from distill_system.errors import ModelError
 from distill_system.language_model.configuration_files import one_line, read_json_object
-from distill_system.language_model.encoder_decoder import model_class
+from distill_system.language_model.encoder_decoder import may_hold_two_matrices, model_class
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -79,6 +79,17 @@ def check_weight_files(folder: Path, config: Any, *, trust_remote_code: bool = F
         )
     _require_prefix(folder, model, stored)
     _require_tied(folder, model, stored)
+
+
+def holds_two_matrices(folder: Path, config: Any) -> bool:
+    """Whether a T5's files hold an unembedding of its own, see may_hold_two_matrices.
+
+    Equal matrices are one: transformers ties them.  Raises: ModelError for a damaged file.
+    """
+    if not may_hold_two_matrices(config):
+        return False
+    stored, pair = read_headers(folder), ("shared.weight", "lm_head.weight")
+    return all(name in stored for name in pair) and not _are_equal(stored, *pair)
 
 
 def require_all_tensors(model: Any, info: Mapping[str, Any], name: str) -> None:
@@ -289,7 +300,10 @@ def _is_bare(model: Any, name: str, own: set[str]) -> bool:
 def _require_tied(folder: Path, model: Any, stored: Mapping[str, StoredTensor]) -> None:
     """Where one matrix serves as two, the files hold the first, and the second only if equal."""
     prefix = f"{model.base_model_prefix}."
+    has_two = may_hold_two_matrices(model.config)
     for target, source in model.all_tied_weights_keys.items():
+        if has_two and target == "lm_head.weight":
+            continue
         first, second = (
             next((n for n in (name, name.removeprefix(prefix)) if n in stored), None)
             for name in (source, target)

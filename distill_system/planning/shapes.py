@@ -20,7 +20,9 @@ from distill_system.language_model import (
     LanguageModel,
     choose_attention,
     is_gguf,
+    may_hold_two_matrices,
     model_class,
+    tie_weights,
     unembedding,
 )
 from distill_system.learner.sharding import find_blocks
@@ -133,5 +135,5 @@ def _build(config: Any, *, trust_remote_code: bool) -> LanguageModel:
             trust_remote_code=trust_remote_code,
             attn_implementation=choose_attention(config),
         )
-    model.tie_weights()
+    tie_weights(model, two_matrices=may_hold_two_matrices(config))
     return model.eval()

@@ -124,6 +124,40 @@ def test_a_cache_too_small_for_one_sequence_ends_the_run(
     assert not _checkpoints(configuration).exists()
 
 
+READS_OTHERWISE = """
+def scale_the_last_norm(module):
+    load = module._load_model
+
+    def load_otherwise(*arguments):
+        model = load(*arguments)
+        if is_worker("teacher_rollout-0"):
+            model.model.norm.weight.mul_(3.0)
+        return model
+
+    module._load_model = load_otherwise
+
+PATCHES = {"distill_system.rollout.transformers_engine": scale_the_last_norm}
+"""
+
+
+def test_an_engine_that_reads_its_model_otherwise_ends_the_run_before_its_first_step(
+    launch: Launch, configuration: Path
+) -> None:
+    environment = sabotaged(configuration.parent / "otherwise", READS_OTHERWISE)
+    launch = partial(launch, environment=environment)
+    run = launch("distill", configuration, "rollout.engine=transformers").finish()
+    _assert_one_message(
+        run,
+        "ModelError: start check: the teacher's engine and its torch model, the scorer, read",
+        "rounding in float32 explains 0.001 and 0.01",
+        "Nothing was learned",
+    )
+    assert not _checkpoints(configuration).exists()
+    metrics = configuration.parent / "run/metrics.jsonl"
+    assert not metrics.exists() or '"learner/loss"' not in metrics.read_text()
+    assert run.orphans() == []
+
+
 def _assert_interrupted(run: Run, number: signal.Signals) -> None:
     assert run.code == 128 + number
     assert MESSAGE.findall(run.stderr) == ["Interrupted: "]

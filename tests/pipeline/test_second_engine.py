@@ -21,7 +21,7 @@ def _metrics(run: Path) -> list[dict[str, float]]:
 def test_an_encoder_decoder_learns_from_another_and_is_exported(launch, tmp_path: Path) -> None:
     """Fine-tuning, both streams, slices of decoding with new weights between them, evaluation."""
     folders = {
-        role: save_family(tmp_path / role, "t5", seed=seed)
+        role: save_family(tmp_path / role, "t5_gated", seed=seed)
         for role, seed in (("teacher", 1), ("student", 2))
     }
     for folder in folders.values():

@@ -43,6 +43,7 @@ def _said(*overrides: str) -> str:
         ("teacher.sft.learning_rate=1e-5", "did you mean teacher.sft.optimizer.learning_rate?"),
         ("warmup_ratio=0.1", "did you mean distill.optimizer.warmup_ratio?"),
         ("distill.warmup_ratio=0.1", "did you mean distill.optimizer.warmup_ratio?"),
+        ("distill.shard_ranks=2", "did you mean learner.shard_ranks or scoring.shard_ranks?"),
         ("max_new_tokens=9", "it is rollout.sampling.max_response_tokens here"),
         ("rollout.max_new_tokens=9", "it is rollout.sampling.max_response_tokens here"),
         ("rollout.sampling.max_new_tokens=9", "it is rollout.sampling.max_response_tokens here"),
