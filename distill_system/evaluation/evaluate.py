@@ -139,8 +139,8 @@ def evaluate_splits(
     metrics: which scores.
     num_shown: generations kept per split for people to read.
     rouge, bleu: settings of the scorers.
-    Raises: DataError if as check_evaluation; RecordError if generate returned other prompts than it
-        was given.
+    Raises: DataError as check_evaluation does; RecordError if generate returned other prompts than
+        it was given.
     """
     for name, prompts in splits.items():
         _check_split(name, prompts, {})
