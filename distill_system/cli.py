@@ -143,6 +143,46 @@ def generate(
 
 
 @app.command()
+def cut(
+    settings: Settings,
+    layers: Annotated[int | None, typer.Option(min=1, help="Blocks that are kept.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(min=1, help="Units of the stream.")] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option(min=1, help="Neurons of each MLP.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Query heads of each block.")] = None,
+    key_value_heads: Annotated[
+        int | None, typer.Option(min=1, help="Key heads; without it as many queries share one.")
+    ] = None,
+    blocks: Annotated[
+        Literal["even", "important"], typer.Option(help="Which blocks are kept.")
+    ] = "even",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of data.student_sft to read.")] = 128,
+) -> None:
+    """Cut the student out of the teacher: student.path is written."""
+    with _reporting_errors():
+        from distill_system.config import load_config
+        from distill_system.cutting import CutRequest, cut_student
+
+        request = CutRequest(
+            config=load_config(*_sort(settings)),
+            num_layers=layers,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_heads=heads,
+            num_key_value_heads=key_value_heads,
+            blocks=blocks,
+            num_rows=rows,
+        )
+        report = cut_student(request)
+    before, after = report.parameters
+    print(f"{before:.1f} -> {after:.1f} million parameters: {report.folder}")
+    if report.losses is not None:
+        teacher, student = report.losses
+        print(f"cross-entropy of the rows: teacher {teacher:.3f}, student {student:.3f} nats")
+
+
+@app.command()
 def evaluate(
     settings: Settings,
     model: Annotated[

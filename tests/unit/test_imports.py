@@ -69,11 +69,13 @@ ALLOWED: dict[str, set[str]] = {
     | {"data", "learner", "cluster", "observe", "run", "driver", "planning", "comparison"}
     | {"evaluation", "manifests"},
     "offline": RECORDS | {"data", "rollout", "scoring", "cluster", "observe", "run", "planning"},
+    "cutting": RECORDS | {"data", "language_model", "learner"},
     "jobs": RECORDS | {"cluster", "data", "observe", "run", "stages"},
     "doctor": {"observe"},
     "api": RECORDS | {"observe", "stages"},
     "cli": RECORDS
-    | {"cluster", "jobs", "stages", "offline", "elastic", "planning", "manifests", "doctor"},
+    | {"cluster", "cutting", "jobs", "stages", "offline", "elastic", "planning", "manifests"}
+    | {"doctor"},
     "__main__": {"cli"},
 }
 
