@@ -22,7 +22,8 @@ from distill_system.cutting.layouts import (
     num_inputs,
 )
 from distill_system.errors import ModelError
-from distill_system.language_model import LanguageModel, model_class
+from distill_system.language_model.encoder_decoder import model_class
+from distill_system.language_model.models import LanguageModel
 from distill_system.learner.sharding import find_blocks
 
 
