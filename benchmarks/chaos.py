@@ -31,8 +31,8 @@ from typing import Any
 from record import write_result
 from small_runs import write_configuration
 
+from distill_system.observe import RunDirectory
 from distill_system.observe.metrics import read_metrics
-from distill_system.observe.run_directory import RunDirectory
 
 # small_runs has put tests/ on the path
 from faults import Fault, Injector, Outcome, Way, plan_faults, read_outcomes  # isort: skip

@@ -20,7 +20,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from distill_system.config.model import ArchitectureConfig, LearnerConfig
-from distill_system.language_model.models import build_language_model
+from distill_system.language_model import build_language_model
 from distill_system.language_model.packed_attention import (
     PackedLayout,
     packed_attention,

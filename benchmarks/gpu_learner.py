@@ -33,15 +33,13 @@ from distill_system.config.model import (
 )
 from distill_system.config.objective import AmmdConfig, ObjectiveConfig, TokenMatchingConfig
 from distill_system.config.objective.token_losses import ReverseKlConfig
-from distill_system.language_model.models import build_language_model
+from distill_system.language_model import build_language_model
 from distill_system.learner import Learner, ModelSource
 from distill_system.learner import student as student_module
 from distill_system.learner.collate import StreamTotals
 from distill_system.learner.microbatches import Microbatches
 from distill_system.learner.sharding import gather
-from distill_system.planning.learner_memory import learner_memory
-from distill_system.planning.loads import LearnerLoad
-from distill_system.planning.shapes import architecture_shape
+from distill_system.planning import LearnerLoad, architecture_shape, learner_memory
 from distill_system.records import (
     Author,
     Finish,

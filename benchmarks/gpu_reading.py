@@ -21,9 +21,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from distill_system.config.objective import MOMENTS
 from distill_system.config.objective.needs import SIGNALS
 from distill_system.config.rollout import ScoringConfig
-from distill_system.language_model.models import check_linear_read, check_packed_read
-from distill_system.language_model.packed_attention import PACKED_ATTENTION
-from distill_system.language_model.sequences import SequenceBatch, read_hidden
+from distill_system.language_model import (
+    PACKED_ATTENTION,
+    SequenceBatch,
+    check_linear_read,
+    check_packed_read,
+    read_hidden,
+)
 from distill_system.objectives import make_action_embeddings, read_vocabulary
 from distill_system.objectives.divergences import kl_divergence
 from distill_system.objectives.vocabulary import TeacherDistribution, sum_over_vocabulary

@@ -18,7 +18,7 @@ import torch
 from objective_forms import CLOCKS, PeakMemory
 
 from distill_system.config.model import ArchitectureConfig
-from distill_system.language_model.models import LanguageModel, build_language_model
+from distill_system.language_model import LanguageModel, build_language_model
 
 SEED = 0
 SHORTEST_PROMPT, SHORTEST_RESPONSE = 4, 4

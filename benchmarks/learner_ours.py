@@ -26,7 +26,7 @@ from learner_case import Sequence as Ragged
 from objective_forms import CLOCKS, STEP
 
 from distill_system.config.model import LearnerConfig, OptimizerConfig
-from distill_system.language_model.models import unembedding
+from distill_system.language_model import unembedding
 from distill_system.learner import Learner, ModelSource
 from distill_system.learner.collate import StreamTotals
 from distill_system.learner.optimizer import build_optimizers, clip_gradients

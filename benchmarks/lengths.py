@@ -252,8 +252,8 @@ def _make_texts(workload: Workload, count: int) -> list[Any]:
 
 def measure_run(arguments: argparse.Namespace, length: int, staleness: int) -> dict[str, Any]:
     """A row of whole runs: AMMD, both streams, every worker."""
+    from distill_system.observe import RunDirectory
     from distill_system.observe.metrics import read_metrics
-    from distill_system.observe.run_directory import RunDirectory
 
     workload = Workload(
         lengths="fixed",

@@ -40,9 +40,7 @@ from distill_system.config.model import (
 from distill_system.config.objective import AmmdConfig
 from distill_system.learner import Learner, ModelSource
 from distill_system.learner.collate import StreamTotals
-from distill_system.planning.learner_memory import learner_memory
-from distill_system.planning.loads import LearnerLoad
-from distill_system.planning.shapes import architecture_shape
+from distill_system.planning import LearnerLoad, architecture_shape, learner_memory
 from distill_system.records import Author, Stream, TeacherTargets, Trajectory, TrajectoryChunk
 
 MIB = 2**20

@@ -9,11 +9,9 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from distill_system.config import RunConfig, load_config
-from distill_system.planning.learner_memory import learner_memory
+from distill_system.planning import Memory, ModelShape, learner_memory, measure_shape, scorer_memory
 from distill_system.planning.loads import distillation_load
-from distill_system.planning.memory import GIB, PROCESS_BYTES, Memory
-from distill_system.planning.scorer_memory import scorer_memory
-from distill_system.planning.shapes import ModelShape, measure_shape
+from distill_system.planning.memory import GIB, PROCESS_BYTES
 
 DEVICES = (80, 141)
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"

@@ -11,8 +11,7 @@ from modelled_pools import ModelledLearner, ModelledRollout, ModelledScorer
 from modelled_runs import POOLS, Measured, Setting, mean_ages
 
 from distill_system.learner import LearnerGroup
-from distill_system.observe.run_directory import RunDirectory
-from distill_system.observe.timings import Timings
+from distill_system.observe import RunDirectory, Timings
 from distill_system.records import Author
 from distill_system.rollout import RolloutPool
 from distill_system.scoring import ScoringPool

@@ -27,17 +27,17 @@ from modelled_pools import EngineCost, ModelledLearner, ModelledRollout, Modelle
 from modelled_runs import POOLS, Measured, Setting, mean_ages
 from rich.console import Console
 
+from distill_system.cluster import (
+    ClusterSession,
+    ElasticPool,
+    RayWorkers,
+    SupervisedWorkers,
+    WorkerRequest,
+)
 from distill_system.cluster.liveness import LivenessMonitor
-from distill_system.cluster.placement import ElasticPool, WorkerRequest
-from distill_system.cluster.session import ClusterSession
-from distill_system.cluster.supervised import SupervisedWorkers
-from distill_system.cluster.workers import RayWorkers
 from distill_system.driver import Driver
 from distill_system.learner import LearnerGroup
-from distill_system.observe.live import LiveView
-from distill_system.observe.metrics import MetricLog, PromptLog
-from distill_system.observe.run_directory import RunDirectory
-from distill_system.observe.timings import Timings
+from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, Timings
 from distill_system.records import Author
 from distill_system.rollout import RolloutPool
 from distill_system.run.context import RunContext

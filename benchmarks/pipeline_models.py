@@ -23,7 +23,7 @@ from distill_system.config import RunConfig, load_config
 from distill_system.config.model import ArchitectureConfig
 from distill_system.data import PromptFrontier, build_tokenizer, load_run_data, source_shares
 from distill_system.data.run_data import SetName
-from distill_system.language_model.models import build_language_model
+from distill_system.language_model import build_language_model
 
 SEED = 0
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"

@@ -14,8 +14,8 @@ from typing import Any
 
 from pipeline_models import Workload, write_configuration
 
+from distill_system.observe import RunDirectory
 from distill_system.observe.metrics import MetricRow, read_metrics
-from distill_system.observe.run_directory import RunDirectory
 
 DRAIN = 4
 """Steps at the end that do not count: the streams run out of prompts to give out."""

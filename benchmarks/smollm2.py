@@ -86,7 +86,7 @@ def _make(path: Path, make: Any) -> None:
 
 
 def _make_teacher(folder: Path, gguf: Path | None) -> None:
-    from distill_system.language_model.gguf_files import convert_gguf
+    from distill_system.language_model import convert_gguf
 
     with tempfile.TemporaryDirectory() as temporary:
         convert_gguf(gguf or _download(Path(temporary)), folder)

@@ -36,7 +36,7 @@ import psutil
 from record import write_result
 from small_runs import write_configuration
 
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 
 # small_runs has put tests/ on the path
 from faults import find_workers, newest_step  # isort: skip

@@ -521,7 +521,7 @@ def plan(
     with _reporting_errors():
         config = _load(settings, objective)
         from distill_system.config import planned_runs
-        from distill_system.planning.table import render_plan
+        from distill_system.planning import render_plan
         from distill_system.stages.plan import plan_run
 
         each = [plan_run(run, device_gib=device_gib) for run in planned_runs(config)]
@@ -588,7 +588,7 @@ def manifests(
     A worker group for each pool, with the CPUs, GPUs and memory that its workers need.
     """
     with _reporting_errors():
-        from distill_system.manifests.kuberay import ManifestRequest
+        from distill_system.manifests import ManifestRequest
         from distill_system.stages.manifests import render_manifests
 
         text = render_manifests(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_system.comparison.plan import Plan, run_directory, write_plan
+from distill_system.comparison import Plan, run_directory, write_plan
 from distill_system.observe.metrics import MetricLog
 from distill_system.observe.run_directory import write_json
 from distill_system.observe.summary import write_evaluation

@@ -19,8 +19,8 @@ import psutil
 from machines import Machine, RayNodes
 
 from distill_system.cluster.placement import WORKER_VARIABLE
+from distill_system.observe import RunDirectory
 from distill_system.observe.fault_log import FaultRow, read_faults
-from distill_system.observe.run_directory import RunDirectory
 
 if TYPE_CHECKING:  # scripts reach that module by another name
     from pipeline.command_line import Run

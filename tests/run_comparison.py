@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from distill_system.observe import RunDirectory
 from distill_system.observe.metrics import read_metrics, read_prompts
-from distill_system.observe.run_directory import RunDirectory
 
 CLOCKS = (
     *("seconds/", "tokens_per_second/", "busy_share/", "starved_share/", "blocked_share/"),

@@ -27,13 +27,12 @@ from simulated_pools import (
     simulated_run,
 )
 
-from distill_system.cluster.placement import ElasticPool, WorkerRequest
+from distill_system.cluster import ElasticPool, WorkerRequest
 from distill_system.config import RunConfig
 from distill_system.data import PromptFrontier
 from distill_system.elastic import ElasticPools
 from distill_system.errors import DeadlineError, TransferError, WorkerLostError
-from distill_system.observe.fault_log import FaultLog
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import FaultLog, RunDirectory
 from distill_system.records import Author, Stream
 from distill_system.streams.asynchronous import AsynchronousStreams
 from distill_system.workers import StartedWorker

@@ -17,7 +17,7 @@ import numpy as np
 from fakes.direct_transfer import DirectTransfer
 
 from distill_system.cluster.waiting import MANY_CALLS
-from distill_system.observe.timings import Timings
+from distill_system.observe import Timings
 from distill_system.records import (
     Author,
     Finish,

@@ -24,7 +24,7 @@ from distill_system.cutting.layouts import require_layouts
 from distill_system.cutting.surgery import Choice, Shape, check_shape, cut_model
 from distill_system.data import build_tokenizer, load_run_data, tokenizer_texts
 from distill_system.errors import ConfigError, ModelError, RunStateError
-from distill_system.language_model.models import LanguageModel, load_language_model
+from distill_system.language_model import LanguageModel, load_language_model
 from distill_system.records import Trajectory
 
 CUT_RECORD = "cut.json"
@@ -83,7 +83,7 @@ def cut_student(request: CutRequest) -> CutReport:
     model, name = _load(config, teacher), f"teacher.path={teacher!r}"
     whole = Shape.of(model)
     wanted = _shape(request, whole)
-    check_shape(whole, wanted, model.config, name)
+    check_shape(model, wanted, name)
     if request.is_measured:
         require_layouts(model, name)
     importance = measure_importance(model, texts) if texts else _unmeasured(whole)

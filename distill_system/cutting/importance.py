@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill_system.cutting.layouts import find_layout, num_inputs
-from distill_system.language_model.models import LanguageModel
+from distill_system.language_model import LanguageModel
 from distill_system.learner.sharding import find_blocks
 from distill_system.records import Trajectory
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill_system.errors import ModelError
-from distill_system.language_model.models import LanguageModel
+from distill_system.language_model import LanguageModel
 
 Axis = tuple[str, ...]
 """The groups that stand one behind another along an axis; none: the axis is left whole."""

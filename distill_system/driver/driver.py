@@ -24,7 +24,7 @@ from distill_system.driver.start_check import StartCheck
 from distill_system.driver.teacher_text import TeacherText
 from distill_system.elastic import ElasticPools, ScaleRequests
 from distill_system.errors import DeadlineError, NonFiniteError, WorkerLostError
-from distill_system.observe.fault_log import FaultLog
+from distill_system.observe import FaultLog
 from distill_system.records import StepResult
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools, restart_learner

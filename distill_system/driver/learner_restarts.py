@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from distill_system.elastic import ReplacementBudget
 from distill_system.errors import DeadlineError, NonFiniteError, WorkerLostError
-from distill_system.observe.fault_log import FaultLog
+from distill_system.observe import FaultLog
 from distill_system.run.context import RunContext
 
 MOST_AT_ONE_STEP = 3

@@ -15,7 +15,7 @@ from distill_system.data import RunData
 from distill_system.driver.engine_drift import EngineDrift
 from distill_system.errors import TransferError
 from distill_system.evaluation import SplitEvaluation, evaluate_splits
-from distill_system.observe.summary import write_evaluation
+from distill_system.observe import write_evaluation
 from distill_system.records import (
     OBJECTIVE_STREAMS,
     FloatArray,

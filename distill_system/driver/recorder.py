@@ -14,14 +14,15 @@ from distill_system.driver.collapse import CollapseWatch
 from distill_system.driver.early_stopping import EarlyStopping
 from distill_system.elastic.scaling import ScalingObservation
 from distill_system.errors import CollapseError, ConfigError, RunStateError
-from distill_system.observe.activity import (
+from distill_system.observe import (
+    FaultLog,
     RecentActivity,
     activity_metrics,
+    find_bottleneck,
     join_stretches,
+    shares_cores,
     wire_metrics,
 )
-from distill_system.observe.bottleneck import find_bottleneck, shares_cores
-from distill_system.observe.fault_log import FaultLog
 from distill_system.records import PoolActivity, StepResult
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext

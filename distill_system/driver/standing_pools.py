@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distill_system.cluster.placement import ElasticPool
-from distill_system.cluster.session import ClusterSession
+from distill_system.cluster import ClusterSession, ElasticPool
 from distill_system.config import RunConfig
 from distill_system.config.evaluation import MetricName
 from distill_system.driver.learner_restarts import LearnerRestarts
@@ -18,7 +17,7 @@ from distill_system.driver.measuring import Measuring, score_splits
 from distill_system.elastic import ElasticPools
 from distill_system.errors import DeadlineError, NonFiniteError, WorkerLostError
 from distill_system.evaluation import SplitEvaluation
-from distill_system.observe.fault_log import FaultLog
+from distill_system.observe import FaultLog
 from distill_system.records import Prompt, Trajectory
 from distill_system.rollout import RolloutPool
 from distill_system.run.context import RunContext

@@ -9,7 +9,7 @@ from distill_system.config.evaluation import MetricName
 from distill_system.driver.measuring import Evaluating
 from distill_system.driver.standing_pools import supervise_standing
 from distill_system.driver.start_check import start_writing
-from distill_system.observe.fault_log import FaultLog
+from distill_system.observe import FaultLog
 from distill_system.records import Trajectory
 from distill_system.rollout import RolloutPool
 from distill_system.run.context import RunContext

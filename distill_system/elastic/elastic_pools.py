@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, Self
 
-from distill_system.cluster.placement import ElasticPool, WorkerRequest
+from distill_system.cluster import ElasticPool, WorkerRequest
 from distill_system.config.pools import ELASTIC_POOLS, FaultsConfig, ScalingConfig
 from distill_system.elastic.replacement_budget import ReplacementBudget
 from distill_system.elastic.scale_requests import PoolStatus, ScaleRequests, ScaleStatus

@@ -15,7 +15,7 @@ from distill_system.errors import (
     ResourceError,
     RunStateError,
 )
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.observe.run_status import find_run
 
 POLL_SECONDS = 0.5

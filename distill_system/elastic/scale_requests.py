@@ -25,8 +25,8 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from distill_system.errors import RunStateError
+from distill_system.observe import RunDirectory
 from distill_system.observe.run_directory import (
-    RunDirectory,
     read_form,
     read_form_if_exists,
     told_as_unwritable,

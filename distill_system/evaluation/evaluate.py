@@ -139,7 +139,7 @@ def evaluate_splits(
     metrics: which scores.
     num_shown: generations kept per split for people to read.
     rouge, bleu: settings of the scorers.
-    Raises: DataError as check_evaluation does; RecordError if generate returned other prompts than
+    Raises: DataError, as check_evaluation does; RecordError if generate returned other prompts than
         it was given.
     """
     for name, prompts in splits.items():

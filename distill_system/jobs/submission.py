@@ -26,7 +26,7 @@ from distill_system.cluster.job_client import Job, JobOrder
 from distill_system.config import RunConfig, dump_config, load_stages, planned_runs
 from distill_system.errors import ConfigError, RunStateError
 from distill_system.jobs.cluster_paths import write_out_paths
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 
 CONFIG_FILE = "run.json"
 

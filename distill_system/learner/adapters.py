@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill_system.config.model import LoraUpdate
-from distill_system.language_model.families import choose_linear_modules, find_family
-from distill_system.language_model.models import LanguageModel
+from distill_system.language_model import LanguageModel, choose_linear_modules, find_family
 from distill_system.learner.sharding import gather
 from distill_system.seeds import derive_seed
 from distill_system.weights.buckets import ParameterMetadata

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill_system.config.objective.needs import SIGNALS, Signal
 from distill_system.errors import RecordError
-from distill_system.language_model.sequences import SequenceBatch
+from distill_system.language_model import SequenceBatch
 from distill_system.objectives import TeacherRows, TokenRows
 from distill_system.records import Stream, TeacherTargets, Trajectory, TrajectoryChunk
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from distill_system.errors import RunStateError
-from distill_system.language_model.models import LanguageModel
+from distill_system.language_model import LanguageModel
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

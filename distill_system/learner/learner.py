@@ -21,10 +21,13 @@ from distill_system.config.distill import StalenessConfig
 from distill_system.config.model import LearnerConfig, LoraUpdate, OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
 from distill_system.errors import NonFiniteError
-from distill_system.language_model.encoder_decoder import find_decoder_start
-from distill_system.language_model.families import logit_cap
-from distill_system.language_model.models import unembedding
-from distill_system.language_model.sequences import SequenceBatch, count_parts
+from distill_system.language_model import (
+    SequenceBatch,
+    count_parts,
+    find_decoder_start,
+    logit_cap,
+    unembedding,
+)
 from distill_system.learner.acting_weights import acting_weights, round_parameters
 from distill_system.learner.adapters import (
     MergedSource,

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill_system.language_model.sequences import Part, SequenceBatch, read_part
+from distill_system.language_model import Part, SequenceBatch, read_part
 from distill_system.learner.sharding import Policy
 
 

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distill_system.config.model import LearnerConfig
 from distill_system.errors import ModelError
-from distill_system.language_model.models import LanguageModel
+from distill_system.language_model import LanguageModel
 
 Read = TypeVar("Read")
 

@@ -11,14 +11,15 @@ from functools import partial
 import torch
 
 from distill_system.config.model import ArchitectureConfig, FullUpdate, LoraUpdate
-from distill_system.language_model.models import (
+from distill_system.language_model import (
     LanguageModel,
+    build_empty_model,
     build_language_model,
     check_linear_read,
     check_packed_read,
     load_language_model,
+    read_weights,
 )
-from distill_system.language_model.streaming import build_empty_model, read_weights
 from distill_system.learner.adapters import add_adapters, checkpoint_name, initialise_adapters
 from distill_system.learner.sharding import Policy, allocate
 

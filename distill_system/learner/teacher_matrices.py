@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distill_system.config.objective import ObjectiveConfig
-from distill_system.language_model.embeddings import load_embedding, load_logit_cap
+from distill_system.language_model import load_embedding, load_logit_cap
 from distill_system.learner.sharding import gather, shard_rows
 from distill_system.learner.student import ModelSource
 from distill_system.objectives import PolicyHeads, make_action_embeddings

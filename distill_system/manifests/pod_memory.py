@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from distill_system.config import RunConfig
 from distill_system.errors import ConfigError, ResourceError
 from distill_system.manifests.groups import PodGroup
+from distill_system.planning import Plan, WorkerPlan
 from distill_system.planning.memory import GIB
-from distill_system.planning.plan import Plan, WorkerPlan
 
 MARGIN = 1.5
 """What a worker's allocator may hold above what is alive: up to 46 % more was measured in float32

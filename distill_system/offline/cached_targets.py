@@ -22,11 +22,10 @@ from distill_system.data import (
 )
 from distill_system.data.target_store import require_room, target_folder
 from distill_system.errors import ConfigError
-from distill_system.observe.live import LiveView
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import LiveView, RunDirectory
 from distill_system.offline.samples import cut_batches
 from distill_system.offline.workers import TargetWriter
-from distill_system.planning.shapes import ModelShape, read_shape
+from distill_system.planning import ModelShape, read_shape
 from distill_system.records import Author
 from distill_system.run.sample_origin import describe_reading, sample_origin
 from distill_system.run.worker_requests import scorer_arguments, torch_environment

@@ -14,13 +14,12 @@ from typing import Any
 
 import pyarrow
 
+from distill_system.cluster import ClusterSession, require_room
 from distill_system.cluster.batch_inference import infer_batches
-from distill_system.cluster.session import ClusterSession
-from distill_system.cluster.supply import require_room
 from distill_system.config import RunConfig, require_one_run
 from distill_system.data import SampleOrigin, TrajectoryStore, load_run_data, store_path
 from distill_system.errors import ConfigError
-from distill_system.observe.live import LiveView
+from distill_system.observe import LiveView
 from distill_system.observe.run_lock import locked
 from distill_system.offline.cached_targets import CachedTargets
 from distill_system.offline.samples import SampleKeeper, cut_batches, plan_samples

@@ -24,8 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from distill_system.config.model import LoraUpdate
 from distill_system.config.objective import TeacherNeeds
-from distill_system.language_model.models import LanguageModel, unembedding
-from distill_system.language_model.sequences import count_parts
+from distill_system.language_model import LanguageModel, count_parts, unembedding
 from distill_system.learner import Learner, ModelSource
 from distill_system.learner.acting_weights import set_aside
 from distill_system.learner.adapters import add_adapters

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distill_system.config.model import LearnerConfig
 from distill_system.config.objective.needs import Signal
 from distill_system.config.run import RunConfig
-from distill_system.language_model.models import LanguageModel
+from distill_system.language_model import LanguageModel
 from distill_system.learner.sharding import Policy, allocate, shard_policy, shard_rows
 from distill_system.planning.learner_memory import CPU, blocks_of_a_gpu, mesh_of_one
 from distill_system.planning.loads import scored_at_once, teacher_needs

@@ -16,14 +16,15 @@ from transformers import AutoConfig, LlamaConfig
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
-from distill_system.language_model.encoder_decoder import (
+from distill_system.language_model import (
+    LanguageModel,
+    choose_attention,
+    is_gguf,
     may_hold_two_matrices,
     model_class,
     tie_weights,
+    unembedding,
 )
-from distill_system.language_model.gguf_files import is_gguf
-from distill_system.language_model.models import LanguageModel, unembedding
-from distill_system.language_model.packed_attention import choose_attention
 from distill_system.learner.sharding import find_blocks
 
 

@@ -34,8 +34,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from distill_system.errors import ModelError, ResourceError
-from distill_system.language_model.encoder_decoder import find_decoder_start, model_class
-from distill_system.language_model.weight_files import require_all_tensors
+from distill_system.language_model import find_decoder_start, model_class, require_all_tensors
 from distill_system.records import EngineLoad, Int32Array
 from distill_system.rollout.drawing import Truncation, draw_tokens, draw_uniforms
 from distill_system.rollout.engine import Completion, EngineSpecification, GenerationEngine

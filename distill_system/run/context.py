@@ -6,15 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill_system.cluster.session import ClusterSession
+from distill_system.cluster import ClusterSession
 from distill_system.config import RunConfig
 from distill_system.config.model import ModelConfig
 from distill_system.data import RunData
-from distill_system.observe.live import LiveView
-from distill_system.observe.metrics import MetricLog, PromptLog
-from distill_system.observe.run_directory import RunDirectory
-from distill_system.observe.run_writes import RunWrites
-from distill_system.observe.timings import Timings
+from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, RunWrites, Timings
 from distill_system.stopping import StopRequest
 
 

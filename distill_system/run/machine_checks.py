@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from distill_system.cluster.supply import joins_a_cluster
+from distill_system.cluster import joins_a_cluster
 from distill_system.config import RunConfig
 from distill_system.errors import ResourceError
 from distill_system.network import describe_interfaces, find_missing_interface

@@ -17,7 +17,7 @@ from pyarrow import ArrowException, fs
 
 from distill_system.config import RunConfig
 from distill_system.errors import ConfigError, RunStateError
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.run.checkpoints import MANIFEST_FILE
 
 SEND_SECONDS = 60.0

@@ -19,19 +19,22 @@ from distill_system.config.model import LoraUpdate, ModelConfig
 from distill_system.data import RunData, longest_row
 from distill_system.errors import ConfigError, DataError, ModelError
 from distill_system.hub import require_hub_model
-from distill_system.language_model.configuration_files import one_line, read_configuration
-from distill_system.language_model.families import (
+from distill_system.language_model import (
     check_longest,
+    check_quantised,
+    check_settings,
+    check_streamed,
+    check_weight_files,
     choose_linear_modules,
     find_family,
+    is_gguf,
+    is_quantised,
     is_read_packed,
+    one_line,
+    read_configuration,
+    read_headers,
     require_trainable,
 )
-from distill_system.language_model.gguf_files import is_gguf
-from distill_system.language_model.quantised import check_quantised, is_quantised
-from distill_system.language_model.settings import check_settings
-from distill_system.language_model.streaming import check_streamed
-from distill_system.language_model.weight_files import check_weight_files, read_headers
 from distill_system.learner.sharding import find_blocks
 from distill_system.records import Trajectory
 from distill_system.run.vocabulary import check_exportable, stop_token_ids, vocabulary_size

@@ -7,8 +7,8 @@ from pathlib import Path
 from distill_system.config import RunConfig
 from distill_system.config.model import ModelConfig
 from distill_system.errors import ModelError
-from distill_system.language_model.gguf_files import convert_gguf, is_gguf
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.language_model import convert_gguf, is_gguf
+from distill_system.observe import RunDirectory
 
 
 def find_gguf_files(config: RunConfig) -> list[str]:

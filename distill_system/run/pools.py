@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distill_system.cluster.placement import ElasticPool, WorkerRequest
-from distill_system.cluster.session import ClusterSession
-from distill_system.cluster.supervised import SupervisedWorkers
-from distill_system.cluster.workers import RayWorkers
+from distill_system.cluster import (
+    ClusterSession,
+    ElasticPool,
+    RayWorkers,
+    SupervisedWorkers,
+    WorkerRequest,
+)
 from distill_system.config import RunConfig
 from distill_system.config.model import ModelConfig
 from distill_system.learner import LearnerGroup, ModelSource

@@ -16,10 +16,10 @@ from distill_system.config import RunConfig, dump_config, load_config
 from distill_system.data import build_tokenizer, tokenizer_texts
 from distill_system.errors import ConfigError, RunStateError
 from distill_system.job_process import is_job
-from distill_system.language_model.configuration_files import one_line
-from distill_system.observe.environment import write_environment
+from distill_system.language_model import one_line
+from distill_system.observe import RunDirectory, write_environment
 from distill_system.observe.recorded import flatten, read_config
-from distill_system.observe.run_directory import RunDirectory, remove_half_written, write_text
+from distill_system.observe.run_directory import remove_half_written, write_text
 from distill_system.run.model_checks import check_folders, check_models
 
 MAY_CHANGE = (

@@ -21,7 +21,7 @@ from distill_system.data import (
 )
 from distill_system.data.target_store import target_folder
 from distill_system.errors import RunStateError
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.records import Author, TeacherTargets
 from distill_system.run.context import RunContext, model_path, sft_directory
 from distill_system.run.vocabulary import stop_token_ids

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from distill_system.cluster import EveryWorker, RayWorkers, all_named_handles
 from distill_system.cluster.liveness import LivenessMonitor
-from distill_system.cluster.weight_sync import EveryWorker
-from distill_system.cluster.workers import RayWorkers, all_named_handles
 from distill_system.errors import DeadlineError, TransferError, WorkerLostError
 from distill_system.learner import LearnerGroup
 from distill_system.records import WeightVersion

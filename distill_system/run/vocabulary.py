@@ -8,7 +8,7 @@ from typing import Any
 from distill_system.config import RunConfig
 from distill_system.config.model import ModelConfig
 from distill_system.errors import ModelError
-from distill_system.language_model.configuration_files import read_generation_configuration
+from distill_system.language_model import read_generation_configuration
 
 
 def vocabulary_size(tokenizer: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from distill_system.cluster.placement import WorkerRequest
+from distill_system.cluster import WorkerRequest
 from distill_system.config import RunConfig
 from distill_system.config.model import OptimizerConfig
 from distill_system.config.objective import ObjectiveConfig
@@ -21,7 +21,7 @@ from distill_system.config.rollout import EngineConfig
 from distill_system.learner import Learner, ModelSource
 from distill_system.logs import log_environment
 from distill_system.network import interface_environment
-from distill_system.observe.run_gauges import EngineGauges
+from distill_system.observe import EngineGauges
 from distill_system.records import Author
 from distill_system.rollout import RolloutWorker, engine_environment
 from distill_system.run.context import RunContext

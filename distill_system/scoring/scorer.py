@@ -18,15 +18,16 @@ from torch import Tensor
 from distill_system.config.objective.needs import SIGNALS, Signal, TeacherNeeds
 from distill_system.config.rollout import ScoringConfig
 from distill_system.errors import NonFiniteError
-from distill_system.language_model.encoder_decoder import find_decoder_start
-from distill_system.language_model.families import logit_cap
-from distill_system.language_model.models import (
+from distill_system.language_model import (
     LanguageModel,
+    SequenceBatch,
     cut_rows,
+    find_decoder_start,
     load_language_model,
+    logit_cap,
+    read_hidden,
     unembedding,
 )
-from distill_system.language_model.sequences import SequenceBatch, read_hidden
 from distill_system.objectives import make_action_embeddings, read_top_k, read_vocabulary
 from distill_system.records import (
     FloatArray,

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from distill_system.cluster.session import ClusterSession
+from distill_system.cluster import ClusterSession
 from distill_system.config import RunConfig
 from distill_system.config.objective.token_losses import InterpolatedCrossEntropyConfig
 from distill_system.data import build_tokenizer
-from distill_system.observe.live import LiveView
+from distill_system.observe import LiveView
 from distill_system.run.model_data import load_model_data
 from distill_system.run.pools import open_reading_pool
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
-from distill_system.comparison.plan import Budget, Plan, plan_path, read_plan, run_key, write_plan
-from distill_system.comparison.write import write_comparison
+from distill_system.comparison import Plan, run_key, write_comparison, write_plan
+from distill_system.comparison.plan import Budget, plan_path, read_plan
 from distill_system.config import RunConfig, load_config, require_one_run
 from distill_system.config.data import PretrainedTokenizer
 from distill_system.config.model import ModelConfig
 from distill_system.config.recipes import recipe_path
 from distill_system.errors import ConfigError, RunStateError
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.observe.run_lock import locked
 from distill_system.run.context import model_path
 from distill_system.run.model_checks import check_engine

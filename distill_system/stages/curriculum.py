@@ -11,16 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
-from distill_system.cluster.supply import require_room
+from distill_system.cluster import require_room
 from distill_system.config import RunConfig, load_stages, require_one_run
 from distill_system.config.curriculum import Stage
 from distill_system.data import build_tokenizer, load_run_data, tokenizer_texts
 from distill_system.errors import DistillError
 from distill_system.evaluation import check_evaluation
-from distill_system.observe.report import write_curriculum
-from distill_system.observe.run_directory import RunDirectory, read_json, write_json
+from distill_system.observe import RunDirectory, require_trackers, write_curriculum
+from distill_system.observe.run_directory import read_json, write_json
 from distill_system.observe.run_lock import locked
-from distill_system.observe.trackers import require_trackers
 from distill_system.run.mirror import mirrored
 from distill_system.run.model_checks import check_data, check_engine, check_folders, check_models
 from distill_system.run.preparation import (

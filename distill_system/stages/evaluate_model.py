@@ -15,8 +15,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from distill_system.cluster.session import ClusterSession
-from distill_system.cluster.supply import require_room
+from distill_system.cluster import ClusterSession, require_room
 from distill_system.config import RunConfig
 from distill_system.config.base import check_path
 from distill_system.config.data import PretrainedTokenizer
@@ -26,8 +25,8 @@ from distill_system.data import build_tokenizer
 from distill_system.driver.standing_pools import score_model
 from distill_system.errors import ConfigError
 from distill_system.evaluation import SplitEvaluation, check_evaluation
+from distill_system.observe import LiveView
 from distill_system.observe.formats import format_metric, format_value
-from distill_system.observe.live import LiveView
 from distill_system.observe.run_directory import RunDirectory, write_json
 from distill_system.run.model_checks import check_folders, check_models
 from distill_system.run.model_data import load_model_data

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from distill_system.config import RunConfig
 from distill_system.config.evaluation import MetricName
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.observe.summary import read_evaluation
 from distill_system.run.checkpoints import CheckpointStore
 

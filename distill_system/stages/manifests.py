@@ -8,11 +8,14 @@ import yaml
 
 from distill_system.config import RunConfig, require_one_run
 from distill_system.errors import ConfigError, ModelError
-from distill_system.manifests.groups import pod_groups
-from distill_system.manifests.kuberay import ManifestRequest, build_objects
-from distill_system.manifests.pod_memory import plan_pod_memory
-from distill_system.manifests.visible_paths import check_paths
-from distill_system.planning.plan import Plan, make_plan
+from distill_system.manifests import (
+    ManifestRequest,
+    build_objects,
+    check_paths,
+    plan_pod_memory,
+    pod_groups,
+)
+from distill_system.planning import Plan, make_plan
 from distill_system.stages.plan import find_vocabulary
 
 

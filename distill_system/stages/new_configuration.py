@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from distill_system.cluster.supply import machine_supply
+from distill_system.cluster import machine_supply
 from distill_system.config import RunConfig, load_config
 from distill_system.data import build_tokenizer, load_run_data
 from distill_system.data.layouts import PROMPT_COLUMNS, TEXT_COLUMN
 from distill_system.errors import ConfigError, DataError
-from distill_system.planning.shapes import ModelShape, read_shape
+from distill_system.planning import ModelShape, read_shape
 from distill_system.records import Prompt, Trajectory
 from distill_system.run.model_checks import check_folders
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_system.cluster.supply import (
+from distill_system.cluster import (
     describe_shortage,
     find_shortages,
     joins_a_cluster,
@@ -30,8 +30,8 @@ from distill_system.data import build_tokenizer, load_run_data, tokenizer_texts
 from distill_system.data.run_data import SetName
 from distill_system.errors import DistillError
 from distill_system.evaluation import check_evaluation
-from distill_system.observe.trackers import require_trackers
-from distill_system.planning.plan import Plan, make_plan
+from distill_system.observe import require_trackers
+from distill_system.planning import Plan, make_plan
 from distill_system.run.machine_checks import machine_notes, machine_problems
 from distill_system.run.model_checks import check_data, check_folders, check_models
 from distill_system.run.model_sources import find_gguf_files

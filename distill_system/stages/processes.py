@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill_system.config import RunConfig, dump_config
-from distill_system.observe.run_directory import RunDirectory, write_text
+from distill_system.observe import RunDirectory
+from distill_system.observe.run_directory import write_text
 from distill_system.stages import with_parent
 
 LAST_LINES = 12

@@ -10,7 +10,7 @@ from distill_system.data import build_tokenizer, tokenizer_texts
 from distill_system.data.inspection import SetInspection, inspect_sets
 from distill_system.data.set_reader import SetReader
 from distill_system.evaluation import check_evaluation
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.records import Prompt
 from distill_system.run.preparation import with_chat_date
 from distill_system.run.vocabulary import stop_token_ids

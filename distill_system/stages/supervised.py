@@ -16,8 +16,7 @@ from distill_system.data import PromptFrontier
 from distill_system.driver.learner_restarts import LearnerRestarts
 from distill_system.errors import DeadlineError, NonFiniteError, WorkerLostError
 from distill_system.learner import LearnerGroup
-from distill_system.observe.activity import PoolClock
-from distill_system.observe.fault_log import FaultLog
+from distill_system.observe import FaultLog, PoolClock
 from distill_system.records import StepResult, Trajectory
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory

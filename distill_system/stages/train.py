@@ -9,9 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
-from distill_system.cluster.reach import require_joinable
-from distill_system.cluster.session import ClusterSession
-from distill_system.cluster.supply import require_room
+from distill_system.cluster import ClusterSession, require_joinable, require_room
 from distill_system.config import RunConfig
 from distill_system.data import RunData
 from distill_system.data.run_data import SetName
@@ -29,17 +27,22 @@ from distill_system.logs import (
     name_logs,
     open_log,
 )
-from distill_system.observe.job_page import JobPage
-from distill_system.observe.live import LiveView
-from distill_system.observe.metrics import MetricLog, PromptLog
-from distill_system.observe.report import write_report
-from distill_system.observe.run_directory import RunDirectory, told_as_unwritable
-from distill_system.observe.run_gauges import RunGauges
+from distill_system.observe import (
+    JobPage,
+    LiveView,
+    MetricLog,
+    PromptLog,
+    RunDirectory,
+    RunGauges,
+    RunWrites,
+    Timings,
+    require_trackers,
+    write_report,
+    write_summary,
+)
+from distill_system.observe.run_directory import told_as_unwritable
 from distill_system.observe.run_lock import locked
-from distill_system.observe.run_writes import RunWrites
-from distill_system.observe.summary import read_evaluation, write_summary
-from distill_system.observe.timings import Timings
-from distill_system.observe.trackers import require_trackers
+from distill_system.observe.summary import read_evaluation
 from distill_system.records import Author
 from distill_system.run.checkpoints import CheckpointStore, resume_point
 from distill_system.run.context import RunContext, sft_directory

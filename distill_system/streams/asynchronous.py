@@ -22,8 +22,7 @@ from typing import Any
 
 from distill_system.data import RunData
 from distill_system.errors import DeadlineError, NonFiniteError, TransferError, WorkerLostError
-from distill_system.observe.activity import Wait
-from distill_system.observe.staleness import staleness_metrics
+from distill_system.observe import Wait, staleness_metrics
 from distill_system.records import OBJECTIVE_STREAMS, ScoredChunk, Stream
 from distill_system.run.context import RunContext
 from distill_system.run.pools import Pools

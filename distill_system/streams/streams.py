@@ -15,8 +15,7 @@ from typing import Any
 
 from distill_system.data import PromptFrontier, RunData, source_shares
 from distill_system.errors import DeadlineError, WorkerLostError
-from distill_system.observe.activity import PoolClock
-from distill_system.observe.text_figures import text_metrics
+from distill_system.observe import PoolClock, text_metrics
 from distill_system.records import (
     PoolActivity,
     Prompt,

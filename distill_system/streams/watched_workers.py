@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from distill_system.observe.activity import PoolClock, Wait
+from distill_system.observe import PoolClock, Wait
 from distill_system.records import PoolActivity
 from distill_system.workers import Reference, Workers
 

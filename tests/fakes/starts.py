@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distill_system.cluster.placement import WorkerRequest
+from distill_system.cluster import WorkerRequest
 from distill_system.errors import WorkerLostError
 from distill_system.workers import ElasticWorkers, StartedWorker
 

@@ -21,8 +21,8 @@ from pipeline.exposure import (
 )
 
 from distill_system.data import PromptFrontier
+from distill_system.observe import RunDirectory
 from distill_system.observe.metrics import read_metrics, read_prompts
-from distill_system.observe.run_directory import RunDirectory
 
 Launch = Callable[..., Run]
 

@@ -17,8 +17,8 @@ from typing import Any
 from pipeline.command_line import Run, wait_until, write_configuration
 from run_comparison import judge
 
+from distill_system.observe import RunDirectory
 from distill_system.observe.metrics import read_metrics
-from distill_system.observe.run_directory import RunDirectory
 
 
 def _rows(skip: int, count: int) -> dict[str, Any]:

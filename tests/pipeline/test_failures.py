@@ -30,8 +30,8 @@ from pipeline.sabotage import sabotaged
 from typer.testing import CliRunner
 
 from distill_system.cli import app
+from distill_system.observe import RunDirectory
 from distill_system.observe.fault_log import read_faults
-from distill_system.observe.run_directory import RunDirectory
 
 Launch = Callable[..., Run]
 

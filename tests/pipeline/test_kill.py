@@ -22,8 +22,8 @@ from faults import Injector, Planned, Way, read_outcomes
 from pipeline.command_line import Run, write_configuration
 from run_comparison import judge
 
+from distill_system.observe import RunDirectory
 from distill_system.observe.metrics import MetricRow, read_metrics, read_prompts
-from distill_system.observe.run_directory import RunDirectory
 
 Launch = Callable[..., Run]
 

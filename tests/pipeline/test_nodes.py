@@ -11,8 +11,8 @@ import pytest
 from machines import Machine, are_allowed, ray_nodes
 from pipeline.command_line import Run, wait_until, write_configuration
 
+from distill_system.observe import RunDirectory
 from distill_system.observe.metrics import MetricRow, read_metrics
-from distill_system.observe.run_directory import RunDirectory
 
 Launch = Callable[..., Run]
 

@@ -21,10 +21,8 @@ from rich.console import Console
 
 from distill_system.config import load_config
 from distill_system.config.rollout import EngineConfig
-from distill_system.observe.live import LiveView
-from distill_system.observe.metrics import MetricLog
-from distill_system.observe.run_directory import RunDirectory
-from distill_system.observe.run_gauges import EngineGauges, Gauges, RunGauges, node_address
+from distill_system.observe import EngineGauges, LiveView, MetricLog, RunDirectory, RunGauges
+from distill_system.observe.run_gauges import Gauges, node_address
 from distill_system.observe.series import PREFIX, to_series
 from distill_system.records import Author, Prompt
 from distill_system.rollout import RolloutWorker, Sampling, engine_environment

@@ -21,8 +21,8 @@ from pipeline.command_line import wait_until
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill_system.observe import RunDirectory
 from distill_system.observe.fault_log import read_faults
-from distill_system.observe.run_directory import RunDirectory
 from distill_system.rollout import engine_environment
 
 ROOT = Path(__file__).parents[2]

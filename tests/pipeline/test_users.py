@@ -18,8 +18,8 @@ from pipeline.sabotage import sabotaged
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill_system.observe import RunDirectory
 from distill_system.observe.fault_log import read_faults
-from distill_system.observe.run_directory import RunDirectory
 
 Launch = Callable[..., Run]
 

@@ -15,7 +15,7 @@ import pytest
 import distill_system
 from distill_system import DistillResult, configure, distill
 from distill_system.errors import ConfigError
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs/quickstart.yaml"

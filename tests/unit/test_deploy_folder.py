@@ -19,7 +19,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli as ray_command
 
 from distill_system.config import RunConfig, load_config
-from distill_system.manifests.kuberay import ManifestRequest
+from distill_system.manifests import ManifestRequest
 from distill_system.stages.manifests import render_manifests
 
 ROOT = Path(__file__).parents[2]

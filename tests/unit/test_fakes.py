@@ -18,11 +18,9 @@ from fakes.text_saver import TextSaver
 from fakes.threaded_calls import ThreadedCalls
 from simulated_pools import SimulatedWorkers
 
+from distill_system.cluster import ClusterSession, EveryWorker, RayWorkers
 from distill_system.cluster.peers import RankPeers
-from distill_system.cluster.session import ClusterSession
 from distill_system.cluster.starting import StartingWorker
-from distill_system.cluster.weight_sync import EveryWorker
-from distill_system.cluster.workers import RayWorkers
 from distill_system.elastic.elastic_pools import Starting, Starts
 from distill_system.learner import LearnerGroup
 from distill_system.run.checkpoints import Saver

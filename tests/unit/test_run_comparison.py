@@ -8,7 +8,7 @@ import pytest
 from faults import Fault, Way, plan_faults, read_outcomes
 from run_comparison import judge
 
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 
 STEPS = 3
 

@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from distill_system.cluster.placement import WorkerRequest
-from distill_system.cluster.session import ClusterSession
-from distill_system.cluster.workers import RayWorkers
+from distill_system.cluster import ClusterSession, RayWorkers, WorkerRequest
 from distill_system.config import RunConfig, load_config
 from distill_system.config.pools import PoolConfig
 

@@ -11,8 +11,8 @@ import pyarrow
 import pytest
 import ray
 
+from distill_system.cluster import ClusterSession
 from distill_system.cluster.batch_inference import infer_batches
-from distill_system.cluster.session import ClusterSession
 from distill_system.config.pools import DeadlinesConfig, PoolConfig
 from distill_system.errors import ModelError, ResourceError, WorkerError
 

@@ -16,10 +16,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.util import placement_group_table
 
-from distill_system.cluster.placement import WorkerRequest
-from distill_system.cluster.session import ClusterSession
-from distill_system.cluster.starting import StartingWorker
-from distill_system.cluster.workers import RayWorkers
+from distill_system.cluster import ClusterSession, RayWorkers, StartingWorker, WorkerRequest
 from distill_system.config.pools import PoolConfig
 from distill_system.errors import ModelError, ResourceError, WorkerError
 

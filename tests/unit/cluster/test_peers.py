@@ -11,8 +11,7 @@ import psutil
 import pytest
 import ray
 
-from distill_system.cluster.session import ClusterSession
-from distill_system.cluster.workers import RayWorkers
+from distill_system.cluster import ClusterSession, RayWorkers
 from distill_system.errors import ModelError, WorkerLostError
 from distill_system.workers import Peers
 

@@ -18,10 +18,9 @@ import pytest
 import ray
 from ray._private import ray_constants
 
+from distill_system.cluster import ClusterSession, RayWorkers
 from distill_system.cluster.listening import local_arguments
 from distill_system.cluster.predecessors import wait_until_gone
-from distill_system.cluster.session import ClusterSession
-from distill_system.cluster.workers import RayWorkers
 from distill_system.config import RunConfig
 from distill_system.config.pools import ClusterConfig, PoolConfig
 from distill_system.errors import ResourceError, RunStateError, WorkerError

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from fakes.local_workers import LocalWorkers
 
-from distill_system.cluster import supervised
-from distill_system.cluster.supervised import SupervisedWorkers
+from distill_system.cluster import SupervisedWorkers, supervised
 from distill_system.errors import DeadlineError, ModelError, RepeatedLossError, WorkerLostError
 from distill_system.workers import StartedWorker
 

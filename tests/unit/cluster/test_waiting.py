@@ -10,10 +10,9 @@ from typing import Any
 import psutil
 import pytest
 
+from distill_system.cluster import EveryWorker, RayWorkers
 from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.cluster.waiting import MANY_CALLS
-from distill_system.cluster.weight_sync import EveryWorker
-from distill_system.cluster.workers import RayWorkers
 from distill_system.errors import (
     DeadlineError,
     DistillError,

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from comparison_runs import make_plan, write_run, write_trial
 
-from distill_system.comparison.plan import read_plan, run_directory, write_plan
+from distill_system.comparison import read_plan, run_directory, write_plan
 from distill_system.comparison.results import Column, read_comparison
 from distill_system.errors import RunStateError
 

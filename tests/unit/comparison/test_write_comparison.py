@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from comparison_runs import make_plan, write_run, write_trial
 
-from distill_system.comparison.plan import write_plan
-from distill_system.comparison.write import ComparisonFiles, write_comparison
+from distill_system.comparison import ComparisonFiles, write_comparison, write_plan
 
 ATTACK = "<script>alert('x')</script>"
 GAINS = {"sft": 0.0, "gkd": 5.0, "ammd_plain": 40.0, "ammd_bad": -20.0}

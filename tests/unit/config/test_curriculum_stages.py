@@ -11,7 +11,7 @@ import yaml
 from distill_system.config import RunConfig, dump_config, load_config, load_stages, planned_runs
 from distill_system.config.data import PretrainedTokenizer
 from distill_system.errors import ConfigError
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 KL = {"type": "forward_kl"}

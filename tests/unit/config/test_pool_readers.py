@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distill_system.cluster.supply import pools_demand
+from distill_system.cluster import pools_demand
 from distill_system.errors import ConfigError
 from distill_system.run.settings_notes import settings_notes
 

@@ -10,8 +10,8 @@ import pytest
 from distill_system.config.pools import FaultsConfig
 from distill_system.driver.learner_restarts import LearnerRestarts
 from distill_system.errors import DeadlineError, NonFiniteError, WorkerLostError
-from distill_system.observe.fault_log import FaultLog, read_faults
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import FaultLog, RunDirectory
+from distill_system.observe.fault_log import read_faults
 
 
 @pytest.fixture

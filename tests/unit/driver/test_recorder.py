@@ -11,11 +11,9 @@ from fakes.text_saver import TextSaver
 
 from distill_system.driver.recorder import RunRecorder
 from distill_system.errors import CollapseError, ConfigError, NonFiniteError
-from distill_system.observe.live import LiveView
-from distill_system.observe.metrics import MetricLog, PromptLog, read_metrics, read_prompts
-from distill_system.observe.run_directory import RunDirectory, read_json, write_json
-from distill_system.observe.run_writes import RunWrites
-from distill_system.observe.timings import Timings
+from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, RunWrites, Timings
+from distill_system.observe.metrics import read_metrics, read_prompts
+from distill_system.observe.run_directory import read_json, write_json
 from distill_system.records import PoolActivity, StepResult
 
 LENGTH = "learner/mean_student_response_tokens"

@@ -11,13 +11,13 @@ import pytest
 from fakes.local_workers import LocalWorkers
 from fakes.starts import LateStarts
 
-from distill_system.cluster.placement import ElasticPool, WorkerRequest
+from distill_system.cluster import ElasticPool, WorkerRequest
 from distill_system.config.pools import FaultsConfig, PoolConfig, ScalingConfig
 from distill_system.elastic.elastic_pools import ElasticPools
 from distill_system.elastic.scale_requests import ScaleRequests
 from distill_system.elastic.scaling import ScalingObservation
 from distill_system.errors import DeadlineError, ModelError, ResourceError, WorkerLostError
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.records import PoolActivity
 
 

@@ -29,7 +29,7 @@ from distill_system.errors import (
     ResourceError,
     RunStateError,
 )
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 
 ROOM = "pools.student_rollout.max_count=4"
 

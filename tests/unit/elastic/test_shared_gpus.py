@@ -21,8 +21,7 @@ from simulated_pools import (
 from distill_system.config import load_config
 from distill_system.config.pools import PoolConfig, ScalingConfig
 from distill_system.elastic.scaling import AutoScaler, ScalingObservation
-from distill_system.observe.run_directory import RunDirectory
-from distill_system.observe.timings import Timings
+from distill_system.observe import RunDirectory, Timings
 from distill_system.records import Author
 from distill_system.streams.asynchronous import AsynchronousStreams
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from distill_system.cli import app
 from distill_system.errors import DeadlineError, RunStateError
 from distill_system.jobs import folders
-from distill_system.observe.run_directory import RunDirectory, write_json
+from distill_system.observe import RunDirectory
+from distill_system.observe.run_directory import write_json
 from distill_system.observe.run_lock import Holder
 
 HOLD = """

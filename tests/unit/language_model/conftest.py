@@ -13,7 +13,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from distill_system.language_model.packed_attention import PACKED_ATTENTION
+from distill_system.language_model import PACKED_ATTENTION
 
 SHAPE = {
     "vocab_size": 64,

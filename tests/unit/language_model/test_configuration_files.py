@@ -12,10 +12,7 @@ import pytest
 from tiny_families import save_family
 
 from distill_system.errors import ModelError
-from distill_system.language_model.configuration_files import (
-    read_configuration,
-    read_generation_configuration,
-)
+from distill_system.language_model import read_configuration, read_generation_configuration
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "opt", "opt_350m")
 

@@ -13,14 +13,20 @@ from tiny_families import save_family
 from transformers import AutoModelForSeq2SeqLM
 
 from distill_system.errors import ModelError
-from distill_system.language_model import families
-from distill_system.language_model.configuration_files import read_configuration
-from distill_system.language_model.embeddings import load_embedding
-from distill_system.language_model.encoder_decoder import find_decoder_start
-from distill_system.language_model.models import load_language_model, unembedding
-from distill_system.language_model.sequences import SequenceBatch, read_hidden, read_part
-from distill_system.language_model.streaming import build_empty_model, read_weights
-from distill_system.language_model.weight_files import check_weight_files
+from distill_system.language_model import (
+    SequenceBatch,
+    build_empty_model,
+    check_weight_files,
+    families,
+    find_decoder_start,
+    load_embedding,
+    load_language_model,
+    read_configuration,
+    read_hidden,
+    read_part,
+    read_weights,
+    unembedding,
+)
 from distill_system.learner.sharding import allocate
 from distill_system.records import Author, Finish, Trajectory
 

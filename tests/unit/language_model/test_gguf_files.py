@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils.import_utils import is_gguf_available
 
 from distill_system.errors import ModelError
-from distill_system.language_model.gguf_files import convert_gguf, is_gguf
+from distill_system.language_model import convert_gguf, is_gguf
 
 needs_gguf = pytest.mark.skipif(not is_gguf_available(), reason="the package gguf is no must")
 

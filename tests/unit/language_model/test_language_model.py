@@ -6,10 +6,10 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
-from distill_system.language_model.embeddings import load_embedding
-from distill_system.language_model.models import (
+from distill_system.language_model import (
     build_language_model,
     check_linear_read,
+    load_embedding,
     load_language_model,
     unembedding,
 )

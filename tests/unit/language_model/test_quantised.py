@@ -12,8 +12,7 @@ import pytest
 from tiny_families import save_family
 
 from distill_system.errors import ModelError
-from distill_system.language_model.configuration_files import read_configuration
-from distill_system.language_model.quantised import check_quantised, is_quantised
+from distill_system.language_model import check_quantised, is_quantised, read_configuration
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 ABSENT: dict[str, dict[str, Any]] = {

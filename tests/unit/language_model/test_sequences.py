@@ -5,7 +5,7 @@ import pytest
 import torch
 from trajectories import make_trajectories, make_trajectory
 
-from distill_system.language_model.sequences import (
+from distill_system.language_model import (
     PackedPart,
     SequenceBatch,
     count_parts,

@@ -9,7 +9,7 @@ from tiny_families import TRAINABLE, save_family
 from transformers import AutoModelForCausalLM
 
 from distill_system.errors import ModelError
-from distill_system.language_model.streaming import build_empty_model, read_weights
+from distill_system.language_model import build_empty_model, read_weights
 from distill_system.learner.sharding import allocate
 
 

@@ -14,20 +14,22 @@ from tiny_families import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill_system.errors import ConfigError, ModelError
-from distill_system.language_model.configuration_files import read_configuration
-from distill_system.language_model.embeddings import load_embedding
-from distill_system.language_model.families import (
-    FAMILIES,
+from distill_system.language_model import (
+    PACKED_ATTENTION,
     check_longest,
+    check_settings,
+    check_weight_files,
     choose_linear_modules,
     find_family,
+    load_embedding,
+    load_language_model,
     logit_cap,
+    read_configuration,
     require_trainable,
+    unembedding,
 )
-from distill_system.language_model.models import load_language_model, unembedding
-from distill_system.language_model.packed_attention import PACKED_ATTENTION, PackedLayout, read_line
-from distill_system.language_model.settings import check_settings
-from distill_system.language_model.weight_files import check_weight_files
+from distill_system.language_model.families import FAMILIES
+from distill_system.language_model.packed_attention import PackedLayout, read_line
 
 PADDED = ("gemma2", "falcon", "falcon_40b", "gpt_oss", "stablelm")
 RAGGED = [1, 2, 9, 9, 17]

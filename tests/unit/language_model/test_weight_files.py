@@ -16,8 +16,8 @@ from tiny_families import save_family
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from distill_system.errors import ModelError
-from distill_system.language_model.models import load_language_model
-from distill_system.language_model.weight_files import INDEX, SINGLE, check_weight_files
+from distill_system.language_model import check_weight_files, load_language_model
+from distill_system.language_model.weight_files import INDEX, SINGLE
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "opt", "opt_350m")
 

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from distill_system.config.model import LearnerConfig, LoraUpdate, OptimizerConfig
 from distill_system.errors import ConfigError
-from distill_system.language_model.models import load_language_model, unembedding
-from distill_system.language_model.streaming import build_empty_model
+from distill_system.language_model import build_empty_model, load_language_model, unembedding
 from distill_system.learner import LearnerGroup, ModelSource
 from distill_system.learner.adapters import (
     add_adapters,

@@ -19,8 +19,7 @@ from trajectories import make_trajectories
 from distill_system.config.model import FullUpdate, LoraUpdate, OptimizerConfig
 from distill_system.config.objective import AmmdConfig, TeacherNeeds, TokenMatchingConfig
 from distill_system.config.rollout import ScoringConfig
-from distill_system.language_model.embeddings import load_embedding
-from distill_system.language_model.models import load_language_model, unembedding
+from distill_system.language_model import load_embedding, load_language_model, unembedding
 from distill_system.learner import LearnerGroup, ModelSource
 from distill_system.records import Author, Stream, TrajectoryChunk
 from distill_system.scoring import ScoringPool, TeacherScorer

@@ -18,7 +18,7 @@ from distill_system.config.model import ArchitectureConfig, LearnerConfig, Optim
 from distill_system.config.objective import MOMENTS, AmmdConfig, TokenMatchingConfig
 from distill_system.config.objective.token_losses import ReverseKlConfig
 from distill_system.errors import RecordError
-from distill_system.language_model.sequences import SequenceBatch
+from distill_system.language_model import SequenceBatch
 from distill_system.learner import LearnerGroup, ModelSource
 from distill_system.learner.microbatches import Microbatches
 from distill_system.learner.sharding import gather

@@ -7,7 +7,7 @@ import torch
 from process_groups import run_ranks
 
 from distill_system.errors import ModelError
-from distill_system.language_model.models import load_language_model
+from distill_system.language_model import load_language_model
 from distill_system.learner.sharding import build_mesh, find_blocks, gather, shard_rows
 
 CPU = torch.device("cpu")

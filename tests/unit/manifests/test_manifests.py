@@ -20,11 +20,12 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from distill_system.cli import app
+from distill_system.cluster import pools_demand
 from distill_system.cluster.placement import bundle_of
-from distill_system.cluster.supply import pools_demand
 from distill_system.config import RunConfig, load_config
 from distill_system.errors import ConfigError, ResourceError
-from distill_system.manifests.kuberay import ManifestRequest, kubernetes_name
+from distill_system.manifests import ManifestRequest
+from distill_system.manifests.kuberay import kubernetes_name
 from distill_system.stages.manifests import render_manifests
 
 SCHEMA = json.loads((Path(__file__).parent / "kuberay_schema.json").read_text(encoding="utf-8"))

@@ -14,11 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distill_system.errors import RunStateError
-from distill_system.observe.metrics import MetricLog, PromptLog, read_metrics, read_prompts
-from distill_system.observe.report import write_report
-from distill_system.observe.run_directory import RunDirectory, write_json
-from distill_system.observe.summary import write_evaluation, write_summary
-from distill_system.observe.timings import Timings
+from distill_system.observe import (
+    MetricLog,
+    PromptLog,
+    RunDirectory,
+    Timings,
+    write_evaluation,
+    write_report,
+    write_summary,
+)
+from distill_system.observe.metrics import read_metrics, read_prompts
+from distill_system.observe.run_directory import write_json
 from distill_system.records import PoolActivity
 
 FILES = (

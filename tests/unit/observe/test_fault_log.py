@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from distill_system.observe.fault_log import FaultLog, read_faults, tell_faults
-from distill_system.observe.report import write_report
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import FaultLog, RunDirectory, write_report
+from distill_system.observe.fault_log import read_faults, tell_faults
 
 
 def test_losses_are_counted_by_pool_and_told_with_what_followed(tmp_path):

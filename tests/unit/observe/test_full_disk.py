@@ -11,13 +11,18 @@ import pytest
 from rich.console import Console
 
 from distill_system.errors import RunStateError
+from distill_system.observe import (
+    LiveView,
+    PromptLog,
+    RunDirectory,
+    RunWrites,
+    Timings,
+    write_evaluation,
+)
 from distill_system.observe.json_lines import JsonLinesLog
-from distill_system.observe.live import LiveView
-from distill_system.observe.metrics import PromptLog, TrainedPrompts, read_prompts
-from distill_system.observe.run_directory import RunDirectory
-from distill_system.observe.run_writes import RunWrites
-from distill_system.observe.summary import read_evaluation, write_evaluation
-from distill_system.observe.timings import Timings, read_timings
+from distill_system.observe.metrics import TrainedPrompts, read_prompts
+from distill_system.observe.summary import read_evaluation
+from distill_system.observe.timings import read_timings
 
 LONG = "p" * 700
 """A prompt's id; a row of it is no divisor of a block, so that a full disk takes half rows."""

@@ -16,12 +16,10 @@ from fakes.text_saver import TextSaver
 
 from distill_system.errors import RunStateError
 from distill_system.logs import LOGGER_NAME, close_log, open_log
+from distill_system.observe import LiveView, PromptLog, RunDirectory, RunWrites, Timings
 from distill_system.observe import run_writes as module
-from distill_system.observe.live import LiveView
-from distill_system.observe.metrics import PromptLog, read_prompts
-from distill_system.observe.run_directory import RunDirectory
-from distill_system.observe.run_writes import RunWrites
-from distill_system.observe.timings import Timings, read_timings
+from distill_system.observe.metrics import read_prompts
+from distill_system.observe.timings import read_timings
 from distill_system.run.checkpoints import CheckpointStore
 
 

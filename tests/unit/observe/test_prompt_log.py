@@ -5,8 +5,8 @@ import json
 import pytest
 
 from distill_system.errors import RunStateError
-from distill_system.observe.metrics import PromptLog, read_prompts
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import PromptLog, RunDirectory
+from distill_system.observe.metrics import read_prompts
 
 
 def _fill(run, steps):

@@ -9,11 +9,9 @@ import pytest
 from rich.console import Console
 
 from distill_system.config import load_config
+from distill_system.observe import EngineGauges, LiveView, MetricLog, RunDirectory, RunGauges
 from distill_system.observe import run_gauges as module
-from distill_system.observe.live import LiveView
-from distill_system.observe.metrics import MetricLog
-from distill_system.observe.run_directory import RunDirectory
-from distill_system.observe.run_gauges import EngineGauges, Gauges, Rate, RunGauges, describe_load
+from distill_system.observe.run_gauges import Gauges, Rate, describe_load
 from distill_system.observe.series import Series
 from distill_system.records import EngineLoad
 

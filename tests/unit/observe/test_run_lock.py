@@ -16,8 +16,7 @@ from contextlib import contextmanager
 import pytest
 
 from distill_system.errors import RunStateError
-from distill_system.observe import run_lock
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory, run_lock
 from distill_system.observe.run_lock import locked
 
 HOLD = """

@@ -11,8 +11,8 @@ import pytest
 
 from distill_system.errors import RunStateError
 from distill_system.logs import close_log, log_path, open_log
-from distill_system.observe.metrics import MetricLog
-from distill_system.observe.run_directory import RunDirectory, write_json
+from distill_system.observe import MetricLog, RunDirectory
+from distill_system.observe.run_directory import write_json
 from distill_system.observe.run_status import describe_status, find_runs
 
 

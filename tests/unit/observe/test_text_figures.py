@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from trajectories import make_trajectory
 
-from distill_system.observe.text_figures import text_metrics
+from distill_system.observe import text_metrics
 from distill_system.records import Author, Finish
 
 

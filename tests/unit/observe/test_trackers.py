@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 
 from distill_system.errors import ConfigError
+from distill_system.observe import RunDirectory, require_trackers, write_report, write_summary
 from distill_system.observe import hosted_trackers as hosted
 from distill_system.observe import trackers as module
 from distill_system.observe.metrics import MetricLog, read_metrics
-from distill_system.observe.report import write_report
-from distill_system.observe.run_directory import RunDirectory, write_json
-from distill_system.observe.summary import write_summary
-from distill_system.observe.trackers import require_trackers
+from distill_system.observe.run_directory import write_json
 
 ROWS = [
     ("sft_student", 1, {"learner/loss": 3.5}),

@@ -16,8 +16,7 @@ from transformers import AutoTokenizer
 from distill_system.data import TrajectoryStore, read_trajectories
 from distill_system.data.stored_rows import make_rows
 from distill_system.errors import ConfigError, DataError, RunStateError
-from distill_system.observe.live import LiveView
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import LiveView, RunDirectory
 from distill_system.offline import samples as offline_samples
 from distill_system.offline.generate import GenerateRequest, generate
 from distill_system.offline.samples import SampleKeeper, cut_batches, plan_samples

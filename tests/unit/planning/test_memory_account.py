@@ -20,10 +20,9 @@ from distill_system.config.objective import AmmdConfig, TokenMatchingConfig
 from distill_system.config.objective.token_losses import ReverseKlConfig
 from distill_system.learner import Learner, ModelSource
 from distill_system.learner.collate import StreamTotals
-from distill_system.planning.learner_memory import SizedLearner, learner_memory
-from distill_system.planning.loads import LearnerLoad
-from distill_system.planning.memory import Memory
-from distill_system.planning.shapes import architecture_shape, build_empty
+from distill_system.planning import LearnerLoad, Memory, architecture_shape, learner_memory
+from distill_system.planning.learner_memory import SizedLearner
+from distill_system.planning.shapes import build_empty
 from distill_system.planning.sizes import SizeTracker
 from distill_system.records import Author, Stream, TeacherTargets, TrajectoryChunk
 from distill_system.weights import WireFormat

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distill_system.config.model import ArchitectureConfig
 from distill_system.errors import ModelError
-from distill_system.language_model.models import build_language_model
-from distill_system.planning.shapes import architecture_shape, measure_shape, read_shape
+from distill_system.language_model import build_language_model
+from distill_system.planning import architecture_shape, measure_shape, read_shape
 
 
 @pytest.mark.parametrize("family", [*LISTED, "stablelm"])

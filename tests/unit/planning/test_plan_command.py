@@ -8,14 +8,13 @@ from tiny_families import save_family
 from typer.testing import CliRunner
 
 from distill_system.cli import app
-from distill_system.cluster import supply
-from distill_system.cluster.supply import machine_supply, require_room
+from distill_system.cluster import machine_supply, require_room, supply
 from distill_system.config import load_config
 from distill_system.config.recipes import recipe_path
 from distill_system.errors import ResourceError
-from distill_system.planning.plan import WorkerPlan, make_plan
+from distill_system.planning import make_plan, read_shape
+from distill_system.planning.plan import WorkerPlan
 from distill_system.planning.plan import _scorer as plan_scorer
-from distill_system.planning.shapes import read_shape
 from distill_system.stages.plan import PlannedRun, plan_run
 
 ROOT = Path(__file__).parents[3]

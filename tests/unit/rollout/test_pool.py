@@ -6,7 +6,7 @@ from fakes.local_workers import LocalWorkers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill_system.cluster.supervised import SupervisedWorkers
+from distill_system.cluster import SupervisedWorkers
 from distill_system.errors import WorkerLostError
 from distill_system.records import Author, Finish, Prompt, Trajectory
 from distill_system.rollout.pool import RolloutPool, deal_by_length

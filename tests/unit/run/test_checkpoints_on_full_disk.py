@@ -14,7 +14,7 @@ from distill_system.config.distill import BestConfig
 from distill_system.errors import RunStateError
 from distill_system.learner import find_alterations
 from distill_system.learner.checkpoint import CheckpointWriter, load_checkpoint
-from distill_system.observe.run_writes import RunWrites
+from distill_system.observe import RunWrites
 from distill_system.run.checkpoints import CheckpointStore
 
 

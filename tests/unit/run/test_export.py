@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from distill_system.errors import RunStateError
 from distill_system.learner import Learner, LearnerGroup
 from distill_system.learner.export_weights import save_model
-from distill_system.observe.run_writes import RunWrites
+from distill_system.observe import RunWrites
 from distill_system.run.export import export_model
 from distill_system.run.vocabulary import stop_token_ids
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distill_system.errors import ConfigError, RunStateError, WorkerError
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.run.mirror import RunMirror, mirrored
 
 STEP = "checkpoints/distill/step_000004"

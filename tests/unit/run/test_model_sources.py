@@ -9,7 +9,7 @@ import pytest
 
 from distill_system.config import RunConfig
 from distill_system.errors import ModelError
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.run import model_sources
 from distill_system.run.context import model_path
 from distill_system.run.model_checks import check_folders

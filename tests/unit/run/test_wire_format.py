@@ -10,7 +10,7 @@ import torch
 from distill_system.config import RunConfig, load_config
 from distill_system.config.objective import AmmdConfig
 from distill_system.learner import ModelSource
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.run.worker_requests import learner_request, wire_format
 from distill_system.weights import WireFormat
 

@@ -16,7 +16,8 @@ from distill_system.cli import app
 from distill_system.config import dump_config, load_config
 from distill_system.config.recipes import recipe_path
 from distill_system.errors import ConfigError, DataError, RunStateError
-from distill_system.observe.run_directory import RunDirectory, write_json, write_text
+from distill_system.observe import RunDirectory
+from distill_system.observe.run_directory import write_json, write_text
 from distill_system.stages.compare import ComparisonRequest, _load_objectives, compare
 from distill_system.stages.pilot import PILOT_STEPS, plan_steps
 from distill_system.stages.processes import TRAIN, Job, run_jobs

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from distill_system.errors import ModelError, RunStateError
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.run.preparation import open_run, record_start
 from distill_system.stages.evaluate_model import evaluate_model
 from distill_system.stages.evaluations import (

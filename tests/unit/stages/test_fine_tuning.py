@@ -16,11 +16,8 @@ from trajectories import make_trajectories
 from distill_system.config.model import OptimizerConfig, SupervisedConfig
 from distill_system.errors import RunStateError
 from distill_system.learner import LearnerGroup, ModelSource
-from distill_system.observe.live import LiveView
-from distill_system.observe.metrics import MetricLog, PromptLog, read_metrics, read_prompts
-from distill_system.observe.run_directory import RunDirectory
-from distill_system.observe.run_writes import RunWrites
-from distill_system.observe.timings import Timings
+from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, RunWrites, Timings
+from distill_system.observe.metrics import read_metrics, read_prompts
 from distill_system.records import Author
 from distill_system.stages.supervised import FineTuning
 from distill_system.stopping import StopRequest

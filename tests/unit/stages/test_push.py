@@ -9,7 +9,7 @@ import pytest
 from fakes.hub import FakeHub
 
 from distill_system.errors import ConfigError, RunStateError
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.stages.push import push_student
 from distill_system.stages.train import train
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from distill_system.cli import app
 from distill_system.config import load_stages
 from distill_system.errors import ConfigError, DataError, RunStateError
-from distill_system.observe.report import write_curriculum
-from distill_system.observe.run_directory import RunDirectory, write_json, write_text
+from distill_system.observe import RunDirectory, write_curriculum
+from distill_system.observe.run_directory import write_json, write_text
 from distill_system.stages import curriculum as module
 from distill_system.stages.curriculum import train_all
 from distill_system.stages.train import STAGES

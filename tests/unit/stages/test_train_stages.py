@@ -14,7 +14,7 @@ from distill_system.cli import app
 from distill_system.config import dump_config, load_config
 from distill_system.errors import DataError, DistillError, ResourceError, RunStateError
 from distill_system.learner import describe_file
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.observe.run_lock import locked
 from distill_system.offline.generate import GenerateRequest, generate
 from distill_system.stages.compare import ComparisonRequest, compare

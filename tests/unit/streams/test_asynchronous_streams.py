@@ -25,7 +25,7 @@ from simulated_pools import (
 
 from distill_system.config import load_config
 from distill_system.data import PromptFrontier
-from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe import RunDirectory
 from distill_system.records import Author, Stream
 from distill_system.streams.asynchronous import AsynchronousStreams
 from distill_system.streams.in_flight import State

@@ -24,12 +24,11 @@ from fakes.hand_clock import HandClock
 from fakes.local_workers import Done, LocalWorkers
 from simulated_pools import make_prompts, make_rows
 
-from distill_system.cluster.supervised import SupervisedWorkers
+from distill_system.cluster import SupervisedWorkers
 from distill_system.config import load_config
 from distill_system.errors import WorkerLostError
 from distill_system.learner import Learner, LearnerGroup
-from distill_system.observe.run_directory import RunDirectory
-from distill_system.observe.timings import Timings
+from distill_system.observe import RunDirectory, Timings
 from distill_system.records import (
     Author,
     Finish,
