@@ -18,9 +18,8 @@ from distill_system.observe.report import write_curriculum, write_report
 from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.run_gauges import EngineGauges, RunGauges
 from distill_system.observe.run_writes import RunWrites
-from distill_system.observe.staleness import staleness_metrics
 from distill_system.observe.summary import write_evaluation, write_summary
-from distill_system.observe.text_figures import text_metrics
+from distill_system.observe.text_figures import staleness_metrics, text_metrics
 from distill_system.observe.timings import Timings
 from distill_system.observe.trackers import require_trackers
 

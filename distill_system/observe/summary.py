@@ -21,7 +21,7 @@ from distill_system.observe.run_directory import (
     write_json,
 )
 from distill_system.observe.run_writes import RunWrites
-from distill_system.observe.staleness import summarise_staleness
+from distill_system.observe.text_figures import summarise_staleness
 from distill_system.observe.timings import MAIN_STAGE, read_timings
 from distill_system.records import PoolActivity
 from distill_system.standard_errors import paired_bootstrap_standard_error, paired_standard_error
