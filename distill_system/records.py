@@ -72,6 +72,8 @@ class Prompt:
 
     token_ids: int32 [P], P >= 1.  references: accepted answers as text, empty if there are none.
     text: the prompt as a person reads it.  source: the data source's name.
+    teacher_ids: int32 [Q], the prompt as the teacher reads it (data.teacher_context); None: as it
+    stands.
     occurrence: how often the prompt stands before this one among those answered together, as in a
     step that asks for more prompts than there are.
     """
@@ -82,11 +84,18 @@ class Prompt:
     references: tuple[str, ...] = ()
     source: str = ""
     occurrence: int = 0
+    teacher_ids: Int32Array | None = None
 
     def __post_init__(self) -> None:
         ids = self.token_ids
         _require(ids.ndim == 1 and ids.size > 0, self.prompt_id, "token_ids [P], P >= 1", ids.shape)
         _require(ids.dtype == np.int32, self.prompt_id, "token_ids of int32", ids.dtype)
+
+    def ids_for(self, author: Author) -> Int32Array:
+        """What this author reads, int32 [P], or [Q] for the teacher."""
+        if author is Author.TEACHER and self.teacher_ids is not None:
+            return self.teacher_ids
+        return self.token_ids
 
     @property
     def sample_id(self) -> str:
@@ -128,6 +137,8 @@ class Trajectory:
     weight_versions: spans that cover [0, T) in order; empty unless the student wrote it.
     kept_ids: int32 [T, K], the tokens that truncated sampling left to the student at each place,
     the written one among them, -1 where there are fewer; None where it was not recorded.
+    teacher_prompt_ids: int32 [Q], the prompt after which the teacher wrote the response or scores
+    it; None: the one in token_ids, which the student is taught after in either case.
     """
 
     trajectory_id: str
@@ -140,6 +151,7 @@ class Trajectory:
     finish: Finish
     weight_versions: tuple[VersionSpan, ...] = ()
     kept_ids: Int32Array | None = None
+    teacher_prompt_ids: Int32Array | None = None
 
     def __post_init__(self) -> None:
         name, num_response = self.trajectory_id, self.num_response_tokens
@@ -176,6 +188,19 @@ class Trajectory:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
+    def as_teacher_reads(self) -> Trajectory:
+        """The same response after the teacher's prompt."""
+        prompt = self.teacher_prompt_ids
+        if prompt is None:
+            return self
+        return replace(
+            self,
+            token_ids=np.concatenate([prompt, self.response_ids]),
+            num_prompt_tokens=int(prompt.size),
+            teacher_prompt_ids=None,
+        )
+
+    @property
     def oldest_version(self) -> int | None:
         """The oldest weight version that wrote a token; None if not the student's."""
         return min((span.version for span in self.weight_versions), default=None)
@@ -185,7 +210,7 @@ def trajectory_to_plain(trajectory: Trajectory) -> dict[str, Any]:
     """A trajectory as numbers, texts and lists, for JSON; float32 comes back as it was."""
     plain = {field.name: getattr(trajectory, field.name) for field in fields(trajectory)}
     spans = [(span.version, span.start, span.end) for span in trajectory.weight_versions]
-    names = ("token_ids", "behaviour_logprobs", "kept_ids")
+    names = ("token_ids", "behaviour_logprobs", "kept_ids", "teacher_prompt_ids")
     arrays = {name: plain[name].tolist() for name in names if plain[name] is not None}
     return plain | arrays | {"weight_versions": spans}
 
@@ -193,7 +218,7 @@ def trajectory_to_plain(trajectory: Trajectory) -> dict[str, Any]:
 def trajectory_from_plain(plain: Mapping[str, Any]) -> Trajectory:
     """What trajectory_to_plain was given."""
     spans = (VersionSpan(version=v, start=s, end=e) for v, s, e in plain["weight_versions"])
-    kept = plain.get("kept_ids")
+    kept, prompt = plain.get("kept_ids"), plain.get("teacher_prompt_ids")
     return Trajectory(
         **{
             **plain,
@@ -203,6 +228,7 @@ def trajectory_from_plain(plain: Mapping[str, Any]) -> Trajectory:
             "behaviour_logprobs": np.array(plain["behaviour_logprobs"], np.float32),
             "weight_versions": tuple(spans),
             "kept_ids": None if kept is None else np.array(kept, np.int32),
+            "teacher_prompt_ids": None if prompt is None else np.array(prompt, np.int32),
         }
     )
 

@@ -353,6 +353,44 @@ def _check_chat_keys(
         raise ValueError("give chat_template or chat_template_name, not both")
 
 
+class TeacherContextConfig(ConfigModel):
+    """What the teacher reads before a prompt and the student does not (context distillation)."""
+
+    text: str = ""
+    """Instructions; {field} is a field of the row, such as its solution, and {{ and }} are braces.
+    It begins the system message of a chat, and stands before a plain prompt as it is written. With
+    fields the teacher is evaluated without context: the answer would stand before the prompt."""
+    examples: Source | None = None
+    """Rows with answers that stand behind text, all of them, so that num_examples is to be given;
+    rows whose prompts are held out or evaluated are left out. In a chat they are turns."""
+    separator: str = "\n\n"
+    """Stands behind each example where the prompt is plain."""
+    max_tokens: PositiveInt = 512
+    """Most tokens that a prompt of the teacher may have beyond data.max_prompt_tokens."""
+    fine_tuning: bool = False
+    """Whether teacher.sft learns after the context too; its rows need the fields of text then."""
+
+    @field_validator("text")
+    @classmethod
+    def _check_text(cls, text: str) -> str:
+        template_fields(text)
+        return text
+
+    @model_validator(mode="after")
+    def _check(self) -> TeacherContextConfig:
+        if not self.text and self.examples is None:
+            raise ValueError(
+                "the teacher would read what the student reads: give text or examples, or set "
+                "data.teacher_context=null"
+            )
+        return self
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a row that text names."""
+        return template_fields(self.text)
+
+
 class DataConfig(ConfigModel):
     """Every set of rows the run reads."""
 
@@ -386,6 +424,8 @@ class DataConfig(ConfigModel):
     there."""
     cache_directory: LocalPath | None = None
     """Folder of that file, which is gone when the run ends; null takes that of `datasets`."""
+    teacher_context: TeacherContextConfig | None = None
+    """What the teacher reads before each prompt and the student does not; null: nothing."""
     teacher_sft: Source | None = None
     """Rows that the teacher is fine-tuned on."""
     student_sft: Source | None = None
@@ -437,6 +477,8 @@ class DataConfig(ConfigModel):
         named = {name: source for name, source in single.items() if source is not None}
         named |= {f"evaluation.{split}": source for split, source in self.evaluation.items()}
         named |= {**self.prompt_sources, **self.gap_sources}
+        if self.teacher_context is not None and self.teacher_context.examples is not None:
+            named["teacher_context.examples"] = self.teacher_context.examples
         return {f"data.{name}": each for name, each in named.items()}
 
     @property

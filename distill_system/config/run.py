@@ -77,8 +77,19 @@ class RunConfig(ConfigModel):
 
     @property
     def max_model_length(self) -> int:
-        """Longest prompt plus longest response, in tokens."""
+        """Longest prompt plus longest response, in tokens, as the student reads them."""
         return self.data.max_prompt_tokens + self.rollout.sampling.max_response_tokens
+
+    @property
+    def teacher_model_length(self) -> int:
+        """The same as the teacher reads them: with data.teacher_context."""
+        return self.max_model_length + self.context_tokens
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens that the teacher's prompts have more; 0 without data.teacher_context."""
+        context = self.data.teacher_context
+        return 0 if context is None else context.max_tokens
 
     @property
     def rounding(self) -> Literal["none", "nearest", "stochastic"]:
@@ -359,6 +370,11 @@ class RunConfig(ConfigModel):
             )
         return self
 
+    def say_context(self, role: str) -> str:
+        """What the teacher's length has more, for messages."""
+        has_more = role == "teacher" and self.data.teacher_context is not None
+        return " + data.teacher_context.max_tokens" if has_more else ""
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         for role in ("teacher", "student"):
@@ -366,14 +382,21 @@ class RunConfig(ConfigModel):
             if model.sft is not None and getattr(self.data, f"{role}_sft") is None:
                 raise ValueError(f"{role}.sft needs rows: give data.{role}_sft")
             if model.architecture is not None:
-                longest = self.max_model_length
+                is_teacher = role == "teacher"
+                longest = self.teacher_model_length if is_teacher else self.max_model_length
                 if longest > model.architecture.max_position_embeddings:
                     raise ValueError(
                         f"{role}.architecture.max_position_embeddings must be at least "
-                        "data.max_prompt_tokens + rollout.sampling.max_response_tokens = "
-                        f"{longest}, got {model.architecture.max_position_embeddings}"
+                        "data.max_prompt_tokens + rollout.sampling.max_response_tokens"
+                        f"{self.say_context(role)} = {longest}, got "
+                        f"{model.architecture.max_position_embeddings}"
                     )
         sources = self.distill.off_policy_mixture
+        if "store" in sources and self.data.teacher_context is not None:
+            raise ValueError(
+                "data.teacher_context: stored samples do not say after which prompt the teacher "
+                "wrote them; expected distill.off_policy_source of teacher or dataset, got store"
+            )
         if "dataset" in sources and self.data.student_sft is None:
             raise ValueError(
                 "distill.off_policy_source=dataset needs rows: give data.student_sft, or "

@@ -18,7 +18,7 @@ from distill_system.config.data import DataConfig
 from distill_system.data.chat_forms import find_loss, forms
 from distill_system.data.encoding import Encoded, Text, TextEncoder
 from distill_system.data.examples import Example
-from distill_system.data.messages import Message, Messages, Tool, part_texts
+from distill_system.data.messages import Message, Messages, Tool, message_text, part_texts
 from distill_system.errors import DataError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -229,6 +229,18 @@ def _context(example: Example) -> Messages:
     """The messages before the answer."""
     prompt = example.prompt
     return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+
+
+def after_context(example: Example, text: str, shown: Sequence[Example]) -> Messages:
+    """A chat behind a text, which begins its system message, and behind the turns of others."""
+    messages, system = [*_context(example)], list[Message]()
+    if messages[0]["role"] == "system":
+        system.append(messages.pop(0))
+    if text:
+        own = [message_text(message) for message in system]
+        system = [{"role": "system", "content": "\n\n".join([text, *own])}]
+    turns = [turn for each in shown for turn in (*_context(each), _reply(each)) if turn]
+    return (*system, *(turn for turn in turns if turn["role"] != "system"), *messages)
 
 
 def _reply(example: Example) -> Message | None:

@@ -35,14 +35,23 @@ def end_prompts(data: RunData, tokenizer: Any, *, most_tokens: int) -> RunData:
             )
         return np.append(token_ids, np.int32(end)).astype(np.int32)
 
+    def with_end(token_ids: Int32Array | None) -> Int32Array | None:
+        return None if token_ids is None else np.append(token_ids, np.int32(end))
+
     def end_prompt(prompt: Prompt) -> Prompt:
-        return replace(prompt, token_ids=ended(prompt.prompt_id, prompt.token_ids))
+        token_ids = ended(prompt.prompt_id, prompt.token_ids)
+        return replace(prompt, token_ids=token_ids, teacher_ids=with_end(prompt.teacher_ids))
 
     def end_row(row: Trajectory) -> Trajectory:
         count = row.num_prompt_tokens
         prompt = np.append(row.token_ids[:count], np.int32(end))
         token_ids = np.concatenate([prompt, row.response_ids]).astype(np.int32)
-        return replace(row, token_ids=token_ids, num_prompt_tokens=count + 1)
+        return replace(
+            row,
+            token_ids=token_ids,
+            num_prompt_tokens=count + 1,
+            teacher_prompt_ids=with_end(row.teacher_prompt_ids),
+        )
 
     return replace(
         data,

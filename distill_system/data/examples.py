@@ -47,6 +47,7 @@ class Example:
     prompt_pieces, answer_pieces: what of them a template wrote; empty where all is the row's.
     reply: the answer as the message that the chat holds.  tools: what the chat may call.
     earlier: the chat's assistant turns before this one, where each is learned from.
+    context: data.teacher_context.text with the row's fields; empty where it is not asked for.
     """
 
     row: str
@@ -58,11 +59,18 @@ class Example:
     reply: Message | None = None
     tools: tuple[Tool, ...] = ()
     earlier: tuple[Example, ...] = ()
+    context: tuple[Piece, ...] = ()
 
     @property
     def turns(self) -> tuple[Example, ...]:
         """This and the chat's earlier turns, in the chat's order."""
         return (*self.earlier, self)
+
+    def with_context(self, template: str, row: Row) -> Example:
+        """With a template filled by the row.  Raises: DataError for a field of another form."""
+        context = _fill(template, row, self.row)
+        earlier = tuple(replace(turn, context=context) for turn in self.earlier)
+        return replace(self, context=context, earlier=earlier)
 
 
 def read_example(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
@@ -24,7 +24,7 @@ from distill_system.data.stored_rows import (
     trajectory_columns,
 )
 from distill_system.errors import DataError
-from distill_system.records import Prompt, Trajectory
+from distill_system.records import Int32Array, Prompt, Trajectory
 
 ROWS_PER_BATCH = 4096
 BYTES_PER_RECORD = 600
@@ -39,7 +39,11 @@ PROMPT_SCHEMA = pyarrow.schema(
         ("text", pyarrow.string()),
         ("references", pyarrow.list_(pyarrow.string())),
         ("source", pyarrow.string()),
+        ("teacher_ids", pyarrow.list_(pyarrow.int32())),
     ]
+)
+KEPT_ROW_SCHEMA = TRAJECTORY_SCHEMA.append(
+    pyarrow.field("teacher_prompt_ids", pyarrow.list_(pyarrow.int32()))
 )
 
 
@@ -110,6 +114,8 @@ class RecordKeeper(Generic[Record]):
             self._records.append(record)
             self._num_bytes += BYTES_PER_RECORD + 4 * len(record.token_ids)
             self._num_bytes += len(getattr(record, "text", ""))
+            if (read_by_teacher := _teacher_ids(record)) is not None:
+                self._num_bytes += 4 * len(read_by_teacher)
         if self._num_bytes > self._most_bytes or self._file is not None:
             self._write(ROWS_PER_BATCH)
 
@@ -200,8 +206,28 @@ def _read_prompt(batch: pyarrow.RecordBatch, row: int) -> Prompt:
         text=batch.column("text")[row].as_py(),
         references=tuple(batch.column("references")[row].as_py()),
         source=batch.column("source")[row].as_py(),
+        teacher_ids=_read_ids(batch.column("teacher_ids")[row]),
     )
 
 
+def _row_columns(rows: Sequence[Trajectory]) -> dict[str, list[object]]:
+    columns = trajectory_columns(rows)
+    return {**columns, "teacher_prompt_ids": [row.teacher_prompt_ids for row in rows]}
+
+
+def _read_row(batch: pyarrow.RecordBatch, row: int) -> Trajectory:
+    prompt = _read_ids(batch.column("teacher_prompt_ids")[row])
+    trajectory = read_trajectory(batch, row)
+    return trajectory if prompt is None else replace(trajectory, teacher_prompt_ids=prompt)
+
+
+def _read_ids(scalar: pyarrow.ListScalar) -> Int32Array | None:
+    return scalar.values.to_numpy() if scalar.is_valid else None
+
+
+def _teacher_ids(record: Prompt | Trajectory) -> Int32Array | None:
+    return record.teacher_ids if isinstance(record, Prompt) else record.teacher_prompt_ids
+
+
 PROMPTS = RecordForm(PROMPT_SCHEMA, _prompt_columns, _read_prompt)
-TRAJECTORIES = RecordForm(TRAJECTORY_SCHEMA, trajectory_columns, read_trajectory)
+TRAJECTORIES = RecordForm(KEPT_ROW_SCHEMA, _row_columns, _read_row)

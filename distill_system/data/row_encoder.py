@@ -7,14 +7,15 @@ responses that are learned, with the token that ends them.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from distill_system.config.data import EmbeddedTokenizer
 from distill_system.config.run import RunConfig
-from distill_system.config.templates import Piece
-from distill_system.data.chats import ChatRenderer, split_tokens
+from distill_system.config.templates import Piece, joined
+from distill_system.data.chats import ChatRenderer, after_context, split_tokens
 from distill_system.data.encoding import Encoded, Text, TextEncoder
 from distill_system.data.examples import Example
 from distill_system.data.messages import Messages, message_text
@@ -80,21 +81,48 @@ class RowEncoder:
         self._start_ids: list[int] = [bos] if adds_bos else []
         self.parted: set[str] = set()
 
-    def render(self, example: Example, key: str) -> Text:
+    def render(self, example: Example, key: str, before: Sequence[Piece] = ()) -> Text:
         """The prompt as the models read it.  key: of the example's source, for messages.
 
+        before: what stands before it if it is plain.
         Raises: DataError if the chat template refuses the example or loses a part of it.
         """
         where = f"{key}: {example.row}"
         if self._is_chat(example):
             return self._chats.prompt(example, where)
+        return self.texts.from_pieces([*before, *self._plain_pieces(example)], where)
+
+    def _plain_pieces(self, example: Example) -> list[Piece]:
         assert isinstance(example.prompt, str), "any other prompt is a chat"
         written = example.prompt_pieces or (Piece(example.prompt, is_data=True),)
         first, *others = self._data.prompt_template.split("{prompt}")
         pieces = [Piece(first, is_data=False)]
         for other in others:
             pieces += [*written, Piece(other, is_data=False)]
-        return self.texts.from_pieces(pieces, where)
+        return pieces
+
+    def as_teacher_reads(self, row: Row, shown: Sequence[Row], separator: str) -> Row:
+        """The row behind its context and behind rows with answers.
+
+        separator: behind each of those in a plain prompt.
+        Raises: DataError if a chat stands before a plain prompt; and as `render` does.
+        """
+        example = row.example
+        if self._is_chat(example):
+            examples = [each.example for each in shown]
+            messages = after_context(example, joined(example.context), examples)
+            example = replace(example, prompt=messages)
+            return row._replace(example=example, prompt=self.render(example, row.key))
+        before = [*example.context]
+        for each in shown:
+            if self._is_chat(each.example):
+                raise DataError(
+                    f"{each.where} is a chat and {row.where} a plain prompt: give examples of the "
+                    "prompts' form"
+                )
+            before += [*self._plain_pieces(each.example), *_answer_pieces(each)]
+            before.append(Piece(separator, is_data=False))
+        return row._replace(prompt=self.render(example, row.key, before))
 
     def render_plain(self, example: Example, key: str) -> Text:
         """The row's text as it is, without a template.  Raises: DataError for a chat."""
@@ -203,9 +231,7 @@ class RowEncoder:
         return token_id in self._stop_ids or not self._tokenizer.decode([token_id]).strip()
 
     def _answer(self, row: Row) -> Text:
-        answer = _require_answer(row)
-        pieces = row.example.answer_pieces or (Piece(answer, is_data=True),)
-        return self.texts.from_pieces(pieces, row.where)
+        return self.texts.from_pieces(_answer_pieces(row), row.where)
 
     def _is_chat(self, example: Example) -> bool:
         return self._data.use_chat_template or not isinstance(example.prompt, str)
@@ -245,6 +271,11 @@ def _require_answer(row: Row) -> str:
             "remove the row or name the field that holds it"
         )
     return row.example.answer
+
+
+def _answer_pieces(row: Row) -> tuple[Piece, ...]:
+    answer = _require_answer(row)
+    return row.example.answer_pieces or (Piece(answer, is_data=True),)
 
 
 def readable(prompt: str | Messages) -> str:

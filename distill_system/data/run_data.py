@@ -29,7 +29,7 @@ from distill_system.data.kept_records import (
     RecordKeeper,
 )
 from distill_system.data.row_encoder import Row
-from distill_system.data.set_reader import PLAIN_TEXT, SetReader
+from distill_system.data.set_reader import CONTEXT_EXAMPLES, PLAIN_TEXT, SetReader
 from distill_system.data.sources import SourceReport, load_examples
 from distill_system.data.stored_rows import SampleOrigin
 from distill_system.data.stored_trajectories import (
@@ -109,7 +109,7 @@ def load_run_data(
         has another tokenizer, or holds no sample of stored_by.
     """
     data = config.data
-    reader = SetReader(config, tokenizer, stop_token_ids)
+    reader = SetReader(config, tokenizer, stop_token_ids, for_teacher=True)
     measured = {f"evaluation.{split}": source for split, source in data.evaluation.items()}
     measured_rows = {name: reader.rows(name, source, True) for name, source in measured.items()}
     measured_rows["held_out"] = reader.rows("held_out", data.held_out, False)
@@ -118,6 +118,7 @@ def load_run_data(
     # Read whichever sets are asked for: they decide which rows training may not see.
     blocked = {row.text for row in chain.from_iterable(measured_rows.values())}
     training = _TrainingRows(reader, blocked, data)
+    reader.show(training.context_examples())
     teacher = data.teacher_sft if "teacher_sft" in sets else None
     student = data.student_sft if "student_sft" in sets else None
     texts = data.plain_text if "plain_text" in sets else None
@@ -200,6 +201,15 @@ class _TrainingRows:
         for rows in self._row_batches(name, source, has_answers, key=f"data.{name}"):
             keeper.add(make(rows))
         return self._finish(keeper, name)
+
+    def context_examples(self) -> list[Row]:
+        """The rows of data.teacher_context.examples."""
+        context = self.data.teacher_context
+        if context is None or context.examples is None:
+            return []
+        name, key = CONTEXT_EXAMPLES, f"data.{CONTEXT_EXAMPLES}"
+        batches = self._row_batches(name, context.examples, True, key=key)
+        return [row for rows in batches for row in rows]
 
     def prompts(self) -> Sequence[Prompt]:
         """The prompts of the distillation, sorted by source."""

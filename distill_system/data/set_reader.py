@@ -25,6 +25,7 @@ from distill_system.errors import DataError
 from distill_system.records import Author, Finish, Int32Array, Prompt, Trajectory
 
 PLAIN_TEXT = "plain_text"
+CONTEXT_EXAMPLES = "teacher_context.examples"
 _LEARNED_SETS = ("teacher_sft", "student_sft")
 
 ROWS_AT_ONCE = 4096
@@ -35,6 +36,7 @@ class SetReader:
     """Reads sets with one tokenizer.
 
     stop_token_ids: what ends a response, beside the tokenizer's end of sequence.
+    for_teacher: records say too what the teacher reads, by data.teacher_context.
     num_out_of_bounds: rows left out of each set so far by the token bounds of its source.
     num_shortened, num_too_long: prompts of each set that were cut, or left out with their rows,
     because they are longer than data.max_prompt_tokens.
@@ -47,8 +49,13 @@ class SetReader:
         config: RunConfig,
         tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: Collection[int] = (),
+        *,
+        for_teacher: bool = False,
     ) -> None:
         self._data = config.data
+        self._context = config.data.teacher_context if for_teacher else None
+        self._scores_rows = "dataset" in config.distill.off_policy_mixture
+        self._shown: Sequence[Row] = ()
         self._most_tokens = config.max_model_length
         self._encoder = RowEncoder(config, tokenizer, stop_token_ids)
         self.num_out_of_bounds: dict[str, int] = {}
@@ -57,6 +64,20 @@ class SetReader:
         self.num_unknown = Counter[str]()
         self._num_encoded = Counter[str]()
         self.reports: dict[str, SourceReport] = {}
+
+    def show(self, examples: Sequence[Row]) -> None:
+        """From now on the teacher reads these rows with answers before each prompt."""
+        self._shown = examples
+
+    def _reads_context(self, name: str) -> bool:
+        """Whether the teacher reads a set behind its context."""
+        if self._context is None or name in (PLAIN_TEXT, CONTEXT_EXAMPLES):
+            return False
+        if name == "teacher_sft":
+            return self._context.fine_tuning
+        if name == "student_sft":
+            return self._scores_rows
+        return not (self._context.fields and name.startswith("evaluation."))
 
     def rows(
         self,
@@ -98,6 +119,7 @@ class SetReader:
             with_answers=with_answers,
             report=report,
             keep_going=keep_going,
+            context=self._context.text if self._context and self._reads_context(name) else "",
         )
         is_empty = True
         numbered = enumerate(examples)
@@ -179,6 +201,8 @@ class SetReader:
 
     def prompts(self, name: str, rows: Sequence[Row]) -> tuple[Prompt, ...]:
         """Rows as prompts, with their references."""
+        read = self._as_teacher_reads(rows)
+        for_teacher = self._teacher_ids(read, self._encoder.prompts(read), len(rows))
         return tuple(
             Prompt(
                 prompt_id=row.row_id,
@@ -186,8 +210,11 @@ class SetReader:
                 text=readable(row.example.prompt),
                 references=row.example.references,
                 source=name,
+                teacher_ids=teacher_ids,
             )
-            for row, token_ids in zip(rows, self._prompt_ids(rows), strict=True)
+            for row, token_ids, teacher_ids in zip(
+                rows, self._prompt_ids(rows), for_teacher, strict=True
+            )
         )
 
     def prompt_keys(self, rows: Sequence[Row]) -> set[str]:
@@ -197,11 +224,14 @@ class SetReader:
 
     def trajectories(self, rows: Sequence[Row]) -> tuple[Trajectory, ...]:
         """Rows as supervised trajectories: prompt, answer, end of sequence."""
+        read = self._as_teacher_reads(rows)
+        prompts = [prompt_ids for prompt_ids, _ in self._encoder.split(read)]
+        for_teacher = self._teacher_ids(read, prompts, len(rows))
         split = self._encoder.split(rows)
         for row, (prompt_ids, _) in zip(rows, split, strict=True):
             self._check_length(row, len(prompt_ids))
         self._note_unknown(rows, [prompt_ids for prompt_ids, _ in split])
-        return tuple(
+        trajectories = tuple(
             Trajectory(
                 trajectory_id=row.row_id,
                 prompt_id=row.row_id,
@@ -211,9 +241,39 @@ class SetReader:
                 behaviour_logprobs=np.empty(0, dtype=np.float32),
                 temperature=1.0,
                 finish=Finish.STOP,
+                teacher_prompt_ids=teacher_ids,
             )
-            for row, (prompt_ids, response_ids) in zip(rows, split, strict=True)
+            for row, (prompt_ids, response_ids), teacher_ids in zip(
+                rows, split, for_teacher, strict=True
+            )
         )
+        if read and read[0].name == "teacher_sft":
+            return tuple(each.as_teacher_reads for each in trajectories)
+        return trajectories
+
+    def _as_teacher_reads(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows of a set behind the teacher's context; none where it has none."""
+        if not rows or self._context is None or not self._reads_context(rows[0].name):
+            return []
+        separator = self._context.separator
+        return [self._encoder.as_teacher_reads(row, self._shown, separator) for row in rows]
+
+    def _teacher_ids(
+        self, read: Sequence[Row], prompts: Sequence[list[int]], count: int
+    ) -> list[Int32Array | None]:
+        """prompts: the tokens of those that the teacher reads in its own way.  count: of all."""
+        if self._context is None or not read:
+            return [None] * count
+        most = self._data.max_prompt_tokens + self._context.max_tokens
+        for row, ids in zip(read, prompts, strict=True):
+            if len(ids) > most:
+                raise DataError(
+                    f"prompt {row.row_id!r} ({row.example.row}) has {len(ids)} tokens with the "
+                    "teacher's context, more than data.max_prompt_tokens + "
+                    f"data.teacher_context.max_tokens={most}; raise the latter, give fewer "
+                    "examples, or shorten the text"
+                )
+        return [np.array(ids, dtype=np.int32) for ids in prompts]
 
     def documents(self, rows: Sequence[Row]) -> tuple[Trajectory, ...]:
         """Plain texts whole; all tokens of each but the first are learned."""

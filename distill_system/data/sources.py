@@ -23,11 +23,13 @@ from distill_system.config.data import (
     RowSource,
     Source,
 )
+from distill_system.config.templates import template_fields
 from distill_system.data.datasets_rows import is_saved, load_dataset, load_saved
 from distill_system.data.embedded_tasks import generate_tasks
 from distill_system.data.examples import Example, read_example
 from distill_system.data.layouts import find_layout, to_basic_row, told_layout
 from distill_system.data.row_fields import (
+    NeededFields,
     check_fields,
     lacks_text,
     needed_columns,
@@ -39,6 +41,7 @@ from distill_system.errors import DataError
 
 ROWS_LOOKED_AT = 100
 """Rows from which a layout is found."""
+_CONTEXT = "data.teacher_context"
 MOST_KEPT = 20
 """Refused rows of which the reason is kept; the others are counted."""
 
@@ -113,6 +116,7 @@ def read_examples(
     with_answers: bool = True,
     report: SourceReport | None = None,
     keep_going: bool = False,
+    context: str = "",
 ) -> Iterator[Example]:
     """The examples of a source, one after the other.
 
@@ -122,15 +126,16 @@ def read_examples(
     with_answers: False reads no answers, and their field need not exist.
     report: is told what was read.
     keep_going: leave out rows that cannot be used, whatever the source says.
+    context: the template of Example.context.
     Raises: DataError if the source is missing, empty, too small, or holds a row that cannot be
         used.
     """
     report = report or SourceReport()
     if isinstance(source, EmbeddedSource):
-        yield from _read_embedded(source, with_answers, report)
+        yield from _read_embedded(source, with_answers, report, context)
         return
     tables = _open_tables(source, data, key)
-    reader = _RowReader(source, tables, key, with_answers, report)
+    reader = _RowReader(source, tables, key, with_answers, report, context)
     asked = source.num_examples
     leave_out = source.leave_out_refused or keep_going
     for where, row in reader.named_rows():
@@ -164,11 +169,13 @@ class _RowReader:
         key: str,
         with_answers: bool,
         report: SourceReport,
+        context: str,
     ) -> None:
         self._source = source
         self._tables = tables
         self._key = f"{key}.fields"
         self._with_answers = with_answers
+        self._context = context
         report.place = tables[0].name
         if len(tables) > 1:
             report.place = f"{len(tables)} files ({tables[0].name} to {tables[-1].name})"
@@ -182,12 +189,14 @@ class _RowReader:
         if self._fields is None:
             return
         needed = needed_fields(self._fields, self._with_answers)
+        of_context = _context_fields(self._context)
         for table in self._tables:
             existing = table.columns()
             columns = None
             if existing is not None:
                 check_fields(needed, existing, table.name, self._key)
-                columns = needed_columns(needed, existing)
+                check_fields(of_context, existing, table.name, _CONTEXT)
+                columns = needed_columns([*needed, *of_context], existing)
             yield from table.rows(columns)
 
     def read(self, where: str, row: Row | DataError) -> Example | None:
@@ -202,10 +211,13 @@ class _RowReader:
         if self._source.leave_out_empty and lacks_text(row, fields, with_answers):
             return None
         check_fields(needed_fields(fields, with_answers), row.keys(), where, self._key)
+        check_fields(_context_fields(self._context), row.keys(), where, _CONTEXT)
+        whole = row
         row, fields = to_basic_row(row, fields, where)
         if self._source.leave_out_empty and lacks_text(row, fields, with_answers):
             return None  # the chat of another form
-        return read_example(row, fields, where=where, key=self._key, with_answers=with_answers)
+        example = read_example(row, fields, where=where, key=self._key, with_answers=with_answers)
+        return example.with_context(self._context, whole) if self._context else example
 
     def _find_fields(self) -> FieldMap | None:
         """The field map that the first rows ask for; None if there is no row."""
@@ -263,17 +275,24 @@ def _require_file(path: str, directory: str, key: str) -> None:
 
 
 def _read_embedded(
-    source: EmbeddedSource, with_answers: bool, report: SourceReport
+    source: EmbeddedSource, with_answers: bool, report: SourceReport, context: str
 ) -> Iterator[Example]:
     report.place = f"embedded {source.split}"
     for i, task in enumerate(generate_tasks(source.split, source.num_examples, source.seed)):
         report.num_rows = report.num_examples = i + 1
-        yield Example(
+        example = Example(
             row=f"embedded {source.split}[{i}]",
             prompt=task.prompt,
             references=task.references if with_answers else (),
             answer=task.answer if with_answers else None,
         )
+        row = {"prompt": task.prompt, "response": task.answer}
+        check_fields(_context_fields(context), row.keys(), example.row, _CONTEXT)
+        yield example.with_context(context, row) if context else example
+
+
+def _context_fields(context: str) -> NeededFields:
+    return [("text", name) for name in template_fields(context)]
 
 
 def _check_count(report: SourceReport, source: RowSource, key: str) -> None:

@@ -205,6 +205,8 @@ class StartCheck:
 
     def _read(self, role: str, written: Sequence[Trajectory]) -> EngineReading:
         is_teacher = role == "teacher"
+        if is_teacher:
+            written = [each.as_teacher_reads for each in written]
         read = self.pools.scorers if is_teacher else self.pools.learner
         path = self.context.teacher_path if is_teacher else self.context.student_path
         config = self.context.config

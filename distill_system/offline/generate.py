@@ -61,6 +61,11 @@ def generate(request: GenerateRequest) -> Path:
         samples are in the store.
     """
     config, folder = request.config, _folder(request)
+    if config.data.teacher_context is not None:
+        raise ConfigError(
+            "data.teacher_context: a store does not say after which prompt the teacher wrote; "
+            "expected data.teacher_context=null. A run writes such text itself"
+        )
     check_engine(config)
     with opened(config, "generate", pools=[f"{request.author}_rollout"]) as found:
         config, run, tokenizer = found.config, found.run, found.tokenizer

@@ -7,7 +7,7 @@ bring; real sequences are shorter.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class LearnerLoad:
 
 def longest_sequence(config: RunConfig) -> int:
     """Tokens of a prompt and a response at their limits."""
-    return config.data.max_prompt_tokens + config.rollout.sampling.max_response_tokens
+    return config.max_model_length
 
 
 def streams_read(config: RunConfig) -> list[Stream]:
@@ -159,7 +159,15 @@ def supervised_load(config: RunConfig, shape: ModelShape, sft: SupervisedConfig)
 
 def scored_at_once(config: RunConfig) -> list[TrajectoryChunk]:
     """One call of a scorer: a stream's sequences are dealt to the learner's ranks."""
-    return make_chunks(config, {Stream.OFF_POLICY: max(dealt_sequences(config).values())})
+    (chunk,) = make_chunks(config, {Stream.OFF_POLICY: max(dealt_sequences(config).values())})
+    if not config.context_tokens:
+        return [chunk]
+    count = config.data.max_prompt_tokens + config.context_tokens
+    prompt = np.zeros(count, dtype=np.int32)
+    read = [
+        replace(each, teacher_prompt_ids=prompt).as_teacher_reads for each in chunk.trajectories
+    ]
+    return [replace(chunk, trajectories=tuple(read))]
 
 
 def wire_bytes_per_token(config: RunConfig, teacher: ModelShape) -> int:

@@ -230,7 +230,8 @@ def _engine(
     size, number = max(1, int(pool.gpus)), NUMBER_BYTES[engine.dtype]
     weights = number * shape.num_parameters / size
     # Keys and values of every block, for each token of each sequence that is being written.
-    sequence = longest_sequence(config) * 2.0 * number * shape.num_blocks * shape.key_size / size
+    longest = config.teacher_model_length if role == "teacher" else config.max_model_length
+    sequence = longest * 2.0 * number * shape.num_blocks * shape.key_size / size
     cache, room = float(CPU_CACHE_MEBIBYTES * MIB), None
     if engine.kv_cache_mebibytes is not None:
         cache = float(engine.kv_cache_mebibytes * MIB)
@@ -266,5 +267,5 @@ def _engine(
     )
     library = {"vllm": "vLLM", "transformers": "transformers"}[config.rollout.engine]
     plan = _worker(pool_name, pool, f"the {role} in {library}", memory, device)
-    note = f"cache for {int(cache // sequence)} sequences of {longest_sequence(config)} tokens"
+    note = f"cache for {int(cache // sequence)} sequences of {longest} tokens"
     return replace(plan, room_bytes=plan.room_bytes if room is None else room, note=note)

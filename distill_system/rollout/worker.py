@@ -156,7 +156,7 @@ class RolloutWorker:
         for prompt in prompts:
             self._check_prompt(prompt, sampling)
         completions = self._engine.complete(
-            [prompt.token_ids for prompt in prompts],
+            [prompt.ids_for(self._author) for prompt in prompts],
             sampling,
             [derive_seed(seed, "rollout", label, prompt.sample_id) for prompt in prompts],
         )
@@ -182,7 +182,8 @@ class RolloutWorker:
             sample_seed = derive_seed(
                 request.seed, "rollout", request.label, request.prompt.sample_id
             )
-            self._engine.add(name, request.prompt.token_ids, request.sampling, sample_seed)
+            prompt_ids = request.prompt.ids_for(self._author)
+            self._engine.add(name, prompt_ids, request.sampling, sample_seed)
             self._requests[name] = request
         if not self._holds_whole_weights:
             time.sleep(seconds)
@@ -280,7 +281,8 @@ class RolloutWorker:
             )
 
     def _check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
-        num_tokens, most = prompt.token_ids.size, sampling.max_response_tokens
+        prompt_ids = prompt.ids_for(self._author)
+        num_tokens, most = prompt_ids.size, sampling.max_response_tokens
         if num_tokens + most > self._max_model_length:
             raise DataError(
                 f"prompt {prompt.prompt_id!r} does not fit {self._name}: {num_tokens} prompt "
@@ -288,7 +290,7 @@ class RolloutWorker:
                 f"{self._max_model_length}; lower data.max_prompt_tokens or "
                 "rollout.sampling.max_response_tokens, or leave the prompt out"
             )
-        lowest, highest = int(prompt.token_ids.min()), int(prompt.token_ids.max())
+        lowest, highest = int(prompt_ids.min()), int(prompt_ids.max())
         if lowest < 0 or highest >= self._engine.vocabulary_size:
             raise ModelError(
                 f"prompt {prompt.prompt_id!r} holds token ids {lowest} to {highest}, the "
@@ -315,4 +317,5 @@ def make_trajectory(
             VersionSpan(version=version, start=start, end=end) for version, start, end in versions
         ),
         kept_ids=completion.kept_ids if author is Author.STUDENT else None,
+        teacher_prompt_ids=prompt.teacher_ids,
     )

@@ -215,15 +215,18 @@ def _check_model(role: str, model: ModelConfig, tokenizer: Any, config: RunConfi
     _check_head_size(role, model, shape, config)
     if model.path is None:
         return  # a model of random weights takes vocabulary and length from the run
+    is_teacher = role == "teacher"
+    longest = config.teacher_model_length if is_teacher else config.max_model_length
     if config.rollout.engine == "vllm":  # the other engine reads a model as the learner does
-        check_settings(shape, f"{role}.path={model.path!r}", longest=config.max_model_length)
+        check_settings(shape, f"{role}.path={model.path!r}", longest=longest)
     _check_vocabulary(role, model, shape.vocab_size, tokenizer)
-    limit, longest = _context_limit(shape), config.max_model_length
+    limit = _context_limit(shape)
     if limit is not None and limit < longest:
         raise ModelError(
             f"{role}.path={model.path!r} reads at most {limit} tokens, the run asks for "
-            f"data.max_prompt_tokens + rollout.sampling.max_response_tokens = {longest}; lower one "
-            "of the two, or choose a model of longer context"
+            "data.max_prompt_tokens + rollout.sampling.max_response_tokens"
+            f"{config.say_context(role)} = {longest}; lower one of them, or choose a model of "
+            "longer context"
         )
     check_longest(shape, longest, f"{role}.path={model.path!r}")
     if config.rollout.engine == "transformers" and _has_attention_of_its_own(shape):

@@ -46,11 +46,12 @@ def rollout_arguments(
 
     path: folder or hub name of the model.  pool: the worker's; author's own, or `evaluation`.
     """
+    is_teacher = author is Author.TEACHER
     return {
         "model_path": path,
         "author": author,
         "engine": _engine(config, author),
-        "max_model_length": config.max_model_length,
+        "max_model_length": config.teacher_model_length if is_teacher else config.max_model_length,
         "uses_gpu": pool.gpus > 0,
         "tensor_parallel_size": tensor_parallel_size(pool),
         "trust_remote_code": getattr(config, author).trust_remote_code,

@@ -133,13 +133,16 @@ class TeacherScorer:
     def score(self, chunk: TrajectoryChunk, needs: TeacherNeeds) -> list[TeacherTargets]:
         """Targets of each trajectory, in the chunk's order: what is needed, and no more.
 
+        Each response is read after the teacher's prompt (Trajectory.as_teacher_reads).
         Features and expected embeddings travel as float16 when the teacher computes in bfloat16
         (whose 8 bits of precision float16 holds), as float32 when it computes in float32.
         Raises: NonFiniteError if the teacher's output is not finite.
         """
         ids = [trajectory.trajectory_id for trajectory in chunk.trajectories]
         known = {} if self.known_targets is None else self.known_targets.read(ids)
-        unread = [each for each in chunk.trajectories if each.trajectory_id not in known]
+        unread = [
+            each.as_teacher_reads for each in chunk.trajectories if each.trajectory_id not in known
+        ]
         if unread:
             known |= {target.trajectory_id: target for target in self._score(unread, needs)}
         targets = [known[trajectory_id] for trajectory_id in ids]
@@ -159,7 +162,8 @@ class TeacherScorer:
         What the model says now: nothing that is known is taken, and nothing counts as shipped.
         Raises: NonFiniteError if the teacher's output is not finite.
         """
-        targets = self._score(trajectories, TeacherNeeds(logprobs=True))
+        read = [each.as_teacher_reads for each in trajectories]
+        targets = self._score(read, TeacherNeeds(logprobs=True))
         return [target.logprobs for target in targets if target.logprobs is not None]
 
     def _score(

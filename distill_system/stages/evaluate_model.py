@@ -118,7 +118,8 @@ def _of_one_model(config: RunConfig, path: str) -> RunConfig:
     trusted = config.student.trust_remote_code
     model = ModelConfig(path=path, trust_remote_code=trusted)
     distill = DistillConfig(steps=1, optimizer=config.distill.optimizer)
-    changes = {"teacher": model, "student": model, "distill": distill}
+    data = config.data.model_copy(update={"teacher_context": None})
+    changes = {"teacher": model, "student": model, "distill": distill, "data": data}
     return config.model_copy(update={**changes, "tokenizer": PretrainedTokenizer()})
 
 

@@ -33,6 +33,7 @@ def test_an_encoder_decoder_learns_from_another_and_is_exported(launch, tmp_path
         *("train", configuration, "rollout.engine=transformers"),
         *(f"data.student_sft={rows}", f"student.sft={fine_tuning}"),
         "distill.staleness.max_staleness=1",
+        "data.teacher_context={text: 'w9 w8 ', max_tokens: 2}",
     ).finish()
     assert done.code == 0, done.stderr[-3000:]
     run = tmp_path / "run"

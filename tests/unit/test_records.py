@@ -157,9 +157,10 @@ def test_every_error_survives_pickling_and_is_drawn_in_the_tree():
 def test_a_trajectory_survives_json_to_the_bit():
     first, *others = make_trajectories(5)
     kept = np.stack([first.response_ids, np.full_like(first.response_ids, -1)], axis=1)
-    for trajectory in (replace(first, kept_ids=kept), *others):
+    more = replace(first, kept_ids=kept, teacher_prompt_ids=first.token_ids[:2])
+    for trajectory in (more, *others):
         again = trajectory_from_plain(json.loads(json.dumps(trajectory_to_plain(trajectory))))
-        for name in ("token_ids", "behaviour_logprobs", "kept_ids"):
+        for name in ("token_ids", "behaviour_logprobs", "kept_ids", "teacher_prompt_ids"):
             ours, theirs = getattr(again, name), getattr(trajectory, name)
             assert getattr(ours, "dtype", None) == getattr(theirs, "dtype", None)
             np.testing.assert_array_equal(ours, theirs)

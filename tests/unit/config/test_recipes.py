@@ -43,6 +43,19 @@ def test_every_recipe_says_in_its_first_line_what_it_is(name):
     assert recipe_path(name).read_text().startswith("# ")
 
 
+def test_the_model_that_teaches_itself_reads_more_as_the_teacher():
+    configs = QUICKSTART.parent
+    config = load_config(
+        [configs / "smollm2.yaml", configs / "methods/on_policy_self_distillation.yaml"]
+    )
+    assert config.teacher.path == config.student.path
+    assert config.student.sft is None
+    assert config.teacher_model_length == config.max_model_length + 1024
+    assert config.distill.sequences("off_policy") == 0
+    told = load_config([QUICKSTART, configs / "methods/context_distillation.yaml"])
+    assert told.data.teacher_context.fields == ("response",)
+
+
 def test_a_baseline_without_a_teacher_asks_nothing_of_it():
     objective = _distill("sft").objective
     assert not objective.teacher_needs("off_policy").anything

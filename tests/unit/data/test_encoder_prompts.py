@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,13 @@ DATA = RunData(
             behaviour_logprobs=np.empty(0, np.float32),
             temperature=1.0,
             finish=Finish.STOP,
+            teacher_prompt_ids=np.array([9, 5, 6], np.int32),
         ),
     ),
-    prompts=(_prompt("a", 5, 6), _prompt("b", 7)),
+    prompts=(
+        replace(_prompt("a", 5, 6), teacher_ids=np.array([9, 9, 5, 6], np.int32)),
+        _prompt("b", 7),
+    ),
     held_out=(_prompt("c", 8),),
     evaluation={"test": (_prompt("d", 9),)},
 )
@@ -50,7 +55,10 @@ def test_every_set_is_read_as_the_tokenizer_writes_it(tmp_path: Path) -> None:
         assert prompt.token_ids.dtype == np.int32
     assert ended.held_out[0].token_ids.tolist() == [8, 2]
     assert ended.evaluation["test"][0].token_ids.tolist() == [9, 2]
+    assert ended.prompts[0].teacher_ids.tolist() == tokenizer("w9 w9 w5 w6")["input_ids"]
+    assert ended.prompts[1].teacher_ids is None
     [row] = ended.student_sft
+    assert row.teacher_prompt_ids.tolist() == [9, 5, 6, 2]
     assert row.token_ids.tolist() == [5, 6, 2, 7, 2]
     assert (row.num_prompt_tokens, row.response_ids.tolist()) == (3, [7, 2])
 

@@ -34,6 +34,7 @@ def prompt(number):
         text=f"«{number}»",
         references=("a", "b")[: number % 3],
         source="few" if number < 10 else "many",
+        teacher_ids=np.arange(1 + number % 5, dtype=np.int32) if number % 2 else None,
     )
 
 
@@ -47,6 +48,7 @@ def row(number):
         behaviour_logprobs=np.empty(0, dtype=np.float32),
         temperature=1.0,
         finish=Finish.STOP,
+        teacher_prompt_ids=np.arange(1 + number % 5, dtype=np.int32) if number % 2 else None,
     )
 
 

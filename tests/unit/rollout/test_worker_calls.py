@@ -104,6 +104,25 @@ def test_an_answer_carries_its_prompt_and_its_label(make_worker):
     assert [asked[:2] for asked in made.engine.asked] == [([5, 6], SAMPLING), ([7], SAMPLING)]
 
 
+@pytest.mark.parametrize("way", ["generate", "advance"])
+@pytest.mark.parametrize(("author", "read"), [("teacher", [9, 9, 5, 6]), ("student", [5, 6])])
+def test_a_teacher_writes_after_its_own_prompt_and_the_student_after_its_own(
+    make_worker, way, author, read
+):
+    made = make_worker(Author(author))
+    prompt = replace(TWO[0], teacher_ids=np.array([9, 9, 5, 6], np.int32))
+    if way == "generate":
+        [written] = made.worker.generate([prompt], SAMPLING, 3, "t")
+    else:
+        request = GenerationRequest(prompt=prompt, label="t", sampling=SAMPLING, seed=3)
+        [written] = made.worker.advance([request], 0.0).trajectories
+    assert made.engine.asked[0][0] == read
+    # The engine answers with what it was asked; the student is taught after its own prompt.
+    assert written.token_ids.tolist() == [5, 6, *read]
+    assert written.num_prompt_tokens == 2
+    assert written.as_teacher_reads.token_ids.tolist() == [9, 9, 5, 6, *read]
+
+
 def test_seed_label_and_prompt_each_change_a_sample_and_nothing_else_does(make_worker):
     made, other = make_worker(), make_worker()
     made.worker.generate(TWO, SAMPLING, 3, "step_9")

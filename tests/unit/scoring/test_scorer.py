@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -26,10 +28,28 @@ def _scorer(folder, **config):
     )
 
 
+def _with_contexts(trajectories):
+    """Every other one with a prompt of the teacher's own, of other lengths than the student's."""
+    draw = np.random.default_rng(0).integers
+    prompts = [draw(4, 64, 1 + (7 * i) % 13).astype(np.int32) for i in range(len(trajectories))]
+    return [
+        replace(each, teacher_prompt_ids=prompt) if i % 2 else each
+        for i, (each, prompt) in enumerate(zip(trajectories, prompts, strict=True))
+    ]
+
+
+def _read_alone(trajectory):
+    """The tokens that the teacher reads, [1, Q+T], and the places before the response's."""
+    own = trajectory.token_ids[: trajectory.num_prompt_tokens]
+    prompt = own if trajectory.teacher_prompt_ids is None else trajectory.teacher_prompt_ids
+    ids = np.concatenate([prompt, trajectory.token_ids[trajectory.num_prompt_tokens :]])
+    return torch.from_numpy(ids).long()[None], slice(prompt.size - 1, -1)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_targets_equal_a_dense_read_of_each_trajectory_alone(tiny_model_folder, tied):
     folder = tiny_model_folder(tie_word_embeddings=tied)
-    trajectories = make_trajectories(15)
+    trajectories = _with_contexts(make_trajectories(15))
     chunk = TrajectoryChunk(stream=Stream.ON_POLICY, trajectories=tuple(trajectories))
     targets = _scorer(folder, max_tokens_per_batch=50).score(chunk, EVERYTHING)
     model = AutoModelForCausalLM.from_pretrained(folder).double()
@@ -38,12 +58,11 @@ def test_targets_equal_a_dense_read_of_each_trajectory_alone(tiny_model_folder, 
     actions = embeddings / embeddings.norm(dim=1, keepdim=True).clamp_min(1e-12)
     for trajectory, target in zip(trajectories, targets, strict=True):
         assert target.trajectory_id == trajectory.trajectory_id
-        ids = torch.from_numpy(trajectory.token_ids).long()
+        ids, before = _read_alone(trajectory)
         with torch.no_grad():
-            out = model(input_ids=ids[None], output_hidden_states=True)
-        before = slice(trajectory.num_prompt_tokens - 1, -1)
+            out = model(input_ids=ids, output_hidden_states=True)
         probabilities = out.logits[0, before].softmax(-1)
-        response = ids[trajectory.num_prompt_tokens :]
+        response = torch.from_numpy(trajectory.response_ids).long()
         logprobs = probabilities.log().gather(1, response[:, None])[:, 0]
         np.testing.assert_allclose(target.logprobs, logprobs.detach(), atol=1e-4)
         np.testing.assert_allclose(
@@ -58,17 +77,17 @@ def test_targets_equal_a_dense_read_of_each_trajectory_alone(tiny_model_folder, 
 
 
 def test_log_probabilities_come_back_in_order_from_all_scorers(tiny_model_folder):
-    folder, written = tiny_model_folder(), make_trajectories(7)
+    folder, written = tiny_model_folder(), _with_contexts(make_trajectories(7))
     scorers = [_scorer(folder, max_tokens_per_batch=30) for _ in range(3)]
     workers = LocalWorkers(scorers)
     read = ScoringPool(workers).read_logprobs(written)
     model = AutoModelForCausalLM.from_pretrained(folder)
     for trajectory, logprobs in zip(written, read, strict=True):
-        ids = torch.from_numpy(trajectory.token_ids).long()
+        ids, before = _read_alone(trajectory)
         with torch.no_grad():
-            plain = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-        before = plain[trajectory.num_prompt_tokens - 1 : -1]
-        expected = before.gather(1, ids[trajectory.num_prompt_tokens :, None])[:, 0]
+            plain = model(input_ids=ids).logits[0].log_softmax(-1)
+        response = torch.from_numpy(trajectory.response_ids).long()
+        expected = plain[before].gather(1, response[:, None])[:, 0]
         np.testing.assert_allclose(logprobs, expected, atol=1e-5)
     assert {worker for worker, _ in workers.calls} == {0, 1, 2}
     assert ScoringPool(workers).pop_shipped().num_response_tokens == 0, "it is no target"
