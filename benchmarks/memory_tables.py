@@ -9,13 +9,7 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from distill_system.config import RunConfig, load_config
-from distill_system.planning import (
-    Memory,
-    ModelShape,
-    learner_memory,
-    measure_shape,
-    scorer_memory,
-)
+from distill_system.planning import Memory, ModelShape, learner_memory, measure_shape, scorer_memory
 from distill_system.planning.loads import distillation_load
 from distill_system.planning.memory import GIB, PROCESS_BYTES
 

@@ -121,7 +121,7 @@ def _answers(
     from distill_system.records import Author, Prompt
     from distill_system.rollout import RolloutWorker
     from distill_system.rollout.sampling import Sampling
-    from distill_system.run.worker_arguments import rollout_arguments, rollout_environment
+    from distill_system.run.worker_requests import rollout_arguments, rollout_environment
 
     overrides = [f"data.directory={arguments.folder}", *arguments.override]
     config = load_config([CONFIG, *arguments.layer], overrides)

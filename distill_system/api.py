@@ -44,13 +44,11 @@ def configure(
 ) -> RunConfig:
     """A checked configuration.
 
-    Args:
-        config: a RunConfig, a mapping of keys as in YAML, a YAML or JSON file, or several files
-            and mappings, the later ones on top.
-        overrides: single keys as on the command line, "distill.steps=50".
-        objective: a method by name, such as "gkd", over config.
-        keys: whole sections or top keys, `name="mine"`, over everything but overrides.
-
+    config: a RunConfig, a mapping of keys as in YAML, a YAML or JSON file, or several files
+        and mappings, the later ones on top.
+    overrides: single keys as on the command line, "distill.steps=50".
+    objective: a method by name, such as "gkd", over config.
+    keys: whole sections or top keys, `name="mine"`, over everything but overrides.
     Raises: ConfigError, with every problem of the configuration at once.
     """
     layers: list[str | Path | Mapping[str, Any]]
@@ -80,10 +78,8 @@ def distill(
     Stages whose output exists are skipped. Workers are processes of their own: a script that calls
     this needs no `if __name__ == "__main__"`.
 
-    Args:
-        config, overrides, objective, keys: see configure.
-        resume: continue unfinished stages from their newest checkpoints; "auto": or begin the run.
-
+    config, overrides, objective, keys: see configure.
+    resume: continue unfinished stages from their newest checkpoints; "auto": or begin the run.
     Raises: DistillError with one message for the person; every worker is ended first.
     """
     checked = configure(config, *overrides, objective=objective, **keys)

@@ -79,6 +79,8 @@ Objective = Annotated[
     typer.Option(help="A method of the field by name, such as gkd, or a YAML file of one."),
 ]
 
+DeviceGib = Annotated[float, typer.Option(min=1.0, help="Memory of each GPU.")]
+
 
 @app.command(cls=_Resuming)
 def train(settings: Settings, resume: Resume = "no", objective: Objective = None) -> None:
@@ -332,7 +334,7 @@ def submit(
         list[str] | None,
         typer.Option(metavar="NAME=AMOUNT", help="A custom resource of the driver itself."),
     ] = None,
-    device_gib: Annotated[float, typer.Option(min=1.0, help="Memory of each GPU.")] = 80.0,
+    device_gib: DeviceGib = 80.0,
     folder: Annotated[
         Path | None,
         typer.Option(help="Write what would be sent there, and print Ray's own line; ask nobody."),
@@ -352,7 +354,7 @@ def submit(
             cpus=driver_cpus,
             gpus=driver_gpus,
             memory_gib=driver_memory_gib,
-            custom=dict(_amount(text) for text in driver_resource or ()),
+            custom=_amounts("--driver-resource", driver_resource, form="NAME=AMOUNT"),
         )
         request = submission.SubmitRequest(
             config=config,
@@ -398,16 +400,11 @@ def _write_out(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _amount(text: str) -> tuple[str, float]:
-    """A custom resource and how much of it."""
-    name, _, amount = text.partition("=")
-    try:
-        return name, float(amount)
-    except ValueError:
-        raise ConfigError(f"--driver-resource {text}: expected NAME=AMOUNT") from None
-
+RunName = Annotated[str, typer.Argument(help="The run's name, its folder, or its job's id.")]
 
 RunsDirectory = Annotated[str, typer.Option(help="Where a run's name is looked for.")]
+
+Wait = Annotated[float, typer.Option(min=0.0, help="Longest wait for it, in seconds.")]
 
 
 @app.command()
@@ -438,7 +435,7 @@ def status(
 
 @app.command()
 def logs(
-    run: Annotated[str, typer.Argument(help="The run's name, its folder, or its job's id.")],
+    run: RunName,
     address: Address = None,
     follow: Annotated[
         bool, typer.Option("--follow", help="Go on until the job has ended; its exit code.")
@@ -468,9 +465,9 @@ def logs(
 
 @app.command()
 def stop(
-    run: Annotated[str, typer.Argument(help="The run's name, its folder, or its job's id.")],
+    run: RunName,
     address: Address = None,
-    wait: Annotated[float, typer.Option(min=0.0, help="Longest wait for it, in seconds.")] = 120.0,
+    wait: Wait = 120.0,
     runs_directory: RunsDirectory = "runs",
 ) -> None:
     """End a run by SIGTERM: the step under way, a checkpoint of it, then its workers.
@@ -509,7 +506,7 @@ def scale(
             help="Such as student_rollout=4 teacher_scoring=2, within min_count and max_count.",
         ),
     ],
-    wait: Annotated[float, typer.Option(min=0.0, help="Longest wait for it, in seconds.")] = 120.0,
+    wait: Wait = 120.0,
     runs_directory: RunsDirectory = "runs",
 ) -> None:
     """Change the number of a run's workers while it distils; waits until they are there."""
@@ -552,7 +549,7 @@ def init(
 @app.command()
 def plan(
     settings: Settings,
-    device_gib: Annotated[float, typer.Option(min=1.0, help="Memory of each GPU.")] = 80.0,
+    device_gib: DeviceGib = 80.0,
     objective: Objective = None,
 ) -> None:
     """Read models, data and chat template, predict memory and bytes; nothing is started.
@@ -621,7 +618,7 @@ def manifests(
     head_memory: Annotated[
         float, typer.Option(min=1.0, help="GiB of the pod with Ray's head and the driver.")
     ] = 8.0,
-    device_gib: Annotated[float, typer.Option(min=1.0, help="Memory of each GPU.")] = 80.0,
+    device_gib: DeviceGib = 80.0,
     objective: Objective = None,
 ) -> None:
     """Print the Kubernetes objects that run this configuration on KubeRay; nothing is started.
@@ -749,7 +746,9 @@ def _sort(settings: list[str]) -> tuple[list[str], list[str]]:
     return files, [setting for setting in settings if _is_override(setting)]
 
 
-def _amounts(option: str, given: list[str] | None) -> dict[str, float]:
+def _amounts(
+    option: str, given: list[str] | None, *, form: str = "POOL=NUMBER, such as learner=8"
+) -> dict[str, float]:
     """The amounts that an option gives by name.
 
     Raises: ConfigError for what is no NAME=NUMBER above 0.
@@ -762,7 +761,7 @@ def _amounts(option: str, given: list[str] | None) -> dict[str, float]:
         except ValueError:
             amounts[name] = 0.0
         if not name or not 0.0 < amounts[name] < math.inf:
-            raise ConfigError(f"{option} {text}: expected POOL=NUMBER, such as learner=8")
+            raise ConfigError(f"{option} {text}: expected {form}")
     return amounts
 
 

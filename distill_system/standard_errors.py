@@ -41,14 +41,11 @@ def bootstrap_replicates(
 ) -> FloatArray:
     """A corpus score on R resampled corpora; the score must be a function of sums over examples.
 
-    Args:
-        statistics_NK: float64 [N, K], what each example adds to the K sums.
-        compute: the score of a corpus from its float64 [K] sums.
-        num_replicates: R.
-        seed: the same seed and N draw the same examples.
-
-    Returns:
-        float64 [R].
+    statistics_NK: float64 [N, K], what each example adds to the K sums.
+    compute: the score of a corpus from its float64 [K] sums.
+    num_replicates: R.
+    seed: the same seed and N draw the same examples.
+    Returns: float64 [R].
     """
     num_examples = len(statistics_NK)
     shares_N = np.full(num_examples, 1.0 / num_examples)
@@ -65,8 +62,7 @@ def bootstrap_standard_error(replicates: Sequence[float]) -> float:
 def paired_differences(before: Sequence[float], after: Sequence[float]) -> FloatArray:
     """after - before, example by example or replicate by replicate.
 
-    Raises:
-        RecordError: the two have different lengths and cannot be paired.
+    Raises: RecordError if the two have different lengths and cannot be paired.
     """
     if len(before) != len(after):
         raise RecordError(

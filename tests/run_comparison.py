@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill_system.observe import RunDirectory
-from distill_system.observe.metrics import read_metrics
-from distill_system.observe.prompt_log import read_prompts
+from distill_system.observe.metrics import read_metrics, read_prompts
 
 CLOCKS = (
     *("seconds/", "tokens_per_second/", "busy_share/", "starved_share/", "blocked_share/"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from distill_system.data import SampleOrigin
 from distill_system.records import Author, Finish, Trajectory, VersionSpan
 
 
@@ -34,3 +35,17 @@ def make_trajectories(
         make_trajectory(i, 2 + (3 * i) % 7, 1 + (5 * i) % 11, author)
         for i in range(first, first + count)
     ]
+
+
+SAMPLE_ORIGIN = SampleOrigin(
+    author=Author.TEACHER,
+    model="teacher",
+    model_fingerprint="f",
+    tokenizer_fingerprint="t",
+    temperature=1.0,
+    top_p=1.0,
+    max_response_tokens=50,
+    stop_token_ids=(1,),
+    seed=0,
+)
+"""Of samples in a trajectory store, but for what a test replaces."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from token_rows import make_token_rows
 from torch import Tensor
 
 from distill_system.config.objective.token_losses import TokenLossConfig
@@ -47,15 +48,8 @@ class TwoPolicies:
         if k:
             ids, logprobs = read_top_k(self.features, self.teacher_unembedding, k=k, chunk_tokens=4)
             teacher = replace(teacher, top_k_ids_NK=ids, top_k_logprobs_NK=logprobs)
-        return TokenRows(
-            hidden_NH=self.hidden if hidden is None else hidden,
-            token_ids_N=self.ids,
-            sequence_ids_N=torch.tensor([0] * 6 + [1] + [2] * 6),
-            positions_N=torch.tensor([*range(6), 0, *range(6)]),
-            num_global_tokens=13,
-            num_global_sequences=3,
-            teacher=teacher,
-        )
+        own = self.hidden if hidden is None else hidden
+        return make_token_rows(own, self.ids, (6, 1, 6), teacher=teacher)
 
     def heads(self, *, chunk: int = 4, unembedding: Tensor | None = None) -> PolicyHeads:
         student = self.unembedding if unembedding is None else unembedding

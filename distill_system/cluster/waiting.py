@@ -41,19 +41,16 @@ def wait_for(
 ) -> list[Any]:
     """Results of all references in their order; raises the first failure as soon as it is known.
 
-    Args:
-        references: results of calls of the monitor's workers.
-        monitor: names the workers; the death of any of them ends the wait.
-        what: what is waited for, for messages.
-        seconds: the deadline, counted from the last result that came: slow progress is no failure.
-        key: of the configuration, which sets the deadline; for messages.
-        fetch: whether to copy the results into this process. Without it a failed call counts as
-            done, and the failure shows in the call that takes its result as an argument.
-
-    Raises:
-        DistillError: of the type that a worker raised, with the worker's name.
-        WorkerLostError: a worker died, or raised anything else; with its traceback.
-        DeadlineError: names what was waited for, and the workers that have not answered.
+    references: results of calls of the monitor's workers.
+    monitor: names the workers; the death of any of them ends the wait.
+    what: what is waited for, for messages.
+    seconds: the deadline, counted from the last result that came: slow progress is no failure.
+    key: of the configuration, which sets the deadline; for messages.
+    fetch: whether to copy the results into this process. Without it a failed call counts as
+        done, and the failure shows in the call that takes its result as an argument.
+    Raises: a DistillError that a worker raised, with the worker's name; WorkerLostError if a worker
+        died, or raised anything else, with its traceback; DeadlineError, which names what was
+        waited for and the workers that have not answered.
     """
     results: dict[Reference, Any] = {}
     if fetch and (at_once := _fetch_all(references)) is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle, product
+from typing import Any
 
 import yaml
 
@@ -31,38 +31,6 @@ from distill_system.observe.curves import SERIES, Chart, draw_chart
 from distill_system.observe.pages import render_page
 
 
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """One objective's score; end and error are percentages of the card's width."""
-
-    name: str
-    color: str
-    end: float
-    error: float
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """One objective's difference; low, middle and high are positions in percent of the width."""
-
-    name: str
-    kind: str
-    low: float
-    middle: float
-    high: float
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """Bars or intervals under one title.  zero: position of the difference 0, in percent."""
-
-    title: str
-    rows: tuple[Bar, ...] | tuple[Interval, ...]
-    zero: float = 0.0
-
-
 def write_page(verdict: Verdict) -> str:
     """The text of compare.html."""
     plan = verdict.comparison.plan
@@ -75,9 +43,7 @@ def write_page(verdict: Verdict) -> str:
         "headlines": write_headlines(verdict, metrics),
         "problems": verdict.comparison.problems,
         "bars": [_draw_bars(column, plan) for column in headline_columns if column.cells],
-        "intervals": [
-            card for column in headline_columns if (card := _draw_intervals(column)) is not None
-        ],
+        "intervals": [card for column in headline_columns if (card := _draw_intervals(column))],
         "reference": REFERENCE_OBJECTIVE,
         "tables": build_tables(verdict),
         "sections": _draw_sections(verdict, metrics),
@@ -123,32 +89,38 @@ def write_headlines(verdict: Verdict, metrics: Sequence[str]) -> list[str]:
     return sentences
 
 
-def _draw_bars(column: ColumnVerdict, plan: Plan) -> Card:
-    """Bars from zero, scaled so that the longest fills the card together with its error."""
+def _draw_bars(column: ColumnVerdict, plan: Plan) -> dict[str, Any]:
+    """Bars from zero, scaled so that the longest fills the card together with its error.
+
+    Of each, end and error are percentages of the card's width.
+    """
     metric = column.column.metric
     reach = max(c.summary.mean + (c.summary.stderr or 0.0) for c in column.cells.values()) or 1.0
-    bars = tuple(
-        Bar(
-            name=name,
-            color=_color(name),
-            end=100 * cell.summary.mean / reach,
-            error=100 * (cell.summary.stderr or 0.0) / reach,
-            text=format_summary(cell.summary, count_digits(metric), len(plan.seeds)),
-        )
+    bars = [
+        {
+            "name": name,
+            "color": "after" if name.startswith(OURS) else "before",
+            "end": 100 * cell.summary.mean / reach,
+            "error": 100 * (cell.summary.stderr or 0.0) / reach,
+            "text": format_summary(cell.summary, count_digits(metric), len(plan.seeds)),
+        }
         for name, cell in column.cells.items()
-    )
-    return Card(f"{title_metric(metric)} · {_title_split(column)}", bars)
+    ]
+    return {"title": f"{title_metric(metric)} · {_title_split(column)}", "rows": bars}
 
 
-def _draw_intervals(column: ColumnVerdict) -> Card | None:
-    """Differences from SFT with their 95% intervals; None if there are none."""
+def _draw_intervals(column: ColumnVerdict) -> dict[str, Any]:
+    """Differences from SFT with their 95% intervals; empty if there are none.
+
+    low, middle, high and zero (no difference) are positions in percent of the width.
+    """
     found = {
         name: (cell.against_sft, cell.against_sft.interval)
         for name, cell in column.cells.items()
         if cell.against_sft is not None and cell.against_sft.interval is not None
     }
     if not found:
-        return None
+        return {}
     low = min(0.0, *(interval[0] for _, interval in found.values()))
     high = max(0.0, *(interval[1] for _, interval in found.values()))
     width = (high - low) or 1.0
@@ -156,19 +128,19 @@ def _draw_intervals(column: ColumnVerdict) -> Card | None:
     def place(value: float) -> float:
         return 100 * (value - low) / width
 
-    rows = tuple(
-        Interval(
-            name=name,
-            kind=_kind(difference, column.direction),
-            low=place(interval[0]),
-            middle=place(difference.difference),
-            high=place(interval[1]),
-            text=format_difference(difference),
-        )
+    rows = [
+        {
+            "name": name,
+            "kind": _kind(difference, column.direction),
+            "low": place(interval[0]),
+            "middle": place(difference.difference),
+            "high": place(interval[1]),
+            "text": format_difference(difference),
+        }
         for name, (difference, interval) in found.items()
-    )
+    ]
     title = f"{title_metric(column.column.metric)} · {_title_split(column)}"
-    return Card(title, rows, zero=place(0.0))
+    return {"title": title, "rows": rows, "zero": place(0.0)}
 
 
 def _draw_sections(verdict: Verdict, metrics: Sequence[str]) -> list[tuple[str, list[Chart]]]:
@@ -232,7 +204,3 @@ def _kind(difference: Difference, direction: int) -> str:
     if not difference.is_significant:
         return "unclear"
     return "up" if difference.difference * direction > 0 else "down"
-
-
-def _color(objective: str) -> str:
-    return "after" if objective.startswith(OURS) else "before"

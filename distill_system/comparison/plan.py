@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from distill_system.observe.run_directory import RunDirectory, write_json
-from distill_system.observe.run_files import read_form
+from distill_system.observe.run_directory import RunDirectory, read_form, write_json
 
 Budget = Literal["updates", "sampled_tokens", "seconds"]
 """The quantity that is equal for all objectives; sampled tokens are those of both models."""
@@ -62,8 +61,7 @@ def write_plan(folder: Path, plan: Plan) -> None:
 def read_plan(folder: Path) -> Plan:
     """The plan of the comparison in this folder.
 
-    Raises:
-        RunStateError: there is none, or a key is missing or of another type.
+    Raises: RunStateError if there is none, or a key is missing or of another type.
     """
-    way_out = "Let `distill-system compare` write it anew"
+    way_out = "Remove it: `distill-system compare` writes it anew, and the runs stay"
     return read_form(plan_path(folder), _ADAPTER, way_out=way_out)

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from distill_system.comparison.costs import STAGE, Costs, read_costs
 from distill_system.comparison.plan import Plan, read_plan, run_directory, run_key
 from distill_system.errors import RunStateError
 from distill_system.observe.metrics import MetricRow, read_metrics
 from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.summary import DISTANCES, read_evaluation
+from distill_system.observe.timings import read_timings
 from distill_system.standard_errors import FloatArray
 
 DISTANCE_METRICS = {
@@ -28,6 +28,9 @@ DISTANCE_METRICS = {
 HELD_OUT = "held_out"
 """The split of the columns that hold the distances."""
 
+STAGE = "distill"
+PEAK_MEMORY = "peak_memory_bytes"
+SAMPLED_TOKENS = ("sampled_tokens/student", "sampled_tokens/teacher")
 CURVE_PREFIXES = ("held_out/", "evaluation/")
 REFERENCE_ROLES = {"teacher": "teacher", "before": "student before distillation"}
 """Evaluations of models that all runs share -> the name of their row in the tables."""
@@ -66,6 +69,10 @@ class FinishedRun:
     """One run whose student was evaluated after distillation.
 
     references: role (REFERENCE_ROLES) -> column -> score.
+    costs: those of the distillation that were recorded: step_seconds, the wall clock of its steps
+    alone, and stage_seconds, with evaluations; sampled_tokens, response tokens that student and
+    teacher generated for training; learner_tokens, those that the learner read, of both streams;
+    <kind of worker>_peak_memory_bytes, the largest peak of one worker.
     """
 
     objective: str
@@ -73,7 +80,7 @@ class FinishedRun:
     step: int
     scores: Mapping[Column, Score]
     references: Mapping[str, Mapping[Column, float]]
-    costs: Costs
+    costs: Mapping[str, float]
     curves: Mapping[str, Curve]
 
 
@@ -99,8 +106,7 @@ class Comparison:
 def read_comparison(folder: Path) -> Comparison:
     """Read every run of the plan; one that failed, is missing or cannot be read is a problem.
 
-    Raises:
-        RunStateError: plan.json is missing or not a plan.
+    Raises: RunStateError if plan.json is missing or not a plan.
     """
     plan = read_plan(folder)
     runs: dict[str, dict[int, FinishedRun]] = {objective: {} for objective in plan.objectives}
@@ -151,7 +157,7 @@ def _read_run(directory: RunDirectory, objective: str, seed: int) -> FinishedRun
                 for role, found in references.items()
                 if found is not None
             },
-            costs=read_costs(directory, rows),
+            costs=_read_costs(directory, rows),
             curves=_collect_curves(rows),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -197,3 +203,35 @@ def _collect_curves(rows: Sequence[MetricRow]) -> dict[str, Curve]:
             if name.startswith(CURVE_PREFIXES) and value is not None:
                 curves.setdefault(name, []).append((row.step, value))
     return {name: tuple(points) for name, points in curves.items()}
+
+
+def _read_costs(run: RunDirectory, rows: Sequence[MetricRow]) -> dict[str, float]:
+    """The costs of one run's distillation that were recorded; see FinishedRun.
+
+    rows: the metrics of its distillation, each step once.
+    Raises: RunStateError if timings.json exists and cannot be read.
+    """
+    costs = {
+        "step_seconds": _sum(rows, "seconds/step"),
+        "stage_seconds": read_timings(run).seconds.get(STAGE),
+        "sampled_tokens": _sum(rows, *SAMPLED_TOKENS),
+        "learner_tokens": _sum(rows, "learner/response_tokens"),
+        **{f"{kind}_{PEAK_MEMORY}": peak for kind, peak in _find_peaks(rows).items()},
+    }
+    return {name: cost for name, cost in costs.items() if cost is not None}
+
+
+def _find_peaks(rows: Sequence[MetricRow]) -> dict[str, float]:
+    peaks: dict[str, float] = {}
+    for row in rows:
+        for name, value in row.metrics.items():
+            kind, _, what = name.partition("/")
+            if what == PEAK_MEMORY and value is not None:
+                peaks[kind] = max(value, peaks.get(kind, 0.0))
+    return peaks
+
+
+def _sum(rows: Sequence[MetricRow], *metrics: str) -> float | None:
+    found = [row.metrics.get(metric) for row in rows for metric in metrics]
+    values = [value for value in found if value is not None]
+    return sum(values) if values else None

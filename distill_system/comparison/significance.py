@@ -80,12 +80,9 @@ def compare_scores(
 ) -> Difference | None:
     """The difference between two objectives, paired by seed and example.
 
-    Args:
-        ours: seed -> the scores of the K splits whose average is compared; K = 1 for one split.
-        theirs: the same, of the other objective; the same splits in the same order.
-
-    Returns:
-        None if they have no seed in common.  The splits are fixed, not a sample of splits.
+    ours: seed -> the scores of the K splits whose average is compared; K = 1 for one split.
+    theirs: the same, of the other objective; the same splits in the same order.
+    Returns: None if they have no seed in common.  The splits are fixed, not a sample of splits.
     """
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
@@ -100,7 +97,8 @@ def compare_scores(
     examples = _average(
         [_example_variance(a, b) for a, b in zip(our_splits, their_splits, strict=True)]
     )
-    return _conclude(differences_S, examples, num_examples=_count_examples(our_splits))
+    num_examples = sum(len(scores[0].prompt_ids) for scores in our_splits)
+    return _conclude(differences_S, examples, num_examples=num_examples)
 
 
 def _conclude(
@@ -194,7 +192,3 @@ def _add(variances: Sequence[_Variance]) -> _Variance | None:
     if spread == 0:  # all are zero, or so small that their squares are
         return _Variance(total, min(variance.freedom for variance in variances))
     return _Variance(total, total**2 / spread)
-
-
-def _count_examples(splits: Sequence[Sequence[Score]]) -> int:
-    return sum(len(scores[0].prompt_ids) for scores in splits)

@@ -11,9 +11,8 @@ _MAX_TERMS = 20_000
 def two_sided_p_value(statistic: float, freedom: float) -> float:
     """The probability that |T| is at least |statistic| for T of Student's t distribution.
 
-    Args:
-        statistic: an estimate divided by its standard error.
-        freedom: degrees of freedom, above 0, not necessarily whole.
+    statistic: an estimate divided by its standard error.
+    freedom: degrees of freedom, above 0, not necessarily whole.
 
     Source: P = I_x(freedom / 2, 1 / 2) with x = freedom / (freedom + statistic**2), the regularised
     incomplete beta function (NIST Digital Library of Mathematical Functions, 8.17).

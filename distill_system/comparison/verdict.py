@@ -197,7 +197,7 @@ def _average_references(comparison: Comparison, parts: Sequence[Column]) -> dict
 
 
 def _summarise_costs(runs: Iterable[FinishedRun]) -> dict[str, Summary]:
-    named = [{"steps": float(run.step), **run.costs.named()} for run in runs]
+    named = [{"steps": float(run.step), **run.costs} for run in runs]
     names = dict.fromkeys(name for costs in named for name in costs)
     return {name: summarise([costs[name] for costs in named if name in costs]) for name in names}
 

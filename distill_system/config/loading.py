@@ -35,15 +35,12 @@ def load_config(
 ) -> RunConfig:
     """The run that YAML files and dotted overrides describe.
 
-    Args:
-        paths: YAML (or JSON) files, the later ones on top; a mapping stands for a file's content.
-        overrides: texts such as distill.steps=200 or data.evaluation.mine={type: jsonl, path: x};
-            the value is YAML. They form one layer above the files.
-
-    Raises:
-        ConfigError: a file or override that cannot be read, or a configuration that cannot be
-            used; all problems of the configuration at once, each with its key, where it was set,
-            what was expected and what came.
+    paths: YAML (or JSON) files, the later ones on top; a mapping stands for a file's content.
+    overrides: texts such as distill.steps=200 or data.evaluation.mine={type: jsonl, path: x};
+        the value is YAML. They form one layer above the files.
+    Raises: ConfigError if a file or override cannot be read, or the configuration cannot be used:
+        all of its problems at once, each with its key, where it was set, what was expected and what
+        came.
     """
     if not paths:
         raise ConfigError("expected at least one YAML file, got none; try configs/quickstart.yaml")

@@ -56,10 +56,9 @@ class _Spot:
 def describe_problems(error: ValidationError, tree: Located, root: Slot) -> str:
     """All problems of a configuration, one a line.
 
-    Args:
-        error: what pydantic found wrong with the tree's plain value.
-        tree: the configuration as written.
-        root: the slot that the tree fills.
+    error: what pydantic found wrong with the tree's plain value.
+    tree: the configuration as written.
+    root: the slot that the tree fills.
     """
     # A value that fits none of several types is one problem, of which each type has complained.
     found = error.errors(include_url=False)

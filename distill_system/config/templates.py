@@ -10,8 +10,7 @@ from typing import NamedTuple
 def template_fields(template: str) -> tuple[str, ...]:
     """The fields that a template names, in order, each once.
 
-    Raises:
-        ValueError: a single brace, or a field without a name, with a format or a conversion.
+    Raises: ValueError for a single brace, or a field without a name, with a format or a conversion.
     """
     try:
         parts = list(Formatter().parse(template))

@@ -71,15 +71,12 @@ for _kind, (_pattern, _first) in _PATTERNS.items():
 def parse_yaml(text: str, *, source: str, place: Place) -> Located | None:
     """The tree of one YAML document, None if the text holds no document.
 
-    Args:
-        text: the document.
-        source: what to call the text in errors that have no position.
-        place: turns a position in the text into what a person reads.
-
-    Raises:
-        ConfigError: the text is not YAML, a key stands twice in a mapping, a key is not a plain
-            text, a value has a tag of its own, or the text is larger or deeper than a
-            configuration can be; with the position.
+    text: the document.
+    source: what to call the text in errors that have no position.
+    place: turns a position in the text into what a person reads.
+    Raises: ConfigError if the text is not YAML, a key stands twice in a mapping, a key is not a
+        plain text, a value has a tag of its own, or the text is larger or deeper than a
+        configuration can be; with the position.
     """
     if len(text) > MAX_CHARACTERS:
         raise ConfigError(

@@ -83,7 +83,7 @@ def cut_student(request: CutRequest) -> CutReport:
     model, name = _load(config, teacher), f"teacher.path={teacher!r}"
     whole = Shape.of(model)
     wanted = _shape(request, whole)
-    check_shape(whole, wanted, model.config, name)
+    check_shape(model, wanted, name)
     if request.is_measured:
         require_layouts(model, name)
     importance = measure_importance(model, texts) if texts else _unmeasured(whole)

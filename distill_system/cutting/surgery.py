@@ -22,7 +22,7 @@ from distill_system.cutting.layouts import (
     num_inputs,
 )
 from distill_system.errors import ModelError
-from distill_system.language_model import LanguageModel, model_class
+from distill_system.language_model import LanguageModel, model_class, one_line
 from distill_system.learner.sharding import find_blocks
 
 
@@ -112,9 +112,9 @@ def _top(scores: Tensor, kept: int) -> Tensor:
     return order[..., :kept].sort(dim=-1).values
 
 
-def check_shape(whole: Shape, wanted: Shape, config: Any, name: str) -> None:
+def check_shape(model: LanguageModel, wanted: Shape, name: str) -> None:
     """Refuse sizes that the model cannot be cut to.  Raises: ModelError naming all of them."""
-    problems = []
+    whole, config, problems = Shape.of(model), model.config, []
     for size in ("num_layers", "hidden_size", "num_heads", "num_key_value_heads"):
         most, asked = getattr(whole, size), getattr(wanted, size)
         if not 1 <= asked <= most:
@@ -135,13 +135,19 @@ def check_shape(whole: Shape, wanted: Shape, config: Any, name: str) -> None:
             f"hidden_size and num_heads: expected {head} units for each head in a model of type "
             f"{config.model_type}, got {wanted.hidden_size} and {wanted.num_heads}"
         )
+    if not problems:
+        try:
+            smaller = _cut_config(model, wanted, _spread(whole.num_layers, wanted.num_layers))
+            type(config).from_dict(smaller.to_dict())
+        except Exception as error:  # each family's own checks have kinds of their own
+            problems.append(one_line(error))
     if problems:
         raise ModelError(f"{name} cannot be cut to this shape: {'; '.join(problems)}")
 
 
 def cut_model(model: LanguageModel, wanted: Shape, choice: Choice) -> LanguageModel:
     """A new model of the kept parts, of the same dtype and device, in evaluation mode."""
-    config = _cut_config(model, wanted, choice)
+    config = _cut_config(model, wanted, choice.blocks_L)
     smaller = model_class(config).from_config(config, dtype=model.dtype).to(model.device)
     cutter, sources = _Cutter(model, choice), dict(model.named_parameters(remove_duplicate=False))
     is_narrower = wanted.is_narrower_than(cutter.whole)
@@ -218,12 +224,12 @@ class _Cutter:
 _NEURONS = ("intermediate_size", "n_inner", "ffn_dim")
 
 
-def _cut_config(model: LanguageModel, wanted: Shape, choice: Choice) -> Any:
+def _cut_config(model: LanguageModel, wanted: Shape, blocks_L: Tensor) -> Any:
     """The configuration with the new sizes, and of each list of a value a block what is kept."""
     config, whole = deepcopy(model.config), Shape.of(model)
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == whole.num_layers:
-            setattr(config, key, [value[int(at)] for at in choice.blocks_L])
+            setattr(config, key, [value[int(at)] for at in blocks_L])
     if "head_dim" in vars(config):
         config.head_dim = head_size(config)
     if getattr(config, "word_embed_proj_dim", None) == whole.hidden_size:

@@ -45,8 +45,7 @@ def generate_tasks(split: EmbeddedSplit, num_examples: int, seed: int) -> list[T
 
     Prompts may repeat in train; in every other split they are unique.
 
-    Raises:
-        DataError: the split has fewer different prompts than asked for.
+    Raises: DataError if the split has fewer different prompts than asked for.
     """
     random = Random(derive_seed(seed, "embedded_tasks", split))
     if split == "train":
@@ -57,8 +56,7 @@ def generate_tasks(split: EmbeddedSplit, num_examples: int, seed: int) -> list[T
 def collect_unique(draw: Callable[[], Task], num_examples: int, split: str) -> list[Task]:
     """The first num_examples tasks of a stream whose prompts all differ.
 
-    Raises:
-        DataError: MAX_DRAWS_WITHOUT_NEW draws in a row gave no new prompt.
+    Raises: DataError if MAX_DRAWS_WITHOUT_NEW draws in a row gave no new prompt.
     """
     tasks: dict[str, Task] = {}
     num_misses = 0

@@ -70,15 +70,12 @@ def read_example(
 ) -> Example:
     """Turn a row into an example.
 
-    Args:
-        row: field names to values.
-        fields: the configured field map.
-        where: the row's place, for messages and Example.row.
-        key: configuration key of the field map.
-        with_answers: False reads no answers.
-
-    Raises:
-        DataError: a field is missing, empty or of the wrong type; the message names the row.
+    row: field names to values.
+    fields: the configured field map.
+    where: the row's place, for messages and Example.row.
+    key: configuration key of the field map.
+    with_answers: False reads no answers.
+    Raises: DataError if a field is missing, empty or of the wrong type; the message names the row.
     """
     needed = needed_fields(fields, with_answers)
     check_fields(needed, row.keys(), where, key)

@@ -47,13 +47,10 @@ class PromptFrontier:
     Sources take turns deterministically: after k indices, a source whose share of all weights is w
     has given between k w - 1 and k w + 1 of them. Each source has its own epochs and orders.
 
-    Args:
-        prompts: the number of prompts, or the sources; their indices follow one another.
-        seed: the run's seed.
-        purpose: name of this use; two purposes get unrelated orders.
-
-    Raises:
-        DataError: a source has no prompts, or there is no source.
+    prompts: the number of prompts, or the sources; their indices follow one another.
+    seed: the run's seed.
+    purpose: name of this use; two purposes get unrelated orders.
+    Raises: DataError if a source has no prompts, or there is no source.
     """
 
     def __init__(self, prompts: int | Sequence[SourceShare], seed: int, purpose: str) -> None:
@@ -104,9 +101,8 @@ class PromptFrontier:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a position that `state` returned.
 
-        Raises:
-            RunStateError: it is no position, or belongs to other sources or another number of
-                prompts.
+        Raises: RunStateError if it is no position, or belongs to other sources or another number of
+            prompts.
         """
         check_position(state)
         saved = {name: position["num_prompts"] for name, position in state["sources"].items()}

@@ -86,16 +86,13 @@ def inspect_sets(
 ) -> list[SetInspection]:
     """Look at every set that the configuration names, those that are measured on first.
 
-    Args:
-        data: the sets.
-        reader: from the run's configuration and tokenizer.
-        tokenizer: the run's.
-        names: only these, such as "prompts" or "evaluation.test"; none takes all.
-        num_rows: rows of each that are shown.
-        check: raises DataError for a split that cannot be scored.
-
-    Raises:
-        DataError: no set has one of the names.
+    data: the sets.
+    reader: from the run's configuration and tokenizer.
+    tokenizer: the run's.
+    names: only these, such as "prompts" or "evaluation.test"; none takes all.
+    num_rows: rows of each that are shown.
+    check: raises DataError for a split that cannot be scored.
+    Raises: DataError if no set has one of the names.
     """
     wanted = list(_configured(data))
     known = [each.name for each in wanted]

@@ -91,10 +91,9 @@ class MappedRecords(Sequence[Record], Generic[Record]):
 class RecordKeeper(Generic[Record]):
     """Takes the records of one set, and hands them out as one sequence.
 
-    Args:
-        form: PROMPTS or TRAJECTORIES.
-        most_bytes: more than this goes to a file.
-        folder: where the file is made; it must not lie in memory.
+    form: PROMPTS or TRAJECTORIES.
+    most_bytes: more than this goes to a file.
+    folder: where the file is made; it must not lie in memory.
     """
 
     def __init__(self, form: RecordForm[Record], *, most_bytes: int, folder: Path) -> None:

@@ -56,16 +56,13 @@ def find_layout(rows: Sequence[Row], *, where: str, key: str, with_answers: bool
     `prompt` with `response` comes before everything else; a column `text` is a prompt where nothing
     else is found.
 
-    Args:
-        rows: the first rows.
-        where: the set's file or name, for messages.
-        key: configuration key of the field map, e.g. "data.prompts.fields".
-        with_answers: whether answers are needed; otherwise two layouts that differ in them alone
-            are the same.
-
-    Raises:
-        DataError: no column has a usual name, there are two readings, or an answer is needed and no
-            column has the usual name of one.
+    rows: the first rows.
+    where: the set's file or name, for messages.
+    key: configuration key of the field map, e.g. "data.prompts.fields".
+    with_answers: whether answers are needed; otherwise two layouts that differ in them alone
+        are the same.
+    Raises: DataError if no column has a usual name, there are two readings, or an answer is needed
+        and no column has the usual name of one.
     """
     kinds = _kinds(rows)
     found = _readings(kinds, with_answers) or _readings(dict.fromkeys(kinds), with_answers)

@@ -23,13 +23,10 @@ Messages = tuple[Message, ...]
 def read_messages(value: object, what: str) -> Messages:
     """The messages of a chat, checked.
 
-    Args:
-        value: the row's field.
-        what: row and field, for messages.
-
-    Raises:
-        DataError: not a list of {role, content}; content is neither a text nor text parts; a tool
-            call without a name.
+    value: the row's field.
+    what: row and field, for messages.
+    Raises: DataError for what is no list of {role, content}, content that is neither a text nor
+        text parts, or a tool call without a name.
     """
     if not isinstance(value, list) or not value:
         raise DataError(

@@ -73,14 +73,11 @@ def needed_columns(needed: NeededFields, existing: Collection[str]) -> list[str]
 def check_fields(needed: NeededFields, existing: Collection[str], where: str, key: str) -> None:
     """Refuse a row or table that lacks a needed field.
 
-    Args:
-        needed: as from `needed_fields`.
-        existing: the names of the row's or table's fields.
-        where: the row or table, for the message.
-        key: configuration key of the field map, e.g. "data.prompts.fields".
-
-    Raises:
-        DataError: names the missing field, the existing ones and the nearest of them.
+    needed: as from `needed_fields`.
+    existing: the names of the row's or table's fields.
+    where: the row or table, for the message.
+    key: configuration key of the field map, e.g. "data.prompts.fields".
+    Raises: DataError that names the missing field, the existing ones and the nearest of them.
     """
     for setting, field in needed:
         if _column(field, existing) in existing or setting in MAY_BE_ABSENT:
@@ -132,8 +129,7 @@ def _find_value(row: Row, name: str) -> object:
 def field_value(row: Row, name: str, where: str) -> object:
     """The value of a field, "outer.inner" for a nested one.
 
-    Raises:
-        DataError: the outer field exists and has no such inner one; `where` names the row.
+    Raises: DataError if the outer field exists and has no such inner one; `where` names the row.
     """
     value = _find_value(row, name)
     if value is _ABSENT:

@@ -106,18 +106,15 @@ def load_run_data(
     the mixture's source `code`. The index counts all rows of the source, so that an id does not
     change when other rows are removed. Prompts are sorted by source, in the mixture's order.
 
-    Args:
-        config: the run.
-        tokenizer: from `build_tokenizer`, or loaded from the teacher's folder.
-        sets: the sets to load; the others stay empty.
-        stored_by: the model and sampling settings whose samples of data.trajectory_store are used;
-            required for the set "stored".
-        stop_token_ids: the tokens that end a response, beside the tokenizer's end of sequence.
-
-    Raises:
-        DataError: a source or row cannot be used, a prompt is too long, a supervised row has no
-            answer, or a set is empty after the removal; the trajectory store is missing or empty,
-            has another tokenizer, or holds no sample of stored_by.
+    config: the run.
+    tokenizer: from `build_tokenizer`, or loaded from the teacher's folder.
+    sets: the sets to load; the others stay empty.
+    stored_by: the model and sampling settings whose samples of data.trajectory_store are used;
+        required for the set "stored".
+    stop_token_ids: the tokens that end a response, beside the tokenizer's end of sequence.
+    Raises: DataError if a source or row cannot be used, a prompt is too long, a supervised row has
+        no answer, or a set is empty after the removal; the trajectory store is missing or empty,
+        has another tokenizer, or holds no sample of stored_by.
     """
     data = config.data
     reader = SetReader(config, tokenizer, stop_token_ids)
@@ -289,8 +286,7 @@ def _cache_folder(data: DataConfig) -> Path:
 def tokenizer_texts(config: RunConfig) -> Iterator[str] | None:
     """The texts to train tokenizer.type=train_bpe on: data.teacher_sft; None for other types.
 
-    Raises:
-        DataError: there are no such rows, or they are chats, for which it has no template.
+    Raises: DataError if there are no such rows, or they are chats, for which it has no template.
     """
     if not isinstance(config.tokenizer, TrainedTokenizer):
         return None

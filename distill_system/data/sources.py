@@ -118,17 +118,15 @@ def read_examples(
 ) -> Iterator[Example]:
     """The examples of a source, one after the other.
 
-    Args:
-        source: what to read.
-        data: its `directory` is the folder from which relative paths start.
-        key: configuration key of the source, for messages, e.g. "data.prompts".
-        with_answers: False reads no answers, and their field need not exist.
-        report: is told what was read.
-        keep_going: leave out rows that cannot be used, whatever the source says.
-        rejected: read the rejected answer of preferences in place of the preferred one.
-
-    Raises:
-        DataError: the source is missing, empty, too small, or holds a row that cannot be used.
+    source: what to read.
+    data: its `directory` is the folder from which relative paths start.
+    key: configuration key of the source, for messages, e.g. "data.prompts".
+    with_answers: False reads no answers, and their field need not exist.
+    report: is told what was read.
+    keep_going: leave out rows that cannot be used, whatever the source says.
+    rejected: read the rejected answer of preferences in place of the preferred one.
+    Raises: DataError if the source is missing, empty, too small, or holds a row that cannot be
+        used.
     """
     report = report or SourceReport()
     if isinstance(source, EmbeddedSource):

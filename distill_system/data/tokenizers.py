@@ -28,14 +28,11 @@ _PUNCTUATION = ".,:;?"
 def build_tokenizer(config: RunConfig, texts: Iterable[str] | None) -> PreTrainedTokenizerBase:
     """The tokenizer that both models of a run share, with data.chat_template if that is given.
 
-    Args:
-        config: the run; its `tokenizer` section chooses.
-        texts: what tokenizer.type=train_bpe is trained on (see `tokenizer_texts`); ignored by the
-            other types.
-
-    Raises:
-        DataError: there is no text to train on.
-        ModelError: an existing tokenizer cannot be loaded or has no end-of-sequence token.
+    config: the run; its `tokenizer` section chooses.
+    texts: what tokenizer.type=train_bpe is trained on (see `tokenizer_texts`); ignored by the
+        other types.
+    Raises: DataError if there is no text to train on; ModelError if an existing tokenizer cannot be
+        loaded or has no end-of-sequence token.
     """
     tokenizer = _build(config, texts)
     if config.data.chat_template is not None:

@@ -26,8 +26,12 @@ from typing_extensions import TypedDict
 
 from distill_system.errors import RunStateError
 from distill_system.observe import RunDirectory
-from distill_system.observe.run_directory import told_as_unwritable, write_json
-from distill_system.observe.run_files import read_form, read_form_if_exists
+from distill_system.observe.run_directory import (
+    read_form,
+    read_form_if_exists,
+    told_as_unwritable,
+    write_json,
+)
 from distill_system.observe.run_lock import try_to_lock
 from distill_system.writer_thread import WriterThread
 

@@ -104,15 +104,12 @@ def check_evaluation(
 ) -> None:
     """Refuse what could not be scored, before any text is written.
 
-    Args:
-        config: metrics and scorers.
-        splits: name -> prompts.
-        places: prompt id -> file and row that it was read from, for messages.
-
-    Raises:
-        DataError: a split is empty, only some of its prompts have references, or accuracy is asked
-            for and a reference says neither yes nor no.
-        ConfigError: a scorer needs a package that is not installed.
+    config: metrics and scorers.
+    splits: name -> prompts.
+    places: prompt id -> file and row that it was read from, for messages.
+    Raises: DataError if a split is empty, only some of its prompts have references, or accuracy is
+        asked for and a reference says neither yes nor no; ConfigError if a scorer needs a package
+        that is not installed.
     """
     if "bleu" in config.metrics:
         build_bleu(config.bleu)
@@ -134,19 +131,16 @@ def evaluate_splits(
 ) -> dict[str, SplitEvaluation]:
     """Generate for all splits together, greedily and by sampling, and score each split.
 
-    Args:
-        splits: name -> prompts, as check_evaluation takes them.  A split without references gets
-            only lengths and ended share.
-        generate: (prompts, temperature, label) -> one trajectory per prompt, in order; called once
-            per decoding with the prompts of all splits, since one large batch is fastest.
-        decode: token ids [T] -> text without special tokens.
-        metrics: which scores.
-        num_shown: generations kept per split for people to read.
-        rouge, bleu: settings of the scorers.
-
-    Raises:
-        DataError: as check_evaluation.
-        RecordError: generate returned other prompts than it was given.
+    splits: name -> prompts, as check_evaluation takes them.  A split without references gets
+        only lengths and ended share.
+    generate: (prompts, temperature, label) -> one trajectory per prompt, in order; called once
+        per decoding with the prompts of all splits, since one large batch is fastest.
+    decode: token ids [T] -> text without special tokens.
+    metrics: which scores.
+    num_shown: generations kept per split for people to read.
+    rouge, bleu: settings of the scorers.
+    Raises: DataError, as check_evaluation does; RecordError if generate returned other prompts than
+        it was given.
     """
     for name, prompts in splits.items():
         _check_split(name, prompts, {})

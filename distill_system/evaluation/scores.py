@@ -235,13 +235,10 @@ def bleu_statistics(
 ) -> FloatArray:
     """What each example adds to the sums that BLEU is computed from.
 
-    Args:
-        texts: N hypotheses.
-        references: for each its accepted answers, one or more; their number may vary.
-        config: tokenizer and case; auto looks at all references together.
-
-    Returns:
-        float64 [N, 10] of whole numbers.
+    texts: N hypotheses.
+    references: for each its accepted answers, one or more; their number may vary.
+    config: tokenizer and case; auto looks at all references together.
+    Returns: float64 [N, 10] of whole numbers.
     """
     tokenizer = config.tokenizer
     if tokenizer == "auto" and _is_spaceless("".join(chain.from_iterable(references))):

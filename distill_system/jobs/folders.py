@@ -17,7 +17,6 @@ from distill_system.observe.run_status import (
     find_run,
     find_runs,
     find_stages,
-    read_status,
 )
 
 POLL_SECONDS = 0.2
@@ -37,7 +36,7 @@ def describe(name: str | None, runs_directory: str) -> Iterator[str]:
         )
     for run in runs:
         for part in find_stages(run) or [run]:
-            yield from describe_status(read_status(part, is_alive=find_holder(part) is not None))
+            yield from describe_status(part, is_alive=find_holder(part) is not None)
 
 
 def describe_if_here(folder: str | None) -> list[str]:

@@ -45,11 +45,7 @@ from distill_system.language_model.sequences import (
     read_part,
 )
 from distill_system.language_model.settings import check_settings
-from distill_system.language_model.streaming import (
-    build_empty_model,
-    check_streamed,
-    read_weights,
-)
+from distill_system.language_model.streaming import build_empty_model, check_streamed, read_weights
 from distill_system.language_model.weight_files import (
     check_weight_files,
     read_headers,

@@ -16,11 +16,8 @@ def read_peak_memory_bytes(device: torch.device) -> int:
     process that was forked from a larger one inherits.  So compare figures of the same device and
     the same kind of worker alone.  It costs microseconds: call it every step.
 
-    Args:
-        device: where the worker computes.
-
-    Returns:
-        Bytes.
+    device: where the worker computes.
+    Returns: Bytes.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))

@@ -88,7 +88,7 @@ def _pod(
 def _plans_of(pool: str, plan: Plan) -> list[WorkerPlan]:
     """What a worker of the pool holds, in the distillation and in what comes before it."""
     found = [worker for worker in plan.workers if worker.pool == pool]
-    tunings = [worker for worker in plan.before if worker.pool.endswith("fine-tuning")]
+    tunings = [worker for worker in plan.before if worker.trains]
     return [*found, *tunings] if pool == "learner" else found
 
 
@@ -98,7 +98,7 @@ def _host_bytes(worker: WorkerPlan, plan: Plan) -> float:
     held = memory.host_bytes
     held += GPU_PROCESS_BYTES + memory.parts.get("weights", 0.0) if worker.gpus else 0.0
     held += 0.0 if worker.gpus else worker.num_bytes
-    if worker.pool == "learner" or worker.pool.endswith("fine-tuning"):
+    if worker.trains:
         held += sum(memory.parts.get(part, 0.0) for part in _STATE) + memory.host_bytes
         held += plan.publish_bytes
     return MARGIN * held

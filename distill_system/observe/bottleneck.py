@@ -96,11 +96,10 @@ def find_bottleneck(
 ) -> Bottleneck | None:
     """Which of the pools bounds the run; None if none of them has been busy.
 
-    Args:
-        pools: student_rollout, teacher_rollout, teacher_scoring and learner, over the same whole
-            steps; a pool that the run does not have may be missing.
-        is_asynchronous: whether steps overlap, that is max_staleness > 0.
-        shares_cores: whether one worker more would only take cores from the others.
+    pools: student_rollout, teacher_rollout, teacher_scoring and learner, over the same whole
+        steps; a pool that the run does not have may be missing.
+    is_asynchronous: whether steps overlap, that is max_staleness > 0.
+    shares_cores: whether one worker more would only take cores from the others.
     """
     known = {name: pool for name, pool in pools.items() if pool.worker_seconds > 0}
     if not any(pool.busy_seconds > 0 for pool in known.values()):

@@ -199,10 +199,9 @@ def assign_phase_colors(rows: Sequence[MetricRow]) -> dict[str, str]:
 def draw_scores(evaluations: Sequence[Mapping[str, Any]], metric: str, title: str) -> list[Chart]:
     """One score of every split over the steps at which it was measured.
 
-    Args:
-        evaluations: from summary.read_evaluation, in the order of their steps.
-        metric: e.g. exact_match_greedy.
-        title: the chart's.
+    evaluations: from summary.read_evaluation, in the order of their steps.
+    metric: e.g. exact_match_greedy.
+    title: the chart's.
     """
     if len(evaluations) < 3:
         return []  # two points (before and after) are shown in a table instead

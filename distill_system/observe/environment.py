@@ -97,7 +97,8 @@ def describe_machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": _gpus(),
+        # name, memory and driver of each
+        "gpus": _ask_nvidia("name,memory.total,driver_version", "csv,noheader"),
     }
 
 
@@ -133,11 +134,6 @@ def read_gpus() -> list[Gpu]:
             name, mebibytes, capability = (part.strip() for part in line.rsplit(",", 2))
             found.append(Gpu(name, float(mebibytes), float(capability)))
     return found
-
-
-def _gpus() -> list[str]:
-    """Name, memory and driver of each GPU."""
-    return _ask_nvidia("name,memory.total,driver_version", "csv,noheader")
 
 
 def _ask_nvidia(fields: str, form: str) -> list[str]:

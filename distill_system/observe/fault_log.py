@@ -6,13 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from distill_system.observe.json_lines import JsonLinesLog, read_rows
 from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.run_writes import RunWrites
-
-_FIELDS = "time, stage, step, worker, event, cause and seconds"
 
 Event = Literal["lost", "replaced", "restarted"]
 
@@ -53,7 +51,7 @@ class FaultLog(JsonLinesLog[FaultRow]):
         *,
         writes: RunWrites | None = None,
     ) -> None:
-        super().__init__(run.faults_path, FaultRow, expected=_FIELDS, writes=writes)
+        super().__init__(run.faults_path, FaultRow, writes=writes)
         self.step = 0
         self._stage = stage
         self._counts = Counter(dict.fromkeys(pools, 0))
@@ -76,15 +74,8 @@ class FaultLog(JsonLinesLog[FaultRow]):
         """Workers that each pool has lost since this process began."""
         return {f"faults/{pool}": float(count) for pool, count in self._counts.items()}
 
-    def _log(
-        self,
-        worker: str,
-        event: Event,
-        cause: str,
-        *,
-        seconds: float | None = None,
-        steps_again: int = 0,
-    ) -> None:
+    def _log(self, worker: str, event: Event, cause: str, **followed: Any) -> None:
+        """followed: the row's seconds and steps_again, where there are any."""
         self.append(
             FaultRow(
                 time=time.time(),
@@ -93,18 +84,17 @@ class FaultLog(JsonLinesLog[FaultRow]):
                 worker=worker,
                 event=event,
                 cause=cause,
-                seconds=seconds,
-                steps_again=steps_again,
+                **followed,
             )
         )
 
 
 def read_faults(run: RunDirectory) -> list[FaultRow]:
     """All lines in the order written; see read_rows.  Raises: RunStateError."""
-    return read_rows(run.faults_path, FaultRow, expected=_FIELDS)
+    return read_rows(run.faults_path, FaultRow)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ToldFault:
     """A loss as a person is told of it: where, of whom, why, and what was done."""
 
@@ -121,15 +111,9 @@ def tell_faults(rows: Sequence[FaultRow]) -> list[ToldFault]:
     for at, row in enumerate(rows):
         if row.event == "lost":
             after = (other for other in rows[at:] if _answers(row, other))
-            told.append(
-                ToldFault(
-                    stage=row.stage,
-                    step=row.step,
-                    worker=row.worker,
-                    cause=row.cause.partition("\n")[0],
-                    done=next(map(_tell_end, after), ""),
-                )
-            )
+            first_line = row.cause.partition("\n")[0]
+            done = next(map(_tell_end, after), "")
+            told.append(ToldFault(row.stage, row.step, row.worker, first_line, done))
     return told
 
 

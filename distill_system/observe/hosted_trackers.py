@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
-from distill_system.observe.recorded import read_config, read_trackers
+from distill_system.observe.recorded import flatten, read_config, read_trackers
 from distill_system.observe.run_directory import RunDirectory, write_json
 
 PROJECT = "distill-system"
@@ -31,32 +31,34 @@ class HostedTracker(ABC):
 
     title: str
     """The tracker's name in the configuration."""
+    _run: Any
+    """The library's own run, in those that have one to log to and to finish."""
 
     def __init__(self, run: RunDirectory, name: str) -> None:
+        self.folder, self.name, self.config = run.path, name, read_config(run)
         kept = read_trackers(run)
-        identity = self._open(run, name, read_config(run), kept.get(self.title, {}))
+        identity = self._open(kept.get(self.title, {}))
         write_json(run.trackers_path, {**kept, self.title: identity})
 
     @abstractmethod
-    def _open(
-        self, run: RunDirectory, name: str, config: dict[str, Any], kept: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _open(self, kept: Mapping[str, Any]) -> dict[str, Any]:
         """Begin the run there, or go on with it.
 
-        config: the resolved configuration.  kept: what this returned before; empty at first.
+        kept: what this returned before; empty at first.
         Returns: what is kept: `id`, and `url`, where a person sees the run.
         """
 
-    @abstractmethod
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """See Tracker."""
+        """Add a row; each stage counts its own steps, in <stage>/step."""
+        named = {f"{stage}/{name}": value for name, value in values.items()}
+        self._run.log({**named, f"{stage}/step": step})
 
     def truncate_after(self, stage: str, step: int) -> None:  # noqa: B027  (there is no taking back)
         """See Tracker: what was sent stays there, and later steps stand there twice."""
 
-    @abstractmethod
     def close(self) -> None:
-        """See Tracker."""
+        """Wait until what is left is written."""
+        self._run.finish()
 
 
 class WandbTracker(HostedTracker):
@@ -64,18 +66,16 @@ class WandbTracker(HostedTracker):
 
     title = "wandb"
 
-    def _open(
-        self, run: RunDirectory, name: str, config: dict[str, Any], kept: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _open(self, kept: Mapping[str, Any]) -> dict[str, Any]:
         import wandb
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=name,
+            name=self.name,
             id=kept.get("id"),
             resume="allow",
-            config=config,
-            dir=str(run.path),
+            config=self.config,
+            dir=str(self.folder),
             # The live view is ours to draw; code and git say nothing that environment.json does not
             settings=wandb.Settings(
                 console="off", silent=True, disable_git=True, disable_code=True
@@ -85,16 +85,11 @@ class WandbTracker(HostedTracker):
         return {"id": self._run.id, "url": None if self._run.offline else self._run.url}
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Add a row; each stage counts its own steps, in <stage>/step."""
+        """As others, once Weights & Biases knows which step the stage's metrics are shown over."""
         if stage not in self._stages:
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
             self._stages.add(stage)
-        named = {f"{stage}/{name}": value for name, value in values.items()}
-        self._run.log({**named, f"{stage}/step": step})
-
-    def close(self) -> None:
-        """Wait until what is left is written."""
-        self._run.finish()
+        super().log(stage, step, values)
 
 
 class MlflowTracker(HostedTracker):
@@ -102,9 +97,7 @@ class MlflowTracker(HostedTracker):
 
     title = "mlflow"
 
-    def _open(
-        self, run: RunDirectory, name: str, config: dict[str, Any], kept: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _open(self, kept: Mapping[str, Any]) -> dict[str, Any]:
         from mlflow import MlflowClient
 
         self._client = MlflowClient()
@@ -115,10 +108,10 @@ class MlflowTracker(HostedTracker):
             self._id: str = kept["id"]
             self._client.update_run(self._id, status="RUNNING")
         else:
-            self._id = self._client.create_run(number, run_name=name).info.run_id
-            self._client.log_dict(self._id, config, "config.json")
-            for key, value in _flatten(config):
-                self._client.log_param(self._id, key, str(value)[:500])
+            self._id = self._client.create_run(number, run_name=self.name).info.run_id
+            self._client.log_dict(self._id, self.config, "config.json")
+            for key, value in flatten(self.config).items():
+                self._client.log_param(self._id, _allowed(key), str(value)[:500])
         address = str(self._client.tracking_uri)
         served = address.startswith("http")
         url = f"{address.rstrip('/')}/#/experiments/{number}/runs/{self._id}" if served else address
@@ -144,9 +137,7 @@ class TrackioTracker(HostedTracker):
 
     title = "trackio"
 
-    def _open(
-        self, run: RunDirectory, name: str, config: dict[str, Any], kept: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _open(self, kept: Mapping[str, Any]) -> dict[str, Any]:
         import trackio
 
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
@@ -154,42 +145,26 @@ class TrackioTracker(HostedTracker):
         with redirect_stdout(io.StringIO()):  # it explains itself at length
             self._run = trackio.init(
                 project=project,
-                name=name,
+                name=self.name,
                 space_id=space,
-                config=config,
+                config=self.config,
                 resume="allow",
                 embed=False,
                 auto_log_cpu=False,
                 auto_log_gpu=False,
             )
         served = f"https://huggingface.co/spaces/{space}"
-        return {"id": name, "url": served if space else f"trackio show --project {project}"}
-
-    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Add a row; each stage counts its own steps, in <stage>/step."""
-        named = {f"{stage}/{name}": value for name, value in values.items()}
-        self._run.log({**named, f"{stage}/step": step})
+        return {"id": self.name, "url": served if space else f"trackio show --project {project}"}
 
     def close(self) -> None:
         """Wait until what is left is written."""
         with redirect_stdout(io.StringIO()):
-            self._run.finish()
+            super().close()
 
 
 HOSTED: dict[str, type[HostedTracker]] = {
     tracker.title: tracker for tracker in (WandbTracker, MlflowTracker, TrackioTracker)
 }
-
-
-def _flatten(config: Any, path: str = "") -> list[tuple[str, Any]]:
-    """(dotted key, value) pairs."""
-    if not isinstance(config, dict):
-        return [(path, config)]
-    return [
-        leaf
-        for key, value in config.items()
-        for leaf in _flatten(value, _allowed(f"{path}.{key}" if path else key))
-    ]
 
 
 def _allowed(key: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -17,11 +17,12 @@ from pydantic import TypeAdapter
 
 from distill_system.observe.run_directory import (
     drop_half_line,
+    parse_form,
+    read_bytes_if_exists,
     told_as_unwritable,
     without_non_finite,
     write_text,
 )
-from distill_system.observe.run_files import parse_form, read_bytes_if_exists
 from distill_system.observe.run_writes import RunWrites
 
 
@@ -48,21 +49,13 @@ class JsonLinesLog(Generic[Row]):
     take are kept in memory and written with a later one, or by `close`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        kind: type[Row],
-        *,
-        expected: str,
-        writes: RunWrites | None = None,
-    ) -> None:
-        """kind, expected: see read_rows.  writes: tells of writes that fail.
+    def __init__(self, path: Path, kind: type[Row], *, writes: RunWrites | None = None) -> None:
+        """kind: of the rows.  writes: tells of writes that fail.
 
         Raises: RunStateError if the file cannot be opened.
         """
         self._path = path
         self._kind = kind
-        self._expected = expected
         self._writes = writes or RunWrites()
         self._lock = threading.Lock()
         self._waiting: list[bytes] = []
@@ -103,7 +96,7 @@ class JsonLinesLog(Generic[Row]):
 
     def _truncate(self, stage: str, step: int) -> None:
         self._write_waiting()
-        rows = read_rows(self._path, self._kind, expected=self._expected)
+        rows = read_rows(self._path, self._kind)
         kept = [row for row in rows if row.stage != stage or row.step <= step]
         if len(kept) < len(rows):
             write_text(self._path, "".join(map(_to_line, kept)))
@@ -134,18 +127,16 @@ class JsonLinesLog(Generic[Row]):
         self.close()
 
 
-def read_rows(path: Path, kind: type[Row], *, expected: str) -> list[Row]:
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """Each line as a `kind`, in the order written; none if there is no such file yet.
 
     A last line without a newline is left out: a running process may still be writing it.
 
-    Args:
-        expected: the fields of a line, for the message.
-
-    Raises:
-        RunStateError: the file cannot be read, or another line is not a row, which is named.
+    Raises: RunStateError if the file cannot be read, or another line is not a row; it is named.
     """
-    way_out = f"Expected a line with {expected}: delete that line"
+    row: Any = kind
+    *most, last = (field.name for field in fields(row))
+    way_out = f"Expected a line with {', '.join(most)} and {last}: delete that line"
     text = read_bytes_if_exists(path, way_out="Mend that, or remove it")
     *lines, _half = (text or b"").split(b"\n")
     form = TypeAdapter(kind)

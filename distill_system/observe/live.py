@@ -48,10 +48,9 @@ class LiveTask:
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show that this step is done.
 
-        Args:
-            step: steps done, of total_steps.
-            values: numbers to show beside it, by name.  A name that ends in "/s" is a rate, which
-                is shown as "5,230 tok/s".  A value that is not given again stays.
+        step: steps done, of total_steps.
+        values: numbers to show beside it, by name.  A name that ends in "/s" is a rate, which
+            is shown as "5,230 tok/s".  A value that is not given again stays.
         """
         self.step = step
         self.values = {**self.values, **values}
@@ -141,12 +140,11 @@ class LiveView:
     ) -> LiveTask:
         """Show a new stage.
 
-        Args:
-            stage: its name.
-            total_steps: step at which it is done.
-            first_step: steps that were done before this process, if the run is resumed.
-            earlier_seconds: what the stage took before, in other processes too; counted in what is
-                said when it is done, and not in the estimate of what is left.
+        stage: its name.
+        total_steps: step at which it is done.
+        first_step: steps that were done before this process, if the run is resumed.
+        earlier_seconds: what the stage took before, in other processes too; counted in what is
+            said when it is done, and not in the estimate of what is left.
         """
         task = LiveTask(
             stage, total_steps, first_step, self._announce, earlier_seconds=earlier_seconds
@@ -175,10 +173,9 @@ class LiveView:
     def show_pools(self, pools: Mapping[str, PoolActivity], line: str) -> None:
         """Show the recent activity of the pools.
 
-        Args:
-            pools: the activity of each pool, in the order to show.
-            line: Bottleneck.line, a sentence on which pool bounds the run; plain output shows only
-                this.
+        pools: the activity of each pool, in the order to show.
+        line: Bottleneck.line, a sentence on which pool bounds the run; plain output shows only
+            this.
         """
         now = time.monotonic()
         with self._lock:

@@ -19,14 +19,11 @@ def render_page(
 ) -> str:
     """The page as text; everything in the values is escaped.
 
-    Args:
-        template: its path below the package, as observe/report.html; it extends observe/page.html,
-            which has the style; observe/chart.html has the macros for charts.
-        values: a value for every name in the template.
-        filters: additions to number, signed, duration and metric_title.
-
-    Raises:
-        jinja2.UndefinedError: the template uses a name that has no value.
+    template: its path below the package, as observe/report.html; it extends observe/page.html,
+        which has the style; observe/chart.html has the macros for charts.
+    values: a value for every name in the template.
+    filters: additions to number, signed, duration and metric_title.
+    Raises: jinja2.UndefinedError if the template uses a name that has no value.
     """
     environment = Environment(
         loader=PackageLoader("distill_system", ""),

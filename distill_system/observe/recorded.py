@@ -12,51 +12,43 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from distill_system.observe.run_directory import RunDirectory
-from distill_system.observe.run_files import read_form_if_exists
+from distill_system.observe.run_directory import RunDirectory, read_form_if_exists
 
 _OPEN = ConfigDict(extra="allow")
+"""Of a form, and of what stands in it."""
 
 
-@with_config(_OPEN)
 class _Pool(TypedDict, total=False):
     count: int
     gpus: float
 
 
-@with_config(_OPEN)
 class _Threads(TypedDict, total=False):
     threads: int
 
 
-@with_config(_OPEN)
 class _Rollout(TypedDict, total=False):
     student_engine: _Threads
     teacher_engine: _Threads
 
 
-@with_config(_OPEN)
 class _EvaluationKeys(TypedDict, total=False):
     metrics: list[str]
 
 
-@with_config(_OPEN)
 class _Staleness(TypedDict, total=False):
     max_staleness: int
 
 
-@with_config(_OPEN)
 class _Supervised(TypedDict, total=False):
     steps: int
 
 
-@with_config(_OPEN)
 class _Distill(TypedDict, total=False):
     steps: int
     staleness: _Staleness
 
 
-@with_config(_OPEN)
 class _Model(TypedDict, total=False):
     sft: _Supervised | None
 
@@ -76,7 +68,6 @@ class _Config(TypedDict, total=False):
     pools: dict[str, _Pool | None]
 
 
-@with_config(_OPEN)
 class _Machine(TypedDict, total=False):
     cores: int | None
     usable_cores: int | None
@@ -93,7 +84,6 @@ class _Environment(TypedDict, total=False):
     joined_cluster: bool
 
 
-@with_config(_OPEN)
 class _PoolSize(TypedDict):
     present: int
     wanted: int
@@ -118,7 +108,6 @@ class _Shown(TypedDict):
     sampled: str
 
 
-@with_config(_OPEN)
 class _Split(TypedDict):
     num_examples: int
     scores: dict[str, _Estimate]
@@ -168,6 +157,16 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
     """
     way_out = "Put back the configuration with which the run began"
     return read_form_if_exists(run.config_path, _CONFIG_FORM, way_out=way_out) or {}
+
+
+def flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of a configuration as JSON, by their dotted keys."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{path}.{key}" if path else key)
+    return leaves
 
 
 def read_environment(run: RunDirectory) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""A run's files in, one self-contained report.html out."""
+"""A run's files in, one self-contained report.html out; and that of a curriculum of runs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -28,7 +29,7 @@ from distill_system.observe.formats import format_metric
 from distill_system.observe.metrics import MetricRow, read_metrics
 from distill_system.observe.pages import render_page
 from distill_system.observe.recorded import read_config
-from distill_system.observe.run_directory import RunDirectory, write_text
+from distill_system.observe.run_directory import RunDirectory, write_json, write_text
 from distill_system.observe.summary import build_summary, read_evaluation
 
 DISTANCE_TITLES = {
@@ -47,8 +48,7 @@ CLEAR_STANDARD_ERRORS = 1.96
 def write_report(run: RunDirectory) -> None:
     """Write report.html from the parts of the run that exist; the page names missing ones.
 
-    Raises:
-        RunStateError: a part exists and cannot be read.
+    Raises: RunStateError if a part exists and cannot be read.
     """
     filters = {"gain_class": classify_gain}
     write_text(run.report_path, render_page("observe/report.html", _collect(run), filters=filters))
@@ -194,3 +194,56 @@ def classify_gain(score: Mapping[str, float | None], metric: str) -> str:
     if error is None or math.isclose(gain, 0.0) or abs(gain) < CLEAR_STANDARD_ERRORS * error:
         return "unclear"
     return "up" if gain > 0 else "down"
+
+
+def write_curriculum(run: RunDirectory, stages: Mapping[str, RunDirectory]) -> None:
+    """Write both files from the stages that have begun.
+
+    run: the curriculum's own folder.  stages: the run of each stage, in order.
+    summary.json is {"run": name, "stages": [summary of each stage and "stage": its name]}.
+    Raises: RunStateError if a part of a stage exists and cannot be read.
+    """
+    begun = {name: stage for name, stage in stages.items() if stage.config_path.exists()}
+    rows = [{"stage": name, **build_summary(stage)} for name, stage in begun.items()]
+    write_json(run.summary_path, {"run": run.path.name, "stages": rows})
+    scores = rows[0]["scores"] if rows else {}
+    config = read_config(run)
+    values = {
+        "run": run.path.name,
+        "metric": find_headline_metric(scores, config),
+        "splits": list(scores),
+        "stages": [
+            {**row, **_describe(stage), "report": f"{stage.path.name}/report.html"}
+            for row, stage in zip(rows, begun.values(), strict=True)
+        ],
+        "planned": list(stages),
+        "distance_titles": DISTANCE_TITLES,
+        "charts": _draw(begun),
+    }
+    page = render_page("observe/curriculum.html", values, filters={"gain_class": classify_gain})
+    write_text(run.report_path, page)
+
+
+def _describe(stage: RunDirectory) -> dict[str, Any]:
+    """What may differ from stage to stage, for people."""
+    config = read_config(stage)
+    teacher, distill = config.get("teacher") or {}, config.get("distill") or {}
+    path = teacher.get("path")
+    return {
+        "teacher": str(path or "random weights").removeprefix(f"{stage.path.parent}/"),
+        "tuned": teacher.get("sft") is not None,
+        "objective": (distill.get("objective") or {}).get("type"),
+    }
+
+
+def _draw(stages: Mapping[str, RunDirectory]) -> list[Chart]:
+    """Held-out losses over all stages; a stage's steps follow those before it."""
+    return draw_curves(list(_rows(stages)), "distill", HELD_OUT_CURVES)
+
+
+def _rows(stages: Mapping[str, RunDirectory]) -> Iterator[MetricRow]:
+    before = 0
+    for stage in stages.values():
+        rows = [row for row in read_metrics(stage) if row.stage == "distill"]
+        yield from (replace(row, step=before + row.step) for row in rows)
+        before += max((row.step for row in rows), default=0)

@@ -6,9 +6,8 @@ A folder in -> a few lines: stage, step, what is left, pools, last scores, the d
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -27,40 +26,6 @@ RECENT_STEPS = 20
 _SHOWN = ("held_out/", "evaluation/")
 
 _LOSS = "learner/loss"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageStatus:
-    """A stage that has begun.
-
-    step, steps: done, and in all.  remaining_seconds: None where there is nothing to reckon from.
-    idle_seconds: since the last step was written.
-    """
-
-    name: str
-    step: int
-    steps: int
-    remaining_seconds: float | None
-    idle_seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunStatus:
-    """A run as its folder has it.
-
-    is_alive: whether some process writes there.  is_done: whether the student is exported.
-    pools: pool -> workers present and wanted.  scores: the newest measured values by name.
-    note: what the driver said last.
-    """
-
-    name: str
-    folder: Path
-    is_alive: bool
-    is_done: bool
-    stage: StageStatus | None
-    pools: Mapping[str, tuple[int, int]]
-    scores: Mapping[str, float]
-    note: str
 
 
 def find_runs(runs_directory: Path) -> list[RunDirectory]:
@@ -88,79 +53,52 @@ def find_run(name: str, runs_directory: str) -> RunDirectory:
     )
 
 
-def read_status(run: RunDirectory, *, is_alive: bool, now: float | None = None) -> RunStatus:
-    """How a run stands.
+def describe_status(run: RunDirectory, *, is_alive: bool, now: float | None = None) -> list[str]:
+    """The lines that a person reads of a run; the first one says it all in short.
 
     is_alive: whether its lock is held.  now: seconds since the epoch.
     Raises: RunStateError if the folder holds no run, or a file of it cannot be read.
     """
     if not run.config_path.exists():
         raise RunStateError(f"{run.config_path} is missing: is {run.path} a run's folder?")
-    config = read_config(run)
-    rows = read_metrics(run)
-    return RunStatus(
-        name=str(config.get("name", run.path.name)),
-        folder=run.path,
-        is_alive=is_alive,
-        is_done=run.student_directory.exists(),
-        stage=_stage(config, rows, time.time() if now is None else now),
-        pools=_pools(run),
-        scores=_scores(rows),
-        note=last_message(log_path(run.logs_directory, DRIVER)),
-    )
-
-
-def describe_status(status: RunStatus) -> Iterator[str]:
-    """The lines that a person reads; the first one says it all in short."""
-    yield f"{status.name}: {_in_short(status)}"
-    yield f"    folder: {status.folder}"
-    if status.pools and status.is_alive:
-        pools = (
-            f"{name} x{present}" + (f" (of {wanted})" if present != wanted else "")
-            for name, (present, wanted) in status.pools.items()
-        )
-        yield f"    pools: {', '.join(pools)}"
-    if status.scores:
-        scores = (f"{name} {format_number(value)}" for name, value in status.scores.items())
-        yield f"    last scores: {', '.join(scores)}"
-    if status.note:
-        yield f"    last note: {status.note}"
-
-
-def _in_short(status: RunStatus) -> str:
-    state = "done" if status.is_done else ("running" if status.is_alive else "not running")
-    if status.is_done and status.is_alive:
+    config, rows, pools = read_config(run), read_metrics(run), read_pool_sizes(run)
+    is_done = run.student_directory.exists()
+    state = "done" if is_done else ("running" if is_alive else "not running")
+    if is_done and is_alive:
         state = "distilled, still running"
-    stage = status.stage
-    if stage is None:
-        return f"{state}, no step yet"
-    text = f"{state}, {stage.name} step {stage.step}/{stage.steps}"
-    if status.is_alive and not status.is_done:
-        if stage.remaining_seconds is not None:
-            text += f", ETA {format_duration(stage.remaining_seconds)}"
-        text += f", last step {format_duration(stage.idle_seconds)} ago"
-    return text
+    stage = _describe_stage(config, rows, time.time() if now is None else now)
+    shown = stage if is_alive and not is_done else stage[:1]  # what is left is left to the living
+    lines = [f"{config.get('name', run.path.name)}: {', '.join([state, *shown])}"]
+    lines.append(f"    folder: {run.path}")
+    if is_alive and pools:
+        lines.append(f"    pools: {', '.join(_describe_pool(*pool) for pool in pools.items())}")
+    if scores := _scores(rows):
+        named = (f"{name} {format_number(value)}" for name, value in scores.items())
+        lines.append(f"    last scores: {', '.join(named)}")
+    if note := last_message(log_path(run.logs_directory, DRIVER)):
+        lines.append(f"    last note: {note}")
+    return lines
 
 
-def _stage(config: Mapping[str, Any], rows: Sequence[MetricRow], now: float) -> StageStatus | None:
+def _describe_pool(name: str, sizes: Mapping[str, int]) -> str:
+    of = f" (of {sizes['wanted']})" if sizes["present"] != sizes["wanted"] else ""
+    return f"{name} x{sizes['present']}{of}"
+
+
+def _describe_stage(config: Mapping[str, Any], rows: Sequence[MetricRow], now: float) -> list[str]:
+    """Stage and step of the newest row, the rest by the time of recent steps, and its age."""
     if not rows:
-        return None
+        return ["no step yet"]
     last = rows[-1]
-    own = [row for row in rows if row.stage == last.stage]
+    recent = [row.time for row in rows if row.stage == last.stage][-RECENT_STEPS - 1 :]
     # A fine-tuning's rows are numbered from 0, by the step that they describe.
     done = last.step if last.stage == "distill" else last.step + 1
     steps = _steps(config, last.stage) or done
-    recent = own[-RECENT_STEPS - 1 :]
     # The median: between two lives of a run lie hours that are no step's.
-    times = [after.time - before.time for before, after in pairwise(recent)]
-    left = max(0, steps - done) * median(times) if times else None
-    return StageStatus(
-        name=last.stage,
-        step=done,
-        steps=steps,
-        remaining_seconds=left,
-        idle_seconds=max(0.0, now - last.time),
-    )
+    times = [after - before for before, after in pairwise(recent)]
+    left = [f"ETA {format_duration(max(0, steps - done) * median(times))}"] if times else []
+    idle = f"last step {format_duration(max(0.0, now - last.time))} ago"
+    return [f"{last.stage} step {done}/{steps}", *left, idle]
 
 
 def _steps(config: Mapping[str, Any], stage: str) -> int:
@@ -170,11 +108,6 @@ def _steps(config: Mapping[str, Any], stage: str) -> int:
     else:
         found = config.get(stage.removeprefix("sft_"), {}).get("sft") or {}
     return int(found.get("steps", 0))
-
-
-def _pools(run: RunDirectory) -> dict[str, tuple[int, int]]:
-    pools = read_pool_sizes(run).items()
-    return {name: (pool["present"], pool["wanted"]) for name, pool in pools}
 
 
 def _scores(rows: Sequence[MetricRow]) -> dict[str, float]:

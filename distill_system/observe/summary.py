@@ -14,10 +14,14 @@ from distill_system.observe.recorded import (
     read_environment,
     read_trackers,
 )
-from distill_system.observe.run_directory import RunDirectory, to_json, write_json
-from distill_system.observe.run_files import read_form_if_exists
+from distill_system.observe.run_directory import (
+    RunDirectory,
+    read_form_if_exists,
+    to_json,
+    write_json,
+)
 from distill_system.observe.run_writes import RunWrites
-from distill_system.observe.staleness import summarise_staleness
+from distill_system.observe.text_figures import summarise_staleness
 from distill_system.observe.timings import MAIN_STAGE, read_timings
 from distill_system.records import PoolActivity
 from distill_system.standard_errors import paired_bootstrap_standard_error, paired_standard_error
@@ -55,15 +59,14 @@ def write_evaluation(
 ) -> None:
     """Write one evaluation to evaluations/<label>.json.
 
-    Args:
-        run: where.
-        label: teacher, before, after or step_000100.
-        step: steps of distillation done.
-        weight_version: version of the student that was evaluated; None for the teacher.
-        weights: dtype of the engine's weights, and rounding, how they became so; None: not known.
-        splits: name -> the result of evaluate_splits.
-        distances: those of DISTANCES, on held-out data; None if they were not measured.
-        writes: takes the file where the disk does not.
+    run: where.
+    label: teacher, before, after or step_000100.
+    step: steps of distillation done.
+    weight_version: version of the student that was evaluated; None for the teacher.
+    weights: dtype of the engine's weights, and rounding, how they became so; None: not known.
+    splits: name -> the result of evaluate_splits.
+    distances: those of DISTANCES, on held-out data; None if they were not measured.
+    writes: takes the file where the disk does not.
     """
     form = {
         "label": label,
@@ -96,8 +99,7 @@ def write_summary(run: RunDirectory) -> dict[str, Any]:
 def build_summary(run: RunDirectory) -> dict[str, Any]:
     """The run's figures, from whatever parts of it exist.
 
-    Returns:
-        run: its name.  step: steps of distillation done.
+    Returns: run: its name.  step: steps of distillation done.
         scores[split][metric]: before, after, teacher (means), num_examples, stderr (of after),
         stderr_before, stderr_teacher, gain (after - before), gain_stderr (paired: from differences
         on the same prompts; None if the two evaluations were of different ones).
@@ -110,9 +112,7 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
         trackers[name]: where a person sees the run there; None where only its files are.
         missing: files of a complete run that this one lacks.
         A figure that cannot be computed because its file is missing is None.
-
-    Raises:
-        RunStateError: a part exists and cannot be read.
+    Raises: RunStateError if a part exists and cannot be read.
     """
     config = read_config(run)
     environment = read_environment(run)
@@ -123,7 +123,10 @@ def build_summary(run: RunDirectory) -> dict[str, Any]:
         "run": config.get("name", run.path.name),
         "step": after["step"] if after else None,
         "scores": _compare_splits(evaluations),
-        "distances": _compare_distances(evaluations),
+        "distances": {
+            name: {label: _find_distance(evaluations[label], name) for label in ("before", "after")}
+            for name in DISTANCES
+        },
         "seconds": timings.seconds,
         "tokens_per_second": timings.tokens_per_second,
         "pools": {name: _describe_pool(pool) for name, pool in pools.items()},
@@ -213,15 +216,6 @@ def _gain_stderr(
     if not replicates[0] or len(replicates[0]) != len(replicates[1]):
         return None  # another version drew another number of them
     return paired_bootstrap_standard_error(*replicates)
-
-
-def _compare_distances(
-    evaluations: Mapping[str, dict[str, Any] | None],
-) -> dict[str, dict[str, float | None]]:
-    return {
-        name: {label: _find_distance(evaluations[label], name) for label in ("before", "after")}
-        for name in DISTANCES
-    }
 
 
 def _find_distance(evaluation: dict[str, Any] | None, name: str) -> float | None:

@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pydantic import TypeAdapter
 
 from distill_system.observe.activity import join_stretches
-from distill_system.observe.run_directory import RunDirectory, to_json
-from distill_system.observe.run_files import read_form_if_exists
+from distill_system.observe.run_directory import RunDirectory, read_form_if_exists, to_json
 from distill_system.observe.run_writes import RunWrites
 from distill_system.records import PoolActivity
 
@@ -167,8 +166,7 @@ class Timings:
 def read_timings(run: RunDirectory) -> RecordedTimings:
     """The run's timings.json; empty if there is none yet.
 
-    Raises:
-        RunStateError: something else stands there.
+    Raises: RunStateError if something else stands there.
     """
     way_out = "Remove the file to count from zero"
     found = read_form_if_exists(run.timings_path, _FORM, way_out=way_out)

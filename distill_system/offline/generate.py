@@ -27,7 +27,7 @@ from distill_system.offline.workers import SampleWriter
 from distill_system.records import Author
 from distill_system.run.model_checks import check_engine
 from distill_system.run.sample_origin import sample_origin
-from distill_system.run.worker_arguments import (
+from distill_system.run.worker_requests import (
     rollout_arguments,
     rollout_environment,
     rollout_pool,

@@ -37,7 +37,7 @@ from distill_system.records import Author, Trajectory
 from distill_system.run.model_checks import check_folders, check_models
 from distill_system.run.sample_origin import sample_origin
 from distill_system.run.vocabulary import stop_token_ids
-from distill_system.run.worker_arguments import scorer_arguments
+from distill_system.run.worker_requests import scorer_arguments
 
 LearnedSet = Literal["plain_text", "student_sft", "teacher_sft"]
 

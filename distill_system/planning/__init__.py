@@ -8,12 +8,7 @@ from distill_system.planning.loads import LearnerLoad
 from distill_system.planning.memory import Memory
 from distill_system.planning.plan import Plan, WorkerPlan, make_plan
 from distill_system.planning.scorer_memory import scorer_memory
-from distill_system.planning.shapes import (
-    ModelShape,
-    architecture_shape,
-    measure_shape,
-    read_shape,
-)
+from distill_system.planning.shapes import ModelShape, architecture_shape, measure_shape, read_shape
 from distill_system.planning.table import render_plan
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -40,7 +40,8 @@ class WorkerPlan:
     """One kind of worker.
 
     what: what it holds. memory: of one worker without the process itself. gpus: of one worker, 0
-    on a CPU. room_bytes: what its share of a device holds, None on a CPU. note: what to know.
+    on a CPU. room_bytes: what its share of a device holds, None on a CPU. trains: whether it is a
+    learner's rank, of the distillation or of a fine-tuning. note: what to know.
     """
 
     pool: str
@@ -49,6 +50,7 @@ class WorkerPlan:
     memory: Memory
     gpus: float
     room_bytes: float | None
+    trains: bool = False
     note: str = ""
 
     @property
@@ -103,10 +105,8 @@ class Plan:
 def make_plan(config: RunConfig, *, vocabulary: int | None, device_gib: float) -> Plan:
     """The plan of a run; reads its models' config.json.
 
-    Args:
-        vocabulary: tokens of a tokenizer that the run makes itself; None if the models bring one.
-        device_gib: memory of each GPU.
-
+    vocabulary: tokens of a tokenizer that the run makes itself; None if the models bring one.
+    device_gib: memory of each GPU.
     Raises: ModelError if a model's configuration is not on this machine.
     """
     teacher = _shape(config.teacher, "teacher", vocabulary, None)
@@ -120,8 +120,12 @@ def make_plan(config: RunConfig, *, vocabulary: int | None, device_gib: float) -
         name=config.name,
         student=student,
         teacher=teacher,
-        before=(*_fine_tunings(config, shapes, device), *_first(config, shapes, device)),
-        at_once=_distillation(config, shapes, device),
+        before=tuple(_before(config, shapes, device)),
+        at_once=tuple(
+            plan
+            for plan in _distillation(config, shapes, device)
+            if plan.pool in config.started_pools
+        ),
         device_bytes=device,
         longest=longest_sequence(config),
         step_tokens=sum(longest(s.side) * distill.sequences(s.side) for s in streams),
@@ -144,44 +148,33 @@ def _shape(
     return architecture_shape(model.architecture, vocabulary=size)
 
 
-def _fine_tunings(
+def _before(
     config: RunConfig, shapes: Mapping[Role, ModelShape], device: float
-) -> tuple[WorkerPlan, ...]:
-    pool, plans = config.pools.learner, []
+) -> Iterator[WorkerPlan]:
+    """The fine-tunings, and the teacher's engines where they write and end before the others."""
     for role, shape in shapes.items():
         sft = getattr(config, role).sft
         if sft is not None:
             memory = learner_memory(supervised_load(config, shape, sft))
-            plans.append(_worker(f"{role} fine-tuning", pool, f"the {role}", memory, device))
-    return tuple(plans)
+            learner, what = f"{role} fine-tuning", f"the {role}"
+            yield _worker(learner, config.pools.learner, what, memory, device, trains=True)
+    if config.teacher_writes_first:
+        yield replace(_engine(config, "teacher", shapes["teacher"], device), note="")
 
 
 def _distillation(
     config: RunConfig, shapes: Mapping[Role, ModelShape], device: float
-) -> tuple[WorkerPlan, ...]:
-    """The pools that somebody reads."""
+) -> Iterator[WorkerPlan]:
+    """Its pools, those that nobody reads as well."""
     pools, student, teacher = config.pools, shapes["student"], shapes["teacher"]
-    learner = learner_memory(distillation_load(config, student, teacher))
-    plans = (
-        _engine(config, "student", student, device),
-        _engine(config, "teacher", teacher, device),
-        _scorer(config, teacher, device),
-        _worker("learner", pools.learner, "student, optimizer, critics", learner, device),
-        *(
-            [_engine(config, "student", student, device, pool_name="evaluation")]
-            if pools.evaluation is not None
-            else []
-        ),
-    )
-    return tuple(plan for plan in plans if plan.pool in config.started_pools)
-
-
-def _first(
-    config: RunConfig, shapes: Mapping[Role, ModelShape], device: float
-) -> tuple[WorkerPlan, ...]:
-    """The teacher's engines, where they write and end before the other pools start."""
-    first = replace(_engine(config, "teacher", shapes["teacher"], device), note="")
-    return (first,) if config.teacher_writes_first else ()
+    yield _engine(config, "student", student, device)
+    yield _engine(config, "teacher", teacher, device)
+    yield _scorer(config, teacher, device)
+    memory = learner_memory(distillation_load(config, student, teacher))
+    what = "student, optimizer, critics"
+    yield _worker("learner", pools.learner, what, memory, device, trains=True)
+    if pools.evaluation is not None:
+        yield _engine(config, "student", student, device, pool_name="evaluation")
 
 
 def _scorer(config: RunConfig, teacher: ModelShape, device: float) -> WorkerPlan:
@@ -208,7 +201,13 @@ def _advise(config: RunConfig, teacher: ModelShape, device: float) -> str:
 
 
 def _worker(
-    pool_name: str, pool: PoolConfig, what: str, memory: Memory, device: float
+    pool_name: str,
+    pool: PoolConfig,
+    what: str,
+    memory: Memory,
+    device: float,
+    *,
+    trains: bool = False,
 ) -> WorkerPlan:
     return WorkerPlan(
         pool=pool_name,
@@ -217,6 +216,7 @@ def _worker(
         memory=memory,
         gpus=pool.gpus,
         room_bytes=device * min(1.0, pool.gpus) if pool.gpus else None,
+        trains=trains,
     )
 
 

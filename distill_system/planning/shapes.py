@@ -56,9 +56,7 @@ class ModelShape:
 def read_shape(path: str, *, key: str, trust_remote_code: bool = False) -> ModelShape:
     """The shape of a folder's model, or of a hub model whose config.json has been fetched.
 
-    Args:
-        key: where the path stands in the configuration, for the message.
-
+    key: where the path stands in the configuration, for the message.
     Raises: ModelError if there is no config.json here; nothing is fetched.
     """
     file = Path(path)

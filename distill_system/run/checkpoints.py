@@ -29,8 +29,7 @@ from distill_system.data import check_position
 from distill_system.errors import DeadlineError, DistillError, RunStateError, WorkerLostError
 from distill_system.learner import FileRecord, describe_file, find_alterations, find_misfits
 from distill_system.observe import RunWrites
-from distill_system.observe.run_directory import flush_folder, write_json
-from distill_system.observe.run_files import read_form
+from distill_system.observe.run_directory import flush_folder, read_form, write_json
 from distill_system.observe.run_writes import no_answer
 
 STATE_FILE = "state.json"

@@ -8,15 +8,9 @@ from typing import Any
 
 from distill_system.cluster import ClusterSession
 from distill_system.config import RunConfig
+from distill_system.config.model import ModelConfig
 from distill_system.data import RunData
-from distill_system.observe import (
-    LiveView,
-    MetricLog,
-    PromptLog,
-    RunDirectory,
-    RunWrites,
-    Timings,
-)
+from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, RunWrites, Timings
 from distill_system.stopping import StopRequest
 
 
@@ -55,11 +49,9 @@ class RunContext:
 
 def model_path(config: RunConfig, run: RunDirectory, role: str) -> str:
     """Folder or hub name of a role's model after its supervised fine-tuning, if it has any."""
-    if role == "teacher":
-        tuned, given = config.teacher.sft, config.teacher.path
-    else:
-        tuned, given = config.student.sft, config.student.path
-    if tuned is None:
+    model: ModelConfig = getattr(config, role)
+    if model.sft is None:
+        given = model.path
         assert given is not None, "the configuration gives a path or an architecture with sft"
         # Absolute, because Ray may start workers in another working directory; a hub name is not.
         return str(Path(given).absolute()) if Path(given).is_dir() else given

@@ -154,7 +154,7 @@ def _require_files(key: str, path: str, *patterns: str) -> None:
         raise ModelError(
             f"{key}={path!r} is a .gguf file, which runs and `generate` make a folder of, as "
             "teacher.path or student.path. Two lines make one for everything else: `from "
-            "distill_system.language_model import convert_gguf` and "
+            "distill_system.language_model.gguf_files import convert_gguf` and "
             f"`convert_gguf(Path({path!r}), Path(FOLDER))`"
         )
     missing = [pattern for pattern in patterns if not any(folder.glob(pattern))]

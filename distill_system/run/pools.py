@@ -23,14 +23,13 @@ from distill_system.rollout import RolloutPool
 from distill_system.run.context import RunContext
 from distill_system.run.transfer_group import TransferGroup
 from distill_system.run.vocabulary import vocabulary_size
-from distill_system.run.worker_arguments import tensor_parallel_size
 from distill_system.run.worker_requests import (
     evaluation_request,
     learner_request,
     reading_request,
     rollout_request,
     scoring_request,
-    transfer_backend,
+    tensor_parallel_size,
 )
 from distill_system.scoring import ScoringPool
 from distill_system.workers import Supervision
@@ -91,7 +90,7 @@ def open_pools(context: RunContext, *, student_path: str) -> Pools:
     ranks = started.pop("learner")
     learner = connect_learner(context, ranks)
     for workers in started.values():
-        wait_until_ready(context, workers)
+        _wait_until_ready(context.config, workers)
     context.view.note(f"all workers are ready, after {time.monotonic() - began:.0f} s")
     supervised = {
         name: SupervisedWorkers(name, started.get(name) or _nobody(context, name))
@@ -165,7 +164,7 @@ def teacher_engines(context: RunContext) -> Iterator[Standing]:
     request = rollout_request(context, "teacher_rollout", Author.TEACHER, context.teacher_path)
     workers = context.cluster.start_workers(request)
     try:
-        wait_until_ready(context, workers)
+        _wait_until_ready(context.config, workers)
         yield _standing(request, workers)
     finally:
         context.cluster.stop_workers(workers)
@@ -174,7 +173,7 @@ def teacher_engines(context: RunContext) -> Iterator[Standing]:
 def connect_learner(context: RunContext, workers: RayWorkers) -> LearnerGroup:
     """A learner group whose ranks have loaded the model and connected to one another."""
     group = LearnerGroup(workers)
-    wait_until_ready(context, workers)
+    _wait_until_ready(context.config, workers)
     group.connect()
     return group
 
@@ -185,7 +184,7 @@ def restart_learner(context: RunContext, ranks: RayWorkers, learner: LearnerGrou
     Raises: ResourceError, DeadlineError, WorkerLostError, or what a rank raised while loading.
     """
     context.cluster.restart_gang(ranks)
-    wait_until_ready(context, ranks)
+    _wait_until_ready(context.config, ranks)
     learner.connect()
 
 
@@ -213,7 +212,7 @@ def _join_for_transfer(
         learner,
         receivers,
         context.cluster.monitor,
-        backend=transfer_backend(context),
+        backend=context.config.transfer_backend,
         ranks={workers.name: tensor_parallel_size(pools[workers.name]) for workers in receivers},
         seconds=context.config.deadlines.publish_seconds,
     )
@@ -225,7 +224,7 @@ def open_evaluation_pool(
     """Workers that hold the model in `path` and generate for its evaluation."""
     request = evaluation_request(config, tokenizer, path)
     workers = cluster.start_workers(request)
-    _wait_until_ready(workers, config.deadlines.start_seconds)
+    _wait_until_ready(config, workers)
     return _standing(request, workers)
 
 
@@ -239,21 +238,17 @@ def open_reading_pool(
 ) -> ScoringPool:
     """Workers that hold the model in `path` and say what it thinks of text."""
     workers = cluster.start_workers(reading_request(config, tokenizer, path))
-    _wait_until_ready(workers, config.deadlines.start_seconds)
+    _wait_until_ready(config, workers)
     return ScoringPool(workers)
 
 
-def wait_until_ready(context: RunContext, workers: RayWorkers) -> None:
+def _wait_until_ready(config: RunConfig, workers: RayWorkers) -> None:
     """Wait until every worker has loaded its model.
 
     Raises: what a worker raised while loading; DeadlineError after deadlines.start_seconds.
     """
-    _wait_until_ready(workers, context.config.deadlines.start_seconds)
-
-
-def _wait_until_ready(workers: RayWorkers, seconds: float) -> None:
     workers.finish(
         [workers.start(worker_id, "ready") for worker_id in workers.members],
         what="the workers to load their model",
-        seconds=seconds,
+        seconds=config.deadlines.start_seconds,
     )

@@ -18,7 +18,7 @@ from distill_system.errors import ConfigError, RunStateError
 from distill_system.job_process import is_job
 from distill_system.language_model import one_line
 from distill_system.observe import RunDirectory, write_environment
-from distill_system.observe.recorded import read_config
+from distill_system.observe.recorded import flatten, read_config
 from distill_system.observe.run_directory import remove_half_written, write_text
 from distill_system.run.model_checks import check_folders, check_models
 
@@ -114,7 +114,7 @@ def with_chat_date(config: RunConfig, run: RunDirectory) -> RunConfig:
     """
     if config.data.chat_date is not None:
         return config
-    recorded = _flatten(_read_recorded(run)).get(_DAY) if run.config_path.exists() else None
+    recorded = flatten(_read_recorded(run)).get(_DAY) if run.config_path.exists() else None
     try:
         return on_day(config, date.fromisoformat(recorded) if recorded else date.today())
     except (TypeError, ValueError) as error:
@@ -180,7 +180,7 @@ def _take_back(run: RunDirectory, held: set[str], contents: dict[Path, bytes]) -
 
 
 def _require_same(run: RunDirectory, config: RunConfig) -> None:
-    old, new = _flatten(_read_recorded(run)), _flatten(json.loads(dump_config(config)))
+    old, new = flatten(_read_recorded(run)), flatten(json.loads(dump_config(config)))
     if new[_DAY] is None:  # the run keeps the day on which it began
         new[_DAY] = old.get(_DAY)
     changed = [
@@ -237,15 +237,6 @@ def _find_work(run: RunDirectory) -> list[Path]:
 
 def _may_change(key: str) -> bool:
     return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
-
-
-def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {path: tree}
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _flatten(value, f"{path}.{key}" if path else key)
-    return leaves
 
 
 def prepare_tokenizer(config: RunConfig, run: RunDirectory) -> Any:

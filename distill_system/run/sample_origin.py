@@ -1,17 +1,29 @@
-"""Which model generates the samples of a trajectory store, and how: the configuration's answer."""
+"""Which model generates the samples of a trajectory store, and how: the configuration's answer; and
+the teacher's targets that the store already holds, for a run's scorers.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from distill_system.config import RunConfig
 from distill_system.config.objective import TeacherNeeds
-from distill_system.data import SampleOrigin, fingerprint_model, fingerprint_tokenizer
+from distill_system.data import (
+    SampleOrigin,
+    TargetStore,
+    fingerprint_model,
+    fingerprint_tokenizer,
+    store_path,
+)
+from distill_system.data.target_store import target_folder
 from distill_system.errors import RunStateError
 from distill_system.observe import RunDirectory
-from distill_system.records import Author
-from distill_system.run.context import model_path, sft_directory
+from distill_system.records import Author, TeacherTargets
+from distill_system.run.context import RunContext, model_path, sft_directory
 from distill_system.run.vocabulary import stop_token_ids
 
 
@@ -58,3 +70,37 @@ def describe_reading(config: RunConfig, teacher_fingerprint: str) -> str:
         **needs.model_dump(),
     }
     return json.dumps(reading)
+
+
+PREFIX = "stored/"
+"""The trajectory id of a stored sample is this prefix and the sample's key."""
+
+
+class StoredTargets:
+    """Targets by trajectory id. Pickles as a path and a text; the scorer opens the store itself."""
+
+    def __init__(self, store: Path, reading: str) -> None:
+        self._folder = store
+        self._reading = reading
+
+    def read(self, trajectory_ids: Sequence[str]) -> dict[str, TeacherTargets]:
+        """The targets of those trajectories that the store holds with this reading, by id."""
+        known = [each for each in trajectory_ids if each.removeprefix(PREFIX) in self._store]
+        keys = [each.removeprefix(PREFIX) for each in known]
+        return dict(zip(known, self._store.read(keys, known), strict=True))
+
+    @cached_property
+    def _store(self) -> TargetStore:
+        return TargetStore(self._folder, self._reading)
+
+
+def find_stored_targets(context: RunContext) -> StoredTargets | None:
+    """The stored targets that a run's scorers can use; None if there are none."""
+    config = context.config
+    if "store" not in config.distill.off_policy_mixture:
+        return None
+    folder = store_path(config.data)
+    if not target_folder(folder).is_dir():  # `generate` was called without --cache-targets
+        return None
+    teacher = sample_origin(config, context.run, context.tokenizer, Author.TEACHER)
+    return StoredTargets(folder.absolute(), describe_reading(config, teacher.model_fingerprint))

@@ -18,12 +18,7 @@ from torch import Tensor
 
 from distill_system.config.model import LearnerConfig
 from distill_system.config.objective import TeacherNeeds
-from distill_system.language_model import (
-    SequenceBatch,
-    build_empty_model,
-    count_parts,
-    read_part,
-)
+from distill_system.language_model import SequenceBatch, build_empty_model, count_parts, read_part
 from distill_system.learner import ModelSource
 from distill_system.learner.ranks import Ranks
 from distill_system.learner.rendezvous import find_rendezvous

@@ -114,13 +114,13 @@ def _compare(
 
 
 def _first_day(folder: Path) -> date:
-    """The day on which the comparison began: all its runs tell it to chat templates."""
-    if plan_path(folder).exists():
-        try:
-            return date.fromisoformat(read_plan(folder).config["data"]["chat_date"])
-        except (RunStateError, KeyError, TypeError, ValueError):
-            pass  # of an older version, or broken: this call writes it anew
-    return date.today()
+    """The day on which the comparison began: all its runs tell it to chat templates.
+
+    A plan of an older version says none.  Raises: RunStateError if plan.json holds something else.
+    """
+    begun = plan_path(folder).exists()
+    day = read_plan(folder).config.get("data", {}).get("chat_date") if begun else None
+    return date.today() if day is None else date.fromisoformat(day)
 
 
 def _check(request: ComparisonRequest) -> None:

@@ -41,7 +41,14 @@ def render_manifests(
     if not {group.name for group in groups} <= memory_gib.keys():
         plan = _plan(config, device_gib)
     memory = plan_pod_memory(config, groups, plan, given_gib=memory_gib)
-    return dump_documents(build_objects(config, groups, memory, request))
+    return yaml.dump_all(
+        build_objects(config, groups, memory, request),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=100,
+        explicit_start=True,
+    )
 
 
 def _plan(config: RunConfig, device_gib: float) -> Plan:
@@ -52,13 +59,6 @@ def _plan(config: RunConfig, device_gib: float) -> Plan:
             f"the memory of the pods follows from the models, and these cannot be read here: "
             f"{error}. Or give the memory of every pool's pods yourself: --memory POOL=GIB"
         ) from error
-
-
-def dump_documents(objects: list[dict[str, object]]) -> str:
-    """Objects as YAML, one document each, keys in their order."""
-    return yaml.dump_all(
-        objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100, explicit_start=True
-    )
 
 
 class _Dumper(yaml.SafeDumper):

@@ -160,6 +160,7 @@ def _render(
     shares_gpu = any(0.0 < pool.get("gpus", 0.0) < 1.0 for pool in pools.values())
     sharing = ENGINE_ON_A_SHARED_GPU if shares_gpu else ""
     left_out = sum(length > prompt_tokens for length in rows.lengths)
+    said = "; {} rows are left out, which the models' context has no room for" if left_out else ""
 
     def part(skip: int, count: int | None) -> str:
         of_rows = {**rows.source, "skip": skip}
@@ -180,7 +181,7 @@ teacher: {{path: {json.dumps(teacher)}}}
 student: {{path: {json.dumps(student)}}}
 data:
   directory: {json.dumps(str(data.parent.absolute()))}
-  # The longest prompt has {max(rows.lengths)} tokens{_say_left_out(left_out)}.
+  # The longest prompt has {max(rows.lengths)} tokens{said.format(left_out)}.
   max_prompt_tokens: {prompt_tokens}
   # Whether plain prompts go through the tokenizer's chat template, as one message of the user.
   use_chat_template: {json.dumps(rows.uses_chat_template)}
@@ -263,12 +264,6 @@ def _render_pools(pools: Mapping[str, Mapping[str, float]]) -> str:
         keys = ", ".join(f"{key}: {amount:g}" for key, amount in pool.items())
         lines.append(f"  {name}: {{{keys}}}\n")
     return "".join(lines)
-
-
-def _say_left_out(count: int) -> str:
-    return (
-        f"; {count} rows are left out, which the models' context has no room for" if count else ""
-    )
 
 
 def _say_answers(rows: Rows, response_tokens: int) -> str:

@@ -18,8 +18,7 @@ from distill_system.config import RunConfig
 from distill_system.config.export import HubConfig
 from distill_system.errors import ConfigError, RunStateError
 from distill_system.observe import RunDirectory
-from distill_system.observe.run_directory import write_json
-from distill_system.observe.run_files import read_form_if_exists
+from distill_system.observe.run_directory import read_form_if_exists, write_json
 
 TOKEN_VARIABLE = "HF_TOKEN"
 PUSH_RECORD = "pushed.json"

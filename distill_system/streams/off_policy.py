@@ -14,7 +14,7 @@ from distill_system.data import (
     source_shares,
 )
 from distill_system.records import Prompt, Trajectory
-from distill_system.run.stored_targets import PREFIX
+from distill_system.run.sample_origin import PREFIX
 
 
 class OffPolicyMixture:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from enumerable_language import EnumerableLanguage
 from fakes.fixed_critic import FixedCritic
+from token_rows import make_token_rows
 
 from distill_system.config.objective import AmmdConfig
 from distill_system.objectives.ammd import Ammd
-from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
+from distill_system.objectives.rows import PolicyHeads, TeacherRows
 
 LANGUAGE = EnumerableLanguage(vocabulary=3, length=3)
 STATES = LANGUAGE.states
@@ -48,13 +49,11 @@ def _performance(policy_SV, rewards_SV):
 def _rows(response, teacher_SV):
     states = LANGUAGE.state_rows(response)
     one_hot = torch.eye(len(STATES))[states]
-    return TokenRows(
-        hidden_NH=one_hot,
-        token_ids_N=torch.tensor(response),
-        sequence_ids_N=torch.zeros(3, dtype=torch.long),
-        positions_N=torch.arange(3),
+    return make_token_rows(
+        one_hot,
+        response,
+        [3],
         num_global_tokens=1,
-        num_global_sequences=1,
         teacher=TeacherRows(
             features_NF=one_hot,
             expected_embedding_NE=teacher_SV[states],

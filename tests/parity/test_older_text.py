@@ -14,13 +14,14 @@ import pytest
 import torch
 from enumerable_language import EnumerableLanguage
 from fakes.fixed_critic import FixedCritic
+from token_rows import make_token_rows
 
 from distill_system.config.objective import AmmdConfig, MinillmConfig, TokenMatchingConfig
 from distill_system.config.objective.token_losses import ForwardKlConfig
 from distill_system.config.objective.token_matching import RelationalConfig
 from distill_system.objectives import Importance, build_objective
 from distill_system.objectives.ammd import Ammd
-from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
+from distill_system.objectives.rows import PolicyHeads, TeacherRows
 from distill_system.objectives.vocabulary import read_top_k
 
 LANGUAGE = EnumerableLanguage(vocabulary=3, length=3)
@@ -80,13 +81,10 @@ class World:
         behaviour_T = self.sampled(self.older_SV, response).float()
         kept = [[*self.kept[state], -1] for state in states]
         kept_TK = torch.tensor(kept, dtype=torch.int32)
-        return TokenRows(
-            hidden_NH=self.student_SV[states],
-            token_ids_N=torch.tensor(response),
-            sequence_ids_N=torch.zeros(T, dtype=torch.int64),
-            positions_N=torch.arange(T),
-            num_global_tokens=T,
-            num_global_sequences=1,
+        return make_token_rows(
+            self.student_SV[states],
+            response,
+            [T],
             teacher=TeacherRows(
                 features_NF=logits_TV,
                 expected_embedding_NE=logits_TV.softmax(-1) @ self.actions_VE,

@@ -14,11 +14,12 @@ import pytest
 import torch
 from enumerable_language import EnumerableLanguage
 from fakes.fixed_critic import FixedCritic
+from token_rows import make_token_rows
 
 from distill_system.config.objective import AmmdConfig, MinillmConfig
 from distill_system.objectives import build_objective
 from distill_system.objectives.ammd import Ammd
-from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
+from distill_system.objectives.rows import PolicyHeads, TeacherRows
 
 LANGUAGE = EnumerableLanguage(vocabulary=5, length=4)
 V, T = LANGUAGE.vocabulary, LANGUAGE.length
@@ -61,11 +62,10 @@ class World:
     def rows(self, *, tokens_of_a_response):
         """Every response once; hidden states are a leaf of their own, the logits of each state."""
         states_N = STATES.reshape(-1)
-        return TokenRows(
-            hidden_NH=self.student_SV.detach()[states_N].requires_grad_(),
-            token_ids_N=TOKENS.reshape(-1),
-            sequence_ids_N=torch.arange(NUM_RESPONSES).repeat_interleave(T),
-            positions_N=torch.arange(T).repeat(NUM_RESPONSES),
+        return make_token_rows(
+            self.student_SV.detach()[states_N].requires_grad_(),
+            TOKENS.reshape(-1),
+            [T] * NUM_RESPONSES,
             num_global_tokens=tokens_of_a_response,
             num_global_sequences=1,
             teacher=TeacherRows(
@@ -225,13 +225,10 @@ def test_sampled_responses_agree_with_the_exact_gradient_within_their_error():
 
 def _batch_gradient(world, drawn):
     states_N, tokens_N = STATES[drawn].reshape(-1), TOKENS[drawn].reshape(-1)
-    rows = TokenRows(
-        hidden_NH=world.student_SV[states_N],
-        token_ids_N=tokens_N,
-        sequence_ids_N=torch.arange(len(drawn)).repeat_interleave(T),
-        positions_N=torch.arange(T).repeat(len(drawn)),
-        num_global_tokens=len(drawn) * T,
-        num_global_sequences=len(drawn),
+    rows = make_token_rows(
+        world.student_SV[states_N],
+        tokens_N,
+        [T] * len(drawn),
         teacher=TeacherRows(
             features_NF=world.teacher_SV[states_N],
             logprobs_N=world.response_logprobs(world.teacher_SV)[drawn].reshape(-1),

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from token_rows import make_token_rows
 from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, ChunkedDivergenceFunction
 
 from distill_system.config.objective.token_losses import (
@@ -19,7 +20,6 @@ from distill_system.config.objective.token_losses import (
     ReverseKlConfig,
     TokenLossConfig,
 )
-from distill_system.objectives.rows import TokenRows
 from distill_system.objectives.token_losses import bind_token_loss
 from distill_system.objectives.vocabulary import TeacherDistribution, sum_over_vocabulary
 
@@ -55,14 +55,7 @@ class Problem:
     def rows(self, hidden):
         """One sequence of all tokens, which these losses do not look at."""
         count = len(hidden)
-        return TokenRows(
-            hidden_NH=hidden,
-            token_ids_N=torch.zeros(count, dtype=torch.int64),
-            sequence_ids_N=torch.zeros(count, dtype=torch.int64),
-            positions_N=torch.arange(count),
-            num_global_tokens=count,
-            num_global_sequences=1,
-        )
+        return make_token_rows(hidden, torch.zeros(count, dtype=torch.int64), [count])
 
     def ours(self, beta, *, temperature=1.0):
         """Token losses and the gradients of hidden states and unembedding."""

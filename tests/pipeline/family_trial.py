@@ -188,14 +188,14 @@ def _build_worker(model: Path, variant: Variant) -> Any:
 
 
 def _build_learner(folder: Path, variant: Variant) -> Any:
-    from distill_system.config.model import LearnerConfig, OptimizerConfig
-    from distill_system.config.objective import AmmdConfig
-    from distill_system.learner import Learner, ModelSource
+    from one_rank import one_rank
 
-    return Learner(
-        rank=0,
-        world_size=1,
-        source=ModelSource(
+    from distill_system.config.model import OptimizerConfig
+    from distill_system.config.objective import AmmdConfig
+    from distill_system.learner import ModelSource
+
+    return one_rank(
+        ModelSource(
             path=str(folder / "student"),
             teacher_path=str(folder / "teacher"),
             vocabulary_size=NUM_TOKENS,
@@ -203,11 +203,8 @@ def _build_learner(folder: Path, variant: Variant) -> Any:
         ),
         objective=AmmdConfig(),
         optimizer=OptimizerConfig(learning_rate=3e-2, warmup_steps=0),
-        config=LearnerConfig(),
         total_steps=1,
         max_response_tokens=MAX_RESPONSE,
-        seed=0,
-        uses_gpu=False,
         timeout_seconds=30.0,
     )
 

@@ -22,8 +22,7 @@ from pipeline.exposure import (
 
 from distill_system.data import PromptFrontier
 from distill_system.observe import RunDirectory
-from distill_system.observe.metrics import read_metrics
-from distill_system.observe.prompt_log import read_prompts
+from distill_system.observe.metrics import read_metrics, read_prompts
 
 Launch = Callable[..., Run]
 

@@ -23,8 +23,7 @@ from pipeline.command_line import Run, write_configuration
 from run_comparison import judge
 
 from distill_system.observe import RunDirectory
-from distill_system.observe.metrics import MetricRow, read_metrics
-from distill_system.observe.prompt_log import read_prompts
+from distill_system.observe.metrics import MetricRow, read_metrics, read_prompts
 
 Launch = Callable[..., Run]
 

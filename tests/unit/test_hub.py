@@ -136,7 +136,7 @@ def test_transformers_then_reads_the_cache_at_once(tmp_path: Path) -> None:
     _cache(tmp_path / "cache", "owner/model")
     program = (
         "import time, torch; from distill_system.hub import require_hub_model\n"
-        "from distill_system.language_model import load_language_model\n"
+        "from distill_system.language_model.models import load_language_model\n"
         "begin = time.perf_counter(); require_hub_model('owner/model')\n"
         "load_language_model('owner/model', dtype=torch.float32, device=torch.device('cpu'))\n"
         "print(time.perf_counter() - begin)"

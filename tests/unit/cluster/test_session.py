@@ -150,7 +150,7 @@ def test_sigterm_is_heard_after_a_session_too() -> None:
     """
     program = """
 import os, signal, sys
-from distill_system.cluster import ClusterSession
+from distill_system.cluster.session import ClusterSession
 from distill_system.config import load_config
 from ray._private.services import node_ip_address_from_perspective
 import ray

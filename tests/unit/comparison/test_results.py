@@ -61,7 +61,7 @@ def test_costs_are_summed_over_steps_and_peaks_are_not(tmp_path: Path) -> None:
     }
     write_plan(tmp_path, make_plan(["sft"], [0]))
     write_run(tmp_path, "sft", 0, SCORES, metrics=metrics)
-    assert read_comparison(tmp_path).runs["sft"][0].costs.named() == {
+    assert read_comparison(tmp_path).runs["sft"][0].costs == {
         "stage_seconds": 70.0,
         "step_seconds": 3.0,
         "sampled_tokens": 24.0,  # by both models, in two steps

@@ -103,7 +103,7 @@ def test_what_is_cut_in_width_is_the_model_whose_other_parts_are_not_heard(famil
         num_key_value_heads=1,
         intermediate_size=whole.intermediate_size - 5,
     )
-    check_shape(whole, wanted, model.config, "teacher.path")
+    check_shape(model, wanted, "teacher.path")
     choice = Choice.best(whole, wanted, measure_importance(model, _texts()), spread_blocks=True)
     cut = cut_model(model, wanted, choice)
     _deafen(model, whole, choice)
@@ -267,7 +267,7 @@ def test_every_size_that_does_not_go_is_told() -> None:
     whole = Shape.of(model)
     wanted = replace(whole, num_layers=0, num_heads=1, num_key_value_heads=1, hidden_size=48)
     with pytest.raises(ModelError) as refused:
-        check_shape(whole, wanted, model.config, "teacher.path")
+        check_shape(model, wanted, "teacher.path")
     assert "num_layers: expected 1 to 2, got 0" in str(refused.value)
     assert "expected 32 units for each head in a model of type gpt2, got 48 and 1" in str(
         refused.value
@@ -275,4 +275,6 @@ def test_every_size_that_does_not_go_is_told() -> None:
     llama = _model("llama")
     ours = Shape.of(llama)
     with pytest.raises(ModelError, match="expected 1 to 2 query heads for each key head"):
-        check_shape(ours, replace(ours, num_key_value_heads=0), llama.config, "teacher.path")
+        check_shape(llama, replace(ours, num_key_value_heads=0), "teacher.path")
+    with pytest.raises(ModelError, match=r"hidden size .33. is not a multiple"):
+        check_shape(llama, replace(ours, hidden_size=33), "teacher.path")

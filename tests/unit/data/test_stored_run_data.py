@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from trajectories import SAMPLE_ORIGIN
 
 from distill_system.data import (
-    SampleOrigin,
     TrajectoryStore,
     build_tokenizer,
     fingerprint_tokenizer,
@@ -33,17 +33,7 @@ def tokenizer(config):
 
 @pytest.fixture
 def origin(tokenizer):
-    return SampleOrigin(
-        author=Author.TEACHER,
-        model="teacher",
-        model_fingerprint="f",
-        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
-        temperature=1.0,
-        top_p=1.0,
-        max_response_tokens=50,
-        stop_token_ids=(1,),
-        seed=0,
-    )
+    return replace(SAMPLE_ORIGIN, tokenizer_fingerprint=fingerprint_tokenizer(tokenizer))
 
 
 def sample(prompt, num_response=3):

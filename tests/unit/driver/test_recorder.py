@@ -11,16 +11,8 @@ from fakes.text_saver import TextSaver
 
 from distill_system.driver.recorder import RunRecorder
 from distill_system.errors import CollapseError, ConfigError, NonFiniteError
-from distill_system.observe import (
-    LiveView,
-    MetricLog,
-    PromptLog,
-    RunDirectory,
-    RunWrites,
-    Timings,
-)
-from distill_system.observe.metrics import read_metrics
-from distill_system.observe.prompt_log import read_prompts
+from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, RunWrites, Timings
+from distill_system.observe.metrics import read_metrics, read_prompts
 from distill_system.observe.run_directory import read_json, write_json
 from distill_system.records import PoolActivity, StepResult
 

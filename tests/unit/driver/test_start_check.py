@@ -11,10 +11,10 @@ import pytest
 import torch
 from fakes.local_workers import LocalWorkers
 from metric_names import is_documented
+from one_rank import one_rank
 from simulated_pools import make_prompts
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill_system.config.model import LearnerConfig, OptimizerConfig
 from distill_system.config.rollout import ScoringConfig
 from distill_system.driver import Driver, start_check
 from distill_system.driver.start_check import (
@@ -25,7 +25,7 @@ from distill_system.driver.start_check import (
     find_precision,
 )
 from distill_system.errors import ModelError
-from distill_system.learner import Learner, LearnerGroup, ModelSource
+from distill_system.learner import LearnerGroup, ModelSource
 from distill_system.records import Author, Finish, Trajectory, VersionSpan
 from distill_system.rollout import RolloutPool, RolloutWorker
 from distill_system.run.model_checks import ModelFacts
@@ -94,19 +94,8 @@ def folders(tiny_model_folder):
 @pytest.fixture(scope="module")
 def readers(folders):
     """The real ones: learner and scorer."""
-    learner = Learner(
-        rank=0,
-        world_size=1,
-        source=ModelSource(path=folders[Author.STUDENT], teacher_path=folders[Author.TEACHER]),
-        objective=None,
-        optimizer=OptimizerConfig(learning_rate=1e-2),
-        config=LearnerConfig(),
-        total_steps=1,
-        max_response_tokens=8,
-        seed=0,
-        uses_gpu=False,
-        timeout_seconds=10.0,
-    )
+    source = ModelSource(path=folders[Author.STUDENT], teacher_path=folders[Author.TEACHER])
+    learner = one_rank(source, max_response_tokens=8)
     scorer = TeacherScorer(
         model_path=folders[Author.TEACHER],
         config=ScoringConfig(),

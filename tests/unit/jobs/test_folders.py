@@ -20,7 +20,7 @@ from distill_system.observe.run_lock import Holder
 
 HOLD = """
 import signal, sys, time
-from distill_system.observe import RunDirectory
+from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.run_lock import locked
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0) if sys.argv[2] == "ends" else None)
 with locked(RunDirectory(sys.argv[1])):

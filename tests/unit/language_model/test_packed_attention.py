@@ -15,11 +15,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from distill_system.errors import ModelError
 from distill_system.language_model import PACKED_ATTENTION, check_packed_read
-from distill_system.language_model.packed_attention import (
-    PackedLayout,
-    group_by_length,
-    read_line,
-)
+from distill_system.language_model.packed_attention import PackedLayout, group_by_length, read_line
 
 CPU = torch.device("cpu")
 RAGGED = [1, 1, 2, 3, 5, 5, 8, 13, 21, 34]

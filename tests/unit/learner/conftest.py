@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 from fakes.forked_workers import ForkedWorkers
+from one_rank import one_rank
 
-from distill_system.config.model import LearnerConfig, OptimizerConfig
 from distill_system.config.objective import AmmdConfig
 from distill_system.config.rollout import ScoringConfig
-from distill_system.learner import Learner, LearnerGroup, ModelSource
+from distill_system.learner import LearnerGroup, ModelSource
 from distill_system.scoring import TeacherScorer
 
 
@@ -16,26 +16,14 @@ from distill_system.scoring import TeacherScorer
 def make_learner(tiny_model_folder):
     """A learner rank on a tiny student, distilled from a wider tiny teacher."""
 
-    def make(*, rank=0, world_size=1, objective="ammd", **changes):
+    def make(*, objective="ammd", source=None, **changes):
         teacher = tiny_model_folder(hidden_size=96, num_heads=3, seed=1)
-        supervised = objective is None
-        settings = {
-            "rank": rank,
-            "world_size": world_size,
-            "source": ModelSource(
-                path=str(tiny_model_folder(seed=2)),
-                teacher_path=None if supervised else str(teacher),
-            ),
-            "objective": AmmdConfig() if objective == "ammd" else objective,
-            "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-            "config": LearnerConfig(),
-            "total_steps": 10,
-            "max_response_tokens": 16,
-            "seed": 0,
-            "uses_gpu": False,
-            "timeout_seconds": 60.0,
-        }
-        return Learner(**{**settings, **changes})
+        own = ModelSource(
+            path=str(tiny_model_folder(seed=2)),
+            teacher_path=None if objective is None else str(teacher),
+        )
+        chosen = AmmdConfig() if objective == "ammd" else objective
+        return one_rank(source or own, objective=chosen, **changes)
 
     return make
 

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from fakes.local_workers import LocalWorkers
+from one_rank import one_rank
 from safetensors.torch import load_file, save_file
 from tiny_families import save_family
 from trajectories import make_trajectories
 
-from distill_system.config.model import FullUpdate, LearnerConfig, LoraUpdate, OptimizerConfig
+from distill_system.config.model import FullUpdate, LoraUpdate, OptimizerConfig
 from distill_system.config.objective import AmmdConfig, TeacherNeeds, TokenMatchingConfig
 from distill_system.config.rollout import ScoringConfig
 from distill_system.language_model import load_embedding, load_language_model, unembedding
-from distill_system.learner import Learner, LearnerGroup, ModelSource
+from distill_system.learner import LearnerGroup, ModelSource
 from distill_system.records import Author, Stream, TrajectoryChunk
 from distill_system.scoring import ScoringPool, TeacherScorer
 
@@ -54,24 +55,14 @@ def _scorer(teacher: Path, vocabulary_size: int | None = None) -> TeacherScorer:
 
 
 def _learn(student, teacher, objective, *, update, vocabulary_size=None):
-    learner = Learner(
-        rank=0,
-        world_size=1,
-        source=ModelSource(
-            path=str(student),
-            teacher_path=str(teacher),
-            vocabulary_size=vocabulary_size,
-            update=update,
-        ),
-        objective=objective,
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1),
-        config=LearnerConfig(),
-        total_steps=4,
-        max_response_tokens=16,
-        seed=0,
-        uses_gpu=False,
-        timeout_seconds=60.0,
+    source = ModelSource(
+        path=str(student),
+        teacher_path=str(teacher),
+        vocabulary_size=vocabulary_size,
+        update=update,
     )
+    adamw = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1)
+    learner = one_rank(source, objective=objective, optimizer=adamw, total_steps=4)
     group = LearnerGroup(LocalWorkers([learner]))
     pool = ScoringPool(LocalWorkers([_scorer(teacher, vocabulary_size)]))
     start = partial(pool.start, needs=EVERYTHING, num_shares=1)

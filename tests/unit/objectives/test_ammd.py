@@ -6,13 +6,14 @@ import pytest
 import torch
 from enumerable_language import EnumerableLanguage
 from fakes.fixed_critic import FixedCritic
+from token_rows import make_token_rows
 
 from distill_system.config.objective import AmmdConfig
 from distill_system.config.objective.ammd import ClosedFormCritic, GradientCritic
 from distill_system.objectives import ammd
 from distill_system.objectives.ammd import Ammd
 from distill_system.objectives.distances import measure_stream
-from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
+from distill_system.objectives.rows import PolicyHeads, TeacherRows
 from distill_system.objectives.vocabulary import unit_rows
 
 LANGUAGE = EnumerableLanguage(vocabulary=3, length=3)
@@ -55,15 +56,12 @@ class Game:
 
     def rows(self, responses, num_global_tokens):
         states = [row for response in responses for row in LANGUAGE.state_rows(response)]
-        length = LANGUAGE.length
         tokens = torch.tensor([token for response in responses for token in response])
-        return TokenRows(
-            hidden_NH=torch.eye(NUM_STATES)[states],
-            token_ids_N=tokens,
-            sequence_ids_N=torch.arange(len(responses)).repeat_interleave(length),
-            positions_N=torch.arange(length).repeat(len(responses)),
+        return make_token_rows(
+            torch.eye(NUM_STATES)[states],
+            tokens,
+            [LANGUAGE.length] * len(responses),
             num_global_tokens=num_global_tokens,
-            num_global_sequences=len(responses),
             teacher=TeacherRows(
                 features_NF=self.features_SF[states],
                 expected_embedding_NE=self.teacher_SV[states] @ self.actions_VE,

@@ -10,11 +10,12 @@ import torch
 from fakes.fixed_critic import FixedCritic
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from token_rows import make_token_rows
 
 from distill_system.config.objective import AmmdConfig
 from distill_system.config.objective.ammd import ClosedFormCritic, GradientCritic
 from distill_system.objectives.ammd import Ammd
-from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
+from distill_system.objectives.rows import PolicyHeads, TeacherRows
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -72,14 +73,10 @@ class Streams:
         )
 
     def rows(self, name):
-        lengths = torch.tensor(self.lengths)
-        return TokenRows(
-            hidden_NH=self.student[name].requires_grad_(),
-            token_ids_N=self.tokens_N,
-            sequence_ids_N=torch.arange(len(lengths)).repeat_interleave(lengths),
-            positions_N=torch.cat([torch.arange(length) for length in self.lengths]),
-            num_global_tokens=len(self.tokens_N),
-            num_global_sequences=len(lengths),
+        return make_token_rows(
+            self.student[name].requires_grad_(),
+            self.tokens_N,
+            self.lengths,
             teacher=TeacherRows(
                 features_NF=self.teacher[name],
                 expected_embedding_NE=self.teacher[name].softmax(-1) @ self.actions_VE,
@@ -321,13 +318,10 @@ def test_leave_one_out_is_unbiased_over_every_pair_of_responses(baseline, share_
     mean = torch.zeros_like(exact)
     for pair in itertools.product(responses, repeat=2):
         states = [prefixes.index(response[:t]) for response in pair for t in range(length)]
-        rows = TokenRows(
-            hidden_NH=student_SV[states],
-            token_ids_N=torch.tensor([token for response in pair for token in response]),
-            sequence_ids_N=torch.tensor([0, 0, 1, 1]),
-            positions_N=torch.tensor([0, 1, 0, 1]),
-            num_global_tokens=4,
-            num_global_sequences=2,
+        rows = make_token_rows(
+            student_SV[states],
+            [token for response in pair for token in response],
+            [2, 2],
             teacher=TeacherRows(
                 features_NF=teacher_SV[states],
                 expected_embedding_NE=teacher_SV.softmax(-1)[states] @ actions_VE,

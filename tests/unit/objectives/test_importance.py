@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from token_rows import make_token_rows
 
 from distill_system.config.objective import AmmdConfig, MinillmConfig, TokenMatchingConfig
 from distill_system.config.objective.ammd import AdvantageConfig, WhitenedFeatures
 from distill_system.objectives import Importance, build_objective, chunked_products
-from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
+from distill_system.objectives.rows import PolicyHeads, TeacherRows
 from distill_system.objectives.vocabulary import read_vocabulary
 
 VOCABULARY = 11
@@ -61,13 +62,10 @@ def _rows(lengths, *, seed=0, known=True):
     tokens = torch.randint(VOCABULARY, (count,), generator=generator)
     hidden, teacher = 1.5 * draw(count, VOCABULARY), 1.5 * draw(count, VOCABULARY)
     behaviour = hidden.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1) + 0.5 * draw(count)
-    return TokenRows(
-        hidden_NH=hidden.requires_grad_(),
-        token_ids_N=tokens,
-        sequence_ids_N=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
-        positions_N=torch.cat([torch.arange(length) for length in lengths]),
-        num_global_tokens=count,
-        num_global_sequences=len(lengths),
+    return make_token_rows(
+        hidden.requires_grad_(),
+        tokens,
+        lengths,
         teacher=TeacherRows(
             features_NF=teacher,
             expected_embedding_NE=teacher.softmax(-1) @ _actions(),

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from token_rows import make_token_rows
 
 from distill_system.config.objective import MinillmConfig, TeacherNeeds
 from distill_system.objectives import build_objective
-from distill_system.objectives.rows import PolicyHeads, TeacherRows, TokenRows
+from distill_system.objectives.rows import PolicyHeads, TeacherRows
 
 VOCABULARY = 6
 
@@ -24,13 +25,10 @@ def _rows(lengths, seed):
     generator = torch.Generator().manual_seed(seed + 100)
     tokens = torch.randint(VOCABULARY, (count,), generator=generator)
     teacher = _draw(seed + 200, count, VOCABULARY)
-    return TokenRows(
-        hidden_NH=_draw(seed, count, VOCABULARY).requires_grad_(),
-        token_ids_N=tokens,
-        sequence_ids_N=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
-        positions_N=torch.cat([torch.arange(length) for length in lengths]),
-        num_global_tokens=count,
-        num_global_sequences=len(lengths),
+    return make_token_rows(
+        _draw(seed, count, VOCABULARY).requires_grad_(),
+        tokens,
+        lengths,
         teacher=TeacherRows(
             features_NF=teacher,
             logprobs_N=teacher.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1),

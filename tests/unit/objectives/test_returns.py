@@ -4,26 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from token_rows import make_token_rows
 
 from distill_system.objectives import returns
 from distill_system.objectives.returns import compute_baseline, cost_to_go, future_cost_to_go
-from distill_system.objectives.rows import TokenRows, pad_rows
+from distill_system.objectives.rows import pad_rows
 
 LENGTHS = (3, 1, 4)
 
 
 def _rows():
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
-    sequences = torch.cat([torch.full((length,), i) for i, length in enumerate(LENGTHS)])
-    count = len(positions)
-    return TokenRows(
-        hidden_NH=torch.zeros(count, 2),
-        token_ids_N=torch.zeros(count, dtype=torch.long),
-        sequence_ids_N=sequences,
-        positions_N=positions,
-        num_global_tokens=count,
-        num_global_sequences=len(LENGTHS),
-    )
+    count = sum(LENGTHS)
+    return make_token_rows(torch.zeros(count, 2), torch.zeros(count, dtype=torch.long), LENGTHS)
 
 
 COSTS = torch.tensor([1.0, 2.0, 4.0, 8.0, 1.0, 0.0, -1.0, 2.0])

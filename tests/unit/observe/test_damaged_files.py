@@ -23,8 +23,7 @@ from distill_system.observe import (
     write_report,
     write_summary,
 )
-from distill_system.observe.metrics import read_metrics
-from distill_system.observe.prompt_log import read_prompts
+from distill_system.observe.metrics import read_metrics, read_prompts
 from distill_system.observe.run_directory import write_json
 from distill_system.records import PoolActivity
 

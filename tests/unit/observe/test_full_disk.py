@@ -20,7 +20,7 @@ from distill_system.observe import (
     write_evaluation,
 )
 from distill_system.observe.json_lines import JsonLinesLog
-from distill_system.observe.prompt_log import TrainedPrompts, read_prompts
+from distill_system.observe.metrics import TrainedPrompts, read_prompts
 from distill_system.observe.summary import read_evaluation
 from distill_system.observe.timings import read_timings
 
@@ -161,7 +161,9 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk_too(tmp_path):
     """Where mounting is not allowed: a process that may write files of 10 kB and no more."""
     program = f"""
 import resource, signal
-from distill_system.observe import RunWrites, PromptLog, RunDirectory
+from distill_system.observe.metrics import PromptLog
+from distill_system.observe.run_directory import RunDirectory
+from distill_system.observe.run_writes import RunWrites
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 said = []
 with PromptLog(RunDirectory({str(tmp_path)!r}), writes=RunWrites(said.append)) as prompts:
@@ -194,7 +196,7 @@ def test_the_live_view_goes_on_without_its_log():
 
 def test_a_file_that_was_removed_meanwhile_is_begun_anew(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    log = JsonLinesLog(path, TrainedPrompts, expected="a row")
+    log = JsonLinesLog(path, TrainedPrompts)
     log.append(TrainedPrompts(stage="distill", step=1, prompt_ids={}))
     path.unlink()
     log.append(TrainedPrompts(stage="distill", step=2, prompt_ids={}))

@@ -18,7 +18,7 @@ from distill_system.errors import RunStateError
 from distill_system.logs import LOGGER_NAME, close_log, open_log
 from distill_system.observe import LiveView, PromptLog, RunDirectory, RunWrites, Timings
 from distill_system.observe import run_writes as module
-from distill_system.observe.prompt_log import read_prompts
+from distill_system.observe.metrics import read_prompts
 from distill_system.observe.timings import read_timings
 from distill_system.run.checkpoints import CheckpointStore
 

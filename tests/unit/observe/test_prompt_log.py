@@ -6,7 +6,7 @@ import pytest
 
 from distill_system.errors import RunStateError
 from distill_system.observe import PromptLog, RunDirectory
-from distill_system.observe.prompt_log import read_prompts
+from distill_system.observe.metrics import read_prompts
 
 
 def _fill(run, steps):

@@ -21,7 +21,7 @@ from distill_system.observe.run_lock import locked
 
 HOLD = """
 import sys, time
-from distill_system.observe import RunDirectory
+from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.run_lock import locked
 with locked(RunDirectory(sys.argv[1])):
     print("held", flush=True)
@@ -31,7 +31,7 @@ COUNT = """
 import sys
 from pathlib import Path
 from distill_system.errors import RunStateError
-from distill_system.observe import RunDirectory
+from distill_system.observe.run_directory import RunDirectory
 from distill_system.observe.run_lock import locked
 counter, won = Path(sys.argv[2]), 0
 while won < int(sys.argv[3]):

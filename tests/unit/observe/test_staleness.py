@@ -12,7 +12,7 @@ from trajectories import make_trajectory
 from distill_system.errors import RecordError
 from distill_system.observe.metrics import MetricLog, read_metrics
 from distill_system.observe.run_directory import RunDirectory
-from distill_system.observe.staleness import staleness_metrics, summarise_staleness
+from distill_system.observe.text_figures import staleness_metrics, summarise_staleness
 from distill_system.records import Author, Trajectory, VersionSpan
 
 

@@ -151,9 +151,9 @@ class Fake(hosted.HostedTracker):
 
     title = "wandb"
 
-    def _open(self, run, name, config, kept):
+    def _open(self, kept):
         self.rows = []
-        opened.append((name, config["name"], dict(kept)))
+        opened.append((self.name, self.config["name"], dict(kept)))
         return {"id": kept.get("id", "x1"), "url": "https://somewhere/<x1>"}
 
     def log(self, stage, step, values):
@@ -185,7 +185,7 @@ def test_where_a_run_is_seen_stands_in_summary_and_report_and_a_second_life_is_t
 
 def test_a_tracker_that_cannot_be_opened_is_said_and_the_run_goes_on(run, monkeypatch):
     class Refusing(Fake):
-        def _open(self, run, name, config, kept):
+        def _open(self, kept):
             raise PermissionError("no API key")
 
     monkeypatch.setitem(hosted.HOSTED, "wandb", Refusing)

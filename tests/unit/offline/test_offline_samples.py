@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow
 import pytest
 from rich.console import Console
-from trajectories import make_trajectories
+from trajectories import SAMPLE_ORIGIN, make_trajectories
 from transformers import AutoTokenizer
 
-from distill_system.data import SampleOrigin, TrajectoryStore, read_trajectories
+from distill_system.data import TrajectoryStore, read_trajectories
 from distill_system.data.stored_rows import make_rows
 from distill_system.errors import ConfigError, DataError, RunStateError
 from distill_system.observe import LiveView, RunDirectory
@@ -24,17 +24,7 @@ from distill_system.records import Author, Prompt
 from distill_system.run.sample_origin import sample_origin
 from distill_system.stages.train import open_context
 
-ORIGIN = SampleOrigin(
-    author=Author.TEACHER,
-    model="teacher",
-    model_fingerprint="f",
-    tokenizer_fingerprint="t",
-    temperature=1.0,
-    top_p=1.0,
-    max_response_tokens=16,
-    stop_token_ids=(2,),
-    seed=0,
-)
+ORIGIN = replace(SAMPLE_ORIGIN, max_response_tokens=16, stop_token_ids=(2,))
 
 
 def prompts(count, first=0):

@@ -219,6 +219,9 @@ def test_all_runs_tell_chats_the_day_on_which_the_comparison_began(tmp_path, mon
     with pytest.raises(RunStateError):
         compare(request, notify=print)
     assert [job.config.data.chat_date for job in jobs] == [date(2001, 2, 3)] * 2
+    plan.write_text("{")
+    with pytest.raises(RunStateError, match=r"plan\.json is not JSON.*Remove it"):
+        compare(request, notify=print)
 
 
 def test_what_the_runs_will_read_is_read_before_they_are_given_a_start(tmp_path, monkeypatch):

@@ -10,21 +10,14 @@ from typing import Any
 import pytest
 import torch
 from fakes.local_workers import LocalWorkers
+from one_rank import one_rank
 from trajectories import make_trajectories
 
-from distill_system.config.model import LearnerConfig, OptimizerConfig, SupervisedConfig
+from distill_system.config.model import OptimizerConfig, SupervisedConfig
 from distill_system.errors import RunStateError
-from distill_system.learner import Learner, LearnerGroup, ModelSource
-from distill_system.observe import (
-    LiveView,
-    MetricLog,
-    PromptLog,
-    RunDirectory,
-    RunWrites,
-    Timings,
-)
-from distill_system.observe.metrics import read_metrics
-from distill_system.observe.prompt_log import read_prompts
+from distill_system.learner import LearnerGroup, ModelSource
+from distill_system.observe import LiveView, MetricLog, PromptLog, RunDirectory, RunWrites, Timings
+from distill_system.observe.metrics import read_metrics, read_prompts
 from distill_system.records import Author
 from distill_system.stages.supervised import FineTuning
 from distill_system.stopping import StopRequest
@@ -61,19 +54,8 @@ class _StoppingView(LiveView):
 @pytest.fixture
 def fine_tune(tiny_model_folder, tmp_path):
     def run(name, *, resume=False, stop_after=None, by_signal=False):
-        learner = Learner(
-            rank=0,
-            world_size=1,
-            source=ModelSource(path=str(tiny_model_folder(seed=5))),
-            objective=None,
-            optimizer=CONFIG.optimizer,
-            config=LearnerConfig(),
-            total_steps=CONFIG.steps,
-            max_response_tokens=16,
-            seed=0,
-            uses_gpu=False,
-            timeout_seconds=60.0,
-        )
+        source = ModelSource(path=str(tiny_model_folder(seed=5)))
+        learner = one_rank(source, optimizer=CONFIG.optimizer, total_steps=CONFIG.steps)
         directory = RunDirectory(tmp_path / name)
         stop, request = threading.Event(), StopRequest()
         with (

@@ -32,6 +32,7 @@ from distill_system.streams.in_flight import State
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 STEPS = 7
+REISSUED = {"max_staleness": 2, "too_old": "reissue"}
 
 
 def open_streams(
@@ -51,6 +52,27 @@ def open_streams(
     return AsynchronousStreams(context, pools, data, clock=clock)
 
 
+def drawn_writers(clock, draw, author, count, *, lengths):
+    def writer():
+        return SimulatedWriter(author, draw.uniform(5, 200), lambda: draw.choice(lengths))
+
+    return SimulatedWorkers(clock, [writer() for _ in range(count)])
+
+
+def steady_learner(clock, students, *, step=1.0, publish=0.0):
+    """One whose steps and publishes always take the same seconds."""
+    return SimulatedLearner(
+        clock, students, draw_step_seconds=lambda: step, draw_publish_seconds=lambda: publish
+    )
+
+
+def take_steps(streams, end):
+    streams.begin(0)
+    for step in range(end):
+        streams.learn(step, streams.take(step))
+        streams.publish(step + 1)
+
+
 def of_two_sources(count):
     """Prompts, the first four of source a and the others of b."""
     return [
@@ -61,9 +83,8 @@ def of_two_sources(count):
 
 def play(
     folder,
-    *,
+    *overrides,
     seed,
-    overrides,
     workers=(2, 1, 1),
     batch=4,
     steps=STEPS,
@@ -73,31 +94,25 @@ def play(
     begin=0,
     stop=None,
     state=None,
+    **staleness,
 ):
     """A whole run, or a part of one, with delays drawn from a seed.
 
-    has_sources: prompts are those of a and b.
+    staleness: keys of distill.staleness.  has_sources: prompts are those of a and b.
     begin, state: where it goes on.  stop: after so many steps; the result has its state there.
     """
     draw = random.Random(seed)
-    overrides = [
+    keys = [
         f"distill.steps={steps}",
         f"distill.student_prompts_per_step={batch}",
         f"distill.teacher_prompts_per_step={batch}",
+        *(f"distill.staleness.{key}={value}" for key, value in staleness.items()),
         *overrides,
     ]
-
-    def length():
-        return draw.choice([1, 1, 2, 3, 5, 30, 80])
-
     clock = Clock()
-    students = SimulatedWorkers(
-        clock,
-        [SimulatedWriter(Author.STUDENT, draw.uniform(5, 200), length) for _ in range(workers[0])],
-    )
-    teachers = SimulatedWorkers(
-        clock,
-        [SimulatedWriter(Author.TEACHER, draw.uniform(5, 200), length) for _ in range(workers[1])],
+    students, teachers = (
+        drawn_writers(clock, draw, author, count, lengths=[1, 1, 2, 3, 5, 30, 80])
+        for author, count in zip((Author.STUDENT, Author.TEACHER), workers[:2], strict=True)
     )
     scorers = SimulatedWorkers(
         clock,
@@ -111,18 +126,17 @@ def play(
         draw_step_seconds=lambda: draw.uniform(0.0, slow),
         draw_publish_seconds=lambda: draw.choice([0.0, 0.01, 0.5]),
     )
-    held_out = {"a": (), "b": ()}
     data = SimpleNamespace(
         prompts=of_two_sources(num_prompts) if has_sources else make_prompts(num_prompts),
         student_sft=rows,
         stored=[],
         plain_text=make_rows("text", 5),
-        source_held_out=held_out,
+        source_held_out={"a": (), "b": ()},
     )
     streams = open_streams(
         folder,
         clock,
-        overrides,
+        keys,
         students=students,
         learner=learner,
         teachers=teachers,
@@ -157,7 +171,8 @@ def play(
     return SimpleNamespace(
         learner=learner,
         streams=streams,
-        clock=clock,
+        written=[[t for s, t in batch if s == "on_policy"] for batch in learner.trained],
+        fed=[Counter((s, t.prompt_id) for s, t in batch) for batch in learner.trained],
         most_under_way=most_under_way,
         chunk_sizes=chunk_sizes,
         state=json.loads(json.dumps(streams.state())),
@@ -181,13 +196,8 @@ def require_one_place_each(buffer):
     assert writing == of_workers
 
 
-def ages(learner, stream="on_policy"):
-    return [
-        step - trajectory.oldest_version
-        for step, batch in enumerate(learner.trained)
-        for name, trajectory in batch
-        if name == stream
-    ]
+def ages(played):
+    return [step - t.oldest_version for step, batch in enumerate(played.written) for t in batch]
 
 
 anything = settings(
@@ -204,22 +214,11 @@ bounds = st.sampled_from([1, 2, 4])
 def test_in_order_nothing_is_too_old_and_every_step_has_its_own_prompts(
     tmp_path, seed, bound, num_workers
 ):
-    played = play(
-        tmp_path,
-        seed=seed,
-        overrides=[f"distill.staleness.max_staleness={bound}"],
-        workers=(num_workers, 1, 2),
-    )
-    assert all(0 <= age <= bound for age in ages(played.learner))
+    played = play(tmp_path, seed=seed, max_staleness=bound, workers=(num_workers, 1, 2))
+    assert all(0 <= age <= bound for age in ages(played))
     assert played.most_under_way <= (bound + 1) * 4
     # The same prompts in the same steps whatever the delays: as a walk over the prompts says.
-    quiet = play(
-        tmp_path, seed=0, overrides=["distill.staleness.max_staleness=1"], workers=(1, 1, 1)
-    )
-    for one, other in zip(played.learner.trained, quiet.learner.trained, strict=True):
-        assert Counter((s, t.prompt_id) for s, t in one) == Counter(
-            (s, t.prompt_id) for s, t in other
-        )
+    assert played.fed == play(tmp_path, seed=0, max_staleness=1, workers=(1, 1, 1)).fed
 
 
 @anything
@@ -230,11 +229,10 @@ def test_weights_of_sources_that_move_give_every_step_the_same_prompts_whatever_
     rows = "{type: embedded, split: distractor, num_examples: 1}"
     source = f"{{source: {rows}, held_out: {rows}}}"
     prompts = f"{{type: mixture, sources: {{a: {source}, b: {source}}}, policy: {{every: 2}}}}"
-    overrides = [f"distill.staleness.max_staleness={bound}", f"data.prompts={prompts}"]
-    fed = []
-    for delays in (seed, 0):
-        run = play(tmp_path, seed=delays, overrides=overrides, has_sources=True, steps=12, batch=8)
-        fed.append([Counter((s, t.prompt_id) for s, t in batch) for batch in run.learner.trained])
+    how = {"max_staleness": bound, "has_sources": True, "steps": 12, "batch": 8}
+    fed = [
+        play(tmp_path, f"data.prompts={prompts}", seed=delays, **how).fed for delays in (seed, 0)
+    ]
     assert fed[0] == fed[1]
     shares = [
         sum(count for (_, prompt), count in step.items() if int(prompt[1:]) >= 4) / step.total()
@@ -248,20 +246,11 @@ def test_weights_of_sources_that_move_give_every_step_the_same_prompts_whatever_
 @anything
 @given(seed=seeds, bound=bounds, num_workers=st.integers(1, 5))
 def test_reissuing_keeps_the_bound_and_loses_no_prompt(tmp_path, seed, bound, num_workers):
-    played = play(
-        tmp_path,
-        seed=seed,
-        overrides=[
-            f"distill.staleness.max_staleness={bound}",
-            "distill.staleness.too_old=reissue",
-        ],
-        workers=(num_workers, 1, 2),
-    )
-    assert all(0 <= age <= bound for age in ages(played.learner))
+    how = {"max_staleness": bound, "too_old": "reissue"}
+    played = play(tmp_path, seed=seed, workers=(num_workers, 1, 2), **how)
+    assert all(0 <= age <= bound for age in ages(played))
     assert played.most_under_way <= (bound + 1) * 4
-    trained = Counter(
-        t.prompt_id for batch in played.learner.trained for s, t in batch if s == "on_policy"
-    )
+    trained = Counter(t.prompt_id for batch in played.written for t in batch)
     left = Counter(f"p{index}" for index in played.streams._flows["on_policy"].buffer.prompts())
     taken = sum(w.num_taken for w in played.streams.student._walks.values())
     assert sum((trained + left).values()) == taken == STEPS * 4 + sum(left.values())
@@ -270,55 +259,27 @@ def test_reissuing_keeps_the_bound_and_loses_no_prompt(tmp_path, seed, bound, nu
 @anything
 @given(seed=seeds, bound=bounds)
 def test_weighing_trains_on_every_prompt_once_an_epoch(tmp_path, seed, bound):
-    played = play(
-        tmp_path,
-        seed=seed,
-        overrides=[
-            f"distill.staleness.max_staleness={bound}",
-            "distill.staleness.too_old=weigh",
-            "distill.staleness.importance=token",
-        ],
-        workers=(3, 1, 1),
-    )
-    assert min(ages(played.learner)) >= 0
-    assert [sum(s == "on_policy" for s, _ in batch) for batch in played.learner.trained] == [
-        4
-    ] * STEPS
+    how = {"max_staleness": bound, "too_old": "weigh", "importance": "token"}
+    played = play(tmp_path, seed=seed, workers=(3, 1, 1), **how)
+    assert min(ages(played)) >= 0
+    assert [len(batch) for batch in played.written] == [4] * STEPS
 
 
 @anything
 @given(seed=seeds, share=st.sampled_from([0.25, 0.5, 0.75]))
 def test_a_step_may_go_on_without_the_late_ones(tmp_path, seed, share):
-    played = play(
-        tmp_path,
-        seed=seed,
-        overrides=[
-            "distill.staleness.max_staleness=2",
-            "distill.staleness.too_old=reissue",
-            f"distill.staleness.min_on_policy_share={share}",
-        ],
-        workers=(2, 1, 1),
-    )
-    assert all(0 <= age <= 2 for age in ages(played.learner))
+    played = play(tmp_path, seed=seed, min_on_policy_share=share, **REISSUED)
+    assert all(0 <= age <= 2 for age in ages(played))
     for batch in played.learner.trained:
-        assert share * 4 <= sum(s == "on_policy" for s, _ in batch) <= 4
         written = Counter(s for s, _ in batch)
+        assert share * 4 <= written["on_policy"] <= 4
         assert 4 <= written["off_policy"] <= 8 - written["on_policy"], "no more than what lacks"
 
 
 def test_off_policy_text_stands_in_for_what_an_on_policy_batch_lacks(tmp_path):
     """At a seed at which batches are short, and others whole."""
-    played = play(
-        tmp_path,
-        seed=1,
-        overrides=[
-            "distill.staleness.max_staleness=2",
-            "distill.staleness.too_old=reissue",
-            "distill.staleness.min_on_policy_share=0.25",
-        ],
-        steps=30,
-        num_prompts=200,
-    )
+    how = {"min_on_policy_share": 0.25, "steps": 30, "num_prompts": 200}
+    played = play(tmp_path, seed=1, **how, **REISSUED)
     batches = [Counter(s for s, _ in batch) for batch in played.learner.trained]
     assert {batch["on_policy"] for batch in batches} >= {1, 4}
     short = [batch for batch in batches if batch["on_policy"] < 4]
@@ -329,41 +290,22 @@ def test_off_policy_text_stands_in_for_what_an_on_policy_batch_lacks(tmp_path):
 @anything
 @given(seed=seeds, budget=st.sampled_from([40, 200, 1000]))
 def test_a_budget_of_tokens_is_filled_with_what_is_ready(tmp_path, seed, budget):
-    played = play(
-        tmp_path,
-        seed=seed,
-        overrides=[
-            "distill.staleness.max_staleness=2",
-            "distill.staleness.too_old=reissue",
-            f"distill.staleness.tokens_per_step={budget}",
-        ],
-        workers=(4, 1, 2),
-        num_prompts=300,
-    )
-    assert all(0 <= age <= 2 for age in ages(played.learner))
+    how = {"tokens_per_step": budget, "workers": (4, 1, 2), "num_prompts": 300}
+    played = play(tmp_path, seed=seed, **how, **REISSUED)
+    assert all(0 <= age <= 2 for age in ages(played))
     assert played.most_under_way <= 3 * 4
-    for batch in played.learner.trained:
-        students = [t for s, t in batch if s == "on_policy"]
+    for batch, students in zip(played.learner.trained, played.written, strict=True):
         tokens = sum(t.num_response_tokens for _, t in batch)
         assert len(students) >= 4
         assert tokens <= budget or len(students) == 4
-    trained = [t.prompt_id for b in played.learner.trained for s, t in b if s == "on_policy"]
+    trained = [t.prompt_id for batch in played.written for t in batch]
     assert len(trained) == len(set(trained))
 
 
 def test_long_sequences_are_learned_from_in_their_turn(tmp_path):
     """In order no length is preferred: what a step learns from has the lengths that were drawn."""
-    played = play(
-        tmp_path,
-        seed=3,
-        overrides=["distill.staleness.max_staleness=2"],
-        steps=40,
-        num_prompts=97,
-    )
-    lengths = [
-        [t.num_response_tokens for s, t in batch if s == "on_policy"]
-        for batch in played.learner.trained
-    ]
+    played = play(tmp_path, seed=3, max_staleness=2, steps=40, num_prompts=97)
+    lengths = [[t.num_response_tokens for t in batch] for batch in played.written]
     long_share = sum(length >= 30 for batch in lengths for length in batch) / (40 * 4)
     early = sum(length >= 30 for batch in lengths[:10] for length in batch) / 40
     assert long_share == pytest.approx(2 / 7, abs=0.1)
@@ -372,12 +314,8 @@ def test_long_sequences_are_learned_from_in_their_turn(tmp_path):
 
 def test_rows_of_data_may_be_under_way_twice(tmp_path):
     """Three rows, four a step, three batches ahead: each step takes rows in their walk's order."""
-    played = play(
-        tmp_path,
-        seed=2,
-        overrides=["distill.staleness.max_staleness=2", "distill.off_policy_source=dataset"],
-        rows=make_rows("row", 3),
-    )
+    rows = {"rows": make_rows("row", 3), "max_staleness": 2}
+    played = play(tmp_path, "distill.off_policy_source=dataset", seed=2, **rows)
     walk = PromptFrontier(3, 0, "dataset_rows")
     for batch in played.learner.trained:
         fed = sorted(t.prompt_id for s, t in batch if s == "off_policy")
@@ -388,11 +326,11 @@ def test_rows_need_neither_engines_nor_scorers(tmp_path):
     """With and without idle pools, steps learn from the same rows in the same order."""
     overrides = [
         "distill.objective={type: token_matching, off_policy: {type: cross_entropy}}",
-        *("distill.off_policy_source=dataset", "distill.staleness.max_staleness=2"),
+        "distill.off_policy_source=dataset",
     ]
+    how = {"seed": 1, "max_staleness": 2, "rows": make_rows("row", 9)}
     whole, lean = (
-        play(tmp_path, seed=1, overrides=overrides, rows=make_rows("row", 9), workers=workers)
-        for workers in ((2, 1, 1), (2, 0, 0))
+        play(tmp_path, *overrides, **how, workers=workers) for workers in ((2, 1, 1), (2, 0, 0))
     )
     assert len(lean.learner.trained) == STEPS
     names = [[t.trajectory_id for _, t in step] for step in lean.learner.trained]
@@ -403,18 +341,10 @@ def test_rows_need_neither_engines_nor_scorers(tmp_path):
 
 def test_what_is_dropped_is_given_out_again_and_learned_from(tmp_path):
     """A seed at which some come too late: each is dropped once, and its prompt trained on later."""
-    played = play(
-        tmp_path,
-        seed=3,
-        overrides=["distill.staleness.max_staleness=1", "distill.staleness.too_old=reissue"],
-        steps=40,
-        num_prompts=200,
-        workers=(3, 1, 1),
-    )
+    how = {"max_staleness": 1, "too_old": "reissue", "steps": 40, "num_prompts": 200}
+    played = play(tmp_path, seed=3, workers=(3, 1, 1), **how)
     assert played.streams._flows["on_policy"].buffer.num_dropped > 3
-    trained = [
-        t.prompt_id for batch in played.learner.trained for s, t in batch if s == "on_policy"
-    ]
+    trained = [t.prompt_id for batch in played.written for t in batch]
     assert len(trained) == len(set(trained)) == 160
 
 
@@ -425,15 +355,10 @@ def test_running_ahead_hides_the_writing_behind_the_learning(tmp_path):
         clock = Clock()
         writers = [SimulatedWriter(Author.STUDENT, 10.0, lambda: 10)]
         students = SimulatedWorkers(clock, writers)
-        learner = SimulatedLearner(
-            clock, students, draw_step_seconds=lambda: 1.0, draw_publish_seconds=lambda: 0.0
-        )
+        learner = steady_learner(clock, students)
         overrides = ["distill.steps=20", f"distill.staleness.max_staleness={bound}"]
         streams = open_streams(tmp_path, clock, overrides, students=students, learner=learner)
-        streams.begin(0)
-        for step in range(20):
-            streams.learn(step, streams.take(step))
-            streams.publish(step + 1)
+        take_steps(streams, 20)
         seconds[bound] = clock.now
     assert seconds[2] == pytest.approx(20 * 1.0 + 1.0, rel=0.1)
     assert seconds[1] <= 20 * 1.25
@@ -445,15 +370,10 @@ def test_workers_come_and_go_and_every_step_keeps_its_prompts(tmp_path, seed, bo
     """One writer of each model and one scorer leave, others join, at any steps."""
     draw = random.Random(seed)
     clock = Clock()
-
-    def writers(author):
-        def length():
-            return draw.choice([1, 2, 5, 40])
-
-        made = [SimulatedWriter(author, draw.uniform(5, 200), length) for _ in range(3)]
-        return SimulatedWorkers(clock, made)
-
-    students, teachers = writers(Author.STUDENT), writers(Author.TEACHER)
+    students, teachers = (
+        drawn_writers(clock, draw, author, 3, lengths=[1, 2, 5, 40])
+        for author in (Author.STUDENT, Author.TEACHER)
+    )
     scorers = SimulatedWorkers(clock, [SimulatedScorer(draw.uniform(50, 5000)) for _ in range(3)])
     learner = SimulatedLearner(
         clock,
@@ -495,38 +415,26 @@ def test_workers_come_and_go_and_every_step_keeps_its_prompts(tmp_path, seed, bo
             streams.admit_workers()
         streams.learn(step, scored)
         streams.publish(step + 1)
-    assert all(0 <= age <= bound for age in ages(learner))
     walk = PromptFrontier(100, 0, "student_prompts")
-    for batch in learner.trained:
-        trained = sorted(t.prompt_id for s, t in batch if s == "on_policy")
+    for step, batch in enumerate(learner.trained):
+        written = [t for s, t in batch if s == "on_policy"]
+        assert all(0 <= step - t.oldest_version <= bound for t in written)
+        trained = sorted(t.prompt_id for t in written)
         assert trained == sorted(f"p{index}" for index in walk.take(4))
 
 
 def test_a_budget_of_tokens_lets_steps_take_more_than_their_own(tmp_path):
-    played = play(
-        tmp_path,
-        seed=1,
-        overrides=[
-            "distill.staleness.max_staleness=2",
-            "distill.staleness.too_old=reissue",
-            "distill.staleness.tokens_per_step=400",
-        ],
-        steps=30,
-        workers=(4, 1, 2),
-        num_prompts=300,
-    )
-    counts = [sum(s == "on_policy" for s, _ in batch) for batch in played.learner.trained]
+    how = {"tokens_per_step": 400, "steps": 30, "workers": (4, 1, 2), "num_prompts": 300}
+    played = play(tmp_path, seed=1, **how, **REISSUED)
+    counts = [len(batch) for batch in played.written]
     assert min(counts) == 4
     assert max(counts) > 4
 
 
 @pytest.mark.parametrize(("weight", "read"), [(0.0, "off_policy"), (1.0, "on_policy")])
 def test_a_stream_that_the_objective_does_not_read_is_not_written(tmp_path, weight, read):
-    overrides = [
-        "distill.staleness.max_staleness=1",
-        f"distill.objective.on_policy_weight={weight}",
-    ]
-    played = play(tmp_path, seed=4, overrides=overrides)
+    weighed = f"distill.objective.on_policy_weight={weight}"
+    played = play(tmp_path, weighed, seed=4, max_staleness=1)
     assert {stream for batch in played.learner.trained for stream, _ in batch} == {read}
     assert played.streams.pop_prompts().keys() == {read}
     sampled = played.streams.pop_counts()
@@ -536,13 +444,8 @@ def test_a_stream_that_the_objective_does_not_read_is_not_written(tmp_path, weig
 
 def test_every_learner_rank_has_a_chunk_of_the_smallest_batch(tmp_path):
     """Half of 8 sequences are enough for a step of two ranks: chunks of 2 at most."""
-    overrides = [
-        "distill.staleness.max_staleness=2",
-        "distill.staleness.too_old=reissue",
-        "distill.staleness.min_on_policy_share=0.5",
-        "pools.learner.count=2",
-    ]
-    played = play(tmp_path, seed=1, overrides=overrides, batch=8, num_prompts=200)
+    how = {"min_on_policy_share": 0.5, "batch": 8, "num_prompts": 200}
+    played = play(tmp_path, "pools.learner.count=2", seed=1, **how, **REISSUED)
     assert {size for sizes in played.chunk_sizes for size in sizes} <= {1, 2}
     assert max(size for sizes in played.chunk_sizes for size in sizes) == 2
     assert all(len(sizes) >= 2 for sizes in played.chunk_sizes)
@@ -555,18 +458,10 @@ def test_idle_writers_wait_for_room_or_for_weights(tmp_path, step_seconds, publi
     """Quick writers before a slow learner have no room; before slow weights nothing to write by."""
     clock = Clock()
     students = SimulatedWorkers(clock, [SimulatedWriter(Author.STUDENT, 1e3, lambda: 5)])
-    learner = SimulatedLearner(
-        clock,
-        students,
-        draw_step_seconds=lambda: step_seconds,
-        draw_publish_seconds=lambda: publish_seconds,
-    )
+    learner = steady_learner(clock, students, step=step_seconds, publish=publish_seconds)
     overrides = ["distill.steps=9", "distill.staleness.max_staleness=1"]
     streams = open_streams(tmp_path, clock, overrides, students=students, learner=learner)
-    streams.begin(0)
-    for step in range(5):
-        streams.learn(step, streams.take(step))
-        streams.publish(step + 1)
+    take_steps(streams, 5)
     activity = streams.pop_activity()
     assert getattr(activity["student_rollout"], f"{reason}_share") > 0.8
     assert activity["teacher_rollout"].blocked_share > 0.8, "the teacher needs no weights"
@@ -574,7 +469,7 @@ def test_idle_writers_wait_for_room_or_for_weights(tmp_path, step_seconds, publi
 
 def test_queues_and_what_is_in_flight_are_told(tmp_path):
     """At the end of a run nothing is: every prompt that was given out was learned from."""
-    played = play(tmp_path, seed=4, overrides=["distill.staleness.max_staleness=2"])
+    played = play(tmp_path, seed=4, max_staleness=2)
     assert played.streams.pop_counts()["in_flight/sequences"] == 0
     activity = played.streams.pop_activity()
     assert {pool: each.queued for pool, each in activity.items()} == dict.fromkeys(activity, 0)
@@ -594,21 +489,16 @@ def test_queues_and_what_is_in_flight_are_told(tmp_path):
 @pytest.mark.parametrize("stop", [1, 3, 6])
 def test_a_resumed_run_trains_on_the_prompts_that_were_in_flight(tmp_path, stop):
     """In order: the same prompts in the same steps of all streams, as samples of their own."""
-    overrides = [
-        "distill.staleness.max_staleness=2",
+    texts = (
         "data.plain_text={type: embedded, split: train, num_examples: 5}",
         "distill.language_model.sequences_per_step=2",
-    ]
-    whole = play(tmp_path, seed=5, overrides=overrides, num_prompts=60)
-    first = play(tmp_path, seed=6, overrides=overrides, num_prompts=60, stop=stop)
-    second = play(
-        tmp_path, seed=7, overrides=overrides, num_prompts=60, begin=stop, state=first.state
     )
+    how = {"max_staleness": 2, "num_prompts": 60}
+    whole = play(tmp_path, *texts, seed=5, **how)
+    first = play(tmp_path, *texts, seed=6, stop=stop, **how)
+    second = play(tmp_path, *texts, seed=7, begin=stop, state=first.state, **how)
+    assert whole.fed == first.fed + second.fed
     resumed = [*first.learner.trained, *second.learner.trained]
-    for one, other in zip(whole.learner.trained, resumed, strict=True):
-        assert Counter((s, t.prompt_id) for s, t in one) == Counter(
-            (s, t.prompt_id) for s, t in other
-        )
     assert all(sum(s == "plain_text" for s, _ in batch) == 2 for batch in resumed)
     names = [
         t.trajectory_id for batch in resumed for s, t in batch if s in ("on_policy", "off_policy")
@@ -623,12 +513,7 @@ def _slow_student():
 @pytest.mark.parametrize("too_old", ["wait", "reissue"])
 def test_samples_of_one_prompt_in_one_step_have_names_of_their_own(tmp_path, too_old):
     """Three prompts for eight places; a resumed run numbers its samples as an unbroken one."""
-    how = {
-        "seed": 3,
-        "overrides": ["distill.staleness.max_staleness=2", f"distill.staleness.too_old={too_old}"],
-        "num_prompts": 3,
-        "batch": 8,
-    }
+    how = {"seed": 3, "max_staleness": 2, "too_old": too_old, "num_prompts": 3, "batch": 8}
     first = play(tmp_path, **how, stop=3)
     second = play(tmp_path, **how, begin=3, state=first.state)
     for batch in [*first.learner.trained[:3], *second.learner.trained]:
@@ -640,9 +525,7 @@ def test_samples_of_one_prompt_in_one_step_have_names_of_their_own(tmp_path, too
 def test_what_is_handed_back_waits_for_a_writer_with_weights_that_are_new_enough(tmp_path):
     clock = Clock()
     students = SimulatedWorkers(clock, [_slow_student(), _slow_student()])
-    learner = SimulatedLearner(
-        clock, students, draw_step_seconds=lambda: 1.0, draw_publish_seconds=lambda: 0.0
-    )
+    learner = steady_learner(clock, students)
     overrides = ["distill.staleness.max_staleness=1"]
     streams = open_streams(tmp_path, clock, overrides, students=students, learner=learner)
     streams.begin(4)

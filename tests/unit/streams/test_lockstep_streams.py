@@ -273,16 +273,16 @@ class Run:
         )
         weights: Any = DirectTransfer(learner, self.students)
         nothing: Any = None
-        groups = {
+        self.groups: dict[str, Any] = {
             "student_rollout": self.students,
             "teacher_rollout": self.teachers,
             "teacher_scoring": self.scorers,
         }
         self.callers: dict[str, Any] = {
             name: SupervisedWorkers(name, group) if supervised else group
-            for name, group in groups.items()
+            for name, group in self.groups.items()
         }
-        self.pools = Pools(
+        pools = Pools(
             students=RolloutPool(self.callers["student_rollout"]),
             teachers=RolloutPool(self.callers["teacher_rollout"]),
             scorers=ScoringPool(self.callers["teacher_scoring"]),
@@ -293,7 +293,7 @@ class Run:
             placed={},
         )
         self.context, self.data = context, data
-        self.streams = LockstepStreams(context, self.pools, data, clock=self.clock)
+        self.streams = LockstepStreams(context, pools, data, clock=self.clock)
 
     def supervise(self, supervision):
         for workers in self.callers.values():
@@ -334,6 +334,11 @@ class Run:
         """As the driver does; the student is behind on b, from step to step more."""
         if self.streams.measures_sources(done):
             self.streams.follow_sources(done, {"a": 1.0, "b": 1.0 + done})
+
+    def take_steps(self, count):
+        self.streams.begin(0)
+        for step in range(count):
+            self.step(step)
 
     def of_stream(self, stream, step):
         return [t for name, t in self.learned.get(step, []) if name == stream]
@@ -609,9 +614,7 @@ def test_only_the_held_out_loss_moves_the_replays_schedule(tmp_path):
 
 def test_what_was_fed_and_sampled_is_told_once(tmp_path):
     run = Run(tmp_path, MIXTURE)
-    run.streams.begin(0)
-    run.step(0)
-    run.step(1)
+    run.take_steps(2)
     fed, counts = run.streams.pop_prompts(), run.streams.pop_counts()
     for stream in ("on_policy", "off_policy"):
         for step in (0, 1):
@@ -650,18 +653,13 @@ def test_the_scorers_are_asked_for_what_each_stream_needs_in_as_many_shares_as_r
 def test_every_pools_time_is_busy_or_starved_and_its_tokens_are_told_once(tmp_path):
     run = Run(tmp_path, ranks=2, seconds=0.01, workers=WaitedForWorkers)
     began = run.clock.now
-    run.streams.begin(0)
-    for step in range(3):
-        run.step(step)
+    run.take_steps(3)
     played = run.clock.now - began
     activity = run.streams.pop_activity()
     counts = {pool: done.num_workers for pool, done in activity.items()}
-    assert counts == {
-        "student_rollout": 2,
-        "teacher_rollout": 1,
-        "teacher_scoring": 1,
-        "learner": 1,  # ranks work side by side, as one
-    }
+    # The learner's ranks work side by side, as one.
+    one_each = dict.fromkeys(("teacher_rollout", "teacher_scoring", "learner"), 1)
+    assert counts == {"student_rollout": 2, **one_each}
     for pool, done in activity.items():
         assert done.seconds == pytest.approx(played), pool
         assert (done.blocked_seconds, done.queued) == (0, 0)
@@ -691,9 +689,7 @@ def test_every_pools_time_is_busy_or_starved_and_its_tokens_are_told_once(tmp_pa
 def test_a_worker_that_is_done_waits_while_others_work(tmp_path):
     """The teacher's call ends before the learner's step does, and is not needed until after it."""
     run = Run(tmp_path, seconds=0.01, step_seconds=0.1, workers=WaitedForWorkers)
-    run.streams.begin(0)
-    run.step(0)
-    run.step(1)
+    run.take_steps(2)
     activity = run.streams.pop_activity()
     assert activity["learner"].busy_seconds >= 2 * 0.1 - 1e-9
     assert activity["teacher_rollout"].starved_seconds >= 2 * 0.1 - 1e-9
@@ -713,16 +709,9 @@ def test_measurements_leave_no_trace_in_what_the_pools_did(tmp_path):
 
 def test_what_the_driver_waited_for_is_told_by_pool(tmp_path):
     run = Run(tmp_path, seconds=0.01)
-    run.streams.begin(0)
-    run.step(0)
+    run.take_steps(1)
     waited = run.context.timings.pop_step()
-    assert waited.keys() == {
-        "teacher_rollout",
-        "student_rollout",
-        "teacher_scoring",
-        "learner",
-        "publish",
-    }
+    assert waited.keys() == {*run.groups, "learner", "publish"}
     assert waited["student_rollout"] >= 2 * 0.01 - 1e-9
 
 
@@ -755,14 +744,9 @@ class _Supervisor:
 
     def __init__(self, run):
         self.run, self.lost = run, []
-        self.groups = {
-            "student_rollout": run.students,
-            "teacher_rollout": run.teachers,
-            "teacher_scoring": run.scorers,
-        }
 
     def lose(self, lost):
-        group = self.groups[lost.pool]
+        group = self.run.groups[lost.pool]
         if lost.worker_id in group.members:
             self.lost.append(lost.worker)
             self.run.streams.forget_worker(lost.pool, lost.worker_id)
@@ -791,7 +775,7 @@ def test_lost_workers_change_nothing_that_a_step_learns_from(tmp_path):
         if draw.random() < 1 / 5:
             raise WorkerLostError(f"{pool}-{worker} died", f"{pool}-{worker}")
 
-    for pool, group in supervisor.groups.items():
+    for pool, group in broken.groups.items():
         group.before_each_call, group.may_fetch_again = partial(die, pool), True
     broken.play()
     assert len(supervisor.lost) > 5

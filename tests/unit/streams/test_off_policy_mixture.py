@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 from simulated_pools import make_prompts, make_rows
-from trajectories import make_trajectories
+from trajectories import SAMPLE_ORIGIN, make_trajectories
 
 from distill_system.config import load_config
 from distill_system.data import (
     PromptFrontier,
-    SampleOrigin,
     TrajectoryStore,
     read_trajectories,
     stored_rows,
 )
 from distill_system.records import Author, Prompt, Trajectory
-from distill_system.run.stored_targets import PREFIX
+from distill_system.run.sample_origin import PREFIX
 from distill_system.streams.off_policy import OffPolicyMixture
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -80,19 +79,10 @@ def test_the_teachers_share_is_parted_among_the_prompts_by_their_weights():
 
 
 def test_a_stored_sample_goes_by_its_key_under_which_its_targets_may_stand(tmp_path):
-    origin = SampleOrigin(
-        author=Author.TEACHER,
-        model="teacher",
-        model_fingerprint="f",
-        tokenizer_fingerprint="t",
-        temperature=1.0,
-        top_p=1.0,
-        max_response_tokens=50,
-        stop_token_ids=(1,),
-        seed=0,
-    )
     store = TrajectoryStore(tmp_path / "store", "t")
-    store.append(stored_rows.make_rows(make_trajectories(4, Author.TEACHER), origin, label="a"))
+    store.append(
+        stored_rows.make_rows(make_trajectories(4, Author.TEACHER), SAMPLE_ORIGIN, label="a")
+    )
     stored = read_trajectories(tmp_path / "store", "t")
     data: Any = SimpleNamespace(prompts=make_prompts(3), stored=stored, student_sft=())
     overrides = ["distill.off_policy_source={teacher: 1, store: 1}", "data.trajectory_store=store"]
