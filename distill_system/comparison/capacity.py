@@ -33,7 +33,8 @@ class CapacityLaw:
 
     coefficients: a, b, c.  r_squared: share of the scores' variance that it explains.
     best_ratio: None where the parabola opens the wrong way, so that no size is best.
-    interval: of 95 % of the replicates that have a best ratio; None where fewer than half have one.
+    interval: of 95 % of the replicates that have a best ratio; None where fewer than half have one, or
+    as many coefficients as runs leave no residual.
     is_inside: whether the best ratio lies between the smallest and the largest tried.
     """
 
@@ -95,12 +96,15 @@ def fit_law(logs_N: FloatArray, scores_N: FloatArray, *, direction: int) -> Capa
         for _ in range(REPLICATES)
     ]
     known = [ratio for ratio in found if ratio is not None]
-    low, high = np.quantile(known, (0.025, 0.975)) if 2 * len(known) >= REPLICATES else (None, None)
+    interval = None
+    if count > 3 and 2 * len(known) >= REPLICATES:
+        low, high = np.quantile(known, (0.025, 0.975))
+        interval = (float(low), float(high))
     return CapacityLaw(
         coefficients=fit,
         r_squared=1.0 - residual / spread if spread > 0 else 0.0,
         best_ratio=best,
-        interval=None if low is None or high is None else (float(low), float(high)),
+        interval=interval,
         is_inside=best is not None and bool(logs_N.min() <= np.log(best) <= logs_N.max()),
     )
 

@@ -51,6 +51,13 @@ def test_a_valley_has_no_best_size() -> None:
     assert law.holds_published is None
 
 
+def test_three_runs_leave_no_error_to_tell() -> None:
+    scores = np.array([1.0, 2.0, 1.5])
+    law = fit_law(np.log(RATIOS[1:4]), scores, direction=1)
+    assert law.best_ratio is not None
+    assert law.interval is None
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_the_interval_grows_with_the_noise_and_covers_the_truth(seeds: int) -> None:
     widths = []
