@@ -33,8 +33,8 @@ class CapacityLaw:
 
     coefficients: a, b, c.  r_squared: share of the scores' variance that it explains.
     best_ratio: None where the parabola opens the wrong way, so that no size is best.
-    interval: of 95 % of the replicates that have a best ratio; None where fewer than half have one, or
-    as many coefficients as runs leave no residual.
+    interval: of 95 % of the replicates that have a best ratio; None where fewer than half have one,
+    or where runs are no more than coefficients.
     is_inside: whether the best ratio lies between the smallest and the largest tried.
     """
 
