@@ -22,7 +22,7 @@ from distill_system.data.row_encoder import Row, RowEncoder, readable, set_name
 from distill_system.data.shortening import MOST_CHARACTERS, Side, shorten
 from distill_system.data.sources import SourceReport, read_examples
 from distill_system.errors import DataError
-from distill_system.records import Author, Finish, Int32Array, Prompt, Trajectory
+from distill_system.records import REJECTED, Author, Finish, Int32Array, Prompt, Trajectory
 
 PLAIN_TEXT = "plain_text"
 _LEARNED_SETS = ("teacher_sft", "student_sft")
@@ -98,6 +98,7 @@ class SetReader:
             with_answers=with_answers,
             report=report,
             keep_going=keep_going,
+            rejected=name == REJECTED,
         )
         is_empty = True
         numbered = enumerate(examples)
