@@ -7,7 +7,7 @@ from fakes.local_workers import LocalWorkers
 from trajectories import make_trajectories
 from transformers import AutoModelForCausalLM
 
-from distill_system.config.objective import MOMENTS, TeacherNeeds
+from distill_system.config.objective import HELD_OUT, MOMENTS, TeacherNeeds
 from distill_system.config.objective.needs import NOTHING
 from distill_system.config.rollout import ScoringConfig
 from distill_system.errors import NonFiniteError
@@ -55,6 +55,19 @@ def test_targets_equal_a_dense_read_of_each_trajectory_alone(tiny_model_folder, 
         np.testing.assert_allclose(
             target.features, out.hidden_states[-1][0, before].detach(), atol=1e-4
         )
+
+
+def test_of_a_vocabulary_smaller_than_what_is_asked_for_every_token_is_told(tiny_model_folder):
+    chunk = TrajectoryChunk(stream=Stream.ON_POLICY, trajectories=tuple(make_trajectories(2)))
+    scorer = TeacherScorer(
+        model_path=str(tiny_model_folder()),
+        config=ScoringConfig(),
+        vocabulary_chunk_tokens=5,
+        uses_gpu=False,
+        vocabulary_size=9,
+    )
+    for target in scorer.score(chunk, HELD_OUT):
+        assert np.sort(target.top_k_ids).tolist() == [list(range(9))] * target.num_tokens
 
 
 def test_log_probabilities_come_back_in_order_from_all_scorers(tiny_model_folder):
