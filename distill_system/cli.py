@@ -143,6 +143,44 @@ def generate(
 
 
 @app.command()
+def select(
+    settings: Settings,
+    reference: Annotated[
+        str, typer.Option(help="Folder or hub name of a smaller model of the teacher's tokenizer.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the scores and of the rows that are kept.")],
+    rows: Annotated[
+        Literal["plain_text", "student_sft", "teacher_sft"] | None,
+        typer.Option("--set", help="Rows to choose from; without it the first that is given."),
+    ] = None,
+    keep: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the rows kept.")] = 0.5,
+    at_least: Annotated[
+        float | None, typer.Option(help="Keep by score, nats per token, in place of a share.")
+    ] = None,
+) -> None:
+    """Keep the rows that the teacher knows better than a reference, ahead of the runs that learn.
+
+    The same command goes on where an earlier one was ended.
+    """
+    with _reporting_errors(), _ending_on_signals("the same command goes on, scores are kept"):
+        from distill_system.config import load_config
+        from distill_system.offline.select import SelectRequest, describe
+        from distill_system.offline.select import select as select_rows
+
+        request = SelectRequest(
+            config=load_config(*_sort(settings)),
+            reference=reference,
+            out=out,
+            rows=rows,
+            keep=keep,
+            at_least=at_least,
+        )
+        selection = select_rows(request)
+    print(describe(selection))
+    print(f"kept: {selection.path}")
+
+
+@app.command()
 def cut(
     settings: Settings,
     layers: Annotated[int | None, typer.Option(min=1, help="Blocks that are kept.")] = None,

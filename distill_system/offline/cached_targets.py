@@ -5,7 +5,7 @@ The command reports their size first: targets take thousands of numbers for each
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow
 
 from distill_system.cluster.batch_inference import infer_batches
 from distill_system.config import RunConfig
+from distill_system.config.objective import TeacherNeeds
 from distill_system.data import (
     Selection,
     StoredTrajectories,
@@ -32,6 +33,39 @@ from distill_system.run.worker_requests import scorer_arguments, torch_environme
 
 BATCH_BYTES = 64 * 2**20
 """Size of the targets that one call returns, and that one part holds."""
+
+
+def compute_targets(
+    config: RunConfig,
+    samples: pyarrow.Table,
+    *,
+    arguments: Mapping[str, Any],
+    needs: TeacherNeeds,
+    reading: str,
+    most_rows: int,
+) -> Iterator[pyarrow.Table]:
+    """Tables of targets of these samples, as the scorers finish them; call it in a ClusterSession.
+
+    arguments: of TeacherScorer.  reading: see TargetStore.  most_rows: of one call.
+    """
+    pool = config.pools.teacher_scoring
+    return infer_batches(
+        cut_batches(samples, num_workers=pool.count, most_rows=most_rows),
+        TargetWriter,
+        {"arguments": arguments, "needs": needs, "reading": reading},
+        pool=pool,
+        environment=torch_environment(config, pool, config.scoring.threads),
+        deadlines=config.deadlines,
+    )
+
+
+def require_single_ranks(config: RunConfig, what: str) -> None:
+    """Refuse scorers of several ranks, which Ray Data does not place.  Raises: ConfigError."""
+    if config.scoring.shard_ranks > 1:
+        raise ConfigError(
+            f"{what} computes with scorers of one rank each: expected scoring.shard_ranks=1, got "
+            f"{config.scoring.shard_ranks}. Runs let several ranks share a teacher"
+        )
 
 
 class CachedTargets:
@@ -65,12 +99,7 @@ class CachedTargets:
         num_unwritten: samples that have yet to be generated.
         Raises: DataError; ConfigError if the objective needs no targets of the teacher.
         """
-        if self._config.scoring.shard_ranks > 1:
-            raise ConfigError(
-                "--cache-targets computes with scorers of one rank each: expected "
-                f"scoring.shard_ranks=1, got {self._config.scoring.shard_ranks}. Leave the option "
-                "out: runs let several ranks share a teacher"
-            )
+        require_single_ranks(self._config, "--cache-targets")
         if not self._needs.anything:
             raise ConfigError(
                 f"--cache-targets: objective.type={self._config.distill.objective.type} asks "
@@ -96,19 +125,13 @@ class CachedTargets:
 
     def _compute(self, keys: Sequence[str]) -> Iterator[pyarrow.Table]:
         """Tables of targets, as the workers finish them."""
-        config, pool = self._config, self._config.pools.teacher_scoring
-        most = BATCH_BYTES // (self._teacher.max_response_tokens * self._predict(1))
-        return infer_batches(
-            cut_batches(self._select(keys).to_table(), num_workers=pool.count, most_rows=most),
-            TargetWriter,
-            {
-                "arguments": scorer_arguments(config, self._tokenizer, self._teacher.model),
-                "needs": self._needs,
-                "reading": self._store.reading,
-            },
-            pool=pool,
-            environment=torch_environment(config, pool, config.scoring.threads),
-            deadlines=config.deadlines,
+        return compute_targets(
+            self._config,
+            self._select(keys).to_table(),
+            arguments=scorer_arguments(self._config, self._tokenizer, self._teacher.model),
+            needs=self._needs,
+            reading=self._store.reading,
+            most_rows=BATCH_BYTES // (self._teacher.max_response_tokens * self._predict(1)),
         )
 
     def _select(self, keys: Sequence[str]) -> StoredTrajectories:

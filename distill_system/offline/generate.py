@@ -14,27 +14,18 @@ from typing import Any
 
 import pyarrow
 
-from distill_system.cluster import ClusterSession, require_room
+from distill_system.cluster import ClusterSession
 from distill_system.cluster.batch_inference import infer_batches
-from distill_system.config import RunConfig, require_one_run
+from distill_system.config import RunConfig
 from distill_system.data import SampleOrigin, TrajectoryStore, load_run_data, store_path
 from distill_system.errors import ConfigError
 from distill_system.observe import LiveView
-from distill_system.observe.run_lock import locked
 from distill_system.offline.cached_targets import CachedTargets
+from distill_system.offline.opening import opened
 from distill_system.offline.samples import SampleKeeper, cut_batches, plan_samples
 from distill_system.offline.workers import SampleWriter
 from distill_system.records import Author
-from distill_system.run.model_checks import check_engine, has_encoder
-from distill_system.run.model_sources import with_folders
-from distill_system.run.preparation import (
-    open_run,
-    prepare_tokenizer,
-    record_start,
-    refusal_leaves_nothing,
-    run_directory,
-    with_chat_date,
-)
+from distill_system.run.model_checks import check_engine
 from distill_system.run.sample_origin import sample_origin
 from distill_system.run.worker_requests import (
     rollout_arguments,
@@ -70,20 +61,10 @@ def generate(request: GenerateRequest) -> Path:
         samples are in the store.
     """
     config, folder = request.config, _folder(request)
-    require_one_run(config, "generate")
-    require_room(config, [f"{request.author}_rollout"])
     check_engine(config)
-    run = run_directory(config)
-    with locked(run), refusal_leaves_nothing(run) as begin:
-        config = with_chat_date(config, open_run(config))
-        record_start(config, run)
-        config = with_folders(config, run)
+    with opened(config, "generate", pools=[f"{request.author}_rollout"]) as found:
+        config, run, tokenizer = found.config, found.run, found.tokenizer
         request = replace(request, config=config)
-        tokenizer = prepare_tokenizer(config, run)
-        if has_encoder(config):
-            raise ConfigError(
-                "generate: the trajectory store does not know the prompts of encoder-decoders yet"
-            )
         origin = sample_origin(config, run, tokenizer, request.author)
         store = TrajectoryStore(folder, origin.tokenizer_fingerprint)
         targets = CachedTargets(config, run, tokenizer, folder)
@@ -94,7 +75,6 @@ def generate(request: GenerateRequest) -> Path:
             num_prompts=request.num_prompts,
             samples_per_prompt=request.samples_per_prompt,
         )
-        begin()
     with LiveView(f"{config.name}: {folder}") as view:
         _Generation(request, tokenizer, origin, store, targets, view).make(samples)
     return folder

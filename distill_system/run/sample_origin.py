@@ -39,9 +39,8 @@ def sample_origin(
     path = model_path(config, run, author)
     if getattr(config, author).sft is not None and not sft_directory(run, author).exists():
         raise RunStateError(
-            f"the {author} that generates the trajectory store is fine-tuned by this run, and "
-            f"{path} does not exist yet: run `distill-system sft` with the same configuration, "
-            "then `distill-system generate`, then `distill-system train`"
+            f"the {author} is fine-tuned by this run, and {path} does not exist yet: run "
+            "`distill-system sft` with the same configuration, then this command again"
         )
     return SampleOrigin(
         author=author,

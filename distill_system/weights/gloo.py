@@ -6,31 +6,21 @@ synchronisation of the accelerator. Importing this module imports vLLM.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from distill_system.weights.communicator import GlooCommunicator
-from distill_system.weights.sealed import SealedWeightTransferEngine
-
-
-@dataclass(kw_only=True)
-class GlooWeightTransferInitInfo(NCCLWeightTransferInitInfo):  # type: ignore[misc]  # untyped base
-    """What a receiver needs to join: vLLM's own fields and a deadline."""
-
-    timeout_seconds: float
+from distill_system.weights.sealed import SealedWeightTransferEngine, TimedInitInfo
 
 
 class GlooWeightTransferEngine(SealedWeightTransferEngine):
     """The receiving end, inside each vLLM worker."""
 
-    init_info_cls = GlooWeightTransferInitInfo
-
-    def init_transfer_engine(self, init_info: GlooWeightTransferInitInfo) -> None:
+    def init_transfer_engine(self, init_info: TimedInitInfo) -> None:
         """Join the sender's group; blocks until every receiver has joined."""
         parallel = self.parallel_config
         worker_rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
@@ -51,6 +41,9 @@ class GlooWeightTransferEngine(SealedWeightTransferEngine):
         """vLLM's end of an update, and a repair of the tied output layers that it leaves out."""
         super().finish_weight_update()
         _repack_tied_output_layers(self.model, self.model_config)
+
+    def _deadline(self) -> AbstractContextManager[None]:
+        return nullcontext()  # each call of gloo has its own
 
     def _receiving_device(self) -> torch.device:
         return torch.device("cpu")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from distill_system.errors import TransferError
+from distill_system.weights.abort import aborted_after
 from distill_system.weights.buckets import (
     Buckets,
     ParameterMetadata,
@@ -88,7 +90,7 @@ class WeightPublisher:
     client: calls every worker; used by rank 0 only.
     master_address, master_port: where rank 0 listens for the workers; the port must be free.
     num_receivers: rollout workers x their tensor-parallel size.
-    timeout_seconds: how long the workers may take to join.
+    timeout_seconds: how long the workers may take to join, and each transfer.
     wire: the precision in which weights are sent.
 
     Blocks until every worker has joined.  Raises: TransferError.
@@ -113,6 +115,7 @@ class WeightPublisher:
         self._num_receivers = num_receivers
         self._wire = wire
         self._bucket_bytes = bucket_bytes
+        self._timeout_seconds = timeout_seconds
         self._device = torch.device("cuda" if backend == "nccl" else "cpu")
         self._source = _ModuleTensors(weights) if isinstance(weights, nn.Module) else weights
         self._buckets: Buckets | None = None
@@ -147,7 +150,7 @@ class WeightPublisher:
                 rank=rank,
                 packed_buffer_size_bytes=self._bucket_bytes,
             ),
-            client=self._client,
+            client=_TellsDeadline(self._client, self._timeout_seconds),
             source=self._source,
         )
 
@@ -207,7 +210,7 @@ class WeightPublisher:
         if communicator is None:
             raise TransferError("the transfer group is closed")
         try:
-            with self._beside_the_learner():
+            with self._deadline(communicator), self._beside_the_learner():
                 buffers = (b.to(self._device, non_blocking=True) for b in self._buckets.buffers)
                 seal = broadcast_buckets(communicator, buffers)
                 send_seal(communicator, seal, self._device)
@@ -215,6 +218,12 @@ class WeightPublisher:
             self._engine.shutdown()  # closes the connections: receivers fail instead of waiting
             raise
         return seal
+
+    def _deadline(self, communicator: Any) -> AbstractContextManager[None]:
+        """Of a send; each call of gloo has its own."""
+        if self._device.type != "cuda":
+            return contextlib.nullcontext()
+        return aborted_after(self._timeout_seconds, communicator)
 
     @contextlib.contextmanager
     def _beside_the_learner(self) -> Iterator[None]:
@@ -237,6 +246,18 @@ class WeightPublisher:
                 f"{doing} failed ({self._num_receivers} receivers): {error!r}. Look for a rollout "
                 "worker that died; after it is restarted, connect and publish again"
             ) from error
+
+
+class _TellsDeadline:
+    """What vLLM's trainer engine asks of the workers, with the deadline of ours beside it."""
+
+    def __init__(self, client: WeightSyncClient, timeout_seconds: float) -> None:
+        self._client = client
+        self._timeout_seconds = timeout_seconds
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        timed = {**init_info, "timeout_seconds": self._timeout_seconds}
+        self._client.init_weight_transfer_engine(timed)
 
 
 def _check_each(

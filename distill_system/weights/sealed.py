@@ -10,22 +10,32 @@ writes nothing until another has come whole (decision 036). Importing this modul
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
 from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferEngine,
+    NCCLWeightTransferInitInfo,
     NCCLWeightTransferUpdateInfo,
 )
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
 from distill_system.errors import TransferError
+from distill_system.weights.abort import aborted_after
 from distill_system.weights.buckets import read_parameters
 from distill_system.weights.sealed_buckets import SealedBuckets
 
 Received = TypeVar("Received")
+
+
+@dataclass(kw_only=True)
+class TimedInitInfo(NCCLWeightTransferInitInfo):  # type: ignore[misc]  # untyped base
+    """What a receiver needs to join: vLLM's own fields and a deadline of each transfer."""
+
+    timeout_seconds: float
 
 
 class SealedWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]  # untyped base
@@ -34,7 +44,13 @@ class SealedWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc
     is_whole: whether the model holds one version's weights, and not parts of two.
     """
 
+    init_info_cls = TimedInitInfo
     is_whole = True
+
+    def init_transfer_engine(self, init_info: TimedInitInfo) -> None:
+        """Join the sender's group; blocks until every receiver has joined."""
+        super().init_transfer_engine(init_info)
+        self.timeout_seconds = init_info.timeout_seconds
 
     def start_weight_update(self) -> None:
         """Ends what an update that failed has begun: vLLM would add its parts to those that come.
@@ -86,17 +102,21 @@ class SealedWeightTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc
         self, receive: Callable[..., Received], update_info: NCCLWeightTransferUpdateInfo
     ) -> Received:
         try:
-            return receive(
-                self.model_update_group,
-                read_parameters(asdict(update_info)),
-                bucket_bytes=self.packed_buffer_size_bytes,
-                device=self._receiving_device(),
-            )
+            with self._deadline():
+                return receive(
+                    self.model_update_group,
+                    read_parameters(asdict(update_info)),
+                    bucket_bytes=self.packed_buffer_size_bytes,
+                    device=self._receiving_device(),
+                )
         except TransferError:
             raise  # a wrong digest: all bytes have arrived, so the group can be used again
         except Exception:
             self.shutdown()  # closes the connections, so that the sender fails and does not wait
             raise
+
+    def _deadline(self) -> AbstractContextManager[None]:
+        return aborted_after(self.timeout_seconds, self.model_update_group)
 
     def _receiving_device(self) -> torch.device:
         return torch.device(self.device)

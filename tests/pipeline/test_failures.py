@@ -32,6 +32,7 @@ from typer.testing import CliRunner
 from distill_system.cli import app
 from distill_system.observe import RunDirectory
 from distill_system.observe.fault_log import read_faults
+from distill_system.observe.metrics import read_metrics, read_prompts
 
 Launch = Callable[..., Run]
 
@@ -264,3 +265,70 @@ def test_a_student_that_collapses_ends_the_run_with_a_checkpoint(
     told = [(row.stage, row.event, row.worker) for row in read_faults(run)]
     assert told == [("distill", event, "teacher_rollout-0") for event in ("lost", "replaced")]
     assert run.evaluation_path("teacher").is_file()
+
+
+DRIFT_AND_POISON = """
+def drift_and_poison(module):
+    take, write = module.RolloutWorker.receive_weights, module.RolloutWorker.generate
+    poison, drawn = HERE / "poison", []
+
+    def take_otherwise(self, version, update_info):
+        done = take(self, version, update_info)
+        if version >= 2 and is_worker("student_rollout-0"):
+            self._engine._model.model.norm.weight.mul_(1.5)
+        return done
+
+    def write_or_die(self, prompts, *rest):
+        ids = [prompt.prompt_id for prompt in prompts if prompt.prompt_id.startswith("prompts:")]
+        if os.environ["DISTILL_SYSTEM_WORKER"].startswith("teacher_rollout-"):
+            drawn.extend(ids[:1])
+            if len(drawn) == 4 and not poison.exists():
+                poison.write_text(drawn[-1])
+            if poison.exists() and poison.read_text() in ids:
+                die("poison")
+        return write(self, prompts, *rest)
+
+    module.RolloutWorker.receive_weights = take_otherwise
+    module.RolloutWorker.generate = write_or_die
+
+PATCHES = {"distill_system.rollout.worker": drift_and_poison}
+"""
+
+
+def test_an_engine_that_drifts_is_replaced_and_a_prompt_that_kills_engines_is_left_out(
+    launch: Launch, configuration: Path
+) -> None:
+    """The student's engine holds other weights after every publish, sent anew or not. The prompt
+    costs each teacher engine that answers it."""
+    faults = configuration.parent / "faults"
+    run = launch(
+        "distill",
+        configuration,
+        "rollout.engine=transformers",
+        "trackers=[]",
+        "distill.steps=6",
+        "rollout.max_logprob_gap=0.01",
+        "faults.fatal_prompts=leave_out",
+        environment=sabotaged(faults, DRIFT_AND_POISON),
+    ).finish()
+    assert run.code == 0, run.stderr
+    assert run.orphans() == []
+    said = "".join((run.stdout + run.stderr).split())
+    assert "Theweightsaresentanew" in said
+    poison = (faults / "poison").read_text()
+    assert f"prompt'{poison}'isleftout(faults.fatal_prompts)" in said
+
+    folder = RunDirectory(configuration.parent / "run")
+    rows = read_faults(folder)
+    lost = [(row.worker, row.cause) for row in rows if row.event == "lost"]
+    drifted = [cause for worker, cause in lost if worker == "student_rollout-0"]
+    assert len(drifted) == 1
+    assert "disagrees with the learner under the same weights, sent anew" in drifted[0]
+    assert len(lost) - 1 == sum(worker.startswith("teacher_rollout-") for worker, _ in lost) >= 2
+    assert sum(row.event == "replaced" for row in rows) == len(lost)
+
+    trained = [line.prompt_ids["off_policy"] for line in read_prompts(folder)]
+    assert [len(ids) for ids in trained].count(3) == 1, "a step without the prompt"
+    assert poison not in {prompt for ids in trained for prompt in ids}
+    metrics = [row.metrics for row in read_metrics(folder) if "learner/logprob_gap" in row.metrics]
+    assert metrics[-1]["learner/logprob_gap"] < 1e-4, "the replacement has the learner's weights"

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -77,3 +78,28 @@ def test_a_killed_generation_goes_on_and_writes_no_sample_twice(
     assert all(stored.key(index) in targets for index in range(NUM_SAMPLES))
     [kept] = targets.read([stored.key(0)], [trajectory.trajectory_id])
     assert kept.features.shape == (trajectory.num_response_tokens, 64)
+    _select(configuration, launch, teacher, student)
+
+
+def _select(configuration: Path, launch: Callable[..., Run], teacher: Path, student: Path) -> None:
+    """Half of the rows with answers, by two models in Ray's workers: those that plain transformers
+    would keep."""
+    out = configuration.parent / "selected"
+    rows = "data.student_sft={type: jsonl, path: prompts.jsonl}"
+    run = launch("select", configuration, rows, "--reference", student, "--out", out).finish()
+    assert run.code == 0, run.stderr
+    assert "30 of 60 rows kept" in run.stdout
+    kept = [json.loads(line) for line in (out / "kept.jsonl").read_text().splitlines()]
+    tokenizer, given = AutoTokenizer.from_pretrained(teacher), []
+    for line in (configuration.parent / "prompts.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt, answer = (tokenizer(row[name])["input_ids"] for name in ("prompt", "response"))
+        ids = np.array([*prompt, *answer[-1:], tokenizer.eos_token_id], np.int32)
+        read = SimpleNamespace(token_ids=ids, num_prompt_tokens=len(prompt))
+        said = [_teacher_says(folder, read).mean() for folder in (teacher, student)]
+        given.append((said[0] - said[1], row["prompt"]))
+    best = {prompt for _, prompt in sorted(given)[-30:]}
+    assert {row["prompt"] for row in kept} == best
+    scores = {prompt: score for score, prompt in given}
+    for row in kept:
+        assert abs(row["score"] - scores[row["prompt"]]) < 1e-4

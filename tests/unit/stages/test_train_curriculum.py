@@ -62,7 +62,7 @@ def test_going_on_with_nothing_is_refused(configure):
 
 @pytest.mark.parametrize(
     "command",
-    ["sft", "distill", "generate", "compare", "manifests"],
+    ["sft", "distill", "generate", "select", "compare", "manifests"],
 )
 def test_commands_for_one_run_say_what_they_take_instead(tmp_path, configure, command):
     configure()
@@ -70,9 +70,10 @@ def test_commands_for_one_run_say_what_they_take_instead(tmp_path, configure, co
         "compare": ["--objectives", "gkd"],
         "manifests": ["--image", "i", "--storage-claim", "c"],
         "generate": ["--out", str(tmp_path / "store")],
+        "select": ["--reference", "r", "--out", str(tmp_path), "--set", "student_sft"],
     }.get(command, [])
-    stages = "curriculum=[{name: a}]"
-    result = CliRunner().invoke(app, [command, str(tmp_path / "run.yaml"), stages, *options])
+    given = ["curriculum=[{name: a}]", "data.student_sft={type: jsonl, path: rows.jsonl}"]
+    result = CliRunner().invoke(app, [command, str(tmp_path / "run.yaml"), *given, *options])
     assert result.exit_code == 1
     assert "is for one run. Give curriculum=[], or the configuration of one" in result.output
 

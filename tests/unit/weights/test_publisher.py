@@ -272,7 +272,7 @@ def test_tensors_that_are_not_what_receivers_are_told_are_not_sent(
     assert trial.client.versions == []
 
 
-def test_over_nccl_vllms_own_group_is_asked_for_with_vllms_own_deadlines(
+def test_over_nccl_vllms_own_group_is_asked_for_and_receivers_are_told_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("vllm")
@@ -280,9 +280,14 @@ def test_over_nccl_vllms_own_group_is_asked_for_with_vllms_own_deadlines(
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     seen: list[Any] = []
-    monkeypatch.setattr(
-        WeightTransferTrainerFactory, "trainer_init", lambda info, **_: seen.append(info)
-    )
+    told: list[dict[str, Any]] = []
+
+    def trainer_init(info: Any, *, client: Any, source: Any) -> None:
+        seen.append(info)
+        client.init_weight_transfer_engine({"master_port": 1})
+
+    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", trainer_init)
+    monkeypatch.setattr(Client, "init_weight_transfer_engine", lambda _, info: told.append(info))
     WeightPublisher(
         nn.Linear(3, 2),
         backend="nccl",
@@ -297,3 +302,4 @@ def test_over_nccl_vllms_own_group_is_asked_for_with_vllms_own_deadlines(
     [asked] = seen
     assert type(asked) is NCCLTrainerInitInfo
     assert (asked.world_size, asked.rank, asked.packed_buffer_size_bytes) == (4, 1, 24)
+    assert told == [{"master_port": 1, "timeout_seconds": 10.0}]

@@ -1,5 +1,6 @@
 """The receiving end inside a vLLM worker, without an engine; importing it takes vLLM's 5 s."""
 
+import threading
 import weakref
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill_system.errors import TransferError
+from distill_system.errors import DeadlineError, TransferError
 
 pytest.importorskip("vllm")
 from vllm.distributed.weight_transfer.nccl_engine import (
@@ -17,6 +18,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
+from distill_system.weights.abort import aborted_after
 from distill_system.weights.buckets import Buckets, ParameterMetadata, read_parameters
 from distill_system.weights.digest import Digest
 from distill_system.weights.sealed import ReceivesWeights, SealedWeightTransferEngine
@@ -88,6 +90,7 @@ def _receiver(
     engine = object.__new__(kind)  # vLLM's constructor wants a whole engine
     engine.device, engine.model, engine.model_update_group = "cpu", model, group
     engine.packed_buffer_size_bytes = BUCKET_BYTES
+    engine.timeout_seconds = 30.0
     return engine
 
 
@@ -124,6 +127,47 @@ def test_a_transfer_that_breaks_off_leaves_the_group_and_the_old_weights(
     with pytest.raises(RuntimeError, match="connection closed by peer"):
         _receiver(Gone(), Model(events)).receive_weights(UPDATE)
     assert events == ["leave"]
+
+
+class Hangs(Sender):
+    """NCCL's communicator, whose sender stops after a bucket: calls wait until it is aborted, and
+    return as if all had come."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__(events)
+        self.aborted = threading.Event()
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        if len(self.travelling) > 2:
+            super().broadcast(tensor, src)
+        else:
+            assert self.aborted.wait(20.0), "nobody aborts what waits without end"
+
+    def destroy(self) -> None:
+        self.events.append("abort")
+        self.aborted.set()
+
+
+@pytest.mark.parametrize("kind", [SealedWeightTransferEngine, Streamed])
+def test_a_sender_that_hangs_is_given_up_at_the_deadline(
+    events: list[str], kind: type[SealedWeightTransferEngine]
+) -> None:
+    engine = _receiver(Hangs(events), Model(events), kind)
+    engine.timeout_seconds = 0.2
+    with pytest.raises(DeadlineError, match=r"within 0.2 s, a peer did not take part"):
+        engine.receive_weights(UPDATE)
+    assert events.count("abort") == 1
+    assert events[-1] == "leave"
+    assert engine.is_whole == engine.is_staged, "what was loaded of it is no model"
+
+
+def test_a_transfer_in_time_is_not_aborted(events: list[str]) -> None:
+    sender = Hangs(events)
+    with aborted_after(0.2, sender):
+        pass
+    assert not sender.aborted.wait(0.4)
+    with pytest.raises(ZeroDivisionError), aborted_after(0.2, sender):
+        raise ZeroDivisionError
 
 
 def test_where_two_models_do_not_fit_a_bucket_is_loaded_while_the_next_one_comes(
