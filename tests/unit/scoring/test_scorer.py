@@ -7,7 +7,7 @@ from fakes.local_workers import LocalWorkers
 from trajectories import make_trajectories
 from transformers import AutoModelForCausalLM
 
-from distill_system.config.objective import HELD_OUT, MOMENTS, TeacherNeeds
+from distill_system.config.objective import MOMENTS, TeacherNeeds
 from distill_system.config.objective.needs import NOTHING
 from distill_system.config.rollout import ScoringConfig
 from distill_system.errors import NonFiniteError
@@ -66,7 +66,7 @@ def test_of_a_vocabulary_smaller_than_what_is_asked_for_every_token_is_told(tiny
         uses_gpu=False,
         vocabulary_size=9,
     )
-    for target in scorer.score(chunk, HELD_OUT):
+    for target in scorer.score(chunk, TeacherNeeds(top_k=16)):
         assert np.sort(target.top_k_ids).tolist() == [list(range(9))] * target.num_tokens
 
 
