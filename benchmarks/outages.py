@@ -3,10 +3,11 @@
     python benchmarks/outages.py [--trial head_lost head_lost_redis ...] [--steps 600] [--seed 0]
 
 Each trial has a cluster of its own, of machines on this one (network namespaces, root), and a run
-whose driver is on the second machine and whose workers are on the second and the third:
+whose driver is on the second machine; student engines are on the third and the fourth, all other
+workers on the second:
 
 gcs_stopped        gcs_server on the head is stopped (SIGSTOP), for good
-raylet_stopped     the raylet of the third machine is stopped, for good: workers there go on
+raylet_stopped     the raylet of a machine with a student engine is stopped, for good
 own_raylet_stopped the raylet of the driver's machine is stopped, for good
 head_lost          every process of Ray on the head is killed; after --down seconds Ray starts there
                    anew and knows nothing
@@ -79,7 +80,7 @@ class Trial:
             rollout={"engine": "transformers"},
             distill={"steps": options.steps, "checkpoint_every": 50, "measure_every": 50},
             pools={
-                "student_rollout": {"count": 2, "custom_resources": {"third": 0.1}},
+                "student_rollout": {"count": 2, "custom_resources": {"students": 0.1}},
                 "teacher_rollout": {"custom_resources": {"second": 0.1}},
                 "teacher_scoring": {"custom_resources": {"second": 0.1}},
                 "learner": {"custom_resources": {"second": 0.1}},
@@ -134,7 +135,9 @@ class Trial:
         _process(nodes.head, "gcs_server").suspend()
 
     def _raylet_stopped(self, nodes: RayNodes, run: Run, environment: dict[str, str]) -> None:
-        _process(nodes.nodes[2], "raylet").suspend()
+        engine = find_workers(run, nodes)["student_rollout-0"]
+        [machine] = [node for node in nodes.nodes if node.holds(engine.pid)]
+        _process(machine, "raylet").suspend()
 
     def _own_raylet_stopped(self, nodes: RayNodes, run: Run, environment: dict[str, str]) -> None:
         _process(nodes.nodes[1], "raylet").suspend()
@@ -171,7 +174,8 @@ def cluster(*, with_redis: bool) -> Iterator[tuple[RayNodes, dict[str, str]]]:
                 server, environment = _start_redis(machines)
             nodes.add(cpus=0, environment=environment)
             nodes.add(cpus=4, resources={"second": 1})
-            nodes.add(cpus=4, resources={"third": 1})
+            nodes.add(cpus=4, resources={"students": 1})
+            nodes.add(cpus=4, resources={"students": 1})
             yield nodes, environment
         finally:
             if server is not None:
