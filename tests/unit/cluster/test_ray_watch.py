@@ -101,7 +101,12 @@ def test_a_head_that_has_come_back_without_its_tables_is_told(
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=str))
     said: list[str] = []
     ended = threading.Event()
-    watched = RayWatch(end=lambda problem: (said.append(problem), ended.set()))
+
+    def end(problem: str) -> None:
+        said.append(problem)
+        ended.set()
+
+    watched = RayWatch(end=end)
     watched.begin()
     assert ended.wait(5.0)
     watched.stop()
