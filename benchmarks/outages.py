@@ -144,7 +144,7 @@ class Trial:
 
     def _head_lost(self, nodes: RayNodes, run: Run, environment: dict[str, str]) -> None:
         for process in nodes.head.processes():
-            if "ray" in " ".join(process.cmdline()):
+            if process.pid != nodes.head.first and process.name() != "sleep":
                 process.kill()
         time.sleep(self.options.down)
         print(f"{self.name}: the head comes back, step {newest_step(self.folder)}", flush=True)
