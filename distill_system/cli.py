@@ -254,12 +254,20 @@ def report(settings: Settings) -> None:
     _run("report", settings, stages=("report",))
 
 
+def _list(joined: str) -> list[str]:
+    return [name.strip() for name in joined.split(",") if name.strip()]
+
+
 @app.command()
 def compare(
     settings: Settings,
     objectives: Annotated[
         str, typer.Option(help="Methods by name, or YAML files of them, joined by commas.")
-    ],
+    ] = "",
+    teachers: Annotated[
+        str,
+        typer.Option(help="Compare teachers instead: their folders or hub names, by commas."),
+    ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each objective: seeds 0, 1, ...")] = 3,
     budget: Annotated[
         Literal["updates", "sampled_tokens", "seconds"],
@@ -282,7 +290,8 @@ def compare(
         request = ComparisonRequest(
             paths=files,
             overrides=overrides,
-            objectives=[name.strip() for name in objectives.split(",") if name.strip()],
+            objectives=_list(objectives),
+            teachers=_list(teachers),
             seeds=seeds,
             budget=budget,
             budget_value=budget_value,

@@ -57,6 +57,8 @@ class Stream(StrEnum):
         return "on_policy" if self is Stream.ON_POLICY else "off_policy"
 
 
+REJECTED = "preferences.rejected"
+"""Name of the set of the worse answers of data.preferences; ids of its trajectories begin so."""
 OBJECTIVE_STREAMS = (Stream.ON_POLICY, Stream.OFF_POLICY)
 """Those that an objective reads, and a teacher may."""
 

@@ -197,7 +197,7 @@ class RayNodes:
     def __init__(self, network: Network) -> None:
         self.network = network
         self.nodes: list[Machine] = []
-        self._kinds: list[tuple[int, Mapping[str, float]]] = []
+        self._kinds: list[tuple[int, dict[str, float]]] = []
 
     @property
     def head(self) -> Machine:
@@ -209,20 +209,32 @@ class RayNodes:
         """What a driver on the head needs to join."""
         return {"RAY_ADDRESS": f"{self.head.address}:{RAY_PORT}"}
 
-    def add(self, *, cpus: int, resources: Mapping[str, float] | None = None) -> Machine:
-        """Start a node on a new machine."""
+    def add(
+        self,
+        *,
+        cpus: int,
+        resources: Mapping[str, float] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Machine:
+        """Start a node on a new machine.  environment: of Ray's own processes there."""
         machine = self.network.add_machine()
+        self.nodes.append(machine)
+        self._kinds.append((cpus, dict(resources or {})))
+        self.begin(machine, environment=environment)
+        return machine
+
+    def begin(self, machine: Machine, *, environment: Mapping[str, str] | None = None) -> None:
+        """Start Ray on a machine on which it does not run, or no more."""
+        cpus, resources = self._kinds[self.nodes.index(machine)]
         where = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
-        if self.nodes:
+        if machine is not self.head:
             where = [f"--address={self.head.address}:{RAY_PORT}"]
         machine.run(
             *(sys.executable, "-m", "ray.scripts.scripts", "start", *where),
-            *(f"--num-cpus={cpus}", f"--resources={json.dumps(dict(resources or {}))}"),
+            *(f"--num-cpus={cpus}", f"--resources={json.dumps(resources)}"),
             *("--object-store-memory=100000000", "--disable-usage-stats"),
+            environment=environment,
         )
-        self.nodes.append(machine)
-        self._kinds.append((cpus, dict(resources or {})))
-        return machine
 
     def replace(self, machine: Machine) -> Machine:
         """End a node with its machine, and start another of its kind."""

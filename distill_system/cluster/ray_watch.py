@@ -15,12 +15,18 @@ from collections.abc import Callable
 
 import psutil
 import ray
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 LOOK_SECONDS = 10.0
 """Between two looks at Ray."""
 
 SILENT_SECONDS = 60.0
 """Ray's control process may be busy for so long, on a machine that is busy with other things."""
+
+HEAD_WITHOUT_TABLES = (
+    "Ray's head has come back without its tables, as a new cluster (a head that is to be survived "
+    "keeps them in Redis: docs/fault-tolerance.md)"
+)
 
 SHUT_DOWN_SECONDS = 60.0
 """For Ray to end what it started; a healthy cluster takes less than ten."""
@@ -66,7 +72,10 @@ class RayWatch:
         if self._is_ending():
             late = time.monotonic() - self._ending_since > SHUT_DOWN_SECONDS
             return f"Ray did not shut down within {SHUT_DOWN_SECONDS:g} s" if late else ""
-        nodes = ask_for_nodes(SILENT_SECONDS)
+        try:
+            nodes = ask_for_nodes(SILENT_SECONDS)
+        except ClusterGoneError as error:
+            return "" if self._is_ending() else str(error)
         if self._is_ending():
             return ""  # it is shut down meanwhile, and answers no more
         if nodes is None:
@@ -77,22 +86,48 @@ class RayWatch:
         return ""
 
 
+class ClusterGoneError(Exception):
+    """Ray's head answers for another cluster than the one that this process has joined."""
+
+
 def ask_for_nodes(seconds: float) -> list[dict[str, object]] | None:
-    """The cluster's nodes; None if Ray says nothing for so long."""
-    answer: list[list[dict[str, object]]] = []
+    """The cluster's nodes; None if Ray says nothing for so long.
+
+    Raises: ClusterGoneError.
+    """
+    answer: list[list[dict[str, object]] | ClusterGoneError] = []
 
     def ask() -> None:
         end = time.monotonic() + seconds
         while not answer and time.monotonic() < end:
             try:
-                answer.append(ray.nodes())
-            except Exception:  # of whatever kind: it does not answer yet, or starts anew
+                answer.append(read_nodes(seconds))
+            except Exception as error:  # of whatever kind: it does not answer yet, or starts anew
+                if "WrongClusterID" in str(error):
+                    answer.append(ClusterGoneError(HEAD_WITHOUT_TABLES))
                 time.sleep(min(1.0, seconds / 10))
 
     asking = threading.Thread(target=ask, name="question to Ray", daemon=True)
     asking.start()
     asking.join(seconds)
-    return answer[0] if answer else None
+    first = answer[0] if answer else None
+    if isinstance(first, ClusterGoneError):
+        raise first
+    return first
+
+
+def read_nodes(seconds: float) -> list[dict[str, object]]:
+    """Id (NodeID) and state (Alive) of each node.
+
+    ray.nodes() would abort this process where the head has come back without its tables.
+    Raises: whatever Ray raises where its head does not answer.
+    """
+    client = ray._private.worker.global_worker.gcs_client
+    nodes = client.get_all_node_info(timeout=seconds)
+    return [
+        {"NodeID": node_id.hex(), "Alive": node.state == GcsNodeInfo.ALIVE}
+        for node_id, node in nodes.items()
+    ]
 
 
 def end_process(problem: str) -> None:

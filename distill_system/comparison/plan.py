@@ -23,6 +23,8 @@ class Plan:
     budget_value: updates, tokens or seconds of each run, as `budget` says.
     steps: objective -> distillation steps of each of its runs.
     failures: "objective/seed_0" -> the first lines of the error that ended that run.
+    size_ratios: where teachers are compared in place of objectives: a teacher's name -> its
+        parameters over the student's. The names stand among the objectives' then.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Plan:
     budget_value: float
     steps: dict[str, int]
     failures: dict[str, str] = field(default_factory=dict)
+    size_ratios: dict[str, float] = field(default_factory=dict)
 
 
 _ADAPTER = TypeAdapter(Plan)

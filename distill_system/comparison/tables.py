@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from distill_system.comparison.capacity import PUBLISHED_RATIO, CapacityLaw, fit_laws
 from distill_system.comparison.plan import Plan
 from distill_system.comparison.results import REFERENCE_ROLES
 from distill_system.comparison.significance import Difference
@@ -57,8 +58,11 @@ class Table:
 
 
 def build_tables(verdict: Verdict) -> list[Table]:
-    """One table per metric, with a column for each split, and one table of the costs."""
+    """One table per metric, with a column for each split, one of teachers' sizes where those are
+    compared, and one of the costs."""
     tables = [_metric_table(verdict, metric) for metric in verdict.metrics]
+    if laws := fit_laws(verdict):
+        tables.append(_capacity_table(laws))
     return [*tables, _cost_table(verdict)]
 
 
@@ -69,7 +73,8 @@ def describe_budget(plan: Plan) -> str:
         "sampled_tokens": "{:,.0f} tokens sampled by both models",
         "seconds": "{:,.0f} seconds of wall clock",
     }[plan.budget]
-    runs = f"{len(plan.objectives)} objectives, {len(plan.seeds)} seeds"
+    compared = "teachers" if plan.size_ratios else "objectives"
+    runs = f"{len(plan.objectives)} {compared}, {len(plan.seeds)} seeds"
     return f"{runs}; equal budget: {what.format(plan.budget_value)} per run"
 
 
@@ -170,6 +175,23 @@ def format_summary(summary: Summary, digits: int, num_seeds: int) -> str:
     if summary.stderr is not None:
         words += f" ± {summary.stderr:,.{digits}f}"
     return words if summary.num_seeds == num_seeds else f"{words} (n={summary.num_seeds})"
+
+
+def _capacity_table(laws: Mapping[str, CapacityLaw]) -> Table:
+    header = ("best", "95 % of replicates", f"holds {PUBLISHED_RATIO}", "among those tried", "R2")
+    rows = []
+    for metric, law in laws.items():
+        interval, holds = law.interval, law.holds_published
+        texts = (
+            format_value(law.best_ratio, 2),
+            "none" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
+            "unknown" if holds is None else "yes" if holds else "no",
+            "yes" if law.is_inside else "no",
+            f"{law.r_squared:.2f}",
+        )
+        rows.append((title_metric(metric), tuple(map(TableCell, texts))))
+    title = "Teacher's parameters over the student's: the best by a parabola in their logarithm"
+    return Table(title, header, tuple(rows))
 
 
 def _cost_table(verdict: Verdict) -> Table:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from distill_system.comparison.capacity import fit_laws
 from distill_system.comparison.page import write_page
 from distill_system.comparison.results import read_comparison
 from distill_system.comparison.significance import LEVEL
@@ -56,6 +57,7 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
     Returns: name, objectives, seeds, budget, budget_value, steps: the plan's.
         problems["objective/seed_0"]: why that run is left out, or differs from the plan.
         level: the p-value below which a difference is significant.
+        size_ratios: the plan's.  capacity[metric]: the fields of CapacityLaw and holds_published.
         scores[metric][split]: direction (1 higher is better, -1 lower, 0 neither), best_baseline,
         references[role] and objectives[name]: mean, stderr (over seeds), num_seeds,
         per_seed[seed], is_best, against_sft and against_best_baseline (the fields of Difference,
@@ -74,6 +76,11 @@ def to_json(verdict: Verdict) -> dict[str, Any]:
         "steps": plan.steps,
         "problems": verdict.comparison.problems,
         "level": LEVEL,
+        "size_ratios": plan.size_ratios,
+        "capacity": {
+            metric: {**asdict(law), "holds_published": law.holds_published}
+            for metric, law in fit_laws(verdict).items()
+        },
         "scores": {
             metric: {c.column.split: _column_form(c) for c in verdict.of_metric(metric)}
             for metric in verdict.metrics

@@ -90,6 +90,8 @@ class PreferenceFields(ConfigModel):
     it."""
     chosen: str = "chosen"
     """Field that holds the preferred answer: a text, or a chat with or without its prompt."""
+    rejected: str = "rejected"
+    """Field that holds the other answer; data.preferences alone reads it."""
 
 
 class TemplateFields(ConfigModel):
@@ -229,6 +231,11 @@ class DatasetsSource(RowSource):
 Source = Annotated[
     EmbeddedSource | FilesSource | JsonlSource | ParquetSource | DatasetsSource,
     Field(discriminator="type"),
+]
+
+
+RowFileSource = Annotated[
+    FilesSource | JsonlSource | ParquetSource | DatasetsSource, Field(discriminator="type")
 ]
 
 
@@ -420,8 +427,8 @@ class DataConfig(ConfigModel):
     its oldest messages before the beginning of its last one."""
     max_memory_mebibytes: PositiveInt = 1024
     """Most memory for the tokenised rows of a training set (data.prompts, data.teacher_sft,
-    data.student_sft, data.plain_text); those of a larger one are written to a file and mapped from
-    there."""
+    data.student_sft, data.preferences, data.plain_text); those of a larger one are written to a
+    file and mapped from there."""
     cache_directory: LocalPath | None = None
     """Folder of that file, which is gone when the run ends; null takes that of `datasets`."""
     teacher_context: TeacherContextConfig | None = None
@@ -430,6 +437,8 @@ class DataConfig(ConfigModel):
     """Rows that the teacher is fine-tuned on."""
     student_sft: Source | None = None
     """Rows that the student is fine-tuned on before distillation."""
+    preferences: RowFileSource | None = None
+    """Rows with a preferred and a rejected answer, for distill.objective.type=preference."""
     plain_text: Source | None = None
     """Texts that distill.language_model learns from as they are, without a template: what a source
     of prompts reads as the prompt, such as a column named text. A text longer than
@@ -460,6 +469,12 @@ class DataConfig(ConfigModel):
                 f"beginning with a letter or digit, at most 100 of them, got {wrong}"
             )
         _check_chat_keys(self.chat_template_kwargs, self.chat_template, self.chat_template_name)
+        pairs = self.preferences
+        if pairs is not None and (pairs.leave_out_empty or pairs.leave_out_refused):
+            raise ValueError(
+                "preferences: leave_out_empty and leave_out_refused would leave out one half of a "
+                "pair; remove such rows, and these keys"
+            )
         unread = {**self.prompt_sources, "held_out": self.held_out, "plain_text": self.plain_text}
         for name, source in unread.items():
             if isinstance(source, RowSource) and source.bounds_responses:
@@ -472,7 +487,7 @@ class DataConfig(ConfigModel):
     @property
     def sources(self) -> dict[str, Source]:
         """Every source of rows by its key in the configuration."""
-        names = ("teacher_sft", "student_sft", "held_out", "plain_text")
+        names = ("teacher_sft", "student_sft", "held_out", "preferences", "plain_text")
         single = {name: getattr(self, name) for name in names}
         named = {name: source for name, source in single.items() if source is not None}
         named |= {f"evaluation.{split}": source for split, source in self.evaluation.items()}

@@ -21,7 +21,7 @@ from distill_system.config.base import ConfigModel
 from distill_system.config.model import FullUpdate, OptimizerConfig, UpdateConfig
 from distill_system.config.objective import AmmdConfig, ObjectiveConfig, StreamName
 
-OffPolicySource = Literal["teacher", "store", "dataset"]
+OffPolicySource = Literal["teacher", "store", "dataset", "preferences"]
 """Sources of the off-policy stream, in the order in which several take turns."""
 
 
@@ -188,7 +188,8 @@ class DistillConfig(ConfigModel):
     """Sequences of the off-policy stream in each step: prompts the teacher answers, or rows."""
     off_policy_source: OffPolicySource | dict[OffPolicySource, PositiveFloat] = "teacher"
     """Source of the off-policy stream. teacher: the teacher generates it during the run. store: the
-    samples of data.trajectory_store. dataset: the rows of data.student_sft. Several by weights:
+    samples of data.trajectory_store. dataset: the rows of data.student_sft. preferences: the pairs
+    of data.preferences, for objective.type=preference alone. Several by weights:
     {teacher: 1, store: 3} takes a quarter of the sequences from the teacher."""
     staleness: StalenessConfig = StalenessConfig()
     replay: ReplayConfig | None = None
@@ -233,8 +234,8 @@ class DistillConfig(ConfigModel):
         )
         if not weights or not all(_is_weighted(*item) for item in weights.items()):
             raise ValueError(
-                "expected 'teacher', 'store' or 'dataset', or weights > 0 of some of them such as "
-                f"{{teacher: 1, store: 3}}, got {given!r}"
+                "expected 'teacher', 'store', 'dataset' or 'preferences', or weights > 0 of some "
+                f"of them such as {{teacher: 1, store: 3}}, got {given!r}"
             )
         return given
 
@@ -258,6 +259,7 @@ class DistillConfig(ConfigModel):
                 f"{self.objective.refuses_data}: expected off_policy_source without dataset, got "
                 f"{self.off_policy_source}"
             )
+        self._check_pairs()
         if self.replay is not None and self.staleness.max_staleness > 0:
             raise ValueError(
                 "replay chooses the stream of each step as it begins, the streams may not run "
@@ -276,6 +278,49 @@ class DistillConfig(ConfigModel):
                 f"objective.type={self.objective.type}, off_policy_source={self.off_policy_source}"
             )
         return self
+
+    def _check_pairs(self) -> None:
+        """What an objective on pairs asks of the streams."""
+        objective, needed, sources = (
+            self.objective,
+            self.objective.needs_source,
+            self.off_policy_mixture,
+        )
+        if needed is None and "preferences" in sources:
+            raise ValueError(
+                "off_policy_source=preferences brings pairs: expected objective={type: preference, "
+                f"pairs: data}}, got objective.type={objective.type}"
+            )
+        if needed is None:
+            return
+        if tuple(sources) != (needed,):
+            raise ValueError(
+                f"objective.type={objective.type} with these pairs reads one source: expected "
+                f"off_policy_source={needed}, got {self.off_policy_source}"
+            )
+        better, other = self.teacher_prompts_per_step, self.student_prompts_per_step
+        if objective.pairs_streams and better != other:
+            raise ValueError(
+                "objective.pairs=teacher_over_student has an answer of each to every prompt: "
+                f"expected teacher_prompts_per_step={other}, as many as the student's, got {better}"
+            )
+        if not objective.pairs_streams and self.sequences("off_policy") % 2:
+            raise ValueError(
+                "objective.pairs=data reads two sequences a pair: expected an even sum of "
+                f"teacher_prompts_per_step and student_prompts_per_step, got {better + other}"
+            )
+        late = self.staleness
+        if late.max_staleness > 0 and not objective.pairs_streams:
+            raise ValueError(
+                "objective.pairs=data learns from rows alone, which do not age: expected "
+                f"staleness.max_staleness=0, got {late.max_staleness}"
+            )
+        if (late.too_old, late.importance) != ("wait", "none"):
+            raise ValueError(
+                "objective.type=preference needs both answers to a prompt in one step and weighs "
+                f"none: expected staleness.too_old=wait and importance=none, got {late.too_old} "
+                f"and {late.importance}"
+            )
 
     @property
     def off_policy_mixture(self) -> dict[OffPolicySource, float]:

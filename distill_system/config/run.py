@@ -408,6 +408,11 @@ class RunConfig(ConfigModel):
                 "distill.off_policy_source=store needs samples: give data.trajectory_store, and "
                 "fill it with `distill-system generate`"
             )
+        if "preferences" in sources and self.data.preferences is None:
+            raise ValueError(
+                "distill.off_policy_source=preferences needs pairs: give data.preferences, rows "
+                "with a preferred and a rejected answer"
+            )
         if self.distill.plain_text_sequences and self.data.plain_text is None:
             raise ValueError(
                 "distill.language_model needs text: give data.plain_text, such as "

@@ -133,7 +133,7 @@ def _configured(data: DataConfig) -> Iterator[_Wanted]:
     yield want("held_out", data.held_out, "prompts")
     for name, source in data.gap_sources.items():
         yield want(name, source, "measured")
-    for name in ("teacher_sft", "student_sft"):
+    for name in ("teacher_sft", "student_sft", "preferences"):
         tuned: Source | None = getattr(data, name)
         if tuned is not None:
             yield want(name, tuned, "supervised")

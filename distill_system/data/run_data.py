@@ -38,13 +38,20 @@ from distill_system.data.stored_trajectories import (
     read_trajectories,
 )
 from distill_system.errors import DataError
-from distill_system.records import Prompt, Trajectory
+from distill_system.records import REJECTED, Prompt, Trajectory
 
 SetName = Literal[
-    "teacher_sft", "student_sft", "plain_text", "prompts", "held_out", "evaluation", "stored"
+    "teacher_sft",
+    "student_sft",
+    "preferences",
+    "plain_text",
+    "prompts",
+    "held_out",
+    "evaluation",
+    "stored",
 ]
 ALL_SETS: tuple[SetName, ...] = (
-    *("teacher_sft", "student_sft", "plain_text"),
+    *("teacher_sft", "student_sft", "preferences", "plain_text"),
     *("prompts", "held_out", "evaluation"),
 )
 
@@ -53,8 +60,8 @@ ALL_SETS: tuple[SetName, ...] = (
 class RunData:
     """The run's data; sets that were not asked for, or not configured, are empty.
 
-    teacher_sft, student_sft, plain_text, prompts: tuples, or MappedRecords of a file where they are
-    large.
+    teacher_sft, student_sft, preferences, plain_text, prompts: tuples, or MappedRecords of a file
+    where they are large. In preferences each preferred answer is followed by its rejected one.
     evaluation: prompts by split name.
     num_removed: rows left out of each training set because their prompts are also in held_out or
     evaluation.
@@ -70,6 +77,7 @@ class RunData:
 
     teacher_sft: Sequence[Trajectory] = ()
     student_sft: Sequence[Trajectory] = ()
+    preferences: Sequence[Trajectory] = ()
     plain_text: Sequence[Trajectory] = ()
     prompts: Sequence[Prompt] = ()
     held_out: tuple[Prompt, ...] = ()
@@ -122,6 +130,7 @@ def load_run_data(
     teacher = data.teacher_sft if "teacher_sft" in sets else None
     student = data.student_sft if "student_sft" in sets else None
     texts = data.plain_text if "plain_text" in sets else None
+    pairs = data.preferences if "preferences" in sets else None
     stored = None
     if "stored" in sets:
         blocked_keys = set().union(*map(reader.prompt_keys, measured_rows.values()))
@@ -132,6 +141,7 @@ def load_run_data(
     loaded = RunData(
         teacher_sft=training.trajectories("teacher_sft", teacher),
         student_sft=training.trajectories("student_sft", student),
+        preferences=training.preferences(pairs),
         plain_text=training.trajectories(PLAIN_TEXT, texts),
         prompts=training.prompts() if "prompts" in sets else (),
         held_out=reader.prompts(
@@ -211,6 +221,23 @@ class _TrainingRows:
         batches = self._row_batches(name, context.examples, True, key=key)
         return [row for rows in batches for row in rows]
 
+    def preferences(self, source: Source | None) -> Sequence[Trajectory]:
+        """Each preferred answer with the rejected one behind it, where both are within bounds."""
+        if source is None:
+            return ()
+        keeper, key = self._keeper(TRAJECTORIES), "data.preferences"
+        halves = (
+            self._row_batches(name, source, True, key=key) for name in ("preferences", REJECTED)
+        )
+        # No row is left out before it is numbered, so that both halves have the same numbers.
+        for preferred, rejected in zip(*halves, strict=True):
+            others = {_number(row.row_id): row for row in rejected}
+            kept = [row for row in preferred if _number(row.row_id) in others]
+            worse = self.reader.trajectories([others[_number(row.row_id)] for row in kept])
+            pairs = zip(self.reader.trajectories(kept), worse, strict=True)
+            keeper.add([t for one, other in pairs for t in (one, _beside(one, other))])
+        return self._finish(keeper, "preferences")
+
     def prompts(self) -> Sequence[Prompt]:
         """The prompts of the distillation, sorted by source."""
         data = self.data
@@ -250,6 +277,14 @@ class _TrainingRows:
         if isinstance(records, MappedRecords):
             self.reader.reports[name].num_mapped_bytes = records.num_bytes
         return records
+
+
+def _number(row_id: str) -> str:
+    return row_id.partition(":")[2]
+
+
+def _beside(preferred: Trajectory, rejected: Trajectory) -> Trajectory:
+    return replace(rejected, prompt_id=preferred.prompt_id)
 
 
 def _cache_folder(data: DataConfig) -> Path:

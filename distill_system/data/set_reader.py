@@ -22,7 +22,7 @@ from distill_system.data.row_encoder import Row, RowEncoder, readable, set_name
 from distill_system.data.shortening import MOST_CHARACTERS, Side, shorten
 from distill_system.data.sources import SourceReport, read_examples
 from distill_system.errors import DataError
-from distill_system.records import Author, Finish, Int32Array, Prompt, Trajectory
+from distill_system.records import REJECTED, Author, Finish, Int32Array, Prompt, Trajectory
 
 PLAIN_TEXT = "plain_text"
 CONTEXT_EXAMPLES = "teacher_context.examples"
@@ -120,6 +120,7 @@ class SetReader:
             report=report,
             keep_going=keep_going,
             context=self._context.text if self._context and self._reads_context(name) else "",
+            rejected=name == REJECTED,
         )
         is_empty = True
         numbered = enumerate(examples)

@@ -20,6 +20,7 @@ from distill_system.config.data import (
     FilesSource,
     JsonlSource,
     ParquetSource,
+    PreferenceFields,
     RowSource,
     Source,
 )
@@ -117,6 +118,7 @@ def read_examples(
     report: SourceReport | None = None,
     keep_going: bool = False,
     context: str = "",
+    rejected: bool = False,
 ) -> Iterator[Example]:
     """The examples of a source, one after the other.
 
@@ -127,6 +129,7 @@ def read_examples(
     report: is told what was read.
     keep_going: leave out rows that cannot be used, whatever the source says.
     context: the template of Example.context.
+    rejected: read the rejected answer of preferences in place of the preferred one.
     Raises: DataError if the source is missing, empty, too small, or holds a row that cannot be
         used.
     """
@@ -135,7 +138,9 @@ def read_examples(
         yield from _read_embedded(source, with_answers, report, context)
         return
     tables = _open_tables(source, data, key)
-    reader = _RowReader(source, tables, key, with_answers, report, context)
+    reader = _RowReader(
+        source, tables, key, with_answers, report, context=context, rejected=rejected
+    )
     asked = source.num_examples
     leave_out = source.leave_out_refused or keep_going
     for where, row in reader.named_rows():
@@ -169,7 +174,9 @@ class _RowReader:
         key: str,
         with_answers: bool,
         report: SourceReport,
-        context: str,
+        *,
+        context: str = "",
+        rejected: bool = False,
     ) -> None:
         self._source = source
         self._tables = tables
@@ -180,6 +187,8 @@ class _RowReader:
         if len(tables) > 1:
             report.place = f"{len(tables)} files ({tables[0].name} to {tables[-1].name})"
         self._fields = source.fields or self._find_fields()
+        if rejected:
+            self._fields = _other_answer(self._fields, key)
         if self._fields is not None:
             report.layout = told_layout(self._fields)
             report.unread = self._unread()
@@ -243,6 +252,16 @@ class _RowReader:
             existing = list(dict.fromkeys(name for row in rows for name in row))
         read = set(needed_columns(needed_fields(self._fields, True), existing))
         return tuple(name for name in existing if name not in read)
+
+
+def _other_answer(fields: FieldMap | None, key: str) -> FieldMap | None:
+    """Where the rejected answer of preferences stands."""
+    if fields is None or isinstance(fields, PreferenceFields):
+        return None if fields is None else fields.model_copy(update={"chosen": fields.rejected})
+    raise DataError(
+        f"{key}: expected rows with a preferred and a rejected answer, got {told_layout(fields)}. "
+        f"Name their columns by {key}.fields={{format: preference, chosen: ..., rejected: ...}}"
+    )
 
 
 def _open_tables(source: RowSource, data: DataConfig, key: str) -> Sequence[_Table]:

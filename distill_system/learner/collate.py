@@ -5,8 +5,9 @@ Axes: N response tokens, H student hidden size.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,8 +17,15 @@ from torch import Tensor
 from distill_system.config.objective.needs import SIGNALS, Signal
 from distill_system.errors import RecordError
 from distill_system.language_model import SequenceBatch
-from distill_system.objectives import TeacherRows, TokenRows
-from distill_system.records import Stream, TeacherTargets, Trajectory, TrajectoryChunk
+from distill_system.objectives import PairRows, TeacherRows, TokenRows
+from distill_system.records import (
+    OBJECTIVE_STREAMS,
+    REJECTED,
+    Stream,
+    TeacherTargets,
+    Trajectory,
+    TrajectoryChunk,
+)
 
 _ORDER = (Stream.OFF_POLICY, Stream.ON_POLICY, Stream.PLAIN_TEXT)
 """Of the streams in a batch."""
@@ -25,10 +33,14 @@ _ORDER = (Stream.OFF_POLICY, Stream.ON_POLICY, Stream.PLAIN_TEXT)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamTotals:
-    """Counts of one stream over all ranks: the denominators."""
+    """Counts of one stream over all ranks: the denominators.
+
+    names: prompt id and trajectory id of its sequences, by which the answers to a prompt are found.
+    """
 
     num_tokens: int
     num_sequences: int
+    names: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> StreamTotals:
@@ -36,7 +48,30 @@ class StreamTotals:
         return cls(
             num_tokens=sum(trajectory.num_response_tokens for trajectory in trajectories),
             num_sequences=len(trajectories),
+            names=tuple((t.prompt_id, t.trajectory_id) for t in trajectories),
         )
+
+
+def number_pairs(totals: Mapping[Stream, StreamTotals]) -> dict[tuple[Stream, str], int]:
+    """Each sequence's pair: the k-th better and the k-th worse answer to a prompt have one number.
+
+    Worse are the student's answers and rejected ones; the same on every rank.
+    """
+    numbers: dict[tuple[str, int], int] = {}
+    seen = Counter[tuple[str, bool]]()
+    found: dict[tuple[Stream, str], int] = {}
+    for stream in (each for each in _ORDER if each in totals):
+        for prompt_id, name in totals[stream].names:
+            worse = is_worse(stream, name)
+            place = (prompt_id, seen[prompt_id, worse])
+            seen[prompt_id, worse] += 1
+            found[stream, name] = numbers.setdefault(place, len(numbers))
+    return found
+
+
+def is_worse(stream: Stream, name: str) -> bool:
+    """Whether a trajectory of this id is the worse half of a pair, if it is of one."""
+    return stream is Stream.ON_POLICY or name.startswith(f"{REJECTED}:")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +92,7 @@ class BehaviourRows:
 class LearnerBatch:
     """What one rank learns from in one step: off-policy sequences, on-policy ones, plain text.
 
-    behaviour: None without an on-policy stream.
+    behaviour: None without an on-policy stream.  pairs: see number_pairs.
     """
 
     sequences: SequenceBatch
@@ -65,6 +100,7 @@ class LearnerBatch:
     teacher: dict[Stream, TeacherRows]
     totals: Mapping[Stream, StreamTotals]
     behaviour: BehaviourRows | None = None
+    pairs: Mapping[tuple[Stream, str], int] = field(default_factory=dict)
 
     def stream_rows(self, stream: Stream, hidden_NH: Float[Tensor, "N H"]) -> TokenRows | None:
         """The stream's part of the hidden states; None if this step has no such stream."""
@@ -74,6 +110,7 @@ class LearnerBatch:
         first_row = sum(map(_num_tokens, before))
         rows = slice(first_row, first_row + _num_tokens(self.trajectories[stream]))
         behaviour = self.behaviour if stream is Stream.ON_POLICY else None
+        pairs = self._pairs(stream) if stream in OBJECTIVE_STREAMS else None
         return TokenRows(
             hidden_NH=hidden_NH[rows],
             token_ids_N=self.sequences.token_ids_N[rows],
@@ -82,9 +119,19 @@ class LearnerBatch:
             num_global_tokens=self.totals[stream].num_tokens,
             num_global_sequences=self.totals[stream].num_sequences,
             teacher=self.teacher.get(stream),
+            pairs=pairs,
             behaviour_logprobs_N=None if behaviour is None else behaviour.logprobs_N,
             behaviour_temperature=1.0 if behaviour is None else behaviour.temperature,
             behaviour_kept_NK=None if behaviour is None else behaviour.kept_NK,
+        )
+
+    def _pairs(self, stream: Stream) -> PairRows:
+        found, names = self.pairs, [t.trajectory_id for t in self.trajectories[stream]]
+        device = self.sequences.sequence_ids_N.device
+        return PairRows(
+            numbers_S=torch.tensor([found.get((stream, name), 0) for name in names], device=device),
+            is_worse_S=torch.tensor([is_worse(stream, name) for name in names], device=device),
+            num_pairs=1 + max(found.values(), default=0),
         )
 
 
@@ -123,6 +170,7 @@ def collate(
         teacher=teacher,
         totals=totals,
         behaviour=None if on_policy is None else _behaviour_rows(on_policy, device),
+        pairs=number_pairs(totals),
     )
 
 

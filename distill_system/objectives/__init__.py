@@ -6,6 +6,7 @@ from distill_system.config.objective import (
     AmmdConfig,
     MinillmConfig,
     ObjectiveConfig,
+    PreferenceConfig,
     TokenMatchingConfig,
 )
 from distill_system.config.objective.token_losses import CrossEntropyConfig
@@ -15,12 +16,20 @@ from distill_system.objectives.distances import measure_overlap, measure_stream
 from distill_system.objectives.importance import UNWEIGHTED, Importance
 from distill_system.objectives.language_model import language_model_loss
 from distill_system.objectives.minillm import Minillm
-from distill_system.objectives.rows import Objective, PolicyHeads, TeacherRows, TokenRows
+from distill_system.objectives.preference import Preference
+from distill_system.objectives.rows import (
+    Objective,
+    PairRows,
+    PolicyHeads,
+    TeacherRows,
+    TokenRows,
+)
 from distill_system.objectives.token_matching import TokenMatching
 from distill_system.objectives.vocabulary import read_top_k, read_vocabulary
 
 __all__ = [
     "Importance",
+    "PairRows",
     "PolicyHeads",
     "TeacherRows",
     "TokenRows",
@@ -58,5 +67,7 @@ def build_objective(
             return Ammd(config, max_response_tokens=max_response_tokens, importance=importance)
         case MinillmConfig():
             return Minillm(config, importance=importance)
+        case PreferenceConfig():
+            return Preference(config)
         case TokenMatchingConfig():
             return TokenMatching(config, total_steps=total_steps, importance=importance)

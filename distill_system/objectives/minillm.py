@@ -24,7 +24,7 @@ is distill.language_model. Axes: N tokens, S responses, T longest response, b to
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -206,6 +206,5 @@ class Minillm:
 
 @torch.no_grad()
 def _read_written(heads: PolicyHeads, rows: TokenRows) -> VocabularyRows:
-    """log pi_theta(y_t | s_t), nats: one product with the unembedding, no gradient, no actions."""
-    no_actions = replace(heads, action_embeddings_VE=heads.action_embeddings_VE[:, :0])
-    return no_actions.read(rows)
+    """log pi_theta(y_t | s_t), nats: one product with the unembedding, no gradient."""
+    return heads.read_written(rows)

@@ -7,11 +7,11 @@ E action-embedding size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Int32, Int64
 from torch import Tensor
 
 from distill_system.config.objective.needs import StreamName, WeighsStreams
@@ -46,6 +46,19 @@ class TeacherRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PairRows:
+    """Which sequences of this rank answer one prompt, one better than the other.
+
+    numbers_S: int64, the pair of each sequence, of num_pairs over all ranks; a pair may lack one of
+        the two.  is_worse_S: bool, whether it is the worse one.
+    """
+
+    numbers_S: Int64[Tensor, " S"]
+    is_worse_S: Bool[Tensor, " S"]
+    num_pairs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRows:
     """One stream's response tokens on this rank; the rows of a sequence are contiguous, in order.
 
@@ -55,6 +68,7 @@ class TokenRows:
     num_global_tokens: tokens of this stream over all ranks, the only denominator.
     num_global_sequences: sequences of this stream over all ranks.
     teacher: None where the objective asks nothing of the teacher.
+    pairs: None of text that is no half of a pair.
     behaviour_logprobs_N: float32, nats, what the writer said of each token as it was sampled, at
         behaviour_temperature; None where the text is taken to be the current student's own.
     behaviour_kept_NK: int32, of which tokens each was sampled, -1 where there are fewer; None: of
@@ -68,6 +82,7 @@ class TokenRows:
     num_global_tokens: int
     num_global_sequences: int
     teacher: TeacherRows | None = None
+    pairs: PairRows | None = None
     behaviour_logprobs_N: Float[Tensor, " N"] | None = None
     behaviour_temperature: float = 1.0
     behaviour_kept_NK: Int32[Tensor, "N K"] | None = None
@@ -101,6 +116,10 @@ class PolicyHeads:
             behaviour_kept_NK=rows.behaviour_kept_NK,
             logit_cap=self.logit_cap,
         )
+
+    def read_written(self, rows: TokenRows) -> VocabularyRows:
+        """As read, of the tokens written alone: expected embeddings have no columns."""
+        return replace(self, action_embeddings_VE=self.action_embeddings_VE[:, :0]).read(rows)
 
     def sum(
         self,

@@ -67,8 +67,8 @@ def generate(request: GenerateRequest) -> Path:
             "expected data.teacher_context=null. A run writes such text itself"
         )
     check_engine(config)
-    with opened(config, "generate", pools=[f"{request.author}_rollout"]) as found:
-        config, run, tokenizer = found.config, found.run, found.tokenizer
+    pools = [f"{request.author}_rollout"]
+    with opened(config, "generate", pools=pools) as (config, run, tokenizer):
         request = replace(request, config=config)
         origin = sample_origin(config, run, tokenizer, request.author)
         store = TrajectoryStore(folder, origin.tokenizer_fingerprint)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from distill_system.cluster import require_room
@@ -24,19 +23,13 @@ from distill_system.run.preparation import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """config: with the day and the folders that the run has.  tokenizer: the run's."""
-
-    config: RunConfig
-    run: RunDirectory
-    tokenizer: Any
-
-
 @contextmanager
-def opened(config: RunConfig, command: str, *, pools: Collection[str]) -> Iterator[Opened]:
-    """The run's folder, locked while a block plans the work; a failure in it leaves no trace.
+def opened(
+    config: RunConfig, command: str, *, pools: Collection[str]
+) -> Iterator[tuple[RunConfig, RunDirectory, Any]]:
+    """The configuration with the run's day and folders, the run's folder, and its tokenizer.
 
+    The folder is locked while a block plans the work; a failure in it leaves no trace.
     command: for messages.  pools: the workers that it will start.
     Raises: DistillError for what the run could not be either, and for encoder-decoders.
     """
@@ -50,8 +43,7 @@ def opened(config: RunConfig, command: str, *, pools: Collection[str]) -> Iterat
         tokenizer = prepare_tokenizer(config, run)
         if has_encoder(config):
             raise ConfigError(
-                f"{command}: the stores of samples and of what is said of them do not know the "
-                "prompts of encoder-decoders yet"
+                f"{command}: the store does not know the prompts of encoder-decoders yet"
             )
-        yield Opened(config, run, tokenizer)
+        yield config, run, tokenizer
         begin()

@@ -13,10 +13,12 @@ with its prompt if it has one, where the paper scores windows of a packed corpus
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import pyarrow
@@ -32,7 +34,7 @@ from distill_system.data.stored_rows import TRAJECTORY_SCHEMA, trajectory_column
 from distill_system.errors import ConfigError, ModelError
 from distill_system.observe import LiveView
 from distill_system.offline.cached_targets import compute_targets, require_single_ranks
-from distill_system.offline.opening import Opened, opened
+from distill_system.offline.opening import opened
 from distill_system.records import Author, Trajectory
 from distill_system.run.model_checks import check_folders, check_models
 from distill_system.run.sample_origin import sample_origin
@@ -43,10 +45,9 @@ LearnedSet = Literal["plain_text", "student_sft", "teacher_sft"]
 
 LOGPROBS = TeacherNeeds(logprobs=True)
 ROWS_PER_CALL = 1024
-ROWS_PER_ROUND = 200_000
-"""Rows that travel to Ray's object store together; each round loads the models anew."""
 ROWS_READ_AT_ONCE = 4096
-KEPT_FILE = "kept.jsonl"
+EXTREMES = 5
+BINS, BAR, MOST_SHOWN = 12, 40, 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +83,14 @@ class RowScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowSelection:
-    """scores: of all rows, in their order.  kept: ids.  examples: of those that have been kept in
-    mind to be shown.  path: the file of the rows kept."""
+    """scores: of all rows, in their order.  kept: ids.  path: the file of the rows kept.
+    best, worst: a few scores with their examples."""
 
     scores: tuple[RowScore, ...]
     kept: frozenset[str]
-    examples: Mapping[str, Example]
     path: Path
+    best: tuple[tuple[RowScore, Example], ...]
+    worst: tuple[tuple[RowScore, Example], ...]
 
 
 def select(request: SelectRequest) -> RowSelection:
@@ -98,33 +100,46 @@ def select(request: SelectRequest) -> RowSelection:
         scored is in the folder.
     """
     require_single_ranks(request.config, "select")
-    name = _set_name(request)
-    out = request.out.absolute()
-    with opened(request.config, "select", pools=["teacher_scoring"]) as found:
-        config, tokenizer = found.config, found.tokenizer
+    name, out = _set_name(request), request.out.absolute()
+    with opened(request.config, "select", pools=["teacher_scoring"]) as (config, run, tokenizer):
         reference = _resolve(request.reference)
         _check_reference(config, reference, tokenizer)
-        teacher = sample_origin(config, found.run, tokenizer, Author.TEACHER).model
+        teacher = sample_origin(config, run, tokenizer, Author.TEACHER).model
         ends = stop_token_ids(config, tokenizer)
         data = load_run_data(config, tokenizer, [name], stop_token_ids=ends)
         rows: Sequence[Trajectory] = getattr(data, name)
-        stores = [_open_store(config, out, path) for path in (teacher, reference)]
+        stores = {path: _open_store(config, out, path) for path in (teacher, reference)}
     with LiveView(f"{config.name}: {out}") as view:
         view.note(f"{len(rows)} sequences of data.{name}, read by {teacher} and by {reference}")
-        _fill(found, rows, dict(zip((teacher, reference), stores, strict=True)), view)
-    scores = score_rows(rows, *stores)
+        _fill(config, tokenizer, rows, stores, view)
+    scores = score_rows(rows, stores[teacher], stores[reference])
     kept = choose(scores, keep=request.keep, at_least=request.at_least)
     if not kept:
-        best = max(each.score for each in scores)
         raise ConfigError(
             f"--at-least {request.at_least}: no row of data.{name} scores as much, the best has "
-            f"{best:.4f} nats per token; lower it"
+            f"{max(each.score for each in scores):.4f} nats per token; lower it"
         )
-    shown = {each.row_id for each in _extremes(scores)}
-    path = out / KEPT_FILE
+    by_score = sorted(scores, key=lambda each: each.score)
+    best, worst = by_score[::-1][:EXTREMES], by_score[:EXTREMES]
+    shown = {each.row_id: each for each in (*best, *worst)}
+    path, examples = out / "kept.jsonl", dict[str, Example]()
     reader = SetReader(config, tokenizer, ends)
-    examples = _write_kept(_examples(reader, config, name), scores, kept, shown, path, name=name)
-    return RowSelection(scores=tuple(scores), kept=kept, examples=examples, path=path)
+    batches = reader.row_batches(name, getattr(config.data, name), name != PLAIN_TEXT)
+    said = {each.row_id: each for each in scores if each.row_id in kept}
+    with _replaced(path) as file:
+        for row in chain.from_iterable(batches):
+            if row.row_id in shown:
+                examples[row.row_id] = row.example
+            if row.row_id in said:
+                form = _form(row.example, said[row.row_id], is_text=name == PLAIN_TEXT)
+                file.write(json.dumps(form, ensure_ascii=False) + "\n")
+    return RowSelection(
+        scores=tuple(scores),
+        kept=kept,
+        path=path,
+        best=tuple((each, examples[each.row_id]) for each in best),
+        worst=tuple((each, examples[each.row_id]) for each in worst),
+    )
 
 
 def score_rows(
@@ -156,6 +171,27 @@ def choose(
         return frozenset(each.row_id for each in scores if each.score >= at_least)
     best_first = sorted(scores, key=lambda each: -each.score)
     return frozenset(each.row_id for each in best_first[: max(1, round(keep * len(scores)))])
+
+
+def describe(selection: RowSelection) -> str:
+    """What was kept, a histogram of all scores, and the best and worst rows, as lines of text."""
+    values = np.array([each.score for each in selection.scores])
+    threshold = min(each.score for each in selection.scores if each.row_id in selection.kept)
+    lines = [
+        f"{len(selection.kept)} of {values.size} rows kept, with a score of {threshold:+.4f} nats "
+        f"per token or more; mean of all {values.mean():+.4f}"
+    ]
+    counts, edges = np.histogram(values, bins=BINS)
+    for count, low, high in zip(counts.tolist(), edges, edges[1:], strict=False):
+        bar = "█" * round(BAR * count / counts.max())
+        lines.append(f"  {low:+9.4f} to {high:+9.4f}  {bar} {count}")
+    for title, some in (("best", selection.best), ("worst", selection.worst)):
+        lines.append(f"{title}:")
+        for each, example in some:
+            text = json.dumps(example.prompt, ensure_ascii=False)[:MOST_SHOWN]
+            answer = "" if example.answer is None else f" -> {example.answer[:MOST_SHOWN]!r}"
+            lines.append(f"  {each.score:+9.4f}  {example.row}: {text}{answer}")
+    return "\n".join(lines)
 
 
 def _set_name(request: SelectRequest) -> LearnedSet:
@@ -194,134 +230,59 @@ def _key(row: Trajectory) -> str:
 
 
 def _fill(
-    found: Opened, rows: Sequence[Trajectory], stores: Mapping[str, TargetStore], view: LiveView
+    config: RunConfig,
+    tokenizer: Any,
+    rows: Sequence[Trajectory],
+    stores: Mapping[str, TargetStore],
+    view: LiveView,
 ) -> None:
-    """Let each model read what it has not read; stores by the model's path."""
-    # Of rows with equal tokens one is read.
+    """Let each model read what it has not read, of rows with equal tokens one; stores by path."""
     places = {_key(row): at for at, row in enumerate(rows)}
     todo = {path: [k for k in places if k not in store] for path, store in stores.items()}
     if not any(todo.values()):
         return
-    with ClusterSession(found.config, notify=view.note):
-        for path, missing in todo.items():
-            done = first = len(places) - len(missing)
+    schema = pyarrow.schema([pyarrow.field("key", pyarrow.string()), *TRAJECTORY_SCHEMA])
+    with ClusterSession(config, notify=view.note):
+        for path, keys in todo.items():
+            done = first = len(places) - len(keys)
             task = view.start(f"read by {Path(path).name}", len(places), first_step=first)
-            for said in _read(found, rows, places, missing, path, stores[path].reading):
+            columns = trajectory_columns([rows[places[key]] for key in keys])
+            read = compute_targets(
+                config,
+                pyarrow.table({"key": keys, **columns}, schema=schema),
+                arguments=scorer_arguments(config, tokenizer, path),
+                needs=LOGPROBS,
+                reading=stores[path].reading,
+                most_rows=ROWS_PER_CALL,
+            )
+            for said in read if keys else ():
                 stores[path].append(said)
                 done += said.num_rows
                 task.update(done, {"rows/s": (done - first) / task.elapsed_seconds})
             task.finish()
 
 
-def _read(
-    found: Opened,
-    rows: Sequence[Trajectory],
-    places: Mapping[str, int],
-    keys: Sequence[str],
-    path: str,
-    reading: str,
-) -> Iterator[pyarrow.Table]:
-    schema = pyarrow.schema([pyarrow.field("key", pyarrow.string()), *TRAJECTORY_SCHEMA])
-    for start in range(0, len(keys), ROWS_PER_ROUND):
-        some = keys[start : start + ROWS_PER_ROUND]
-        columns = trajectory_columns([rows[places[key]] for key in some])
-        yield from compute_targets(
-            found.config,
-            pyarrow.table({"key": some, **columns}, schema=schema),
-            arguments=scorer_arguments(found.config, found.tokenizer, path),
-            needs=LOGPROBS,
-            reading=reading,
-            most_rows=ROWS_PER_CALL,
-        )
-
-
-def _examples(
-    reader: SetReader, config: RunConfig, name: LearnedSet
-) -> Iterator[tuple[str, Example]]:
-    """The rows of the set once more, as they were read."""
-    source = getattr(config.data, name)
-    for batch in reader.row_batches(name, source, name != PLAIN_TEXT):
-        yield from ((row.row_id, row.example) for row in batch)
-
-
-def _write_kept(
-    examples: Iterator[tuple[str, Example]],
-    scores: Sequence[RowScore],
-    kept: Collection[str],
-    shown: Collection[str],
-    path: Path,
-    *,
-    name: LearnedSet,
-) -> dict[str, Example]:
-    """Write the rows that are kept, in their order; returns those that are shown."""
-    by_id = {each.row_id: each for each in scores}
-    found: dict[str, Example] = {}
+@contextmanager
+def _replaced(path: Path) -> Iterator[TextIO]:
+    """A file that takes the path once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
-        for row_id, example in examples:
-            if row_id in shown:
-                found[row_id] = example
-            if row_id in kept:
-                said = by_id[row_id]
-                form = {
-                    **_form(example, is_text=name == PLAIN_TEXT),
-                    "score": said.score,
-                    "teacher_logprob": said.teacher,
-                    "reference_logprob": said.reference,
-                }
-                file.write(json.dumps(form, ensure_ascii=False) + "\n")
+        yield file
     partial.replace(path)
-    return found
 
 
-def _form(example: Example, *, is_text: bool) -> dict[str, Any]:
-    """A row that a source without `fields` reads as this example."""
+def _form(example: Example, said: RowScore, *, is_text: bool) -> dict[str, Any]:
+    """A row with its scores, which a source without `fields` reads as this example."""
     if is_text:
-        return {"text": example.prompt}
-    if isinstance(example.prompt, str):
+        row: dict[str, Any] = {"text": example.prompt}
+    elif isinstance(example.prompt, str):
         accepted = list(example.references)
         several = len(accepted) > 1 and accepted[0] == example.answer
-        return {"prompt": example.prompt, "response": accepted if several else example.answer}
-    answer = example.reply or {"role": "assistant", "content": example.answer}
-    tools = {"tools": list(example.tools)} if example.tools else {}
-    return {"messages": [*example.prompt, answer], **tools}
-
-
-# ---- for people ----------------------------------------------------------------------------------
-
-EXTREMES = 5
-BINS, BAR = 12, 40
-MOST_SHOWN = 100
-
-
-def describe(selection: RowSelection) -> str:
-    """What was kept, a histogram of all scores, and the best and worst rows, as lines of text."""
-    values = np.array([each.score for each in selection.scores])
-    threshold = min(each.score for each in selection.scores if each.row_id in selection.kept)
-    lines = [
-        f"{len(selection.kept)} of {values.size} rows kept, with a score of {threshold:+.4f} nats "
-        f"per token or more; mean of all {values.mean():+.4f}"
-    ]
-    counts, edges = np.histogram(values, bins=BINS)
-    for count, low, high in zip(counts.tolist(), edges, edges[1:], strict=False):
-        bar = "█" * round(BAR * count / counts.max())
-        lines.append(f"  {low:+9.4f} to {high:+9.4f}  {bar} {count}")
-    for title, some in zip(("best", "worst"), _ends(selection.scores), strict=True):
-        lines.append(f"{title}:")
-        for each in some:
-            example = selection.examples[each.row_id]
-            text = json.dumps(example.prompt, ensure_ascii=False)[:MOST_SHOWN]
-            answer = "" if example.answer is None else f" -> {example.answer[:MOST_SHOWN]!r}"
-            lines.append(f"  {each.score:+9.4f}  {example.row}: {text}{answer}")
-    return "\n".join(lines)
-
-
-def _ends(scores: Sequence[RowScore]) -> tuple[list[RowScore], list[RowScore]]:
-    best_first = sorted(scores, key=lambda each: -each.score)
-    return best_first[:EXTREMES], best_first[::-1][:EXTREMES]
-
-
-def _extremes(scores: Sequence[RowScore]) -> list[RowScore]:
-    best, worst = _ends(scores)
-    return [*best, *worst]
+        row = {"prompt": example.prompt, "response": accepted if several else example.answer}
+    else:
+        answer = example.reply or {"role": "assistant", "content": example.answer}
+        tools = {"tools": list(example.tools)} if example.tools else {}
+        row = {"messages": [*example.prompt, answer], **tools}
+    logprobs = {"teacher_logprob": said.teacher, "reference_logprob": said.reference}
+    return {**row, "score": said.score, **logprobs}

@@ -65,6 +65,11 @@ class GenerationRequest:
         """Of the trajectory that answers it."""
         return f"{self.label}/{author}/{self.prompt.sample_id}"
 
+    @property
+    def sample_seed(self) -> int:
+        """Of this prompt's own sample, whatever else is written beside it."""
+        return derive_seed(self.seed, "rollout", self.label, self.prompt.sample_id)
+
 
 class RolloutWorker:
     """Writes responses with one model, the student or the frozen teacher, in one engine.
@@ -152,17 +157,20 @@ class RolloutWorker:
         holds a token that the model does not know; TransferError after a failed weight update.
         """
         self._check_weights()
-        prompts = count_occurrences(prompts)
-        for prompt in prompts:
-            self._check_prompt(prompt, sampling)
+        requests = [
+            GenerationRequest(prompt=prompt, label=label, sampling=sampling, seed=seed)
+            for prompt in count_occurrences(prompts)
+        ]
+        for request in requests:
+            self._check_prompt(request)
         completions = self._engine.complete(
-            [prompt.ids_for(self._author) for prompt in prompts],
+            [request.prompt.ids_for(self._author) for request in requests],
             sampling,
-            [derive_seed(seed, "rollout", label, prompt.sample_id) for prompt in prompts],
+            [request.sample_seed for request in requests],
         )
         return [
-            make_trajectory(prompt, completion, author=self._author, sampling=sampling, label=label)
-            for prompt, completion in zip(prompts, completions, strict=True)
+            make_trajectory(request, completion, self._author)
+            for request, completion in zip(requests, completions, strict=True)
         ]
 
     def advance(self, requests: Sequence[GenerationRequest], seconds: float) -> DecodeSlice:
@@ -176,21 +184,17 @@ class RolloutWorker:
         """
         started = time.perf_counter()
         for request in requests:
-            self._check_prompt(request.prompt, request.sampling)
+            self._check_prompt(request)
         for request in requests:
-            name = request.name(self._author)
-            sample_seed = derive_seed(
-                request.seed, "rollout", request.label, request.prompt.sample_id
-            )
-            prompt_ids = request.prompt.ids_for(self._author)
-            self._engine.add(name, prompt_ids, request.sampling, sample_seed)
+            name, prompt_ids = request.name(self._author), request.prompt.ids_for(self._author)
+            self._engine.add(name, prompt_ids, request.sampling, request.sample_seed)
             self._requests[name] = request
         if not self._holds_whole_weights:
             time.sleep(seconds)
             return DecodeSlice(trajectories=(), version=self._engine.version, busy_seconds=0.0)
         finished = self._engine.decode(seconds)
         trajectories = tuple(
-            self._make_trajectory(self._requests.pop(name), completion)
+            make_trajectory(self._requests.pop(name), completion, self._author)
             for name, completion in finished.items()
         )
         return DecodeSlice(
@@ -203,15 +207,6 @@ class RolloutWorker:
         """Forget every request that `advance` took in and has not answered."""
         self._engine.drop(list(self._requests))
         self._requests.clear()
-
-    def _make_trajectory(self, request: GenerationRequest, completion: Completion) -> Trajectory:
-        return make_trajectory(
-            request.prompt,
-            completion,
-            author=self._author,
-            sampling=request.sampling,
-            label=request.label,
-        )
 
     def init_weight_transfer_engine(self, init_info: dict[str, object]) -> None:
         """Join the group that weights travel in, leaving an earlier one.
@@ -280,9 +275,9 @@ class RolloutWorker:
                 "worker"
             )
 
-    def _check_prompt(self, prompt: Prompt, sampling: Sampling) -> None:
-        prompt_ids = prompt.ids_for(self._author)
-        num_tokens, most = prompt_ids.size, sampling.max_response_tokens
+    def _check_prompt(self, request: GenerationRequest) -> None:
+        prompt, prompt_ids = request.prompt, request.prompt.ids_for(self._author)
+        num_tokens, most = prompt_ids.size, request.sampling.max_response_tokens
         if num_tokens + most > self._max_model_length:
             raise DataError(
                 f"prompt {prompt.prompt_id!r} does not fit {self._name}: {num_tokens} prompt "
@@ -300,22 +295,23 @@ class RolloutWorker:
 
 
 def make_trajectory(
-    prompt: Prompt, completion: Completion, *, author: Author, sampling: Sampling, label: str
+    request: GenerationRequest, completion: Completion, author: Author
 ) -> Trajectory:
     """The record of one completion.  Raises: RecordError if the engine's arrays disagree."""
-    versions = completion.version_spans if author is Author.STUDENT else ()
+    prompt, is_student = request.prompt, author is Author.STUDENT
+    versions = completion.version_spans if is_student else ()
     return Trajectory(
-        trajectory_id=f"{label}/{author}/{prompt.sample_id}",
+        trajectory_id=request.name(author),
         prompt_id=prompt.prompt_id,
         author=author,
         token_ids=np.concatenate([prompt.token_ids, completion.token_ids]),
         num_prompt_tokens=int(prompt.token_ids.size),
         behaviour_logprobs=completion.logprobs,
-        temperature=sampling.temperature,
+        temperature=request.sampling.temperature,
         finish=Finish(completion.finish_reason),
         weight_versions=tuple(
             VersionSpan(version=version, start=start, end=end) for version, start, end in versions
         ),
-        kept_ids=completion.kept_ids if author is Author.STUDENT else None,
+        kept_ids=completion.kept_ids if is_student else None,
         teacher_prompt_ids=prompt.teacher_ids,
     )

@@ -229,7 +229,7 @@ class TeacherScorer:
             made["top_k_ids"], made["top_k_logprobs"] = read_top_k(
                 hidden_NH,
                 unembedding_VH,
-                k=needs.top_k,
+                k=min(needs.top_k, len(unembedding_VH)),  # a small vocabulary has no more
                 chunk_tokens=self.chunk_tokens,
                 logit_cap=cap,
             )

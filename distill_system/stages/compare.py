@@ -23,8 +23,9 @@ from distill_system.config.recipes import recipe_path
 from distill_system.errors import ConfigError, RunStateError
 from distill_system.observe import RunDirectory
 from distill_system.observe.run_lock import locked
+from distill_system.planning import read_shape
 from distill_system.run.context import model_path
-from distill_system.run.model_checks import check_engine
+from distill_system.run.model_checks import check_engine, check_folders
 from distill_system.run.preparation import on_day, run_directory
 from distill_system.stages.pilot import plan_steps
 from distill_system.stages.processes import Job, run_jobs
@@ -40,6 +41,8 @@ class ComparisonRequest:
     """The arguments of `distill-system compare`.
 
     paths, overrides: the base configuration.  objectives: names of methods, or their YAML files.
+    teachers: folders or hub names of teachers that are compared instead; with the configuration's
+    objective, or the one of `objectives`.
     seeds: runs of each objective, with the seeds 0, 1, ...
     budget: the quantity that is equal for all objectives.  budget_value: how much of it; None: what
     the base configuration's steps cost the first objective.  at_once: runs side by side.
@@ -47,7 +50,8 @@ class ComparisonRequest:
 
     paths: Sequence[str]
     overrides: Sequence[str] = ()
-    objectives: Sequence[str]
+    objectives: Sequence[str] = ()
+    teachers: Sequence[str] = ()
     seeds: int = 3
     budget: Budget = "updates"
     budget_value: float | None = None
@@ -63,7 +67,8 @@ def compare(request: ComparisonRequest, *, notify: Callable[[str], None]) -> Pat
         the tables are written if every run failed.
     """
     _check(request)
-    base = load_config(request.paths, request.overrides)
+    first = _of_teacher(request.teachers[0]) if request.teachers else []
+    base = load_config(request.paths, [*request.overrides, *first])
     require_one_run(base, "compare")
     check_engine(base)
     folder = run_directory(base).path
@@ -78,11 +83,15 @@ def _compare(
     """Shared fine-tuning, every run, and the tables, in a folder that is ours alone."""
     day = _first_day(folder)
     base = on_day(base, day)
-    configs = {name: on_day(config, day) for name, config in _load_objectives(request).items()}
+    load = _load_teachers if request.teachers else _load_objectives
+    configs = {name: on_day(config, day) for name, config in load(request).items()}
     shared = base.model_copy(update={"name": "shared", "runs_directory": str(folder)})
     runs = ("distill", "evaluate")
     start = train(shared, resume="auto", stages=("sft",), followed_by=runs)
-    configs = {name: _from_shared(config, shared, start) for name, config in configs.items()}
+    configs = {
+        name: _from_shared(config, shared, start, keeps_teacher=bool(request.teachers))
+        for name, config in configs.items()
+    }
     seeds = tuple(range(request.seeds))
     steps, value, failed = plan_steps(
         configs, folder, budget=request.budget, value=request.budget_value, notify=notify
@@ -98,9 +107,10 @@ def _compare(
         budget_value=value,
         steps=steps,
         failures=failures,
+        size_ratios=_size_ratios(configs) if request.teachers else {},
     )
     write_plan(folder, plan)
-    jobs = [_job(folder, configs[name], name, seed, steps) for seed in seeds for name in steps]
+    jobs = [_job(folder, configs, name, seed, steps) for seed in seeds for name in steps]
     failures = failures | run_jobs(jobs, at_once=request.at_once, notify=notify)
     write_plan(folder, replace(plan, failures=failures))
     files = write_comparison(folder)
@@ -128,7 +138,9 @@ def _check(request: ComparisonRequest) -> None:
 
     Raises: ConfigError that names the option.
     """
-    if not request.objectives:
+    if request.teachers:
+        _check_teachers(request)
+    elif not request.objectives:
         raise ConfigError(
             "--objectives: expected names of methods or YAML files joined by commas, such as "
             "ammd,gkd, got none"
@@ -146,6 +158,55 @@ def _check(request: ComparisonRequest) -> None:
         raise ConfigError(f"--budget-value: expected a whole number of updates, got {value:g}")
 
 
+def _check_teachers(request: ComparisonRequest) -> None:
+    if len(request.objectives) > 1:
+        raise ConfigError(
+            f"--teachers compares teachers under one objective, got {len(request.objectives)} of "
+            "--objectives: give one, or leave it out for the configuration's own"
+        )
+    labels = [_label(teacher) for teacher in request.teachers]
+    if len({*labels, "shared", "pilot"}) < len(labels) + 2:
+        raise ConfigError(
+            "--teachers: expected folders whose last names differ from one another and from "
+            f"'shared' and 'pilot', got {list(request.teachers)}"
+        )
+
+
+def _label(teacher: str) -> str:
+    return Path(teacher).name
+
+
+def _of_teacher(path: str) -> list[str]:
+    """Overrides with which a pretrained model teaches as it is."""
+    return [f"teacher.path={path}", "teacher.architecture=null", "teacher.sft=null"]
+
+
+def _load_teachers(request: ComparisonRequest) -> dict[str, RunConfig]:
+    """The configuration of each teacher; its folder is looked at before any run."""
+    layers = [recipe_path(name) for name in request.objectives]
+    configs: dict[str, RunConfig] = {}
+    for teacher in request.teachers:
+        overrides = [*request.overrides, *_of_teacher(teacher)]
+        config = load_config([*request.paths, *layers], overrides)
+        check_folders(config)
+        configs[_label(teacher)] = config.model_copy(update={"hub": None})
+    return configs
+
+
+def _size_ratios(configs: Mapping[str, RunConfig]) -> dict[str, float]:
+    """Parameters of each teacher over those of its student."""
+
+    def count(model: ModelConfig, role: str) -> int:
+        assert model.path is not None, "a comparison's models exist by now"
+        trusted = model.trust_remote_code
+        return read_shape(model.path, key=role, trust_remote_code=trusted).num_parameters
+
+    return {
+        name: count(config.teacher, "teacher.path") / count(config.student, "student.path")
+        for name, config in configs.items()
+    }
+
+
 def _load_objectives(request: ComparisonRequest) -> dict[str, RunConfig]:
     """The configuration of each objective; loaded first, so that a mistake shows before any run."""
     configs: dict[str, RunConfig] = {}
@@ -161,7 +222,9 @@ def _load_objectives(request: ComparisonRequest) -> dict[str, RunConfig]:
     return configs
 
 
-def _from_shared(config: RunConfig, shared: RunConfig, start: RunDirectory) -> RunConfig:
+def _from_shared(
+    config: RunConfig, shared: RunConfig, start: RunDirectory, *, keeps_teacher: bool
+) -> RunConfig:
     """The same configuration, starting from the models of the shared fine-tuning."""
 
     def tuned(model: ModelConfig, role: str) -> ModelConfig:
@@ -169,7 +232,7 @@ def _from_shared(config: RunConfig, shared: RunConfig, start: RunDirectory) -> R
         return model.model_copy(update={"path": path, "architecture": None, "sft": None})
 
     changes: dict[str, object] = {
-        "teacher": tuned(config.teacher, "teacher"),
+        "teacher": config.teacher if keeps_teacher else tuned(config.teacher, "teacher"),
         "student": tuned(config.student, "student"),
     }
     if start.tokenizer_directory.exists():
@@ -178,14 +241,20 @@ def _from_shared(config: RunConfig, shared: RunConfig, start: RunDirectory) -> R
 
 
 def _job(
-    folder: Path, config: RunConfig, objective: str, seed: int, steps: Mapping[str, int]
+    folder: Path,
+    configs: Mapping[str, RunConfig],
+    objective: str,
+    seed: int,
+    steps: Mapping[str, int],
 ) -> Job:
+    config = configs[objective]
     changes = {
         "name": f"seed_{seed}",
         "seed": seed,
         "runs_directory": str(folder / objective),
         "distill": config.distill.model_copy(update={"steps": steps[objective]}),
     }
-    same_teacher = tuple(folder / run_key(other, seed) for other in steps)
+    alike = [other for other in steps if configs[other].teacher == config.teacher]
+    same_teacher = tuple(folder / run_key(other, seed) for other in alike)
     own = config.model_copy(update=changes)
     return Job(key=run_key(objective, seed), config=own, same_teacher=same_teacher)

@@ -124,7 +124,7 @@ def _problems_of_data(config: RunConfig, notes: list[str]) -> Iterator[str]:
 
 def _problem_of_all_sets(config: RunConfig, tokenizer: Any) -> str | None:
     names: list[SetName] = ["prompts", "held_out", "evaluation"]
-    trained: list[SetName] = ["teacher_sft", "student_sft", "plain_text"]
+    trained: list[SetName] = ["teacher_sft", "student_sft", "preferences", "plain_text"]
     names += [name for name in trained if getattr(config.data, name) is not None]
     return _problem_of(config, tokenizer, names)
 
@@ -153,7 +153,9 @@ def _sets(config: RunConfig) -> Iterator[tuple[RunConfig, list[SetName], str | N
         ["held_out"],
         _if_remote("held_out", data.held_out),
     )
-    training: list[SetName] = ["prompts", "teacher_sft", "student_sft", "plain_text"]
+    training: list[SetName] = [
+        *("prompts", "teacher_sft", "student_sft", "preferences", "plain_text")
+    ]
     for name in training:
         if getattr(data, name) is not None:
             remote = _if_remote(name, getattr(data, name))

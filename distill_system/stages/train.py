@@ -225,7 +225,11 @@ def find_sets(config: RunConfig, run: RunDirectory, work: Collection[str]) -> li
     sets: list[SetName] = ["held_out", "evaluation"] if {"distill", "evaluate"} & {*work} else []
     if "distill" in work:
         sets.append("prompts")
-        ready: dict[str, SetName] = {"dataset": "student_sft", "store": "stored"}
+        ready: dict[str, SetName] = {
+            "dataset": "student_sft",
+            "store": "stored",
+            "preferences": "preferences",
+        }
         sets += [ready[name] for name in config.distill.off_policy_mixture if name in ready]
         sets += ["plain_text"] if config.distill.plain_text_sequences else []
     if "sft" in work:

@@ -152,8 +152,7 @@ class LockstepStreams(Streams):
 
     def _take_off_policy(self, step: int) -> list[Prompt | Trajectory]:
         weights = self.mixture.weights(self._weights(step))
-        taken = self.mixture.frontier.take(self._sequences(Stream.OFF_POLICY), weights=weights)
-        return [self.mixture.look_up(index) for index in taken]
+        return self.mixture.take(self._sequences(Stream.OFF_POLICY), weights=weights)
 
     def _on_policy(self, step: int) -> Sequence[Trajectory]:
         """What the student writes now, under its newest weights; or wrote, if there is replay."""

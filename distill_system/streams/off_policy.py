@@ -20,13 +20,18 @@ from distill_system.run.sample_origin import PREFIX
 class OffPolicyMixture:
     """Walks over prompts for the teacher, stored samples and rows of data, by their shares.
 
-    The teacher's prompts have the lowest indices, then stored samples, then rows.
+    The teacher's prompts have the lowest indices, then stored samples, then rows. Over preferences
+    it walks alone, pair by pair. Where an objective pairs both streams, the teacher's prompts come
+    in the order of the student's.
     """
 
     def __init__(self, config: RunConfig, data: RunData) -> None:
         mixture = config.distill.off_policy_mixture
         prompts = data.prompts if "teacher" in mixture else ()
         ready = {"store": data.stored, "dataset": data.student_sft}
+        if "preferences" in mixture:
+            ready["preferences"] = data.preferences
+        self._sequences_per_index = 2 if "preferences" in mixture else 1
         self._sets: list[Sequence[Prompt] | Sequence[Trajectory]] = [
             prompts,
             *(rows for name, rows in ready.items() if name in mixture),
@@ -45,7 +50,11 @@ class OffPolicyMixture:
         self._other_shares = [share.weight for share in shares[len(teacher) :]]
         alone = tuple(mixture)
         if alone == ("teacher",):
-            self.frontier = PromptFrontier(teacher, config.seed, "teacher_prompts")
+            pairs = config.distill.objective.pairs_streams
+            purpose = "student_prompts" if pairs else "teacher_prompts"
+            self.frontier = PromptFrontier(teacher, config.seed, purpose)
+        elif alone == ("preferences",):
+            self.frontier = PromptFrontier(len(data.preferences) // 2, config.seed, *alone)
         elif alone == ("dataset",):
             self.frontier = PromptFrontier(len(data.student_sft), config.seed, "dataset_rows")
         else:
@@ -57,6 +66,14 @@ class OffPolicyMixture:
             return None
         whole = sum(of_prompts)
         return [self._prompt_share * each / whole for each in of_prompts] + self._other_shares
+
+    def take(
+        self, count: int, *, weights: Sequence[float] | None = None
+    ) -> list[Prompt | Trajectory]:
+        """The next so many; of preferences both answers of each row."""
+        each = self._sequences_per_index
+        taken = self.frontier.take(count // each, weights=weights)
+        return [self.look_up(each * index + at) for index in taken for at in range(each)]
 
     def look_up(self, index: int) -> Prompt | Trajectory:
         """What stands at an index of the frontier: a prompt to answer, or what is there already."""

@@ -12,6 +12,7 @@ from pydantic import Field
 from distill_system.config.base import ConfigModel
 
 StreamName = Literal["off_policy", "on_policy"]
+RequiredSource = Literal["teacher", "preferences"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -115,6 +116,16 @@ class ObjectiveModel(ConfigModel):
     @abstractmethod
     def needs_teacher_distribution(self) -> bool:
         """Whether the learner rebuilds the teacher's whole distribution from its features."""
+
+    @property
+    def needs_source(self) -> RequiredSource | None:
+        """The one source that the off-policy stream must have; None where any will do."""
+        return None
+
+    @property
+    def pairs_streams(self) -> bool:
+        """Whether both streams are to answer the same prompts in each step."""
+        return False
 
     @property
     def refuses_data(self) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,23 +68,46 @@ def test_a_shutdown_may_take_its_time_and_no_longer(
 
 
 def test_a_question_that_hangs_or_fails_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "nodes", lambda: threading.Event().wait(5.0))
+    monkeypatch.setattr(ray_watch, "read_nodes", lambda seconds: threading.Event().wait(5.0))
     assert ask_for_nodes(0.05) is None
 
-    def fail() -> None:
+    def fail(seconds: float) -> None:
         raise ConnectionError("gone")
 
-    monkeypatch.setattr(ray, "nodes", fail)
+    monkeypatch.setattr(ray_watch, "read_nodes", fail)
     assert ask_for_nodes(0.05) is None
     answers = iter([ConnectionError("it starts anew"), [_node("here")]])
 
-    def come_back() -> object:
+    def come_back(seconds: float) -> object:
         answer = next(answers)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    monkeypatch.setattr(ray, "nodes", come_back)
+    monkeypatch.setattr(ray_watch, "read_nodes", come_back)
     assert ask_for_nodes(5.0) == [_node("here")]
-    monkeypatch.setattr(ray, "nodes", lambda: [_node("here")])
+    monkeypatch.setattr(ray_watch, "read_nodes", lambda seconds: [_node("here")])
     assert ask_for_nodes(5.0) == [_node("here")]
+
+
+def test_a_head_that_has_come_back_without_its_tables_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer(seconds: float) -> None:
+        raise RuntimeError("RPC error: WrongClusterID: Perhaps the client is accessing GCS after")
+
+    monkeypatch.setattr(ray_watch, "read_nodes", answer)
+    monkeypatch.setattr(ray_watch, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=str))
+    said: list[str] = []
+    ended = threading.Event()
+
+    def end(problem: str) -> None:
+        said.append(problem)
+        ended.set()
+
+    watched = RayWatch(end=end)
+    watched.begin()
+    assert ended.wait(5.0)
+    watched.stop()
+    assert "come back without its tables" in said[0]

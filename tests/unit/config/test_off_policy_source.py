@@ -52,7 +52,7 @@ def test_what_is_no_source_is_refused_once_with_what_is_expected(source):
         load(source, STORE)
     said = str(told.value)
     assert "has 1 problem" in said
-    assert "expected 'teacher', 'store' or 'dataset', or weights > 0 of some of them" in said
+    assert "expected 'teacher', 'store', 'dataset' or 'preferences', or weights > 0 of" in said
     assert "distill.off_policy_source (override" in said
 
 

@@ -16,6 +16,12 @@ MATCHING = "distill.objective={type: token_matching, "
 
 SHARED = ("pools.learner.gpus=0.5", "pools.student_rollout.gpus=0.5")
 ASLEEP = ("rollout.teacher_engine.sleep_when_idle=true", "pools.teacher_rollout.gpus=1")
+PREFER = ("distill.objective.type=preference",)
+OF_ROWS = (
+    "distill.objective={type: preference, pairs: data}",
+    "distill.off_policy_source=preferences",
+    "data.preferences={type: jsonl, path: pairs.jsonl}",
+)
 TEXT = ("data.plain_text={type: jsonl, path: texts.jsonl}", "distill.language_model={}")
 PRETRAINED = (
     "student={path: somewhere, architecture: null, sft: null}",
@@ -218,6 +224,38 @@ CASES = {
         (*TEXT, "pools.learner.count=3", "distill.language_model.sequences_per_step=2"),
         (*TEXT, "pools.learner.count=3", "distill.language_model.sequences_per_step=3"),
         "distill.language_model.sequences_per_step must be at least pools.learner.count=3",
+    ),
+    "pairs of data for an objective that knows none": (
+        ("distill.off_policy_source=preferences", OF_ROWS[2]),
+        OF_ROWS,
+        "off_policy_source=preferences brings pairs: expected objective=",
+    ),
+    "pairs that are not given": (OF_ROWS[:2], OF_ROWS, "needs pairs: give data.preferences"),
+    "the better answers from elsewhere": (
+        (*PREFER, "distill.off_policy_source=dataset"),
+        PREFER,
+        "reads one source: expected off_policy_source=teacher, got dataset",
+    ),
+    "a pair with one half": (
+        (*PREFER, "distill.teacher_prompts_per_step=8"),
+        (*PREFER, "distill.teacher_prompts_per_step=8", "distill.student_prompts_per_step=8"),
+        "expected teacher_prompts_per_step=64, as many as the student's, got 8",
+    ),
+    "half a pair": (
+        (*OF_ROWS, "distill.teacher_prompts_per_step=7"),
+        (*OF_ROWS, "distill.teacher_prompts_per_step=6"),
+        "expected an even sum of .* got 71",
+    ),
+    "pairs that age": ((*OF_ROWS, AHEAD), OF_ROWS, "expected staleness.max_staleness=0, got 2"),
+    "answers to a prompt in two steps": (
+        (*PREFER, AHEAD, f"{STALENESS}.too_old=reissue"),
+        (*PREFER, AHEAD),
+        "expected staleness.too_old=wait and importance=none, got reissue and none",
+    ),
+    "pairs of which one half may be left out": (
+        (*OF_ROWS, "data.preferences.leave_out_empty=true"),
+        (*OF_ROWS, "data.preferences.max_response_tokens=9"),
+        "preferences: leave_out_empty and leave_out_refused would leave out one half",
     ),
     "texts by the length of answers that they have not": (
         (*TEXT, "data.plain_text.max_response_tokens=9"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from trajectories import make_trajectories
 
-from distill_system.learner.collate import StreamTotals, collate
+from distill_system.learner.collate import StreamTotals, collate, number_pairs
 from distill_system.records import (
     Author,
     Stream,
@@ -76,6 +76,36 @@ def both():
         TEXT: StreamTotals(num_tokens=500, num_sequences=20),
     }
     return chunks, totals, {OFF: off, ON: on, TEXT: texts}
+
+
+def test_answers_to_one_prompt_are_a_pair_whoever_holds_them():
+    """On every rank by the same number: of the student's text, and of rejected answers."""
+    better = make_trajectories(3, Author.TEACHER)
+    twice = replace(better[0], trajectory_id="again")  # its prompt stands twice in the step
+    off = [*better, twice]
+    on = [replace(t, trajectory_id=f"own {t.trajectory_id}") for t in _student(3)]
+    on = [replace(t, prompt_id=name) for t, name in zip(on, ("p2", "p0", "p9"), strict=True)]
+    totals = {ON: StreamTotals.of(on), OFF: StreamTotals.of(off)}
+    numbers = number_pairs(totals)
+    assert numbers[ON, on[0].trajectory_id] == numbers[OFF, better[2].trajectory_id]
+    assert numbers[ON, on[1].trajectory_id] == numbers[OFF, better[0].trajectory_id]
+    assert len(set(numbers.values())) == 5
+    chunks = [TrajectoryChunk(stream=OFF, trajectories=tuple(off[2:]))]
+    batch = collate(chunks, (), totals, CPU)  # a rank that holds two of the four
+    rows = batch.stream_rows(OFF, torch.zeros(batch.sequences.token_ids_N.shape[0], 2))
+    expected = [numbers[OFF, t.trajectory_id] for t in off[2:]]
+    assert rows.pairs.numbers_S.tolist() == expected
+    assert rows.pairs.is_worse_S.tolist() == [False, False]
+    assert rows.pairs.num_pairs == 5
+
+    data = make_trajectories(2, Author.DATASET)
+    data[1] = replace(data[1], trajectory_id="preferences.rejected:7", prompt_id=data[0].prompt_id)
+    totals = {OFF: StreamTotals.of(data)}
+    rows = collate(
+        [TrajectoryChunk(stream=OFF, trajectories=tuple(data))], (), totals, CPU
+    ).stream_rows(OFF, torch.zeros(sum(t.num_response_tokens for t in data), 2))
+    assert rows.pairs.numbers_S.tolist() == [0, 0]
+    assert rows.pairs.is_worse_S.tolist() == [False, True]
 
 
 def _joined(trajectories, read):

@@ -13,6 +13,7 @@ from distill_system.config.objective import (
     HELD_OUT,
     AmmdConfig,
     MinillmConfig,
+    PreferenceConfig,
     TokenMatchingConfig,
 )
 from distill_system.config.objective.ammd import AdvantageConfig
@@ -35,6 +36,7 @@ OBJECTIVES = (
         ),
     ),
     MinillmConfig(type="minillm"),
+    PreferenceConfig(type="preference"),
 )
 """One of each kind, with everything on that has a metric of its own."""
 

@@ -22,6 +22,7 @@ from distill_system.config.objective import AmmdConfig, ObjectiveConfig, TokenMa
 from distill_system.config.objective.ammd import AdvantageConfig
 from distill_system.config.objective.token_losses import SinkhornConfig, TokenLossConfig
 from distill_system.objectives import (
+    PairRows,
     PolicyHeads,
     TeacherRows,
     TokenRows,
@@ -145,6 +146,11 @@ class Problem:
             num_global_tokens=tokens,
             num_global_sequences=tokens // 8,
             teacher=self._teacher(self.features[stream], needs.top_k),
+            pairs=PairRows(
+                numbers_S=torch.arange(tokens // 8),
+                is_worse_S=torch.full((tokens // 8,), stream == 1),
+                num_pairs=tokens // 8,
+            ),
         )
 
     def _teacher(self, features, k):

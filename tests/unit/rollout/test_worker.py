@@ -17,6 +17,7 @@ from distill_system.rollout.worker import GenerationRequest, RolloutWorker, make
 
 PROMPT = Prompt(prompt_id="p7", token_ids=np.array([5, 6], np.int32), text="a b")
 SAMPLING = Sampling(temperature=0.5, max_response_tokens=3)
+REQUEST = GenerationRequest(prompt=PROMPT, label="step-1", sampling=SAMPLING, seed=4)
 COMPLETION = Completion(
     token_ids=np.array([9, 8, 2], np.int32),
     logprobs=np.array([-1.0, -0.5, -0.25], np.float32),
@@ -37,9 +38,7 @@ def _worker(model_path: str) -> RolloutWorker:
 
 
 def test_a_students_completion_becomes_a_trajectory_with_its_versions() -> None:
-    trajectory = make_trajectory(
-        PROMPT, COMPLETION, author=Author.STUDENT, sampling=SAMPLING, label="step-1"
-    )
+    trajectory = make_trajectory(REQUEST, COMPLETION, Author.STUDENT)
     assert trajectory.trajectory_id == "step-1/student/p7"
     assert trajectory.token_ids.tolist() == [5, 6, 9, 8, 2]
     assert trajectory.token_ids.dtype == np.int32
@@ -53,10 +52,7 @@ def test_a_students_completion_becomes_a_trajectory_with_its_versions() -> None:
 
 
 def test_a_teachers_trajectory_carries_no_weight_version() -> None:
-    trajectory = make_trajectory(
-        PROMPT, COMPLETION, author=Author.TEACHER, sampling=SAMPLING, label="step-1"
-    )
-    assert trajectory.weight_versions == ()
+    assert make_trajectory(REQUEST, COMPLETION, Author.TEACHER).weight_versions == ()
 
 
 def test_an_empty_response_is_refused_with_its_id() -> None:
@@ -67,7 +63,7 @@ def test_an_empty_response_is_refused_with_its_id() -> None:
         version_spans=(),
     )
     with pytest.raises(RecordError, match="step-1/teacher/p7"):
-        make_trajectory(PROMPT, empty, author=Author.TEACHER, sampling=SAMPLING, label="step-1")
+        make_trajectory(REQUEST, empty, Author.TEACHER)
 
 
 def test_a_folder_that_holds_no_model_is_named_in_an_error_that_travels(tmp_path: Path) -> None:
@@ -154,9 +150,6 @@ def _working(engine: FakeEngine) -> RolloutWorker:
     worker = _worker("no such folder")
     worker._engine = engine  # type: ignore[assignment]  # instead of one that loads a model
     return worker
-
-
-REQUEST = GenerationRequest(prompt=PROMPT, label="step-1", sampling=SAMPLING, seed=4)
 
 
 @pytest.mark.parametrize("failing_call", ["start_weight_update", "update_weights"])

@@ -23,7 +23,7 @@ def object_store() -> Iterator[str]:
 
     moto is no part of the dev extra: it would bring boto3 and a web framework for this alone.
     """
-    server = pytest.importorskip("moto.server", reason="moto[server,s3] is not installed")
+    server = pytest.importorskip("moto.server", reason="moto[s3] and flask are not installed")
     boto3 = pytest.importorskip("boto3")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("AWS_ACCESS_KEY_ID", "a")

@@ -76,6 +76,19 @@ def test_targets_equal_a_dense_read_of_each_trajectory_alone(tiny_model_folder, 
         )
 
 
+def test_of_a_vocabulary_smaller_than_what_is_asked_for_every_token_is_told(tiny_model_folder):
+    chunk = TrajectoryChunk(stream=Stream.ON_POLICY, trajectories=tuple(make_trajectories(2)))
+    scorer = TeacherScorer(
+        model_path=str(tiny_model_folder()),
+        config=ScoringConfig(),
+        vocabulary_chunk_tokens=5,
+        uses_gpu=False,
+        vocabulary_size=9,
+    )
+    for target in scorer.score(chunk, TeacherNeeds(top_k=16)):
+        assert np.sort(target.top_k_ids).tolist() == [list(range(9))] * target.num_tokens
+
+
 def test_log_probabilities_come_back_in_order_from_all_scorers(tiny_model_folder):
     folder, written = tiny_model_folder(), _with_contexts(make_trajectories(7))
     scorers = [_scorer(folder, max_tokens_per_batch=30) for _ in range(3)]

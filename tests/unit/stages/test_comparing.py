@@ -10,15 +10,23 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from tiny_families import save_family
 from typer.testing import CliRunner
 
 from distill_system.cli import app
 from distill_system.config import dump_config, load_config
+from distill_system.config.model import ModelConfig
 from distill_system.config.recipes import recipe_path
-from distill_system.errors import ConfigError, DataError, RunStateError
+from distill_system.errors import ConfigError, DataError, ModelError, RunStateError
 from distill_system.observe import RunDirectory
 from distill_system.observe.run_directory import write_json, write_text
-from distill_system.stages.compare import ComparisonRequest, _load_objectives, compare
+from distill_system.stages.compare import (
+    ComparisonRequest,
+    _load_objectives,
+    _load_teachers,
+    _size_ratios,
+    compare,
+)
 from distill_system.stages.pilot import PILOT_STEPS, plan_steps
 from distill_system.stages.processes import TRAIN, Job, run_jobs
 
@@ -271,3 +279,48 @@ def _wait_for(path):
     while not path.exists():
         assert time.monotonic() < deadline, f"no {path.name}"
         time.sleep(0.02)
+
+
+def test_teachers_are_compared_under_one_objective(tmp_path):
+    paths = [str(save_family(tmp_path / name, "llama")) for name in ("small", "large")]
+    request = ComparisonRequest(
+        paths=[QUICKSTART],
+        overrides=["tokenizer={type: pretrained}"],
+        objectives=["gkd"],
+        teachers=paths,
+    )
+    configs = _load_teachers(request)
+    assert [c.teacher.path for c in configs.values()] == paths
+    assert list(configs) == ["small", "large"]
+    assert all(c.teacher.sft is None and c.teacher.architecture is None for c in configs.values())
+    assert len({c.distill.objective.type for c in configs.values()}) == 1
+    student = {"student": ModelConfig(path=paths[0])}
+    ratios = _size_ratios({name: c.model_copy(update=student) for name, c in configs.items()})
+    assert ratios == {"small": 1.0, "large": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"teachers": ["a/t", "b/t"]}, "last names differ"),
+        ({"teachers": ["a/shared"]}, "from 'shared' and 'pilot'"),
+        ({"teachers": ["a"], "objectives": ["gkd", "ammd"]}, "under one objective, got 2"),
+    ],
+)
+def test_teachers_that_cannot_be_told_apart_are_refused(tmp_path, asked, said):
+    request = ComparisonRequest(
+        paths=[QUICKSTART], overrides=[f"runs_directory={tmp_path}"], **asked
+    )
+    with pytest.raises(ConfigError, match=said):
+        compare(request, notify=print)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_that_is_not_there_is_told_before_anything_starts(tmp_path):
+    request = ComparisonRequest(
+        paths=[QUICKSTART],
+        overrides=[f"runs_directory={tmp_path}/runs", "tokenizer={type: pretrained}"],
+        teachers=[str(tmp_path / "nowhere")],
+    )
+    with pytest.raises(ModelError, match="nowhere"):
+        _load_teachers(request)

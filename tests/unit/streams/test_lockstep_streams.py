@@ -60,6 +60,17 @@ TEXT = (
     f"data.plain_text={ROWS}",
     "distill.language_model={weight: 0.5, sequences_per_step: 2}",
 )
+PAIRED = (
+    "distill.objective={type: preference}",
+    "distill.student_prompts_per_step=4",
+    "distill.teacher_prompts_per_step=4",
+)
+PAIRS = (
+    "distill.objective={type: preference, pairs: data}",
+    "distill.off_policy_source=preferences",
+    "distill.teacher_prompts_per_step=4",
+    "data.preferences={type: jsonl, path: pairs.jsonl}",
+)
 RISING = [{"held_out/cross_entropy": 1.0 + step} for step in range(STEPS)]
 
 
@@ -230,6 +241,10 @@ class Run:
             stored=make_rows("store", 5),
             student_sft=make_rows("dataset", 7),
             plain_text=make_rows("text", 5),
+            preferences=[
+                replace(row, prompt_id=f"preferences:{at // 2}")
+                for at, row in enumerate(make_rows("half", 10))
+            ],
         )
         if self.config.data.source_policy is not None:
             names = ["prompts.a"] * 4 + ["prompts.b"] * 7
@@ -422,6 +437,24 @@ def test_plain_text_joins_every_step_and_changes_nothing_else(tmp_path):
     assert _content(others) == _content(without.learned)
 
 
+def test_paired_streams_answer_the_same_prompts_and_rows_bring_both_halves(tmp_path):
+    paired, rows = Run(tmp_path, *PAIRED), Run(tmp_path, *PAIRS)
+    paired.play()
+    rows.play()
+    asked = set()
+    for step in range(STEPS):
+        streams = [paired.of_stream(name, step) for name in ("on_policy", "off_policy")]
+        own, others = (Counter(t.prompt_id for t in stream) for stream in streams)
+        assert own == others
+        asked |= own.keys()
+        halves = rows.of_stream("off_policy", step)
+        assert len(halves) == 8, "of both prompts_per_step together"
+        names = Counter(t.prompt_id for t in halves)
+        assert all(count % 2 == 0 for count in names.values())
+        assert len({t.trajectory_id for t in halves}) == 2 * len(names)
+    assert len(asked) == 11
+
+
 def test_the_mixture_gives_rows_samples_and_answers_in_its_own_order(tmp_path):
     run = Run(tmp_path, MIXTURE)
     mixture = OffPolicyMixture(run.config, run.data)
@@ -454,11 +487,12 @@ def test_without_prompts_of_its_own_the_teacher_is_never_asked_to_write(tmp_path
     "overrides",
     [
         *((), (MIXTURE,), REPLAY, ("distill.objective.on_policy_weight=1.0",), FEW_PROMPTS),
-        *((POLICY,), (POLICY, MIXTURE), (POLICY, *REPLAY), (*TEXT, *REPLAY)),
+        *((POLICY,), (POLICY, MIXTURE), (POLICY, *REPLAY), (*TEXT, *REPLAY), PAIRS, PAIRED),
     ],
     ids=[
         *("teacher", "mixture", "replay", "on_policy_alone", "few_prompts"),
         *("sources", "sources_in_a_mixture", "sources_and_replay", "plain_text"),
+        *("pairs", "paired_streams"),
     ],
 )
 def test_a_run_resumed_after_any_step_goes_on_to_the_bit(tmp_path, overrides):
