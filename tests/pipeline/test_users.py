@@ -55,8 +55,6 @@ def test_a_run_stops_early_and_exports_its_best_student_as_it_was_evaluated(
         "distill.steps=30",
         "distill.optimizer.learning_rate=0.03",
         "distill.measure_every=1",
-        # What the teacher alone reads: the student's evaluation is compared below.
-        "data.teacher_context={text: 'w9 w8 ', max_tokens: 2}",
         f"distill.early_stopping={{{highest_loss}, patience: 2}}",
         f"distill.keep_best={{{highest_loss}}}",
         "export={dtype: bfloat16, weights: best}",

@@ -124,10 +124,14 @@ def test_a_field_that_no_row_has_is_named(load):
 
 
 def test_a_context_that_is_too_long_is_refused_with_its_prompt(load):
-    longest = max(len(prompt.token_ids) for prompt in load()[1].prompts)
-    load({"text": "the cat<sep>", "max_tokens": 3}, max_prompt_tokens=longest)
+    rows = {"type": "embedded", "split": "train", "num_examples": 30, "seed": 2}
+    sets = {"teacher_sft": rows, "student_sft": rows}
+    data = load(**sets)[1]
+    prompts = [*data.prompts, *data.held_out, *data.evaluation["paraphrase"]]
+    sets["max_prompt_tokens"] = longest = max(prompt.token_ids.size for prompt in prompts)
+    load({"text": "the cat<sep>", "max_tokens": 3}, **sets)
     with pytest.raises(DataError, match=rf"teacher_context\.max_tokens={longest + 2}; raise the"):
-        load({"text": "the cat<sep>", "max_tokens": 2}, max_prompt_tokens=longest)
+        load({"text": "the cat<sep>", "max_tokens": 2}, **sets)
 
 
 @pytest.mark.parametrize(
