@@ -128,14 +128,16 @@ def read_facts(path: str, *, trust_remote_code: bool) -> ModelFacts:
 
 
 def check_data(config: RunConfig, data: RunData) -> None:
-    """Check that no supervised row is longer than the context of the model that learns from it.
+    """Check that no supervised row is longer than the context of the model that learns from it, and
+    no pair of preferences than that of either, since both read it.
 
     Raises: DataError, naming the longest row.
     """
     for role, model in _models(config):
-        rows: Sequence[Trajectory] = getattr(data, f"{role}_sft")
-        limit = _context_limit(_shape(role, model)) if rows else None
-        longest = longest_row(rows)
+        sets: list[Sequence[Trajectory]] = [getattr(data, f"{role}_sft"), data.preferences]
+        limit = _context_limit(_shape(role, model)) if any(sets) else None
+        found = [row for rows in sets if (row := longest_row(rows)) is not None]
+        longest = max(found, key=lambda row: row.token_ids.size, default=None)
         if limit is not None and longest is not None and longest.token_ids.size > limit:
             key = f"{role}.path" if model.path else f"{role}.architecture.max_position_embeddings"
             raise DataError(

@@ -179,6 +179,8 @@ def _row(num_tokens: int) -> Trajectory:
 def test_a_supervised_row_longer_than_the_model_reads_is_named(configure: Configure) -> None:
     config = configure()
     check_data(config, RunData(student_sft=(_row(5), _row(128))))
+    with pytest.raises(DataError, match=r"the teacher \(teacher\.path\) reads at most 128"):
+        check_data(config, RunData(preferences=(_row(129), _row(5))))
     with pytest.raises(DataError, match=r"'student_sft:129' has 129 tokens.*student.*at most 128"):
         check_data(config, RunData(student_sft=(_row(5), _row(129), _row(9))))
 
