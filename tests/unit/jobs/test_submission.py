@@ -25,6 +25,7 @@ from distill_system.jobs.submission import (
     write_folder,
 )
 from distill_system.run.preparation import open_run
+from distill_system.stages.plan import plan_run
 
 
 class FakeJobs:
@@ -166,6 +167,14 @@ def test_every_problem_of_the_plan_is_told_before_anything_is_sent(configure) ->
 
 def test_the_size_of_this_machine_is_not_the_clusters(configure) -> None:
     check(SubmitRequest(config=configure("pools.learner.cpus=64")), notify=print)
+
+
+def test_trackers_are_asked_of_the_cluster_and_not_of_this_machine(configure, monkeypatch) -> None:
+    """`--pip` or an image may bring them."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = configure("trackers=[wandb]")
+    assert any("wandb not installed here" in p for p in plan_run(config, device_gib=80).problems)
+    check(SubmitRequest(config=config), notify=print)
 
 
 @pytest.mark.parametrize(
