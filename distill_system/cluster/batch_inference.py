@@ -25,6 +25,9 @@ LAST_TRACEBACK_LINES = 30
 RAY_SUFFIX = "\nFailed to apply UDF transform"
 """Ray Data appends a text that starts with this to the message of every error a worker raises."""
 
+START_METHOD = "_start_actor"
+"""Of Ray Data's operator that maps over workers: it starts one of them."""
+
 
 def infer_batches(
     batches: Sequence[pyarrow.Table],
@@ -112,17 +115,17 @@ def _starts_logged() -> Iterator[None]:
         ActorPoolMapOperator,
     )
 
-    start = ActorPoolMapOperator._start_actor
+    start = getattr(ActorPoolMapOperator, START_METHOD)
 
     def start_logged(*arguments: Any) -> Any:
         with logged_stderr():
             return start(*arguments)
 
-    ActorPoolMapOperator._start_actor = start_logged
+    setattr(ActorPoolMapOperator, START_METHOD, start_logged)
     try:
         yield
     finally:
-        ActorPoolMapOperator._start_actor = start
+        setattr(ActorPoolMapOperator, START_METHOD, start)
 
 
 def _configure(deadlines: DeadlinesConfig) -> None:

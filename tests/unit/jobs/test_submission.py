@@ -196,6 +196,35 @@ def test_a_runtime_environment_that_cannot_be_sent_is_refused(
         check(request, notify=print)
 
 
+@pytest.mark.parametrize(
+    "line", ["-r more.txt", "-cpins.txt", "--requirement=more.txt", " -e .", "./own.whl", "../own"]
+)
+def test_a_requirement_that_would_stay_here_is_refused(configure, tmp_path, line: str) -> None:
+    """Ray sends the lines of the file as they are, and pip runs on the nodes."""
+    (tmp_path / "pip.txt").write_text(f"wandb<1\n{line}\n")
+    request = SubmitRequest(config=configure(), requirements=tmp_path / "pip.txt")
+    with pytest.raises(ConfigError, match=r"pip\.txt, line 2: .* names a file of this machine"):
+        check(request, notify=print)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-r /shared/more.txt",
+        "-c ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/pins.txt",
+        "--constraint=https://example.org/pins.txt",
+        "-e git+https://example.org/own.git",
+        "--extra-index-url https://example.org/simple",
+        "# -r more.txt",
+        "wandb<1",
+    ],
+)
+def test_a_requirement_that_every_node_can_read_is_sent(configure, tmp_path, line: str) -> None:
+    (tmp_path / "pip.txt").write_text(line)
+    request = SubmitRequest(config=configure(), requirements=tmp_path / "pip.txt")
+    assert str(tmp_path / "pip.txt") in write_folder(request, tmp_path / "job")
+
+
 def test_further_fields_and_variables_are_passed_on(configure, tmp_path) -> None:
     (tmp_path / "env.yaml").write_text(
         "{env_vars: {TOKENIZERS_PARALLELISM: 'false'}, config: {setup_timeout_seconds: 60}}"
