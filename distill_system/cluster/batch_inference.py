@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow
@@ -16,12 +17,16 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from distill_system.cluster.liveness import plain_text
+from distill_system.cluster.ray_messages import logged_stderr
 from distill_system.config.pools import DeadlinesConfig, PoolConfig
 from distill_system.errors import DeadlineError, DistillError, ResourceError, WorkerError
 
 LAST_TRACEBACK_LINES = 30
 RAY_SUFFIX = "\nFailed to apply UDF transform"
 """Ray Data appends a text that starts with this to the message of every error a worker raises."""
+
+START_METHOD = "_start_actor"
+"""Of Ray Data's operator that maps over workers: it starts one of them."""
 
 
 def infer_batches(
@@ -47,7 +52,10 @@ def infer_batches(
 
     mapped = _plan(batches, worker_class, arguments, pool, environment, deadlines)
     try:
-        yield from mapped.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        with _starts_logged():
+            yield from mapped.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            )
     except GetTimeoutError as error:
         raise ResourceError(
             f"the cluster did not place {pool.count} workers of {pool.cpus:g} CPUs, {pool.gpus:g} "
@@ -93,6 +101,31 @@ def _plan(
         resources=dict(pool.custom_resources),
         runtime_env={"env_vars": dict(environment)},
     )
+
+
+@contextmanager
+def _starts_logged() -> Iterator[None]:
+    """Log what Ray's core worker writes to the terminal of each worker that Ray Data starts.
+
+    Ray Data hands the work over by the object store, and the core worker says of everyone started
+    so that it could not be restarted once that is gone; it stays until the work is done. There is
+    no switch for it: a method of Ray Data is replaced, by name.
+    """
+    from ray.data._internal.execution.operators.actor_pool_map_operator import (
+        ActorPoolMapOperator,
+    )
+
+    start = getattr(ActorPoolMapOperator, START_METHOD)
+
+    def start_logged(*arguments: Any) -> Any:
+        with logged_stderr():
+            return start(*arguments)
+
+    setattr(ActorPoolMapOperator, START_METHOD, start_logged)
+    try:
+        yield
+    finally:
+        setattr(ActorPoolMapOperator, START_METHOD, start)
 
 
 def _configure(deadlines: DeadlinesConfig) -> None:

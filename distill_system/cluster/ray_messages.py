@@ -7,6 +7,10 @@ every failed call that nobody waits for any more.
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryFile
 from typing import Any
 
 import ray._private.worker as ray_worker
@@ -31,6 +35,25 @@ class RayMessages:
     def end(self) -> None:
         """From now on Ray prints them again."""
         ray_worker.print_worker_logs, ray_worker._unhandled_error_handler = self._before
+
+
+@contextmanager
+def logged_stderr() -> Iterator[None]:
+    """Log what C++ code writes to standard error during a block, which no Python code could catch.
+
+    Keep the block short: what other threads print meanwhile is logged too.
+    """
+    with TemporaryFile() as written:
+        kept = os.dup(2)
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            written.seek(0)
+            for line in written.read().decode(errors="replace").splitlines():
+                logging.getLogger(LOGGER_NAME).info("Ray says: %s", line)
 
 
 def _log_lines(data: dict[str, Any], print_file: Any, ignore_prefix: bool = False) -> None:

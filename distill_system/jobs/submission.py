@@ -10,6 +10,7 @@ import base64
 import gzip
 import json
 import math
+import re
 import shlex
 import shutil
 import uuid
@@ -39,6 +40,11 @@ EXPORT_SECONDS = 30.0
 _OURS = ("working_dir", "py_modules", "image_uri", "container")
 
 _SECRET_WORDS = {"TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL", "CREDENTIALS"}
+
+_FILE_OF_THIS_MACHINE = re.compile(
+    r"\s*(?:(?:-[rce]|--(?:requirement|constraint|editable))[\s=]*+(?![/$]|[\w+]+://)|\.\.?/)"
+)
+"""A line of a requirements file that names another file by a relative path."""
 
 Resume = Literal["no", "yes", "auto"]
 
@@ -235,6 +241,7 @@ def _runtime_environment(request: SubmitRequest) -> dict[str, Any]:
     if request.requirements is not None:
         if not request.requirements.is_file():
             raise ConfigError(f"--pip {request.requirements}: expected a requirements file")
+        _require_no_further_file(request.requirements)
         environment["pip"] = str(request.requirements)
     seconds = request.config.deadlines.stop_seconds + EXPORT_SECONDS
     environment["env_vars"] = {
@@ -242,6 +249,16 @@ def _runtime_environment(request: SubmitRequest) -> dict[str, Any]:
         **environment.get("env_vars", {}),
     }
     return environment
+
+
+def _require_no_further_file(requirements: Path) -> None:
+    for row, line in enumerate(requirements.read_text(encoding="utf-8").splitlines(), start=1):
+        if _FILE_OF_THIS_MACHINE.match(line):
+            raise ConfigError(
+                f"--pip {requirements}, line {row}: {line.strip()!r} names a file of this machine, "
+                "and Ray sends the lines of this one alone: write its lines here, or name it by a "
+                "full path that every node has"
+            )
 
 
 def _read_environment(file: Path | None) -> dict[str, Any]:

@@ -134,15 +134,22 @@ def check_data(config: RunConfig, data: RunData) -> None:
     Raises: DataError, naming the longest row.
     """
     for role, model in _models(config):
-        sets: list[Sequence[Trajectory]] = [getattr(data, f"{role}_sft"), data.preferences]
-        limit = _context_limit(_shape(role, model)) if any(sets) else None
-        found = [row for rows in sets if (row := longest_row(rows)) is not None]
-        longest = max(found, key=lambda row: row.token_ids.size, default=None)
-        if limit is not None and longest is not None and longest.token_ids.size > limit:
+        # Of a pair the teacher reads its own prompt; its fine-tuning rows have it already.
+        more = config.context_tokens if role == "teacher" else 0
+        sets = ((getattr(data, f"{role}_sft"), 0), (data.preferences, more))
+        found = [
+            (row.token_ids.size + beyond, row)
+            for rows, beyond in sets
+            if (row := longest_row(rows)) is not None
+        ]
+        limit = _context_limit(_shape(role, model)) if found else None
+        size, longest = max(found, key=lambda each: each[0], default=(0, None))
+        if limit is not None and longest is not None and size > limit:
             key = f"{role}.path" if model.path else f"{role}.architecture.max_position_embeddings"
             raise DataError(
-                f"{longest.trajectory_id!r} has {longest.token_ids.size} tokens, prompt and answer "
-                f"together; the {role} ({key}) reads at most {limit}. Remove or shorten the row"
+                f"{longest.trajectory_id!r} has {size} tokens, prompt and answer "
+                f"together{config.say_context(role)}; the {role} ({key}) reads at most {limit}. "
+                "Remove or shorten the row"
             )
 
 

@@ -70,16 +70,16 @@ def plan_run(config: RunConfig, *, device_gib: float, on_this_machine: bool = Tr
     notes = settings_notes(config)
     plan = None
     try:
-        require_trackers(config.trackers)
-    except DistillError as error:
-        problems.append(str(error))
-    try:
         plan = make_plan(config, vocabulary=find_vocabulary(config), device_gib=device_gib)
         problems += _problems_of_data(config, notes)
     except DistillError as error:
         problems.append(str(error))
     if on_this_machine:
         problems += _problems_of_size(config, notes)
+        try:
+            require_trackers(config.trackers)
+        except DistillError as error:
+            problems.append(str(error))
     return PlannedRun(plan=plan, problems=tuple(dict.fromkeys(problems)), notes=tuple(notes))
 
 

@@ -53,6 +53,7 @@ def test_a_killed_generation_goes_on_and_writes_no_sample_twice(
     assert f"{NUM_SAMPLES} samples asked for, {done} are in the store already" in again.stderr
     assert "GiB" in again.stderr, "the cost of the targets is told"
     assert "tok/s" in again.stderr
+    assert "core_worker.cc" not in again.stderr, "Ray's own lines are in its log"
     assert again.orphans() == []
     assert first == {path: path.stat().st_mtime_ns for path in first}, "what stood there stays"
 

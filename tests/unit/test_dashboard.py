@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -136,3 +137,30 @@ def test_alerts_are_raised_when_they_should_be_and_only_then():
         ["promtool", "test", "rules", cases], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_grafana_knows_every_field_of_the_dashboard() -> None:
+    """Its published types keep what Grafana reads, and drop any other field."""
+    types = pytest.importorskip("grafana_foundation_sdk.models.dashboard")
+    plugins = pytest.importorskip("grafana_foundation_sdk.cog.plugins")
+    encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder")
+    plugins.register_default_plugins()
+    ours = json.loads((FOLDER / "distill.json").read_text(encoding="utf-8"))
+
+    def kept(dashboard: Any) -> Any:
+        return json.loads(encoder.JSONEncoder().encode(types.Dashboard.from_json(dashboard)))
+
+    assert _missing(ours, kept(ours)) == []
+    wrong = json.loads(json.dumps(ours).replace('"expr"', '"expression"'))
+    assert len(_missing(wrong, kept(wrong))) >= 30
+
+
+def _missing(given: Any, kept: Any, where: str = "") -> list[str]:
+    """Where in a JSON value something is not, or is another, in what was kept of it."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        pairs = [(name, given[name], kept.get(name)) for name in given]
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        pairs = [(str(row), *pair) for row, pair in enumerate(zip(given, kept, strict=True))]
+    else:
+        return [] if given == kept else [where]
+    return [lost for name, a, b in pairs for lost in _missing(a, b, f"{where}/{name}")]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 import ray._private.worker as ray_worker
 
-from distill_system.cluster.ray_messages import RayMessages
+from distill_system.cluster.ray_messages import RayMessages, logged_stderr
 from distill_system.logs import LOGGER_NAME
 
 
@@ -48,3 +49,21 @@ def test_ray_prints_again_afterwards(capsys: pytest.CaptureFixture[str]) -> None
     messages.end()
     _lose("second")
     assert "second has been marked dead" in capsys.readouterr().out
+
+
+def test_what_is_written_past_python_is_logged(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger=LOGGER_NAME)
+
+    def fail() -> None:
+        with logged_stderr():
+            os.write(2, b"E core_worker.cc:1: max_restarts\nE core_worker.cc:2: \xff\n")
+            raise ValueError("the block failed")
+
+    with pytest.raises(ValueError, match="the block failed"):
+        fail()
+    os.write(2, b"afterwards\n")
+    assert capfd.readouterr().err == "afterwards\n"
+    assert caplog.messages[0] == "Ray says: E core_worker.cc:1: max_restarts"
+    assert caplog.messages[1].startswith("Ray says: E core_worker.cc:2: ")

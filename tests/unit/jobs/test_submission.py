@@ -25,6 +25,7 @@ from distill_system.jobs.submission import (
     write_folder,
 )
 from distill_system.run.preparation import open_run
+from distill_system.stages.plan import plan_run
 
 
 class FakeJobs:
@@ -168,6 +169,14 @@ def test_the_size_of_this_machine_is_not_the_clusters(configure) -> None:
     check(SubmitRequest(config=configure("pools.learner.cpus=64")), notify=print)
 
 
+def test_trackers_are_asked_of_the_cluster_and_not_of_this_machine(configure, monkeypatch) -> None:
+    """`--pip` or an image may bring them."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = configure("trackers=[wandb]")
+    assert any("wandb not installed here" in p for p in plan_run(config, device_gib=80).problems)
+    check(SubmitRequest(config=config), notify=print)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -185,6 +194,35 @@ def test_a_runtime_environment_that_cannot_be_sent_is_refused(
     request = SubmitRequest(config=configure(), runtime_environment=tmp_path / "env.yaml")
     with pytest.raises(ConfigError, match=re.escape(said)):
         check(request, notify=print)
+
+
+@pytest.mark.parametrize(
+    "line", ["-r more.txt", "-cpins.txt", "--requirement=more.txt", " -e .", "./own.whl", "../own"]
+)
+def test_a_requirement_that_would_stay_here_is_refused(configure, tmp_path, line: str) -> None:
+    """Ray sends the lines of the file as they are, and pip runs on the nodes."""
+    (tmp_path / "pip.txt").write_text(f"wandb<1\n{line}\n")
+    request = SubmitRequest(config=configure(), requirements=tmp_path / "pip.txt")
+    with pytest.raises(ConfigError, match=r"pip\.txt, line 2: .* names a file of this machine"):
+        check(request, notify=print)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-r /shared/more.txt",
+        "-c ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/pins.txt",
+        "--constraint=https://example.org/pins.txt",
+        "-e git+https://example.org/own.git",
+        "--extra-index-url https://example.org/simple",
+        "# -r more.txt",
+        "wandb<1",
+    ],
+)
+def test_a_requirement_that_every_node_can_read_is_sent(configure, tmp_path, line: str) -> None:
+    (tmp_path / "pip.txt").write_text(line)
+    request = SubmitRequest(config=configure(), requirements=tmp_path / "pip.txt")
+    assert str(tmp_path / "pip.txt") in write_folder(request, tmp_path / "job")
 
 
 def test_further_fields_and_variables_are_passed_on(configure, tmp_path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,8 @@ STEP = "checkpoints/distill/step_000004"
 
 @pytest.fixture(scope="module")
 def object_store() -> Iterator[str]:
-    """The address of a bucket of a local S3 server.
-
-    moto is no part of the dev extra: it would bring boto3 and a web framework for this alone.
-    """
-    server = pytest.importorskip("moto.server", reason="moto[s3] and flask are not installed")
-    boto3 = pytest.importorskip("boto3")
+    """The address of a bucket of a local S3 server."""
+    server, boto3 = import_module("moto.server"), import_module("boto3")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("AWS_ACCESS_KEY_ID", "a")
         patched.setenv("AWS_SECRET_ACCESS_KEY", "b")
