@@ -5,7 +5,7 @@ Reads the models' configurations and tokenizers, but no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +36,6 @@ from distill_system.language_model import (
     require_trainable,
 )
 from distill_system.learner.sharding import find_blocks
-from distill_system.records import Trajectory
 from distill_system.run.vocabulary import check_exportable, stop_token_ids, vocabulary_size
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)

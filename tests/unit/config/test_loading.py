@@ -1,4 +1,4 @@
-from __future__ import annotations
+from __future__ import re
 
 from collections.abc import Callable
 from pathlib import Path
