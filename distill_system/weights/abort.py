@@ -42,6 +42,7 @@ def aborted_after(seconds: float, communicator: AbortsTransfers) -> Iterator[Non
         raise _too_late(seconds) from error
     finally:
         timer.cancel()
+        timer.join()  # an abort frees its waiters before it ends, and must not meet a second one
     if is_over.is_set():
         raise _too_late(seconds)
 

@@ -1,6 +1,7 @@
 """The receiving end inside a vLLM worker, without an engine; importing it takes vLLM's 5 s."""
 
 import threading
+import time
 import weakref
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -144,8 +145,9 @@ class Hangs(Sender):
             assert self.aborted.wait(20.0), "nobody aborts what waits without end"
 
     def destroy(self) -> None:
-        self.events.append("abort")
         self.aborted.set()
+        time.sleep(0.2)  # NCCL still frees memory when its waiters have returned
+        self.events.append("abort")
 
 
 @pytest.mark.parametrize("kind", [SealedWeightTransferEngine, Streamed])
