@@ -13,7 +13,7 @@ from distill_system.cluster.liveness import LivenessMonitor
 from distill_system.errors import WorkerLostError
 
 OUT_OF_REACH = ActorUnavailableError("the connection was reset", b"1" * 16)
-DEAD = ActorDiedError("its process has ended")
+DEAD = ActorDiedError()
 
 
 @pytest.fixture
