@@ -99,19 +99,21 @@ class Trial:
             )
             try:
                 self._wait(run, lambda: newest_step(self.folder) >= FIRST_STEP)
-                began, step = time.monotonic(), newest_step(self.folder)
+                began, step = time.time(), newest_step(self.folder)
                 print(f"{self.name}: after step {step}", flush=True)
                 getattr(self, f"_{self.name}")(nodes, run, environment)
                 self._wait(run, lambda: False, end_is_fine=True)
-                seconds = time.monotonic() - began
+                seconds = time.time() - began
                 code = run.process.poll()
             finally:
                 run.end()
         print(self.log.read_text()[-2000:], flush=True)
         lost = [row for row in read_faults(self.folder) if row.event == "lost"]
+        told = [row.time - began for row in lost] + ([seconds] if code else [])
         return {
             "trial": self.name,
             "after step": step,
+            "told after s": round(min(told), 1) if told else None,
             "ended after s": round(seconds, 1),
             "exit": "never" if code is None else code,
             "last step": newest_step(self.folder),
@@ -166,7 +168,7 @@ def _process(machine: Machine, name: str) -> psutil.Process:
 
 @contextmanager
 def cluster(*, with_redis: bool) -> Iterator[tuple[RayNodes, dict[str, str]]]:
-    """A head without CPUs and two nodes, and the variables that the head's Ray was started with."""
+    """A head without CPUs, three nodes, and the variables that the head's Ray was started with."""
     with network() as machines:
         nodes, server, environment = RayNodes(machines), None, {}
         try:

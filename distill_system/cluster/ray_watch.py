@@ -23,6 +23,9 @@ LOOK_SECONDS = 10.0
 SILENT_SECONDS = 60.0
 """Ray's control process may be busy for so long, on a machine that is busy with other things."""
 
+RAY_WAITS = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""The variable by which Ray's processes are told how long a head may be gone; 60 s without it."""
+
 HEAD_WITHOUT_TABLES = (
     "Ray's head has come back without its tables, as a new cluster (a head that is to be survived "
     "keeps them in Redis: docs/fault-tolerance.md)"
@@ -37,11 +40,13 @@ RAY_PROCESSES = ("gcs_server", "raylet")
 class RayWatch:
     """Looks in the background whether Ray answers; `end` is called once if it does not.
 
+    A head is waited for as long as Ray's own processes wait for it, and SILENT_SECONDS at least.
     end: takes the message; the default ends this process.
     """
 
     def __init__(self, *, end: Callable[[str], None] | None = None) -> None:
         self._end = end_process if end is None else end
+        self._patience = max(SILENT_SECONDS, float(os.environ.get(RAY_WAITS, SILENT_SECONDS)))
         self._stopped = threading.Event()
         self._ending_since = float("inf")
 
@@ -73,13 +78,13 @@ class RayWatch:
             late = time.monotonic() - self._ending_since > SHUT_DOWN_SECONDS
             return f"Ray did not shut down within {SHUT_DOWN_SECONDS:g} s" if late else ""
         try:
-            nodes = ask_for_nodes(SILENT_SECONDS)
+            nodes = ask_for_nodes(self._patience)
         except ClusterGoneError as error:
             return "" if self._is_ending() else str(error)
         if self._is_ending():
             return ""  # it is shut down meanwhile, and answers no more
         if nodes is None:
-            return f"Ray's control process (gcs_server) has not answered for {SILENT_SECONDS:g} s"
+            return f"Ray's control process (gcs_server) has not answered for {self._patience:g} s"
         own = [node for node in nodes if node["NodeID"] == self._node]
         if own and not own[0]["Alive"]:
             return "Ray has given this machine up: its raylet does not answer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch.distributed import BroadcastOptions
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from distill_system.weights.meeting import join_store
+
+LEAVE_SECONDS = 2.0
+"""Without a broadcast under way a group is left in milliseconds."""
 
 
 class GlooCommunicator:
@@ -47,5 +51,12 @@ class GlooCommunicator:
         return self._group.broadcast([tensor], options)
 
     def destroy(self) -> None:
-        """Close the connections; a broadcast under way keeps them open until it times out."""
-        self._group = None
+        """Close the connections; a broadcast under way keeps them open until it times out.
+
+        It is waited for by another thread: its peer may be a process that nobody can end, on a
+        node whose raylet is stopped, and the others are to go on.
+        """
+        held, self._group = [self._group], None
+        closing = threading.Thread(target=held.clear, name="leaving a group", daemon=True)
+        closing.start()
+        closing.join(LEAVE_SECONDS)

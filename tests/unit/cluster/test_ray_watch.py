@@ -25,7 +25,11 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(ray, "get_runtime_context", Context)
 
     def look(nodes: Any, *, before: Any = lambda watched: None) -> str:
-        monkeypatch.setattr(ray_watch, "ask_for_nodes", lambda seconds: nodes)
+        def answer(seconds: float) -> Any:
+            look.asked_for.append(seconds)  # type: ignore[attr-defined]
+            return nodes
+
+        monkeypatch.setattr(ray_watch, "ask_for_nodes", answer)
         said: list[str] = []
         ended = threading.Event()
 
@@ -40,6 +44,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Any:
         watched.stop()
         return said[0] if said else ""
 
+    look.asked_for = []  # type: ignore[attr-defined]
     return look
 
 
@@ -53,6 +58,17 @@ def test_a_ray_that_answers_ends_nothing(watch: Any) -> None:
 
 def test_a_control_process_that_says_nothing_ends_the_run(watch: Any) -> None:
     assert "gcs_server" in watch(None)
+
+
+@pytest.mark.parametrize(("ray_waits", "seconds"), [(None, 60.0), ("600", 600.0), ("5", 60.0)])
+def test_a_head_is_waited_for_as_long_as_ray_waits_for_it(
+    watch: Any, monkeypatch: pytest.MonkeyPatch, ray_waits: str | None, seconds: float
+) -> None:
+    monkeypatch.delenv("RAY_gcs_rpc_server_reconnect_timeout_s", raising=False)
+    if ray_waits is not None:
+        monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", ray_waits)
+    assert f"not answered for {seconds:g} s" in watch(None)
+    assert watch.asked_for == [seconds]
 
 
 def test_a_machine_that_ray_has_given_up_ends_the_run(watch: Any) -> None:

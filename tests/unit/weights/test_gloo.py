@@ -114,6 +114,30 @@ def test_those_that_wait_for_one_that_never_joins_are_let_go_when_the_store_clos
     assert time.perf_counter() - begin < 30.0
 
 
+def test_a_group_is_left_at_once_though_a_peer_that_takes_nothing_keeps_its_connection() -> None:
+    """Such a peer is a worker that cannot be ended, on a node whose raylet is stopped."""
+    port, timeout = _free_port(), 8.0
+    store = open_store(address="127.0.0.1", port=port, timeout_seconds=timeout)
+
+    def join(rank: int) -> GlooCommunicator:
+        return GlooCommunicator(
+            address="127.0.0.1", port=port, rank=rank, world_size=2, timeout_seconds=timeout
+        )
+
+    with ThreadPoolExecutor(2) as threads:
+        sender, idle = threads.map(join, (0, 1))
+        more_than_sockets_hold = torch.zeros(50_000_000, dtype=torch.uint8)
+        began = time.perf_counter()
+        sending = threads.submit(lambda: sender.broadcast(more_than_sockets_hold, src=0).wait())
+        time.sleep(0.2)
+        sender.destroy()
+        assert time.perf_counter() - began < timeout - 3.0
+        assert not sending.done(), "it is the peer that holds it"
+        idle.destroy()
+        assert isinstance(sending.exception(timeout=30.0), RuntimeError)
+    del store
+
+
 class Receiver:
     """One rollout worker: the receiving ends of its tensor-parallel ranks, and what they loaded."""
 
