@@ -197,7 +197,7 @@ class ModelledRollout:
         self._max_num_sequences, self._send_seconds = max_num_sequences, send_seconds
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
-        self._version = 0
+        self._version = self._num_finished = 0
         self._owed = 0.0
 
     def advance(
@@ -207,10 +207,13 @@ class ModelledRollout:
         for request in requests:
             self._add(request.name(self._author), request.prompt)
         finished, spent = self._decode(seconds)
+        self._num_finished += sum(trajectory.num_response_tokens for trajectory in finished)
+        under_way = sum(sequence.written for sequence in self._running)
         said = DecodeSlice(
             trajectories=tuple(finished),
             version=self._version,
             busy_seconds=spent,
+            written_tokens=self._num_finished + under_way,
         )
         return said, spent
 

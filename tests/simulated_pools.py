@@ -157,6 +157,7 @@ class SimulatedWriter:
     draw_length: Any
     version: int = 0
     under_way: dict[str, list[Any]] = field(default_factory=dict)
+    num_finished: int = 0
 
     def advance(self, requests, seconds):
         for request in requests:
@@ -179,8 +180,13 @@ class SimulatedWriter:
             trajectories=tuple(finished),
             version=self.version,
             busy_seconds=took,
+            written_tokens=self._count_written(finished),
         )
         return said, took
+
+    def _count_written(self, finished):
+        self.num_finished += sum(trajectory.num_response_tokens for trajectory in finished)
+        return self.num_finished + sum(int(entry[2]) for entry in self.under_way.values())
 
     def _trajectory(self, name, prompt, length, spans):
         edges = [max(0, min(end, length)) for _, _, end in spans]

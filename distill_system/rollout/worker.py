@@ -42,11 +42,13 @@ class DecodeSlice:
     """What a worker has to say after a slice of decoding.
 
     version: the weights it held as the slice ended.
+    written_tokens: of all its sequences, finished or not, since it started.
     """
 
     trajectories: tuple[Trajectory, ...]
     version: int
     busy_seconds: float
+    written_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,18 +191,21 @@ class RolloutWorker:
             name, prompt_ids = request.name(self._author), request.prompt.ids_for(self._author)
             self._engine.add(name, prompt_ids, request.sampling, request.sample_seed)
             self._requests[name] = request
-        if not self._holds_whole_weights:
+        finished = {}
+        if self._holds_whole_weights:
+            finished = self._engine.decode(seconds)
+        else:
             time.sleep(seconds)
-            return DecodeSlice(trajectories=(), version=self._engine.version, busy_seconds=0.0)
-        finished = self._engine.decode(seconds)
         trajectories = tuple(
             make_trajectory(self._requests.pop(name), completion, self._author)
             for name, completion in finished.items()
         )
+        is_busy = self._holds_whole_weights
         return DecodeSlice(
             trajectories=trajectories,
             version=self._engine.version,
-            busy_seconds=time.perf_counter() - started,
+            busy_seconds=time.perf_counter() - started if is_busy else 0.0,
+            written_tokens=self._engine.load().written_tokens,
         )
 
     def abandon(self) -> None:

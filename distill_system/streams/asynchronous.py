@@ -308,8 +308,15 @@ class AsynchronousStreams(Streams):
         self._lose(WorkerLostError(str(error), error.worker))
 
     def _lose_hanging(self) -> None:
-        """A call that takes longer than any may: its worker is lost."""
+        """A call that takes longer than any may, or slices without a token: its worker is lost."""
         limit = self.config.deadlines.call_seconds
+        for stream, flow in self._flows.items():
+            for worker in flow.writers.find_stuck(limit):
+                name = f"{POOL_OF[stream]}-{worker}"
+                said = f"{name} makes no progress: it has decoded for more than"
+                self._lose(
+                    WorkerLostError(f"{said} deadlines.call_seconds={limit:g} and no token", name)
+                )
         for pool, watched in self._watched.items():
             for worker in watched.find_overdue(limit):
                 name = f"{pool}-{worker}"

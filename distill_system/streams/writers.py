@@ -26,11 +26,15 @@ class WorkerState:
     """One worker as the driver knows it; what it writes stands in the buffer.
 
     version: the weights it last said it held.
+    written_tokens: what it had written by its last slice.
+    barren_seconds: that it has decoded since, in slices that brought no token.
     requests: for its next slice.
     slices: calls in flight, the first of which ends first.
     """
 
     version: int
+    written_tokens: int = -1
+    barren_seconds: float = 0.0
     requests: list[GenerationRequest] = field(default_factory=list)
     slices: deque[Reference] = field(default_factory=deque)
 
@@ -146,6 +150,10 @@ class Writers:
         if worker in self._states:
             self._states[worker].version = version
 
+    def find_stuck(self, seconds: float) -> list[int]:
+        """Workers that have decoded for longer than this, slice after slice, without a token."""
+        return [w for w, state in self._states.items() if state.barren_seconds > seconds]
+
     def _begin_slice(self, worker: int, state: WorkerState) -> None:
         requests, state.requests = state.requests, []
         reference = self.workers.start(worker, "advance", requests, self._slice_seconds)
@@ -163,5 +171,8 @@ class Writers:
         for trajectory in decoded.trajectories:
             entry = self._buffer.find_writing(worker, trajectory.trajectory_id)
             self._buffer.arrive(entry, trajectory, self._clock())
+        state.barren_seconds += decoded.busy_seconds
+        if decoded.written_tokens != state.written_tokens:
+            state.written_tokens, state.barren_seconds = decoded.written_tokens, 0.0
         # Weights may have reached the worker after this slice ended and before it was heard of.
         state.version = max(state.version, decoded.version)

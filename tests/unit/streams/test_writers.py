@@ -20,9 +20,9 @@ PROMPTS = make_prompts(100)
 class Built:
     """Writers of a window that always has room, over simulated workers of one token a second."""
 
-    def __init__(self, count, *, version=0):
+    def __init__(self, count, *, version=0, rate=1.0):
         self.clock = Clock()
-        writers = [SimulatedWriter(Author.STUDENT, 1.0, lambda: 3) for _ in range(count)]
+        writers = [SimulatedWriter(Author.STUDENT, rate, lambda: 3) for _ in range(count)]
         self.workers = SimulatedWorkers(self.clock, writers)
         window = StalenessWindow(batch_size=100, max_staleness=9, first_step=0, end_step=99)
         self.buffer = InFlight(window, ages=True)
@@ -128,3 +128,31 @@ def test_a_worker_was_busy_for_as_long_as_it_says_however_late_it_is_heard_of():
         built.writers.collect(built.writers.references)
     activity = built.writers.workers.pop_activity()
     assert (activity.busy_seconds, activity.worker_seconds) == (2.0, 10.0)
+
+
+def _run_for(built, seconds):
+    while built.clock.now < seconds:
+        built.writers.begin()
+        built.writers.collect(built.wait())
+
+
+def test_a_worker_whose_slices_bring_no_token_is_stuck_once_that_has_lasted():
+    built = Built(1, rate=1e-6)
+    built.clock.run_until(lambda: False, 50.0)  # before it is given anything it owes nothing
+    built.give(1)
+    _run_for(built, 55.0)
+    assert built.writers.find_stuck(10.0) == []
+    built.clock.run_until(lambda: False, 1000.0)  # as during an evaluation: nobody collects
+    _run_for(built, 1004.0)
+    assert built.writers.find_stuck(10.0) == []
+    _run_for(built, 1010.0)
+    assert built.writers.find_stuck(10.0) == [0]
+    built.writers.leave(0, is_lost=True)
+    assert built.writers.find_stuck(0.0) == []
+
+
+def test_a_worker_that_writes_a_token_now_and_then_is_not_stuck():
+    built = Built(1, rate=0.1)
+    built.give(1)
+    _run_for(built, 29.0)
+    assert built.writers.find_stuck(11.0) == []
