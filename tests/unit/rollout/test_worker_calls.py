@@ -11,7 +11,7 @@ import pytest
 
 from distill_system.config.rollout import EngineConfig
 from distill_system.errors import DataError, ModelError, TransferError
-from distill_system.records import Author, Prompt
+from distill_system.records import Author, EngineLoad, Prompt
 from distill_system.rollout import GenerationRequest, Sampling
 from distill_system.rollout.engine import Completion
 from distill_system.rollout.worker import RolloutWorker
@@ -30,6 +30,12 @@ class Engine:
         self.asked, self.under_way, self.transfers = [], {}, []
         self.failing: dict[str, Exception] = {}
         self.is_whole = True
+        self.written_tokens = 0
+
+    def load(self):
+        counts = {"running": 0, "waiting": len(self.under_way), "cache_use": None}
+        written, version = self.written_tokens, self.version
+        return EngineLoad(**counts, written_tokens=written, version=version)
 
     def complete(self, prompts, sampling, seeds):
         self.asked += zip(
@@ -48,6 +54,7 @@ class Engine:
         return {} if name is None else {name: self._complete(self.under_way.pop(name))}
 
     def _complete(self, prompt):
+        self.written_tokens += prompt.size
         return Completion(
             token_ids=prompt.copy(),
             logprobs=np.zeros(prompt.size, np.float32),
