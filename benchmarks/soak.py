@@ -3,8 +3,9 @@
 An asynchronous run goes on until its time is over, on a machine of its own where this one lets us
 make one (network namespaces, root), so that /dev/shm and Ray's files are the run's alone. Every
 --every seconds this samples, from outside, what the driver, every worker and Ray hold: memory that
-is theirs alone (USS), file descriptors and threads; /dev/shm, which the object store fills; files
-of Ray and of temporary folders; the run's own files and its checkpoints.
+they have made themselves (anonymous pages: those of a library become a process's own as others
+that read it end), file descriptors and threads; /dev/shm, which the object store fills; files of
+Ray and of temporary folders; the run's own files and its checkpoints.
 
     nice -n 10 python benchmarks/soak.py [--hours 2] [--every 15] [--warm-up 300] [--seed 0]
         [--folder F]
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import time
 from collections import defaultdict
@@ -162,7 +164,7 @@ def look(run: Run, folder: RunDirectory, place: Place) -> dict[str, float]:
         **_ray(run),
     }.items():
         with suppress(psutil.NoSuchProcess):
-            found[f"{name}: MiB"] = process.memory_full_info().uss / MIB
+            found[f"{name}: MiB"] = _own_bytes(process) / MIB
             found[f"{name}: fds"] = process.num_fds()
             found[f"{name}: threads"] = process.num_threads()
     found["/dev/shm: MiB"] = shutil.disk_usage(place.shared_memory).used / MIB
@@ -248,6 +250,16 @@ def _namespace(pid: int) -> str:
         return Path(f"/proc/{pid}/ns/pid").readlink().name
     except OSError:
         return ""
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    """Anonymous memory that is resident."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except FileNotFoundError as error:
+        raise psutil.NoSuchProcess(process.pid) from error
+    [kibibytes] = re.findall(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+    return int(kibibytes) * 1024
 
 
 def _count(folder: Path) -> int:
