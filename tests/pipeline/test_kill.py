@@ -27,7 +27,7 @@ from distill_system.observe.metrics import MetricRow, read_metrics, read_prompts
 
 Launch = Callable[..., Run]
 
-KILLS = int(os.environ.get("DISTILL_SYSTEM_KILLS", "3"))
+KILLS = int(os.environ.get("DISTILL_SYSTEM_KILLS", "2"))
 STEPS = 8 * KILLS + 4
 LIFE_SECONDS = 150 + 5 * STEPS
 SAVED_EVERY_SECONDS = 2.0
@@ -99,7 +99,7 @@ def _check_lost_workers(launch: Launch, folder: Path) -> None:
         "learner": Way.KILL,
     }
     planned = [
-        Planned(step=3 + 5 * at, pool=pool, way=way, moment=0.1)
+        Planned(step=3 + 4 * at, pool=pool, way=way, moment=0.1)
         for at, (pool, way) in enumerate(ways.items())
     ]
     injector.carry_out(planned)
