@@ -10,6 +10,7 @@ from trajectories import make_trajectories
 
 from distill_system.learner import FileRecord, LearnerGroup
 from distill_system.records import (
+    OBJECTIVE_STREAMS,
     Author,
     ScoredChunk,
     StepResult,
@@ -92,7 +93,7 @@ def test_each_stream_is_dealt_to_the_ranks_in_turn_with_its_targets(group, ranks
     answer = group.learn(4, scored) if ask == "learn" else group.measure(scored)
     assert (answer.metrics["learner/rank"] if ask == "learn" else answer["rank"]) == 0.0
     dealt = [[] for _ in ranks]
-    for stream in Stream:
+    for stream in OBJECTIVE_STREAMS:
         of_stream = [part for part in scored if part.chunk.stream is stream]
         for index, part in enumerate(of_stream):
             dealt[index % 3].append(part)
@@ -101,7 +102,7 @@ def test_each_stream_is_dealt_to_the_ranks_in_turn_with_its_targets(group, ranks
         assert step == (4 if ask == "learn" else -1)
         assert ids == [[t.trajectory_id for t in p.chunk.trajectories] for p in expected]
         assert list(targets) == [part.targets.value for part in expected]
-        for stream in Stream:
+        for stream in OBJECTIVE_STREAMS:
             trajectories = [
                 t for p in scored if p.chunk.stream is stream for t in p.chunk.trajectories
             ]
