@@ -44,6 +44,7 @@ def folder(tmp_path: Path, tiny_model_folder: Callable[..., Path]) -> Path:
     teacher, student = tiny_model_folder(seed=1), tiny_model_folder(seed=2, num_layers=1)
     path = write_configuration(tmp_path, teacher, student)
     form = json.loads(path.read_text())
+    form["rollout"]["engine"] = "transformers"  # each life starts in half the time
     rows = {"type": "jsonl", "path": "prompts.jsonl"}
     first, second = {**rows, "num_examples": 40}, {**rows, "skip": 40}
     form["data"]["prompts"] = {
