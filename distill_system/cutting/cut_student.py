@@ -47,10 +47,15 @@ class CutRequest:
     num_rows: int = 128
 
     @property
+    def narrows(self) -> bool:
+        """Whether a width is asked for."""
+        widths = (self.hidden_size, self.intermediate_size, self.num_heads)
+        return any((*widths, self.num_key_value_heads))
+
+    @property
     def is_measured(self) -> bool:
         """Whether rows say what is kept."""
-        widths = (self.hidden_size, self.intermediate_size, self.num_heads)
-        return self.blocks == "important" or any((*widths, self.num_key_value_heads))
+        return self.blocks == "important" or self.narrows
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +74,18 @@ class CutReport:
 def cut_student(request: CutRequest) -> CutReport:
     """Cut the student and write its folder, by a rename: it is complete or absent.
 
-    Raises: ConfigError, ModelError or DataError before any model is read, where the configuration,
-        its models or data do not allow it; RunStateError if the disk does not take it.
+    Raises: ConfigError or DataError before the teacher is read, where the configuration or its data
+        do not allow it; ModelError if it cannot be read, or not be cut to this shape; RunStateError
+        if the disk does not take it.
     """
     logging.disable_progress_bar()
     config = request.config
     require_one_run(config, "cut")
+    if not (request.num_layers or request.narrows):
+        raise ConfigError(
+            "cut: expected a size that is smaller than the teacher's, got none: give --layers, "
+            "--hidden-size, --intermediate-size, --heads or --key-value-heads"
+        )
     teacher, folder = _find_models(config)
     day = config.data.chat_date or date.today()
     config = config.model_copy(update={"data": config.data.model_copy(update={"chat_date": day})})

@@ -82,7 +82,7 @@ def find_layout(name: str) -> Layout | None:
 
 
 def require_layouts(model: LanguageModel, name: str) -> None:
-    """Refuse a cut in width of a model with a matrix that no layout is known of.
+    """Refuse a cut in width, or by importance, of a model with a matrix of no known layout.
 
     Raises: ModelError naming it.
     """
@@ -97,8 +97,8 @@ def require_layouts(model: LanguageModel, name: str) -> None:
         why = "its embeddings have a width of their own (word_embed_proj_dim)"
     if why:
         raise ModelError(
-            f"{name}: a model of type {family} cannot be cut in width: {why}. Cut its depth alone "
-            "(--layers), or choose another teacher"
+            f"{name}: a model of type {family} cannot be cut in width, nor measured: {why}. Cut "
+            "its depth alone, evenly (--layers), or choose another teacher"
         )
 
 

@@ -92,3 +92,9 @@ def test_what_cannot_be_cut_is_told_and_nothing_is_written(configuration: Path) 
     with pytest.raises(ModelError, match="students are cut from decoders alone"):
         cut_student(CutRequest(config=config, num_layers=1))
     assert not (configuration.parent / "student").exists()
+
+
+def test_a_cut_of_nothing_is_refused(configuration: Path) -> None:
+    with pytest.raises(ConfigError, match="cut: expected a size that is smaller"):
+        cut_student(CutRequest(config=load_config([configuration]), blocks="important"))
+    assert not (configuration.parent / "student").exists()
