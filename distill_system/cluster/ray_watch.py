@@ -17,6 +17,8 @@ import psutil
 import ray
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
+from distill_system.errors import ConfigError
+
 LOOK_SECONDS = 10.0
 """Between two looks at Ray."""
 
@@ -46,7 +48,7 @@ class RayWatch:
 
     def __init__(self, *, end: Callable[[str], None] | None = None) -> None:
         self._end = end_process if end is None else end
-        self._patience = max(SILENT_SECONDS, float(os.environ.get(RAY_WAITS, SILENT_SECONDS)))
+        self._patience = max(SILENT_SECONDS, _seconds_that_ray_waits())
         self._stopped = threading.Event()
         self._ending_since = float("inf")
 
@@ -89,6 +91,15 @@ class RayWatch:
         if own and not own[0]["Alive"]:
             return "Ray has given this machine up: its raylet does not answer"
         return ""
+
+
+def _seconds_that_ray_waits() -> float:
+    """What the environment says.  Raises: ConfigError for no number."""
+    told = os.environ.get(RAY_WAITS, "0")
+    try:
+        return float(told)
+    except ValueError as error:
+        raise ConfigError(f"{RAY_WAITS}={told!r}: expected a number of seconds") from error
 
 
 class ClusterGoneError(Exception):

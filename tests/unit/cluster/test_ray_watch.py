@@ -11,6 +11,7 @@ import ray
 
 from distill_system.cluster import ray_watch
 from distill_system.cluster.ray_watch import RayWatch, ask_for_nodes
+from distill_system.errors import ConfigError
 
 
 @pytest.fixture
@@ -127,3 +128,11 @@ def test_a_head_that_has_come_back_without_its_tables_is_told(
     assert ended.wait(5.0)
     watched.stop()
     assert "come back without its tables" in said[0]
+
+
+def test_a_time_that_is_no_number_is_refused_by_its_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "soon")
+    with pytest.raises(ConfigError, match="timeout_s='soon': expected a number of seconds"):
+        RayWatch()
